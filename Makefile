@@ -1,0 +1,43 @@
+# make demo   the whole study on this machine, then its table
+# make test   all tests
+# make ui     browse the results in MLflow
+# PYTHON=python3.12 make …  chooses the interpreter that .venv is made with
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.PHONY: help demo test lint ui clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"egrpo needs Python 3.11 to 3.13, $(PYTHON) is {v[0]}.{v[1]}: PYTHON=python3.12 make …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: .venv/ready ## the default study: profile, plan, training, evaluation, table
+	snakemake --cores all
+	egrpo report
+
+test: .venv/ready ## all tests
+	python -m pytest
+
+lint: .venv/ready ## the linters that .ci/run runs
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+ui: .venv/ready ## browse the results in MLflow, on 127.0.0.1
+	@egrpo ui
+
+clean: ## remove all results
+	rm -rf results/* .snakemake
+	git checkout -q -- results 2>/dev/null || true

@@ -1,0 +1,29 @@
+# E-GRPO: entropy profile -> merge plan -> training -> evaluation -> tables, figures, MLflow.
+# Run from this folder: `snakemake --cores all`, or with another study:
+# `snakemake --cores all --configfile config/mine.yaml`.
+
+from snakemake.utils import min_version
+
+min_version("9.10")
+
+# Without this test, settings of the default study would leak into a --configfile given by the user.
+if "model" not in config:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/profile.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+report: "workflow/report/workflow.rst"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{STUDY}/published.json",

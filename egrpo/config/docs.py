@@ -1,0 +1,137 @@
+"""Documents generated from the settings: commented reference YAML, JSON schema, settings page.
+
+``python -m egrpo.config.docs`` writes them; a test keeps them in step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from egrpo.config.load import METHOD_MODELS
+from egrpo.config.models import RunConfig, StudyConfig
+
+HEAD = """\
+# Every setting, its default and where that comes from. Generated: `python -m egrpo.config.docs`.
+# A study's YAML needs only what differs; `...` marks what has no default.
+"""
+
+
+def about(field: FieldInfo) -> str:
+    """A setting's sentence with the bounds and the source of its default."""
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    marks = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
+    bounds = [
+        f"{marks[type(m).__name__]} {getattr(m, type(m).__name__.lower())}"
+        for m in field.metadata
+        if type(m).__name__ in marks
+    ]
+    text = field.description or ""
+    if bounds:
+        text += f" [{', '.join(bounds)}]"
+    source = extra.get("source")
+    return f"{text} ({source})" if source and not field.is_required() else text
+
+
+def section(field: FieldInfo) -> type[BaseModel] | None:
+    """The settings model of a field that is a section of its own."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def lines(model: type[BaseModel], indent: int = 0, skip: tuple[str, ...] = ()) -> Iterator[str]:
+    """YAML lines of one settings model, comments above the keys."""
+    pad = "  " * indent
+    for name, field in model.model_fields.items():
+        if name in skip:
+            continue
+        below = section(field)
+        if below is not None:
+            yield f"{pad}# {(below.__doc__ or '').strip().splitlines()[0]}"
+            yield f"{pad}{name}:"
+            yield from lines(below, indent + 1)
+            continue
+        yield f"{pad}# {about(field)}"
+        value = "..." if field.is_required() else _scalar(field.default)
+        yield f"{pad}{name}: {value}"
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=200).split("\n...")[0].strip()
+
+
+def reference_yaml() -> str:
+    """The commented reference of all settings."""
+    out = [HEAD.rstrip(), ""]
+    out += lines(StudyConfig, skip=("methods",))
+    out += lines(RunConfig, skip=("run", "method", "rewards"))
+    out += ["# Reward models by name; the name is what train.rewards and the tables use.", "rewards:"]
+    reward = RunConfig.model_fields["rewards"].annotation
+    out += ["  <name>:", *lines(reward.__args__[1], indent=2)]  # type: ignore[union-attr]
+    out += [
+        "# Settings by method; a run chooses its method with the column method.name of the runs",
+        "# table, and overrides single settings by columns such as method.threshold.",
+        "methods:",
+    ]
+    for name, method in METHOD_MODELS.items():
+        out += [f"  # {(method.__doc__ or '').strip().splitlines()[0]}", f"  {name}:"]
+        out += lines(method, indent=2, skip=("name",))
+        out += ["    # set for this method elsewhere, by its own paper or code:"]
+        out += [f"    #   {key}: {_scalar(value)}" for key, value in method.recipe.items()]
+    return "\n".join(out) + "\n"
+
+
+def schema() -> str:
+    """JSON schema of one resolved run; no unknown keys at any level."""
+    return json.dumps(RunConfig.model_json_schema(), indent=1) + "\n"
+
+
+def settings_page() -> str:
+    """Markdown table of every setting."""
+    out = [
+        "# Settings",
+        "",
+        "Generated from `egrpo/config/models.py` by `python -m egrpo.config.docs`.",
+        "",
+        "| setting | default | what it is |",
+        "|---|---|---|",
+    ]
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            below = section(field)
+            if below is not None:
+                walk(below, f"{prefix}{name}.")
+            elif name != "method":
+                default = "required" if field.is_required() else f"`{_scalar(field.default)}`"
+                out.append(f"| `{prefix}{name}` | {default} | {about(field)} |")
+
+    walk(StudyConfig, "")
+    walk(RunConfig, "")
+    for name, method in METHOD_MODELS.items():
+        walk(method, f"methods.{name}.")
+        out.extend(
+            f"| `{key}` ({name}) | `{_scalar(value)}` | set by the method's own recipe |"
+            for key, value in method.recipe.items()
+        )
+    return "\n".join(out) + "\n"
+
+
+DOCUMENTS = {
+    "config/reference.yaml": reference_yaml,
+    "workflow/schemas/run.schema.json": schema,
+    "docs/settings.md": settings_page,
+}
+"""Generated files, by path from the repository's root."""
+
+
+if __name__ == "__main__":
+    for path, make in DOCUMENTS.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(make(), encoding="utf-8")

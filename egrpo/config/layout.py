@@ -1,0 +1,56 @@
+"""Where everything lies in the results folder. The workflow and the stages both ask here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from egrpo.config.load import Study, embedding_key, evaluation_key, profile_key
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of one study's results, relative to the working directory as the study gives them."""
+
+    study: Study
+
+    @property
+    def root(self) -> Path:
+        """Folder of the study."""
+        return Path(self.study.results) / self.study.name
+
+    @property
+    def store(self) -> Path:
+        """Where runs are tracked; studies of one results folder share the database."""
+        return self.root / "store.json"
+
+    def run(self, run: str) -> Path:
+        """Folder of one run's settings and results."""
+        return self.root / "runs" / run
+
+    def config(self, run: str) -> Path:
+        """Resolved settings of one run."""
+        return self.run(run) / "config.yaml"
+
+    def embeddings(self, run: str) -> Path:
+        """Prompt embeddings that a run needs."""
+        return self.root / "embeddings" / f"{embedding_key(self.study.runs[run])}.safetensors"
+
+    def profile(self, run: str) -> Path:
+        """Entropy profile that a run's plan is made from."""
+        key = profile_key(self.study.runs[run])
+        return self.root / "profiles" / key / "entropy_profile.parquet"
+
+    def base(self, run: str) -> Path:
+        """Folder of the base model's evaluation that a run is compared with."""
+        return self.root / "base" / evaluation_key(self.study.runs[run])
+
+    @property
+    def comparison(self) -> Path:
+        """The table of all runs against their base."""
+        return self.root / "tables" / "comparison.parquet"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the pictures."""
+        return self.root / "figures"

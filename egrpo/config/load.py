@@ -1,0 +1,397 @@
+"""Reading, merging and validating settings; digests that name what depends on them.
+
+Order of merging, later wins: model defaults, the method's own recipe, the study's YAML,
+the run's row in the runs table.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from egrpo.config.models import AnyMethod, Method, RunConfig, StudyConfig
+from egrpo.errors import UserError
+
+Tree = dict[str, Any]
+
+METHOD_MODELS: dict[str, type[Method]] = {
+    model.model_fields["name"].default: model for model in get_args(get_args(AnyMethod)[0])
+}
+"""Settings model of each method, by name."""
+
+_UNION_MEMBERS = ("int", "list[int]")
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study with all its runs resolved."""
+
+    name: str
+    results: str
+    runs: dict[str, RunConfig]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the runs table."""
+
+    run: str
+    overrides: dict[str, Any]
+
+
+def numbers(value: Any) -> Any:
+    """``1e-4`` is a number to people and a string to YAML 1.1: make it a number, at any depth."""
+    if isinstance(value, dict):
+        return {k: numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [numbers(v) for v in value]
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value
+
+
+def read_yaml(path: str | Path) -> Tree:
+    """A YAML file as a dictionary.
+
+    Raises:
+        UserError: if the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected settings as `key: value` lines")
+    return data
+
+
+def read_runs(path: str | Path) -> list[Row]:
+    """The runs table: tab-separated, column ``run`` and one column per overridden dotted key.
+
+    An empty cell overrides nothing; lines that start with # are comments.
+
+    Raises:
+        UserError: naming the line and what is wrong with it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: runs table cannot be read: {error}") from None
+    lines = [ln for ln in text.splitlines() if ln.strip() and not ln.startswith("#")]
+    if not lines:
+        raise UserError(f"{path}: the runs table is empty; its first line must name the columns")
+    header, *body = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    if header[0] != "run":
+        raise UserError(f"{path}: the first column must be `run` (columns are split by tabs)")
+    if not all(name.strip() for name in header):
+        raise UserError(f"{path}: a column has no name (is there a tab at the end of the header?)")
+    if len(set(header)) != len(header):
+        raise UserError(f"{path}: a column is named twice")
+    if not body:
+        raise UserError(f"{path}: the runs table has no run")
+    rows: dict[str, Row] = {}
+    for cells in body:
+        if len(cells) > len(header):
+            raise UserError(
+                f"{path}: run {cells[0]!r} has {len(cells)} cells, the header {len(header)}"
+            )
+        run = cells[0].strip()
+        if run in rows:
+            raise UserError(f"{path}: run id {run!r} occurs twice; ids must be unique")
+        overrides = {}
+        for key, cell in zip(header[1:], cells[1:], strict=False):
+            if not cell.strip():
+                continue
+            try:
+                overrides[key] = numbers(yaml.safe_load(cell))
+            except (yaml.YAMLError, ValueError):
+                raise UserError(
+                    f"{path}: run {run!r}, column {key}: cannot read {cell!r}"
+                ) from None
+        rows[run] = Row(run, overrides)
+    return list(rows.values())
+
+
+def put(tree: Tree, dotted: str, value: Any) -> None:
+    """Set ``tree[a][b][c]`` for the key ``a.b.c``, in place.
+
+    Raises:
+        KeyError: if a part of the key is not a section.
+    """
+    *sections, last = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise KeyError(section)
+    tree[last] = value
+
+
+def overlay(base: Tree, top: Mapping[str, Any]) -> Tree:
+    """``base`` with ``top`` laid over it, section by section; neither is changed."""
+    out = dict(base)
+    for key, value in top.items():
+        below = out.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, dict)
+        out[key] = overlay(below, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def resolve(data: Tree, source: str) -> Study:
+    """All runs of a study from its settings (as read from YAML).
+
+    Args:
+        data: the study's YAML; ``source`` is its name for messages.
+
+    Raises:
+        UserError: one line naming file, key and remedy.
+    """
+    data = numbers(data)
+    study_keys = set(StudyConfig.model_fields)
+    try:
+        study = StudyConfig.model_validate({k: v for k, v in data.items() if k in study_keys})
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error, StudyConfig)}") from None
+    unknown = sorted(set(study.methods) - set(METHOD_MODELS))
+    if unknown:
+        raise UserError(
+            f"{source}: methods.{unknown[0]}: unknown method; known: {', '.join(METHOD_MODELS)}"
+        )
+    shared = {k: v for k, v in data.items() if k not in study_keys}
+    for key in ("run", "method"):
+        if key in shared:
+            raise UserError(
+                f"{source}: {key}: belongs in the runs table (method.name, method.…) or under "
+                "`methods`, not at the top of a study"
+            )
+    runs = {
+        row.run: resolve_run(shared, study.methods, row, source, study.runs)
+        for row in read_runs(study.runs)
+    }
+    names = {run.study for run in runs.values()}
+    if len(names) > 1:
+        raise UserError(f"{study.runs}: column study: all runs of a table share one study")
+    return Study(names.pop(), study.results, runs)
+
+
+def resolve_run(
+    shared: Tree, methods: Mapping[str, Tree], row: Row, source: str, table: str
+) -> RunConfig:
+    """One run: its method's recipe, the study's settings, then its own overrides."""
+    name = row.overrides.get("method.name", "egrpo")
+    if not isinstance(name, str) or name not in METHOD_MODELS:
+        raise UserError(
+            f"{table}: run {row.run!r}, column method.name: unknown method {name!r}; "
+            f"known: {', '.join(METHOD_MODELS)}"
+        )
+    tree: Tree = {}
+    for key, value in METHOD_MODELS[name].recipe.items():
+        put(tree, key, value)
+    tree = overlay(tree, shared)
+    base = overlay(tree, {"run": row.run, "method": {"name": name, **methods.get(name, {})}})
+    tree = base
+    for key, value in row.overrides.items():
+        section: Tree = {}
+        put(section, key, value)
+        tree = overlay(tree, section)
+    try:
+        run = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        text, problem = explain(error, RunConfig), first_problem(error)
+        if problem["loc"] != ("run",) and without_row(base, problem):
+            text = re.sub(r"^method(?=[.:])", f"methods.{name}", text)
+            raise UserError(f"{source}: {text}") from None
+        raise UserError(f"{table}, run {row.run!r}: {text}") from None
+    if run.method.name != name:  # its recipe would be another method's
+        raise UserError(
+            f"{table}, run {row.run!r}: method.name is {name!r} but the settings of the method "
+            f"say {run.method.name!r}; set it in column method.name only"
+        )
+    return run
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and resolve a study's YAML file."""
+    return resolve(read_yaml(path), str(path))
+
+
+def check_files(study: Study, source: str) -> None:
+    """Refuse a study whose prompt, reward or model files are not there, before anything runs.
+
+    Raises:
+        UserError: naming the key and the file.
+    """
+    seen: set[tuple[str, str]] = set()
+    for name, run in study.runs.items():
+        files = {
+            "prompts.train": run.prompts.train,
+            "prompts.heldout": run.prompts.heldout,
+            **{f"rewards.{k}.path": r.path for k, r in run.rewards.items() if r.path},
+        }
+        for key, path in files.items():
+            if (key, path) not in seen and not Path(path).is_file():
+                raise UserError(f"{source}: {key}: {path}: no such file (run {name})")
+            seen.add((key, path))
+        if not is_hub_id(run.model.path) and not Path(run.model.path).is_dir():
+            raise UserError(
+                f"{source}: model.path: {run.model.path}: no such folder, and not a hub id "
+                f"(owner/name) (run {name})"
+            )
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` is an ``owner/name`` that does not exist here as a folder."""
+    return not Path(path).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """Read the resolved settings of one run, as the workflow wrote them."""
+    try:
+        return RunConfig.model_validate(numbers(read_yaml(path)))
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, RunConfig)}") from None
+
+
+def first_problem(error: ValidationError) -> ErrorDetails:
+    """The problem to tell: a misspelt key before others, for it may be why they are missing."""
+    problems = error.errors(include_url=False)
+    return next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+
+
+def key_of(loc: tuple[int | str, ...]) -> str:
+    """The dotted key of a problem, without pydantic's names for members of a union."""
+    parts = loc[:1] + loc[2:] if loc[:1] == ("method",) else loc  # the tag of the method
+    return ".".join(str(p) for p in parts if p not in _UNION_MEMBERS)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem as one line: key, what is wrong, what would be right."""
+    first = first_problem(error)
+    key = key_of(first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"unknown setting{did_you_mean(model, first['loc'])}"
+    elif first["type"] == "missing":
+        text = "is missing"
+    else:
+        text = first["msg"].removeprefix("Value error, ")
+        if first["type"] != "value_error":
+            text += f", got {first['input']!r}"
+    # errors of a whole section carry their own key
+    separator = "." if first["type"] == "value_error" else ": "
+    joined = f"{key}{separator}{text}" if key else text
+    others = len({key_of(p["loc"]) for p in error.errors(include_url=False)}) - 1
+    return f"{joined} (and {others} more)" if others else joined
+
+
+def without_row(base: Tree, problem: ErrorDetails) -> bool:
+    """Whether a problem is there before the row's overrides: then the study is at fault."""
+
+    def same(p: ErrorDetails) -> tuple[Any, ...]:
+        value = None if isinstance(p["input"], dict) else p["input"]
+        return p["loc"], p["type"], p["msg"], value
+
+    try:
+        RunConfig.model_validate(base)
+    except ValidationError as error:
+        return same(problem) in [same(p) for p in error.errors(include_url=False)]
+    return False
+
+
+def did_you_mean(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """``; did you mean `x`?`` for a key that nearly exists, else the list of keys."""
+    current: Any = model
+    for part in loc[:-1]:
+        if part in METHOD_MODELS:
+            current = METHOD_MODELS[str(part)]
+            continue
+        if get_origin(current) is dict:
+            current = get_args(current)[1]
+            continue
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            return ""
+        current = field.annotation
+    names = list(getattr(current, "model_fields", {}))
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    if near:
+        return f"; did you mean `{near[0]}`?"
+    return f"; known here: {', '.join(names)}" if names else ""
+
+
+def digest(value: Any) -> str:
+    """Ten hexadecimal digits that name a JSON-like value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def base_model(run: RunConfig) -> Tree:
+    """The settings that say what the untrained model computes."""
+    tuned = {"tuning", "lora", "merge_lora_for_sampling"}
+    return run.model.model_dump(exclude=tuned)
+
+
+def embedding_key(run: RunConfig) -> str:
+    """Names the prompt embeddings that a run needs."""
+    model = run.model
+    return digest(
+        {
+            "path": model.path,
+            "revision": model.revision,
+            "dtype": model.dtype,
+            "max_sequence_length": model.max_sequence_length,
+            "negative": model.guidance_scale > 1,
+            "prompts": run.prompts.model_dump(),
+        }
+    )
+
+
+def profile_key(run: RunConfig) -> str:
+    """Names the entropy profile that a run's plan is made from."""
+    method = run.method
+    return digest(
+        {
+            "model": base_model(run),
+            "schedule": run.schedule.model_dump(),
+            "steps": method.steps,
+            "dynamics": method.dynamics,
+            "noise_level": method.noise_level,
+            "rewards": {k: r.model_dump() for k, r in run.rewards.items()},
+            "profile": run.profile.model_dump(),
+            "prompts": run.prompts.train,
+        }
+    )
+
+
+def evaluation_key(run: RunConfig) -> str:
+    """Names the evaluation of the base model that a run is compared with."""
+    return digest(
+        {
+            "model": base_model(run),
+            "schedule": run.schedule.model_dump(),
+            "rewards": {k: r.model_dump() for k, r in run.rewards.items()},
+            "evaluate": run.evaluate.model_dump(exclude={"bootstrap"}),
+            "prompts": run.prompts.heldout,
+        }
+    )
+
+
+def run_key(run: RunConfig) -> str:
+    """Names what a training run computes; how it is evaluated and tracked does not matter."""
+    settings = run.model_dump(exclude={"tracking", "evaluate", "profile"})
+    return digest({**settings, "monitor_steps": run.evaluate.steps})

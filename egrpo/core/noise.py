@@ -1,0 +1,51 @@
+"""Standard deviation of one transition, as a float. Needs no torch, so planning needs none.
+
+Notation: flow time t = sigma_i, target sigma_j < sigma_i, D = sigma_i - sigma_j.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from egrpo.core.schedule import Sigmas
+
+
+def flow_sde_scale(sigmas: Sigmas, start: int, noise_level: float) -> float:
+    """Diffusion coefficient ``s_t = a * sqrt(t / (1 - t))`` of Flow-SDE.
+
+    Where t = 1 the denominator uses ``sigmas[1]`` instead, as Flow-GRPO's code does
+    (arXiv 2505.05470, eq. 9 and ``sde_step_with_logprob``).
+    """
+    t = sigmas[start]
+    guard = sigmas[1] if t == 1.0 else t
+    return noise_level * math.sqrt(t / (1.0 - guard))
+
+
+def flow_sde_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
+    """``s_t * sqrt(D)``: one step or one merged step; the scale is that of its start."""
+    return flow_sde_scale(sigmas, start, noise_level) * math.sqrt(sigmas[start] - sigmas[stop])
+
+
+def dance_sde_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
+    """``eta * sqrt(D)`` (DanceGRPO, arXiv 2505.07818)."""
+    return noise_level * math.sqrt(sigmas[start] - sigmas[stop])
+
+
+def cps_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
+    """``sigma_j * sin(a * pi / 2)`` (coefficients-preserving sampling, arXiv 2509.05952)."""
+    return sigmas[stop] * math.sin(noise_level * math.pi / 2.0)
+
+
+def ode_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
+    """An ODE step adds no noise."""
+    return 0.0
+
+
+STD: dict[str, Callable[[Sigmas, int, int, float], float]] = {
+    "ode": ode_std,
+    "flow_sde": flow_sde_std,
+    "dance_sde": dance_sde_std,
+    "cps": cps_std,
+}
+"""Standard deviation by name of the dynamics: ``STD[name](sigmas, start, stop, noise_level)``."""

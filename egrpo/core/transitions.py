@@ -1,0 +1,111 @@
+"""Transitions from sigma_i to sigma_j: mean, standard deviation, log-probability.
+
+x is the latent [B, ...] at t = sigma_i, v the velocity there [B, ...], dt = sigma_j - sigma_i < 0.
+A merged step (j - i > 1) is one such transition. Means are computed in float32, or in float64
+for float64 latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from egrpo.core.noise import STD, flow_sde_scale
+from egrpo.core.schedule import Sigmas
+
+
+def working(x: Tensor) -> Tensor:
+    """``x`` in at least float32: half precision overflows in log-probabilities."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def ode_mean(
+    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, noise_level: float
+) -> Tensor:
+    """Euler: ``x + v * dt``."""
+    return working(x) + working(v) * (sigmas[stop] - sigmas[start])
+
+
+def flow_sde_mean(
+    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, noise_level: float
+) -> Tensor:
+    """``x*(1 + s^2/(2t)*dt) + v*(1 + s^2*(1-t)/(2t))*dt`` (Flow-GRPO, arXiv 2505.05470, eq. 9)."""
+    t, dt = sigmas[start], sigmas[stop] - sigmas[start]
+    s2 = flow_sde_scale(sigmas, start, noise_level) ** 2
+    return working(x) * (1 + s2 / (2 * t) * dt) + working(v) * (1 + s2 * (1 - t) / (2 * t)) * dt
+
+
+def dance_sde_mean(
+    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, noise_level: float
+) -> Tensor:
+    """``x + dt*v - eta^2/2 * score * dt`` (DanceGRPO, arXiv 2505.07818).
+
+    ``score = -(x - (1-t)*x0)/t^2`` with ``x0 = x - t*v``.
+    """
+    x, v = working(x), working(v)
+    t, dt = sigmas[start], sigmas[stop] - sigmas[start]
+    score = -(x - (1 - t) * (x - t * v)) / t**2
+    return x + dt * v - 0.5 * noise_level**2 * score * dt
+
+
+def cps_mean(
+    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, noise_level: float
+) -> Tensor:
+    """``(1-s')*x0 + sqrt(s'^2 - std^2)*x1`` with ``x0 = x - t*v``, ``x1 = x + (1-t)*v``.
+
+    Coefficients-preserving sampling (arXiv 2509.05952); s' = sigma_j.
+    """
+    x, v = working(x), working(v)
+    t, target = sigmas[start], sigmas[stop]
+    kept = target * math.cos(noise_level * math.pi / 2.0)  # sqrt(target^2 - std^2)
+    return (1 - target) * (x - t * v) + kept * (x + (1 - t) * v)
+
+
+MeanFn = Callable[[Tensor, Tensor, Sigmas, int, int, float], Tensor]
+
+MEAN: dict[str, MeanFn] = {
+    "ode": ode_mean,
+    "flow_sde": flow_sde_mean,
+    "dance_sde": dance_sde_mean,
+    "cps": cps_mean,
+}
+"""Mean by name of the dynamics, the partner of :data:`egrpo.core.noise.STD`."""
+
+
+def transition(
+    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, dynamics: str, noise_level: float
+) -> tuple[Tensor, float]:
+    """Mean [B, ...] and standard deviation (one float) of the edge ``start -> stop``."""
+    mean = MEAN[dynamics](x, v, sigmas, start, stop, noise_level)
+    return mean, STD[dynamics](sigmas, start, stop, noise_level)
+
+
+def gaussian_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
+    """Gaussian log-density [B], the **mean** over the non-batch dimensions, in nats per dimension.
+
+    The mean, not the sum, is what all public code of these methods uses; ratios and the clip
+    range are in that unit. ``x_next`` must already be rounded to its storage dtype.
+
+    Raises:
+        ValueError: if ``std`` is not positive.
+    """
+    if std <= 0:
+        raise ValueError("a step without noise has no log-probability")
+    z = (working(x_next) - mean) / std
+    per_dim = -0.5 * z * z - math.log(std) - 0.5 * math.log(2.0 * math.pi)
+    return per_dim.flatten(1).mean(1)
+
+
+def cps_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
+    """``-mean((x' - mean)^2)`` [B]: CPS drops the variance, which vanishes with sigma."""
+    return -((working(x_next) - mean) ** 2).flatten(1).mean(1)
+
+
+def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:
+    """Log-probability [B] of ``x_next`` under the edge's dynamics, float32 or better."""
+    return cps_log_prob(x_next, mean, std) if dynamics == "cps" else gaussian_log_prob(
+        x_next, mean, std
+    )

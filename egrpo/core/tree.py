@@ -1,0 +1,166 @@
+"""Rollout trees: a method is a function that returns one of these, and nothing else.
+
+A node is a latent at a grid index. The edge that leads to it is a transition over
+[parent.index, index). Leaves lie at sigma = 0 and are decoded and rewarded. A trained edge gets
+the mean reward of its leaves, normalised within its group of comparable edges.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from egrpo.core.noise import STD
+
+ROOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One latent and the edge that makes it.
+
+    Attributes:
+        parent: position of the parent in ``Tree.nodes``; ``ROOT`` for initial noise.
+        index: grid index of this latent.
+        dynamics: of the edge from the parent, a key of ``noise.STD``; "" for a root.
+        sample: which noise to draw: seeds are functions of (step, sample), so that two edges
+            with the same start and sample share their noise.
+        trained: whether the edge's log-probability enters the loss.
+        group: trained edges of one prompt with equal group are compared with each other.
+        weight: factor of the edge's loss.
+    """
+
+    parent: int
+    index: int
+    dynamics: str = ""
+    sample: int = 0
+    trained: bool = False
+    group: int = 0
+    weight: float = 1.0
+
+
+class Cost(NamedTuple):
+    """Network evaluations of a tree: ``forward`` while sampling, ``train`` forward+backward."""
+
+    forward: int
+    train: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The rollout of one prompt over a grid of ``steps`` intervals.
+
+    Raises:
+        ValueError: if a parent comes after its child, an edge does not go forward on the grid,
+            a trained edge is deterministic, or a branch ends before sigma = 0.
+    """
+
+    steps: int
+    nodes: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        for k, node in enumerate(self.nodes):
+            if node.parent == ROOT:
+                if node.index != 0 or node.trained:
+                    raise ValueError(f"node {k}: a root is untrained noise at index 0")
+                continue
+            if not ROOT < node.parent < k:
+                raise ValueError(f"node {k}: parent {node.parent} must come before it")
+            start = self.nodes[node.parent].index
+            if not start < node.index <= self.steps:
+                raise ValueError(f"node {k}: edge {start} -> {node.index} must go forward")
+            if node.dynamics not in STD:
+                raise ValueError(f"node {k}: unknown dynamics {node.dynamics!r}")
+            if node.trained and node.dynamics == "ode":
+                raise ValueError(f"node {k}: an ODE edge has no log-probability to train")
+        for k, node in enumerate(self.nodes):
+            if not self.children[k] and node.index != self.steps:
+                raise ValueError(f"node {k}: the branch ends at index {node.index}, not at sigma 0")
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """For each node the positions of its children."""
+        lists: list[list[int]] = [[] for _ in self.nodes]
+        for k, node in enumerate(self.nodes):
+            if node.parent != ROOT:
+                lists[node.parent].append(k)
+        return tuple(tuple(c) for c in lists)
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """Positions of the nodes at sigma = 0."""
+        return tuple(k for k, node in enumerate(self.nodes) if node.index == self.steps)
+
+    @cached_property
+    def trained(self) -> tuple[int, ...]:
+        """Positions of the nodes whose edge is trained."""
+        return tuple(k for k, node in enumerate(self.nodes) if node.trained)
+
+    @cached_property
+    def leaves_below(self) -> dict[int, tuple[int, ...]]:
+        """For each trained edge the ranks in ``leaves`` of the leaves that descend from it."""
+        below: list[list[int]] = [[] for _ in self.nodes]
+        rank = {leaf: r for r, leaf in enumerate(self.leaves)}
+        for k in reversed(range(len(self.nodes))):
+            if k in rank:
+                below[k].append(rank[k])
+            if self.nodes[k].parent != ROOT:
+                below[self.nodes[k].parent].extend(below[k])
+        return {k: tuple(sorted(below[k])) for k in self.trained}
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Predicted evaluations: one per node that has children; one per node with trained ones."""
+        forward = sum(1 for c in self.children if c)
+        train = len({self.nodes[k].parent for k in self.trained})
+        return Cost(forward, train)
+
+    def group_sizes(self) -> Counter[int]:
+        """Number of trained edges in each group."""
+        return Counter(self.nodes[k].group for k in self.trained)
+
+
+class TreeBuilder:
+    """Grows a tree node by node; positions are returned and used as parents."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.nodes: list[Node] = []
+
+    def root(self, sample: int = 0) -> int:
+        """Add initial noise."""
+        self.nodes.append(Node(ROOT, 0, sample=sample))
+        return len(self.nodes) - 1
+
+    def edge(
+        self,
+        parent: int,
+        index: int,
+        dynamics: str,
+        *,
+        sample: int = 0,
+        trained: bool = False,
+        group: int = 0,
+        weight: float = 1.0,
+    ) -> int:
+        """Add one transition from ``parent`` to grid ``index``."""
+        self.nodes.append(Node(parent, index, dynamics, sample, trained, group, weight))
+        return len(self.nodes) - 1
+
+    def ode(self, parent: int, stops: Iterable[int]) -> int:
+        """Add a chain of ODE steps through the grid indices ``stops``; returns its last node."""
+        for stop in stops:
+            parent = self.edge(parent, stop, "ode")
+        return parent
+
+    def finish(self, parent: int) -> int:
+        """ODE, one interval at a time, from ``parent`` to sigma = 0."""
+        return self.ode(parent, range(self.nodes[parent].index + 1, self.steps + 1))
+
+    def build(self) -> Tree:
+        """The finished, checked tree."""
+        return Tree(self.steps, tuple(self.nodes))

@@ -1,0 +1,37 @@
+"""The toy world's preference score: a network trained on synthetic pairwise preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from egrpo.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Preference:
+    """Crisp, centred, saturated images score high; the prompt does not matter."""
+
+    def __init__(self, path: str, device: str) -> None:
+        from egrpo.world.preference import load_preference
+
+        if not Path(path).is_file():
+            raise UserError(f"rewards, kind preference: {path}: no such file")
+        try:
+            self.model = load_preference(path).to(device)
+        except ValueError as error:
+            raise UserError(f"rewards, kind preference: {path}: {error}") from None
+        self.device = device
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[n] float32; about zero mean and unit std on clean drawings of the world."""
+        import torch
+
+        with torch.no_grad():
+            return self.model(images.to(self.device)).float().cpu().numpy()

@@ -1,0 +1,39 @@
+"""The toy world's exact reward: are colour, shape, position and size what the prompt says?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from egrpo.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Verifier:
+    """Reads the attributes off the pixels (``egrpo.world.verifier``).
+
+    ``exact``: 1 if all four are right, else 0; otherwise the smooth score in [0, 1].
+    """
+
+    def __init__(self, exact: bool) -> None:
+        self.exact = exact
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[n] float32.
+
+        Raises:
+            UserError: if a prompt lies outside the toy world's grammar.
+        """
+        from egrpo.world.verifier import verify
+
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        try:
+            verdict = verify(pixels, prompts)
+        except ValueError as error:
+            raise UserError(f"reward of kind verifier: {error}") from None
+        return (verdict.exact if self.exact else verdict.smooth).astype(np.float32)

@@ -1,0 +1,1 @@
+"""What a workflow rule runs: one module per rule."""

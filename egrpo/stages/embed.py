@@ -1,0 +1,20 @@
+"""Prompt embeddings of both prompt files, so that no later job loads a text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from egrpo.config.models import RunConfig
+from egrpo.models import load_model
+from egrpo.models.conditioning import read_prompts, save_conditioning
+
+
+def embed(run: RunConfig, output: Path) -> None:
+    """Encode ``prompts.train`` and ``prompts.heldout`` with the run's model.
+
+    Raises:
+        UserError: if a prompt file or the model is missing or wrong.
+    """
+    sets = {"train": read_prompts(run.prompts.train), "heldout": read_prompts(run.prompts.heldout)}
+    model = load_model(run.model)
+    save_conditioning(output, {name: (p, model.encode(p)) for name, p in sets.items()})

@@ -1,0 +1,56 @@
+"""ODE sampling for monitors and evaluation: noise depends on prompt and sample alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from egrpo.core.executor import execute
+from egrpo.core.methods import chains
+from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.seeds import normal
+from egrpo.models.conditioning import Conditioning
+from egrpo.models.sd3 import SD3
+
+
+def sample_images(
+    model: SD3,
+    conditioning: Conditioning,
+    prompt_ids: Sequence[int],
+    *,
+    steps: int,
+    shift: float,
+    samples: int,
+    micro_batch: int,
+) -> tuple[Tensor, int]:
+    """Images of the prompts, ``samples`` each, by plain ODE.
+
+    The same prompt and sample start from the same noise in every run, whatever the batch size.
+
+    Returns:
+        uint8 [prompts * samples, 3, height, width], samples of a prompt together, on the CPU;
+        and the number of network evaluations.
+    """
+    sigmas = shifted_sigmas(steps, shift)
+    shape = model.image_shape
+    rows = torch.tensor(list(prompt_ids))
+    module = model.sampler
+
+    def velocity(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
+        prompts = conditioning.rows(rows[tree.cpu()].to(x.device))
+        return model.velocity(x, sigma, prompts, module)
+
+    rollout = execute(
+        [chains(steps, samples)] * len(prompt_ids),
+        sigmas,
+        velocity,
+        lambda tree, start, sample: normal(shape, "evaluate", prompt_ids[tree], start, sample),
+        noise_level=0.0,
+        micro_batch=micro_batch,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    images = model.decode(rollout.leaves, micro_batch).cpu()
+    return images, rollout.forward * model.evaluations_per_velocity

@@ -1,0 +1,1 @@
+"""Side effects on disk and tracking: atomic files, Parquet, journal, checkpoints, MLflow."""

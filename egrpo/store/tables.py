@@ -1,0 +1,224 @@
+"""Every Parquet table: schema, units, provenance. Written with pyarrow, zstd, atomically."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from egrpo import __version__
+from egrpo.errors import UserError
+from egrpo.store.files import replacing
+
+TEXT = pa.string()
+INT = pa.int32()
+BIG = pa.int64()
+REAL = pa.float64()
+FLAG = pa.bool_()
+BYTES = pa.binary()
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: its columns as (name, type, unit, description), and the order of its rows."""
+
+    name: str
+    version: int
+    description: str
+    columns: tuple[tuple[str, pa.DataType, str, str], ...]
+    sort: tuple[str, ...] = ()
+
+    def schema(self, metadata: Mapping[str, str] | None = None) -> pa.Schema:
+        """Arrow schema with unit and description on each field."""
+        fields = [
+            pa.field(name, kind, metadata={"unit": unit, "description": text})
+            for name, kind, unit, text in self.columns
+        ]
+        head = {
+            "schema": self.name,
+            "schema_version": str(self.version),
+            "description": self.description,
+            "egrpo_version": __version__,
+            "git_commit": git_commit(),
+        }
+        return pa.schema(fields, metadata={**head, **(metadata or {})})
+
+
+ENTROPY_PROFILE = Table(
+    "entropy_profile", 1,
+    "Entropy of each step and span: closed form, and the spread measured by branching.",
+    (
+        ("step", INT, "grid index", "where the branch starts"),
+        ("span", INT, "grid intervals", "intervals covered by the one SDE step"),
+        ("sigma", REAL, "1", "flow time at the start"),
+        ("sigma_stop", REAL, "1", "flow time at the end of the step"),
+        ("std", REAL, "latent units", "standard deviation of the transition"),
+        ("exp_per_dim", REAL, "latent units", "closed form exp(h/d)"),
+        ("nats_per_dim", REAL, "nats per dimension", "closed form h/d"),
+        ("variance", REAL, "1", "closed form (std / noise level)^2"),
+        ("prompt_id", INT, "row of the prompt file", "profiled prompt"),
+        ("quantity", TEXT, "", "latent_variance, image_distance, or reward:<name>"),
+        ("spread", REAL, "see quantity", "variance per dimension of the final latents; mean "
+         "pairwise RMS distance of images in [0,1]; std of the reward within the group"),
+        ("yardstick", REAL, "see quantity", "the same for the noisy copies of one final image"),
+    ),
+    ("prompt_id", "step", "span", "quantity"),
+)  # fmt: skip
+
+TRAIN_METRICS = Table(
+    "train_metrics", 1, "Training metrics, one row per iteration and metric.",
+    (
+        ("run", TEXT, "", "run id"),
+        ("iteration", INT, "iterations", "counted from 1"),
+        ("nfe", BIG, "network evaluations", "forward plus forward+backward so far"),
+        ("metric", TEXT, "", "name, as in MLflow"),
+        ("value", REAL, "see metric", "value"),
+    ),
+    ("run", "iteration", "metric"),
+)  # fmt: skip
+
+ROLLOUTS = Table(
+    "rollouts", 1, "One row per trained edge and reward.",
+    (
+        ("run", TEXT, "", "run id"),
+        ("iteration", INT, "iterations", "counted from 1"),
+        ("prompt_id", INT, "row of the prompt file", "training prompt"),
+        ("step", INT, "grid index", "where the stochastic edge starts"),
+        ("span", INT, "grid intervals", "intervals it covers"),
+        ("sample", INT, "", "sample within its group"),
+        ("reward", TEXT, "", "name of the reward"),
+        ("value", REAL, "see reward", "mean reward of the leaves below; null where scoring failed"),
+        ("advantage", REAL, "1", "advantage of the edge, all rewards combined"),
+        ("log_prob", REAL, "nats per dimension", "under the weights that sampled"),
+        ("nfe", BIG, "network evaluations", "of the run at the end of this iteration"),
+    ),
+    ("run", "iteration", "prompt_id", "step", "sample", "reward"),
+)  # fmt: skip
+
+SCORES = Table(
+    "scores", 1, "Rewards of evaluation images.",
+    (
+        ("run", TEXT, "", "run id, or `base`"),
+        ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
+        ("prompt", TEXT, "", "its text"),
+        ("sample", INT, "", "image of the prompt"),
+        ("reward", TEXT, "", "name of the reward"),
+        ("value", REAL, "see reward", "score; null where scoring failed"),
+    ),
+    ("run", "prompt_id", "sample", "reward"),
+)  # fmt: skip
+
+IMAGES = Table(
+    "images", 1, "Evaluation images.",
+    (
+        ("run", TEXT, "", "run id, or `base`"),
+        ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
+        ("prompt", TEXT, "", "its text"),
+        ("sample", INT, "", "image of the prompt"),
+        ("png", BYTES, "PNG file", "the image, lossless"),
+    ),
+    ("run", "prompt_id", "sample"),
+)  # fmt: skip
+
+MERGE_PLAN = Table(
+    "merge_plan", 1, "Active steps and their spans.",
+    (
+        ("run", TEXT, "", "run id"),
+        ("step", INT, "grid index", "active step"),
+        ("span", INT, "grid intervals", "intervals merged into its SDE step"),
+        ("sigma", REAL, "1", "flow time at the start"),
+        ("sigma_stop", REAL, "1", "flow time at the end"),
+        ("entropy", REAL, "see measure", "closed-form entropy of the merged step"),
+        ("single_step_entropy", REAL, "see measure", "of the step alone"),
+        ("threshold", REAL, "see measure", "tau"),
+        ("measure", TEXT, "", "unit of entropy and threshold"),
+    ),
+    ("run", "step"),
+)  # fmt: skip
+
+COMPARISON = Table(
+    "comparison", 1, "Trained against base on the held-out prompts, paired by prompt and sample.",
+    (
+        ("run", TEXT, "", "run id"),
+        ("method", TEXT, "", "method of the run"),
+        ("reward", TEXT, "", "name of the reward, or diversity / distance_to_base"),
+        ("trained_on", FLAG, "", "whether the run was trained on this reward"),
+        ("base", REAL, "see reward", "mean over prompts and samples, base model"),
+        ("trained", REAL, "see reward", "mean, trained model"),
+        ("difference", REAL, "see reward", "trained minus base"),
+        ("low", REAL, "see reward", "lower end of the 95% interval of the difference"),
+        ("high", REAL, "see reward", "upper end"),
+        ("pairs", INT, "", "pairs with both scores valid"),
+        ("invalid", INT, "", "pairs left out because scoring failed"),
+        ("iterations", INT, "iterations", "of training"),
+        ("nfe", BIG, "network evaluations", "of training, forward plus forward+backward"),
+        ("seconds", REAL, "s", "of training, over all starts"),
+    ),
+    ("run", "reward"),
+)  # fmt: skip
+
+TABLES = {
+    t.name: t
+    for t in (ENTROPY_PROFILE, TRAIN_METRICS, ROLLOUTS, SCORES, IMAGES, MERGE_PLAN, COMPARISON)
+}
+
+
+@cache
+def git_commit() -> str:
+    """Commit of the package's checkout, ``+dirty`` when edited, "" outside of git."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def write_table(
+    path: str | Path,
+    table: Table,
+    rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write rows (or columns) sorted, with units and provenance in the metadata, atomically."""
+    schema = table.schema(metadata)
+    if isinstance(rows, Mapping):
+        data = pa.table({f.name: pa.array(rows[f.name], f.type) for f in schema}, schema=schema)
+    else:
+        data = pa.Table.from_pylist(list(rows), schema=schema)
+    if table.sort:
+        data = data.sort_by([(name, "ascending") for name in table.sort])
+    strings = [f.name for f in schema if f.type == TEXT]
+    with replacing(path) as temporary:
+        pq.write_table(data, temporary, compression="zstd", use_dictionary=strings)
+
+
+def read_table(path: str | Path, table: Table) -> pa.Table:
+    """Read a table and check that it is the one that was asked for.
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds another table.
+    """
+    try:
+        data = pq.read_table(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `snakemake {path}` makes it") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: damaged Parquet ({error}); delete it and run again") from None
+    found = (data.schema.metadata or {}).get(b"schema", b"").decode()
+    if found != table.name:
+        raise UserError(f"{path}: holds table {found or 'unknown'!r}, expected {table.name!r}")
+    return data

@@ -1,0 +1,110 @@
+"""The grammar of the toy world: 240 prompts of exactly seven words.
+
+    a {size} {colour} {shape} {position}        "a small red circle on the left"
+
+One fifth of the combinations is held out of all training, so that evaluation asks for
+combinations that no model of the toy world has seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+COLOURS: tuple[str, ...] = ("red", "yellow", "green", "cyan", "blue", "purple")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+POSITIONS: tuple[str, ...] = (
+    "on the left",
+    "on the right",
+    "at the top",
+    "at the bottom",
+    "in the center",
+)
+SIZES: tuple[str, ...] = ("small", "large")
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What one prompt asks for; each field is a value of the tuples above.
+
+    Raises `ValueError` when a value is not in the grammar.
+    """
+
+    size: str
+    colour: str
+    shape: str
+    position: str
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("size", self.size, SIZES),
+            ("colour", self.colour, COLOURS),
+            ("shape", self.shape, SHAPES),
+            ("position", self.position, POSITIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
+
+    @property
+    def indices(self) -> tuple[int, int, int, int]:
+        """(size, colour, shape, position) as positions in SIZES, COLOURS, SHAPES, POSITIONS."""
+        return (
+            SIZES.index(self.size),
+            COLOURS.index(self.colour),
+            SHAPES.index(self.shape),
+            POSITIONS.index(self.position),
+        )
+
+
+def to_prompt(attributes: Attributes) -> str:
+    """The one prompt of these attributes."""
+    a = attributes
+    return f"a {a.size} {a.colour} {a.shape} {a.position}"
+
+
+def parse_prompt(prompt: str) -> Attributes:
+    """The inverse of `to_prompt`; case and surplus white space are ignored.
+
+    Raises `ValueError` when the prompt is outside the grammar.
+    """
+    words = prompt.lower().split()
+    try:
+        if len(words) != 7 or words[0] != "a":
+            raise ValueError("expected seven words that start with 'a'")
+        return Attributes(
+            size=words[1], colour=words[2], shape=words[3], position=" ".join(words[4:])
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"prompt {prompt!r} is outside the toy grammar "
+            f"'a SIZE COLOUR SHAPE POSITION' (as in 'a small red circle on the left'): {error}"
+        ) from None
+
+
+def all_combinations() -> list[Attributes]:
+    """All 240 combinations, in the order size, colour, shape, position (position fastest)."""
+    return [Attributes(*values) for values in itertools.product(SIZES, COLOURS, SHAPES, POSITIONS)]
+
+
+def is_heldout(attributes: Attributes) -> bool:
+    """Whether this combination is held out: one position of each (size, colour, shape).
+
+    The linear code below spreads the held-out positions, so that each attribute value occurs
+    equally often among the held-out prompts (positions 9 or 10 times, as 5 does not divide 48).
+    """
+    size, colour, shape, position = attributes.indices
+    return position == (2 * size + colour + 2 * shape) % len(POSITIONS)
+
+
+def split() -> tuple[list[Attributes], list[Attributes]]:
+    """(training, held-out) combinations, 192 and 48, always the same."""
+    combinations = all_combinations()
+    train = [c for c in combinations if not is_heldout(c)]
+    heldout = [c for c in combinations if is_heldout(c)]
+    return train, heldout
+
+
+def prompt_lines(combinations: Sequence[Attributes]) -> str:
+    """The text of a prompt file: one prompt a line, with a final newline."""
+    return "".join(to_prompt(c) + "\n" for c in combinations)

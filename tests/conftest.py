@@ -1,0 +1,68 @@
+"""Shared fixtures: small runs of the shipped toy world, through the real components."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from egrpo.config.load import Row, overlay, read_yaml, resolve_run
+from egrpo.config.models import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+SMALL: dict[str, Any] = {
+    "train": {
+        "iterations": 4,
+        "prompts_per_iteration": 2,
+        "checkpoint_every": 1,
+        "monitor_every": 2,
+        "monitor_prompts": 2,
+        "monitor_samples": 2,
+    },
+    "evaluate": {"steps": 4, "samples": 2, "prompts": 4},
+    "tracking": {"enabled": False},
+}
+
+
+def small_run(run: str = "egrpo", **overrides: Any) -> RunConfig:
+    """A resolved run of the default study, made small; ``overrides`` by dotted key."""
+    shared = read_yaml(ROOT / "config/config.yaml")
+    for key in ("results", "runs", "methods"):
+        shared.pop(key, None)
+    shared = overlay(shared, SMALL)
+    method = {"egrpo": {"group_size": 3, "active": 3}, "flow_grpo": {"group_size": 4, "steps": 5}}
+    return resolve_run(shared, method, Row(run, overrides), "config/config.yaml", "runs.tsv")
+
+
+def write_run(run: RunConfig, path: Path) -> Path:
+    """The resolved settings as the workflow writes them."""
+    path.write_text(yaml.safe_dump(run.model_dump(), sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings name files relative to the repository, as the workflow runs there."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompt embeddings of the toy's prompt files, encoded by the stock pipeline's own code."""
+    import os
+
+    from egrpo.stages.embed import embed
+
+    path = tmp_path_factory.mktemp("embeddings") / "embeddings.safetensors"
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        embed(small_run(), path)
+    finally:
+        os.chdir(before)
+    return path

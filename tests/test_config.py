@@ -1,0 +1,422 @@
+"""Settings: what wins, what is refused and how it is said, and what names what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from egrpo.config.load import (
+    Study,
+    digest,
+    embedding_key,
+    evaluation_key,
+    load_run,
+    load_study,
+    profile_key,
+    run_key,
+)
+from egrpo.config.models import Egrpo, FlowGrpo, RunConfig
+from egrpo.errors import UserError
+
+BASE: dict[str, Any] = {
+    "results": "results",
+    "model": {"path": "assets/tiny"},
+    "prompts": {"train": "train.txt", "heldout": "heldout.txt"},
+    "rewards": {"verifier": {"kind": "verifier"}, "jpeg": {"kind": "jpeg_compressibility"}},
+    "train": {"rewards": {"verifier": 1.0}},
+}
+ONE_RUN = "run\nfirst\n"
+
+
+class Folder:
+    """A study's two files in a temporary folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.yaml, self.table = path / "study.yaml", path / "runs.tsv"
+
+    def load(self, table: str = ONE_RUN, **settings: Any) -> Study:
+        data = {**BASE, "runs": str(self.table), **settings}
+        self.yaml.write_text(yaml.safe_dump(data), encoding="utf-8")
+        self.table.write_text(table, encoding="utf-8")
+        return load_study(self.yaml)
+
+    def run(self, table: str = ONE_RUN, **settings: Any) -> RunConfig:
+        (run,) = self.load(table, **settings).runs.values()
+        return run
+
+    def refusal(self, table: str = ONE_RUN, **settings: Any) -> str:
+        """The message, checked to be one line; file names are cut to their last part."""
+        with pytest.raises(UserError) as caught:
+            self.load(table, **settings)
+        text = str(caught.value)
+        assert "\n" not in text
+        assert text.strip() == text
+        return text.replace(f"{self.yaml.parent}/", "")
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def train(**settings: Any) -> dict[str, Any]:
+    return {**BASE["train"], **settings}
+
+
+# --- what wins ------------------------------------------------------------------------------------
+
+
+def test_row_wins_over_study_over_recipe_over_default(study):
+    table = (
+        "run\tmethod.name\ttrain.learning_rate_lora\tadvantage.eps\n"
+        "plain\t\t\t\n"
+        "flow\tflow_grpo\t\t\n"
+        "own\tflow_grpo\t0.5\t0.25\n"
+    )
+    runs = study.load(table).runs
+    assert [r.train.learning_rate_lora for r in runs.values()] == [6e-5, 3e-4, 0.5]
+    assert [r.advantage.eps for r in runs.values()] == [1e-8, 1e-4, 0.25]
+    assert [r.train.kl_weight for r in runs.values()] == [0.0, 0.04, 0.04]
+    shared = study.load(table, train=train(learning_rate_lora=0.125)).runs
+    assert [r.train.learning_rate_lora for r in shared.values()] == [0.125, 0.125, 0.5]
+    assert [r.train.kl_weight for r in shared.values()] == [0.0, 0.04, 0.04]
+
+
+def test_methods_section_applies_to_runs_of_that_method_below_the_row(study):
+    table = "run\tmethod.name\tmethod.group_size\na\tegrpo\t\nb\tegrpo\t3\nc\tflow_grpo\t\n"
+    runs = study.load(table, methods={"egrpo": {"group_size": 7, "threshold": 1.8}}).runs
+    assert [r.method.group_size for r in runs.values()] == [7, 3, 24]
+    assert isinstance(runs["a"].method, Egrpo)
+    assert runs["a"].method.threshold == 1.8
+    assert isinstance(runs["c"].method, FlowGrpo)
+    assert runs["c"].method.steps == 10
+
+
+def test_defaults_are_those_of_the_paper(study):
+    run = study.run()
+    assert isinstance(run.method, Egrpo)
+    assert (run.method.steps, run.schedule.shift, run.method.noise_level) == (16, 3.0, 0.7)
+    assert (run.method.threshold, run.method.group_size) == (2.2, 12)
+    assert run.method.active_steps == list(range(8))
+    assert (run.train.clip_range, run.train.iterations, run.train.weight_decay) == (1e-4, 300, 1e-4)
+    assert run.train.learning_rate_full == 2e-6
+    assert run.train.kl_weight == 0.0
+    assert (run.advantage.clamp, run.advantage.ddof, run.advantage.eps) == (5.0, 1, 1e-8)
+    assert (run.model.tuning, run.learning_rate) == ("lora", 6e-5)
+    assert study.run(model={"path": "x", "tuning": "full"}).learning_rate == 2e-6
+
+
+def test_exponents_without_a_point_are_numbers_everywhere(study):
+    text = "train:\n  clip_range: 2e-4\n  rewards: {verifier: 1E0}\n"
+    study.load()
+    plain = {k: v for k, v in BASE.items() if k != "train"}
+    study.yaml.write_text(yaml.safe_dump({**plain, "runs": str(study.table)}) + text)
+    study.table.write_text("run\ttrain.weight_decay\nfirst\t5e-2\n")
+    run = load_study(study.yaml).runs["first"]
+    assert run.train.clip_range == 2e-4
+    assert run.train.weight_decay == 0.05
+    assert run.train.rewards == {"verifier": 1.0}
+
+
+def test_empty_cells_comments_and_short_lines_override_nothing(study):
+    table = "# runs\nrun\tseed\tmethod.threshold\n\na\t\t1.8\nb\t3\n# off\t9\t9\nc\t \t\n"
+    runs = study.load(table).runs
+    assert [(r.seed, r.method.threshold) for r in runs.values()] == [(0, 1.8), (3, 2.2), (0, 2.2)]
+    assert list(runs) == ["a", "b", "c"]
+
+
+def test_cells_are_yaml(study):
+    table = (
+        "run\tmethod.active\tevaluate.prompts\ttracking.enabled\nfirst\t[0, 2, 5]\tnull\tfalse\n"
+    )
+    run = study.run(table, evaluate={"prompts": 4})
+    assert run.method.active_steps == [0, 2, 5]
+    assert run.evaluate.prompts is None
+    assert run.tracking.enabled is False
+
+
+def test_settings_are_frozen(study):
+    run = study.run()
+    with pytest.raises(ValueError, match="frozen"):
+        run.seed = 3
+
+
+# --- what is refused, and how ---------------------------------------------------------------------
+
+REFUSED_IN_STUDY = [
+    ({"train": train(clip_rnge=1)}, "train.clip_rnge: unknown setting; did you mean `clip_range`?"),
+    ({"trian": {}}, "trian: unknown setting; did you mean `train`?"),
+    (
+        {"model": {"path": "x", "lora": {"rnk": 4}}},
+        "model.lora.rnk: unknown setting; did you mean `rank`?",
+    ),
+    (
+        {"rewards": {"verifier": {"kind": "verifier", "pth": "x"}}},
+        "rewards.verifier.pth: unknown setting; did you mean `path`?",
+    ),
+    (
+        {"methods": {"egrpo": {"treshold": 2}}},
+        "methods.egrpo.treshold: unknown setting; did you mean `threshold`?",
+    ),
+    ({"methods": {"egrpo": None}}, "methods.egrpo: Input should be a valid dictionary"),
+    ({"methods": {"ergpo": {}}}, "methods.ergpo: unknown method; known: egrpo"),
+    (
+        {"train": train(iterations="many")},
+        "train.iterations: Input should be a valid integer, got 'many'",
+    ),
+    (
+        {"train": train(iterations=True)},
+        "train.iterations: Input should be a valid integer, got True",
+    ),
+    (
+        {"train": train(iterations=0)},
+        "train.iterations: Input should be greater than or equal to 1, got 0",
+    ),
+    (
+        {"train": train(clip_range=float("nan"))},
+        "train.clip_range: Input should be a finite number",
+    ),
+    (
+        {"train": {"rewrds": {}}},
+        "train.rewrds: unknown setting; did you mean `rewards`? (and 1 more)",
+    ),
+    ({"1": 2}, "1: unknown setting; known here: run, study"),
+    ({"train": {}}, "train.rewards: is missing"),
+    ({"model": {}}, "model.path: is missing"),
+    ({"model": None}, "model: Input should be a valid dictionary"),
+    ({"train": {"rewards": {}}}, "train.rewards: at least one reward must be trained"),
+    (
+        {"train": {"rewards": {"hps": 1.0}}},
+        "train.rewards: 'hps' is not defined under rewards (jpeg, verifier)",
+    ),
+    (
+        {"rewards": {**BASE["rewards"], "c": {"kind": "clip"}}},
+        "rewards.c.path: a clip reward needs the file of its weights",
+    ),
+    (
+        {"methods": {"egrpo": {"group_size": 1}}},
+        "methods.egrpo.group_size: Input should be greater than or equal to 2, got 1",
+    ),
+    (
+        {"methods": {"egrpo": {"active": [3, 20]}}},
+        "methods.egrpo.active: step 20 lies beyond the schedule; steps: 16 allows 0..14",
+    ),
+    (
+        {"methods": {"egrpo": {"active": 16}}},
+        "methods.egrpo.active: step 15 lies beyond the schedule",
+    ),
+    ({"methods": {"egrpo": {"active": []}}}, "methods.egrpo.active: no step branches"),
+    (
+        {"methods": {"egrpo": {"active": [3, 2]}}},
+        "methods.egrpo.active: grid indices must be distinct, ascending",
+    ),
+    (
+        {"methods": {"egrpo": {"active": "half"}}},
+        "methods.egrpo.active: Input should be a valid integer, got 'half'",
+    ),
+    (
+        {"methods": {"egrpo": {"dynamics": "cps", "noise_level": 1.5}}},
+        "methods.egrpo.noise_level: cps needs a value in (0, 1]",
+    ),
+    ({"profile": {"spans": [1, 30]}}, "profile.spans: 30 does not fit 16 steps"),
+    ({"profile": {"spans": [0]}}, "profile.spans: distinct whole numbers"),
+    ({"method": {"name": "egrpo"}}, "method: belongs in the runs table"),
+    ({"run": "x"}, "run: belongs in the runs table"),
+    ({"runs": 3}, "runs: Input should be a valid string, got 3"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED_IN_STUDY)
+def test_refusals_name_the_study_file_and_the_key(study, settings, message):
+    assert study.refusal(**settings).startswith(f"study.yaml: {message}")
+
+
+REFUSED_CELLS = [
+    (
+        "run\ttrain.iteratons\nx\t3\n",
+        "train.iteratons: unknown setting; did you mean `iterations`?",
+    ),
+    (
+        "run\ttrain.iterations\nx\tmany\n",
+        "train.iterations: Input should be a valid integer, got 'many'",
+    ),
+    (
+        "run\tmethod.group_size\nx\t1\n",
+        "method.group_size: Input should be greater than or equal to 2, got 1",
+    ),
+    (
+        "run\tmethod.active\nx\t[0, 15]\n",
+        "method.active: step 15 lies beyond the schedule; steps: 16",
+    ),
+    ("run\tmethod.steps\nx\t8\n", "method.active: step 7 lies beyond the schedule; steps: 8"),
+    ("run\tmethod.active\nx\thalf\n", "method.active: Input should be a valid integer, got 'half'"),
+    ("run\ttrain.rewards.hps\nx\t1.0\n", "train.rewards: 'hps' is not defined under rewards"),
+    ("run\tprofile.spans\nx\t[30]\n", "profile.spans: 30 does not fit 16 steps"),
+    ("run\tmethod.dynamics\tmethod.noise_level\nx\tcps\t2\n", "method.noise_level: cps needs"),
+    ("run\tmethod.name\tmethod.threshold\nx\tflow_grpo\t2\n", "method.threshold: unknown setting"),
+    ("run\ttrain\nx\t3\n", "train: Input should be a valid dictionary"),
+    ("run\tmethod\nx\t3\n", "method: "),
+    ("run\tseed.a\nx\t3\n", "seed: Input should be a valid integer"),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), REFUSED_CELLS)
+def test_refusals_name_the_runs_table_the_run_and_the_column(study, table, message):
+    assert study.refusal(table).startswith(f"runs.tsv, run 'x': {message}")
+
+
+REFUSED_TABLES = [
+    ("run\tseed\t\nx\t3\t\n", ": a column has no name"),
+    (
+        "run\tmethod.name\nx\tegpro\n",
+        ": run 'x', column method.name: unknown method 'egpro'; known: egrpo",
+    ),
+    ("run\tmethod.name\nx\t[egrpo]\n", ": run 'x', column method.name: unknown method ['egrpo']"),
+    ("run\tseed\nbad id\t3\n", ", run 'bad id': run: String should match pattern"),
+    ("run\n../up\n", ", run '../up': run: String should match pattern"),
+    ("run\tseed\n\t3\n", ", run '': run: String should match pattern"),
+    ("run\tseed\nx\t[1,\n", ": run 'x', column seed: cannot read '[1,'"),
+    ("run\tseed\nx\t2026-13-45\n", ": run 'x', column seed: cannot read '2026-13-45'"),
+    ("run\tseed\nx\t1\nx\t2\n", ": run id 'x' occurs twice; ids must be unique"),
+    ("run\tseed\nx\t1\t2\n", ": run 'x' has 3 cells, the header 2"),
+    ("run\tseed\tseed\nx\t1\t2\n", ": a column is named twice"),
+    ("run seed\nx 1\n", ": the first column must be `run` (columns are split by tabs)"),
+    ("run\tseed\n", ": the runs table has no run"),
+    ("# nothing\n", ": the runs table is empty"),
+    ("run\tstudy\na\tone\nb\ttwo\n", ": column study: all runs of a table share one study"),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), REFUSED_TABLES)
+def test_refusals_name_the_runs_table_and_what_is_wrong_with_it(study, table, message):
+    assert study.refusal(table).startswith(f"runs.tsv{message}")
+
+
+def test_fault_of_the_study_is_not_blamed_on_an_innocent_row(study):
+    table = "run\tmethod.name\tmethod.threshold\ttrain.iterations\nx\tegrpo\t1.8\t5\n"
+    assert study.refusal(table, methods={"egrpo": {"active": [20]}}).startswith(
+        "study.yaml: methods.egrpo.active: step 20"
+    )
+    assert study.refusal(table, train=train(clip_range=-1)).startswith("study.yaml: train.clip_ra")
+
+
+def test_method_is_named_in_one_place_only(study):
+    message = "runs.tsv, run 'first': method.name is 'egrpo' but the settings of the method say"
+    assert study.refusal(methods={"egrpo": {"name": "flow_grpo"}}).startswith(message)
+    assert study.refusal("run\tmethod\nfirst\t{name: flow_grpo}\n").startswith(message)
+
+
+def test_a_table_saved_by_a_spreadsheet_is_read(study):
+    assert study.run("\ufeffrun\tseed\r\nfirst\t4\r\n").seed == 4
+
+
+def test_row_may_repair_a_fault_of_the_study(study):
+    table = "run\ttrain.iterations\nx\t5\n"
+    assert study.run(table, train=train(iterations=0)).train.iterations == 5
+
+
+def test_further_problems_are_counted(study):
+    text = study.refusal(train=train(iterations=0, clip_range=-1))
+    assert text.endswith("(and 1 more)")
+    assert "more)" not in study.refusal(methods={"egrpo": {"active": "half"}})
+
+
+def test_missing_files_are_named(study, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
+        load_study(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
+        load_run(tmp_path / "nowhere.yaml")
+    assert "gone.tsv" in study.refusal(runs="gone.tsv")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_study(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1,\n", "not valid YAML: .*line 2"),
+        ("a: b: c\n", "not valid YAML: .*line 1"),
+        ("- a\n- b\n", "expected settings as `key: value` lines"),
+        ("", "expected settings as `key: value` lines"),
+        ("just words\n", "expected settings as"),
+        ("seed: 2026-13-45\n", "not valid YAML"),
+    ],
+)
+def test_what_is_no_settings_file_is_refused_in_one_line(study, text, message):
+    study.yaml.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"study\.yaml: {message}") as caught:
+        load_study(study.yaml)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_refused(study):
+    study.load()
+    study.yaml.write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_study(study.yaml)
+
+
+def test_resolved_run_with_a_fault_is_refused_by_file_and_key(study, tmp_path):
+    data = study.run().model_dump()
+    data["train"]["iterations"] = -1
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError, match=r"config\.yaml: train\.iterations: .*, got -1"):
+        load_run(path)
+
+
+# --- round trip and digests -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["egrpo", "flow_grpo"])
+def test_resolved_run_survives_yaml(study, tmp_path, method):
+    run = study.run(f"run\tmethod.name\tadvantage.eps\nx\t{method}\t1e-8\n")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(run.model_dump()))
+    again = load_run(path)
+    assert again == run
+    assert run_key(again) == run_key(run)
+
+
+def test_digest_ignores_the_order_of_keys_and_nothing_else():
+    assert digest({"a": 1, "b": {"c": 2, "d": [3, 4]}}) == digest(
+        {"b": {"d": [3, 4], "c": 2}, "a": 1}
+    )
+    values: list[Any] = [{"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": [1, 2]}, {"a": [2, 1]}, {}]
+    assert len({digest(v) for v in values}) == len(values)
+    assert all(len(digest(v)) == 10 and int(digest(v), 16) >= 0 for v in values)
+
+
+def test_keys_do_not_depend_on_the_order_of_the_files(study):
+    first = study.run(rewards=BASE["rewards"])
+    turned = study.run(rewards=dict(reversed(BASE["rewards"].items())))
+    assert [k(first) for k in KEYS] == [k(turned) for k in KEYS]
+
+
+KEYS = (run_key, profile_key, evaluation_key, embedding_key)
+CHANGES = [  # setting, value, which of KEYS it changes
+    ("train.learning_rate_lora", "1e-3", "1000"),
+    ("seed", "5", "1000"),
+    ("method.threshold", "1.8", "1000"),
+    ("tracking.uri", "http://localhost:5000", "0000"),
+    ("model.lora.rank", "4", "1000"),
+    ("method.noise_level", "0.5", "1100"),
+    ("schedule.shift", "2.0", "1110"),
+    ("model.path", "elsewhere", "1111"),
+    ("model.height", "64", "1110"),
+    ("model.guidance_scale", "4.5", "1111"),
+    ("prompts.heldout", "other.txt", "1011"),
+    ("prompts.train", "other.txt", "1101"),
+    ("profile.samples", "4", "0100"),
+    ("evaluate.steps", "20", "1010"),
+    ("evaluate.bootstrap", "100", "0000"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "changed"), CHANGES)
+def test_a_setting_changes_the_names_of_what_depends_on_it_only(study, key, value, changed):
+    plain, other = study.run(), study.run(f"run\t{key}\nfirst\t{value}\n")
+    assert "".join(str(int(k(plain) != k(other))) for k in KEYS) == changed

@@ -1,0 +1,38 @@
+"""Planning and configuration stay light: what a module pulls in is part of its contract."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+HEAVY = {"torch", "mlflow", "snakemake", "diffusers", "transformers"}
+LIGHT_CORE = [
+    "egrpo.core.schedule", "egrpo.core.noise", "egrpo.core.entropy", "egrpo.core.plan",
+    "egrpo.core.tree", "egrpo.core.methods", "egrpo.core.advantage",
+]  # fmt: skip
+TORCH_CORE = [
+    "egrpo.core.transitions", "egrpo.core.executor", "egrpo.core.loss", "egrpo.core.seeds",
+]  # fmt: skip
+
+
+def loaded_by(modules: list[str]) -> set[str]:
+    """Names in ``sys.modules`` after importing ``modules`` in a fresh interpreter."""
+    code = f"import json, sys, {', '.join(modules)}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_planning_and_configuration_import_no_heavy_package():
+    loaded = loaded_by([*LIGHT_CORE, "egrpo.config.load"])
+    assert {"egrpo.core.plan", "egrpo.config.load", "numpy"} <= loaded
+    assert not loaded & HEAVY
+
+
+def test_core_imports_no_other_room_and_no_tracker():
+    loaded = loaded_by(LIGHT_CORE + TORCH_CORE)
+    assert "torch" in loaded
+    ours = {name.split(".")[1] for name in loaded if name.startswith("egrpo.")}
+    assert ours == {"core"}
+    assert not loaded & (HEAVY - {"torch"})

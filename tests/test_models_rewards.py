@@ -1,0 +1,275 @@
+"""The SD3 adapter against the stock pipeline, and rewards against their reference libraries."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_run
+from PIL import Image
+
+from egrpo.config.models import Reward
+from egrpo.core.executor import execute
+from egrpo.core.methods import chains
+from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.seeds import normal
+from egrpo.errors import UserError
+from egrpo.models import load_model
+from egrpo.models.conditioning import load_conditioning, read_prompts
+from egrpo.rewards import load_rewards, score_all
+from egrpo.rewards.clip import Clip
+from egrpo.rewards.jpeg import JpegCompressibility
+from egrpo.rewards.verifier import Verifier
+from egrpo.stages.sampling import sample_images
+from egrpo.stages.train import Trainer
+
+TOY = "assets/toy/pipeline"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    from diffusers import StableDiffusion3Pipeline
+
+    made = StableDiffusion3Pipeline.from_pretrained(TOY, text_encoder_3=None, tokenizer_3=None)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def stock_images(pipe: Any, prompt: str, noise: torch.Tensor, steps: int, scale: float = 1.0) -> Any:
+    out = pipe(
+        prompt, latents=noise.clone(), sigmas=np.linspace(1, 1 / steps, steps).tolist(),
+        num_inference_steps=steps, guidance_scale=scale, max_sequence_length=0,
+        height=32, width=32, output_type="pt",
+    ).images  # fmt: skip
+    return (out.clamp(0, 1) * 255).round()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_ode_sampling_equals_the_stock_pipeline(pipe: Any, scale: float) -> None:
+    run = small_run("x", **{"model.guidance_scale": scale})
+    model = load_model(run.model)
+    prompts = read_prompts("assets/toy/prompts/heldout.txt")[:2]
+    conditioning = model.encode(prompts)
+    ours, forward = sample_images(
+        model, conditioning, [0, 1], steps=8, shift=3.0, samples=1, micro_batch=3
+    )
+    assert forward == 2 * 8 * (2 if scale > 1 else 1)
+    for i, prompt in enumerate(prompts):
+        noise = normal(model.image_shape, "evaluate", i, -1, 0)[None]
+        stock = stock_images(pipe, prompt.text, noise, 8, scale)
+        assert (ours[i].float() - stock[0]).abs().max() <= 1  # rounding to 8 bits
+
+
+def test_trained_lora_gives_the_same_image_in_the_stock_pipeline(
+    pipe: Any, embeddings: Path, tmp_path: Path
+) -> None:
+    run = small_run("x", **{"train.learning_rate_scale": 1000.0})
+    from egrpo.config.trees import plan_of, training_sigmas
+
+    trainer = Trainer(run, plan_of(run, training_sigmas(run)), embeddings)
+    trainer.step()
+    trainer.step()
+    trainer.model.save(tmp_path / "adapter")
+    base = load_model(run.model)
+    fused = load_model(run.model)
+    fused.load(tmp_path / "adapter")
+    texts, conditioning = load_conditioning(embeddings, "heldout")
+
+    def images(model: Any) -> torch.Tensor:
+        return sample_images(
+            model, conditioning, [0], steps=8, shift=3.0, samples=1, micro_batch=8
+        )[0].float()
+
+    live, ours, untrained = images(trainer.model), images(fused), images(base)
+    assert (untrained - ours).abs().max() > 8, "training must have changed the image"
+    assert (live - ours).abs().max() <= 1
+    noise = normal(base.image_shape, "evaluate", 0, -1, 0)[None]
+    pipe.load_lora_weights(tmp_path / "adapter")
+    try:
+        stock = stock_images(pipe, texts[0], noise, 8)
+    finally:
+        pipe.unload_lora_weights()
+    assert (stock - ours).abs().max() <= 1
+
+
+def test_fully_tuned_weights_load_again(embeddings: Path, tmp_path: Path) -> None:
+    from egrpo.config.trees import plan_of, training_sigmas
+
+    run = small_run("x", **{"model.tuning": "full"})
+    trainer = Trainer(run, plan_of(run, training_sigmas(run)), embeddings)
+    trainer.step()
+    trainer.model.save(tmp_path / "adapter")
+    again = load_model(run.model)
+    again.load(tmp_path / "adapter")
+    for a, b in zip(trainer.model.transformer.parameters(), again.transformer.parameters(),
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+
+
+def test_cached_embeddings_equal_fresh_ones(embeddings: Path) -> None:
+    texts, cached = load_conditioning(embeddings, "heldout")
+    model = load_model(small_run().model)
+    fresh = model.encode(read_prompts("assets/toy/prompts/heldout.txt")[3:5])
+    assert texts[3] == read_prompts("assets/toy/prompts/heldout.txt")[3].text
+    rows = cached.rows(torch.tensor([3, 4]))
+    for name, tensor in fresh.tensors.items():
+        torch.testing.assert_close(tensor, rows.tensors[name], rtol=0, atol=1e-6)
+
+
+def test_images_do_not_depend_on_the_batch(embeddings: Path) -> None:
+    model = load_model(small_run().model)
+    _, conditioning = load_conditioning(embeddings, "heldout")
+
+    def draw(ids: list[int], batch: int) -> torch.Tensor:
+        return sample_images(
+            model, conditioning, ids, steps=4, shift=3.0, samples=2, micro_batch=batch
+        )[0].float()
+
+    together = draw([0, 1, 2], 6)
+    alone = torch.cat([draw([i], 1) for i in (0, 1, 2)])
+    assert (together - alone).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.path": "assets/toy"}, r"assets/toy/transformer: cannot be loaded"),
+        ({"model.path": "no/such/folder"}, r"model\.path: no/such/folder: no such folder"),
+        ({"model.height": 30}, r"model\.height: 30 is not a multiple of 8"),
+        ({"model.device": "tpu9"}, r"model\.device: 'tpu9'"),
+        ({"model.lora.targets": ["nothing"]}, r"model\.lora\.targets: "),
+    ],
+)
+def test_bad_model_settings_are_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        model = load_model(small_run("x", **change).model)
+        _ = model.image_shape
+        model.prepare_training(0)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(TOY, tmp_path / "toy")
+    weights = tmp_path / "toy/transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="transformer: cannot be loaded") as caught:
+        load_model(small_run("x", **{"model.path": str(tmp_path / "toy")}).model)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "a cat", "negative_prompt": "a dog"}\n\n{"prompt": "猫"}\n')
+    assert [(p.text, p.negative) for p in read_prompts(lines)] == [("a cat", "a dog"), ("猫", "")]
+    lines.write_text('{"prompt": "a cat"}\n["no"]\n')
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2"):
+        read_prompts(lines)
+    with pytest.raises(UserError, match="no such prompt file"):
+        read_prompts(tmp_path / "absent.txt")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+# -- rewards -------------------------------------------------------------------------------
+
+
+def pictures(n: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 40), (20, 64)])
+def test_clip_equals_clip_anytorch(size: tuple[int, int]) -> None:
+    import clip
+
+    images = pictures(3, *size)
+    prompts = ["a small red circle on the left", "", "猫 " * 200]
+    ours = Clip("assets/toy/clip.pt", "cpu")
+    model, preprocess = clip.load("assets/toy/clip.pt", device="cpu", jit=False)
+    reference = []
+    for image, prompt in zip(images, prompts, strict=True):
+        pixels = preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        assert torch.equal(ours._pixels(image[None])[0], pixels)  # bit for bit
+        with torch.no_grad():
+            a = model.encode_image(pixels[None])
+            b = model.encode_text(clip.tokenize([prompt], truncate=True))
+        reference.append(float(torch.cosine_similarity(a, b)))
+    np.testing.assert_allclose(ours.score(images, prompts), reference, atol=1e-5)
+
+
+def test_jpeg_is_minus_the_size_in_kilobytes() -> None:
+    images = pictures(2)
+    images[1] = 128
+    scores = JpegCompressibility().score(images, ["", ""])
+    buffer = io.BytesIO()
+    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
+    assert scores[0] == pytest.approx(-len(buffer.getvalue()) / 1000)
+    assert scores[1] > scores[0]
+
+
+def test_verifier_refuses_prompts_outside_its_grammar() -> None:
+    with pytest.raises(UserError, match="kind verifier"):
+        Verifier(exact=False).score(pictures(1), ["a photo of a horse"])
+
+
+def test_missing_and_wrong_reward_files(tmp_path: Path) -> None:
+    for kind in ("clip", "preference"):
+        with pytest.raises(UserError, match=r"absent\.bin: no such file"):
+            load_rewards({"r": Reward(kind=kind, path=str(tmp_path / "absent.bin"))}, "cpu")
+        (tmp_path / "wrong.bin").write_bytes(b"not weights at all")
+        with pytest.raises(UserError, match=r"wrong\.bin") as caught:
+            load_rewards({"r": Reward(kind=kind, path=str(tmp_path / "wrong.bin"))}, "cpu")
+        assert "\n" not in str(caught.value)
+
+
+def test_hostile_clip_file_runs_nothing(tmp_path: Path) -> None:
+    """A pickle with code in it is refused, not executed."""
+    import os
+    import pickle
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    path = tmp_path / "hostile.pt"
+    torch.save({"x": Hostile()}, path, pickle_module=pickle)
+    with pytest.raises(UserError):
+        Clip(str(path), "cpu")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_scores_are_checked() -> None:
+    class Wrong:
+        def score(self, images: Any, prompts: Any) -> Any:
+            return np.zeros(1)
+
+    class Infinite:
+        def score(self, images: Any, prompts: Any) -> Any:
+            return np.array([np.inf, 1.0])
+
+    with pytest.raises(RuntimeError, match="'r' returned shape"):
+        score_all({"r": Wrong()}, pictures(2), ["", ""])
+    found = score_all({"r": Infinite()}, pictures(2), ["", ""])["r"]
+    assert np.isnan(found[0])
+    assert found[1] == 1.0
+
+
+def test_executor_noise_depends_on_the_prompt_only() -> None:
+    """Two prompts swapped give the same leaves swapped."""
+    sigmas = shifted_sigmas(3, 3.0)
+
+    def leaves(ids: list[int]) -> torch.Tensor:
+        return execute(
+            [chains(3, 2)] * 2, sigmas, lambda x, s, t: -x,
+            lambda tree, start, sample: normal((4,), "p", ids[tree], start, sample),
+            noise_level=0.0, micro_batch=2,
+        ).leaves  # fmt: skip
+
+    assert torch.equal(leaves([7, 9]), leaves([9, 7]).roll(2, 0))

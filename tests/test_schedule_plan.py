@@ -1,0 +1,303 @@
+"""Schedule, closed-form entropy and merge plan: the paper's table and a second derivation."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from egrpo.core.entropy import profile, step_entropy
+from egrpo.core.methods import egrpo
+from egrpo.core.plan import Plan, make_plan
+from egrpo.core.schedule import check_sigmas, dynamic_shift, shifted_sigmas
+
+PAPER_GRID = shifted_sigmas(16, 3.0)
+PAPER_ENTROPY = [
+    2.8929, 2.9885, 2.1366, 1.7631, 1.5423, 1.3921, 1.2810, 1.1934,
+    1.1204, 1.0563, 0.9966, 0.9369, 0.8722, 0.7950, 0.6915,
+]  # fmt: skip
+PAPER_PLANS = [  # tau, spans of steps 0..7, ODE evaluations after the branches
+    (0.0, (1, 1, 1, 1, 1, 1, 1, 1), 92),
+    (1.8, (1, 1, 1, 2, 2, 2, 2, 3), 86),
+    (2.0, (1, 1, 1, 2, 2, 2, 3, 3), 85),
+    (2.2, (1, 1, 2, 2, 2, 3, 3, 3), 83),
+    (2.6, (1, 1, 2, 3, 3, 4, 4, 4), 78),
+]
+
+
+def entropy_table(steps: int, shift: float, level: float, measure: str) -> np.ndarray:
+    """Entropy [start, stop] of every Flow-SDE step, from scratch; NaN where stop <= start."""
+    t_hat = np.linspace(1.0, 0.0, steps + 1)
+    sigma = shift * t_hat / (1.0 + (shift - 1.0) * t_hat)
+    from_data = 1.0 - sigma
+    from_data[0] = from_data[1]
+    length = sigma[:, None] - sigma[None, :]
+    length[length <= 0] = np.nan
+    variance = level**2 * (sigma / from_data)[:, None] * length
+    nats = 0.5 * np.log(2 * np.pi * np.e * variance)
+    return {"exp_per_dim": np.exp(nats), "nats_per_dim": nats, "variance": variance / level**2}[
+        measure
+    ]
+
+
+@pytest.mark.parametrize(("tau", "spans", "evaluations"), PAPER_PLANS)
+def test_plan_equals_the_table_of_the_paper_settings(tau, spans, evaluations):
+    plan = make_plan(PAPER_GRID, range(8), threshold=tau, noise_level=0.7)
+    assert plan.active == tuple(range(8))
+    assert plan.spans == spans
+    assert plan.warnings == ()
+    assert plan.nfe() == {"anchor": 8, "suffix_per_sample": evaluations, "train": 8}
+
+
+def test_entropy_of_single_steps_equals_the_published_values():
+    plan = make_plan(PAPER_GRID, range(8), threshold=2.2, noise_level=0.7)
+    np.testing.assert_allclose(plan.entropy, PAPER_ENTROPY, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("span", [2, 4, 6])
+def test_fixed_spans_of_table_2(span):
+    plan = make_plan(PAPER_GRID, range(8), span=span, noise_level=0.7)
+    assert plan.spans == (span,) * 8
+    assert plan.threshold is None
+    assert plan.nfe()["suffix_per_sample"] == sum(16 - i - span for i in range(8))
+
+
+@st.composite
+def plan_settings(draw: st.DrawFn) -> dict[str, Any]:
+    measure = draw(st.sampled_from(["exp_per_dim", "nats_per_dim", "variance"]))
+    low, high = {"exp_per_dim": (0.05, 6), "nats_per_dim": (-2, 2), "variance": (0.01, 4)}[measure]
+    steps = draw(st.integers(4, 40))
+    active = draw(st.sets(st.integers(0, steps - 2), min_size=1, max_size=12))
+    return {
+        "steps": steps,
+        "shift": draw(st.floats(0.5, 8)),
+        "level": draw(st.floats(0.1, 1.5)),
+        "measure": measure,
+        "active": sorted(active),
+        "tau": draw(st.floats(low, high)),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(plan_settings())
+def test_spans_are_the_least_that_reach_the_threshold(s):
+    table = entropy_table(s["steps"], s["shift"], s["level"], s["measure"])
+    assume(np.nanmin(np.abs(table - s["tau"])) > 1e-9 and s["tau"] != 0)
+    expected, out_of_reach = [], []
+    for i in s["active"]:
+        reached = np.flatnonzero(table[i, i + 1 : s["steps"]] >= s["tau"])
+        if reached.size:
+            expected.append(int(reached[0]) + 1)
+        else:
+            expected.append(s["steps"] - 1 - i)
+            out_of_reach.append(i)
+    plan = make_plan(
+        shifted_sigmas(s["steps"], s["shift"]), s["active"], threshold=s["tau"],
+        noise_level=s["level"], measure=s["measure"],
+    )  # fmt: skip
+    assert list(plan.spans) == expected
+    assert [int(re.match(r"step (\d+):", w)[1]) for w in plan.warnings] == out_of_reach
+    assert all(plan.sigmas[i + n] > 0 for i, n in zip(plan.active, plan.spans, strict=True))
+    singles = [table[i, i + 1] for i in range(s["steps"] - 1)]
+    np.testing.assert_allclose(plan.entropy, singles, rtol=1e-9, atol=1e-9)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@settings(max_examples=50, deadline=None)
+@given(plan_settings(), st.floats(0.0, 3.0))
+def test_spans_never_shrink_as_the_threshold_rises(s, more):
+    def spans(tau):
+        return make_plan(
+            shifted_sigmas(s["steps"], s["shift"]), s["active"], threshold=tau,
+            noise_level=s["level"], measure=s["measure"],
+        ).spans  # fmt: skip
+
+    assume(s["tau"] != 0 and s["tau"] + more != 0)
+    assert all(a <= b for a, b in zip(spans(s["tau"]), spans(s["tau"] + more), strict=True))
+
+
+@pytest.mark.parametrize("measure", ["exp_per_dim", "nats_per_dim", "variance"])
+def test_threshold_zero_merges_nothing_in_every_measure(measure):
+    plan = make_plan(PAPER_GRID, range(15), threshold=0, noise_level=0.05, measure=measure)
+    assert plan.spans == (1,) * 15
+
+
+@settings(max_examples=30, deadline=None)
+@given(plan_settings(), st.integers(1, 4))
+def test_evaluations_of_the_plan_are_those_of_its_tree(s, samples):
+    plan = make_plan(
+        shifted_sigmas(s["steps"], s["shift"]), s["active"], threshold=s["tau"],
+        noise_level=s["level"], measure=s["measure"],
+    )  # fmt: skip
+    nfe, cost = plan.nfe(), egrpo(plan, samples).cost
+    assert cost.forward == nfe["anchor"] + samples * nfe["suffix_per_sample"]
+    assert cost.train == nfe["train"] == len(plan.active)
+
+
+def test_unreachable_threshold_is_capped_with_a_warning_that_names_the_step():
+    plan = make_plan(PAPER_GRID, range(8, 15), threshold=2.6, noise_level=0.7)
+    reach = entropy_table(16, 3.0, 0.7, "exp_per_dim")[:, 15]
+    beyond = [i for i in range(8, 15) if not reach[i] >= 2.6]
+    assert beyond
+    assert len(beyond) < 7
+    assert [w.split(":")[0] for w in plan.warnings] == [f"step {i}" for i in beyond]
+    assert all(plan.active[k] + plan.spans[k] == 15 for k in range(7) if 8 + k in beyond)
+    assert f"capped at {15 - beyond[0]}" in plan.warnings[0]
+    assert "2.6" in plan.warnings[0]
+
+
+def test_unreachable_steps_can_be_dropped():
+    capped = make_plan(PAPER_GRID, range(8, 15), threshold=2.6, noise_level=0.7)
+    dropped = make_plan(
+        PAPER_GRID, range(8, 15), threshold=2.6, noise_level=0.7, on_unreachable="drop"
+    )
+    named = {int(w.split()[1].rstrip(":")) for w in capped.warnings}
+    assert set(dropped.active) == set(range(8, 15)) - named
+    assert all("left out" in w for w in dropped.warnings)
+    assert len(dropped.warnings) == len(named)
+
+
+def test_unreachable_steps_can_be_refused():
+    with pytest.raises(ValueError, match=r"step 14: threshold 2\.6 .*longest span is 1"):
+        make_plan(PAPER_GRID, [14], threshold=2.6, noise_level=0.7, on_unreachable="error")
+    with pytest.raises(ValueError, match=r"step 7: span 9 would land on sigma = 0"):
+        make_plan(PAPER_GRID, range(8), span=9, noise_level=0.7, on_unreachable="error")
+
+
+def test_dropping_every_step_is_refused():
+    with pytest.raises(ValueError, match="no active step is left"):
+        make_plan(PAPER_GRID, [13, 14], threshold=9.0, noise_level=0.7, on_unreachable="drop")
+
+
+def test_fixed_span_that_would_reach_the_image_is_capped():
+    plan = make_plan(PAPER_GRID, [8, 12], span=6, noise_level=0.7)
+    assert plan.spans == (6, 3)
+    assert len(plan.warnings) == 1
+    assert plan.warnings[0].startswith("step 12:")
+
+
+@pytest.mark.parametrize(
+    ("active", "change", "message"),
+    [
+        ([15], {}, r"active step 15 lies beyond the schedule: 16 steps allow 0\.\.14"),
+        ([40], {}, "active step 40 lies beyond the schedule"),
+        ([-1, 2], {}, "active step -1 lies beyond"),
+        ([3, 2], {}, "ascending"),
+        ([2, 2], {}, "distinct"),
+        ([2], {"on_unreachable": "hope"}, "on_unreachable must be one of"),
+        ([2], {"measure": "bits"}, "measure must be one of"),
+        ([2], {"span": 2}, "either a threshold or a fixed span"),
+        ([2], {"threshold": None}, "either a threshold or a fixed span"),
+        ([2], {"threshold": None, "span": 0}, "span"),
+        ([2], {"threshold": None, "span": -3}, "span"),
+    ],
+)
+def test_impossible_plans_are_refused(active, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(PAPER_GRID, active, **{"threshold": 2.2, "noise_level": 0.7, **change})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("sigmas", [1.0, 0.5, 0.6, 0.0], "sigmas must fall strictly"),
+        ("sigmas", [0.9, 0.5, 0.0], "sigmas must start at 1"),
+        ("sigmas", [1.0, *[math.nan] * 15, 0.0], "sigmas must fall strictly"),
+        ("sigmas", None, "wrong type"),
+        ("entropy", [1.0, 2.0], "2 entropy values for 16 steps; 15 are needed"),
+        ("active", [0, 1, 2, 3, 4, 5, 6], "7 active steps but 8 spans"),
+        ("active", [0, 1, 2, 3, 4, 5, 6, 15], "active step 15 lies beyond"),
+        ("active", [7, 6, 5, 4, 3, 2, 1, 0], "ascending"),
+        ("active", 8, "wrong type"),
+        ("spans", [1, 1, 2, 2, 2, 3, 3, 9], r"span 9 at step 7 must be 1\.\.8"),
+        ("spans", [1, 1, 2, 2, 2, 3, 3, 0], "span 0 at step 7"),
+        ("spans", [1, 1, 2, 2, 2, 3, 3, 2.5], "whole numbers"),
+        ("dynamics", "flowsde", "unknown dynamics 'flowsde'"),
+        ("measure", "bits", "measure 'bits'"),
+    ],
+)
+def test_damaged_plans_are_refused(key, value, message):
+    data = make_plan(PAPER_GRID, range(8), threshold=2.2, noise_level=0.7).to_dict()
+    data[key] = value
+    with pytest.raises(ValueError, match=message):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["sigmas", "entropy", "active", "spans", "threshold", "measure", "dynamics", "noise_level"],
+)
+def test_plans_that_lack_a_key_are_refused(key):
+    data = make_plan(PAPER_GRID, range(8), threshold=2.2, noise_level=0.7).to_dict()
+    del data[key]
+    with pytest.raises(ValueError, match=f"no key '{key}'"):
+        Plan.from_dict(data)
+
+
+def test_plan_survives_json():
+    plan = make_plan(PAPER_GRID, range(8, 15), threshold=2.6, noise_level=0.7)
+    text = json.dumps(plan.to_dict())
+    assert Plan.from_dict(json.loads(text)) == plan
+    assert json.loads(text)["nfe"] == plan.nfe()
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(16, 3.0), (10, 3.0), (50, 3.0), (25, 1.0), (8, 6.5)])
+def test_schedule_equals_diffusers(steps, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
+    ours = shifted_sigmas(steps, shift)
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
+    assert check_sigmas(ours) == ours
+
+
+def test_dynamic_shift_equals_diffusers():
+    mu = 0.83
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 20, 20).tolist(), mu=mu)
+    ours = shifted_sigmas(20, dynamic_shift(mu))
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift"), [(0, 3.0), (-4, 3.0), (16, 0.0), (16, -1.0), (16, math.inf), (16, math.nan)]
+)
+def test_impossible_schedules_are_refused(steps, shift):
+    with pytest.raises(ValueError, match=r"steps|shift"):
+        shifted_sigmas(steps, shift)
+
+
+@pytest.mark.parametrize("grid", [[1.0], [], [1, 0.5, 0.5, 0], [1, math.nan, 0], [1, 0.2]])
+def test_check_sigmas_refuses_what_is_no_grid(grid):
+    with pytest.raises(ValueError, match="sigmas must"):
+        check_sigmas(grid)
+
+
+def test_entropy_of_other_dynamics_and_of_no_noise():
+    grid = shifted_sigmas(10, 2.0)
+    unit = math.sqrt(2 * math.pi * math.e)
+    dance = step_entropy(grid, 3, 2, noise_level=0.3, dynamics="dance_sde")
+    assert dance == pytest.approx(unit * 0.3 * math.sqrt(grid[3] - grid[5]))
+    cps = step_entropy(grid, 3, 2, noise_level=0.5, dynamics="cps")
+    assert cps == pytest.approx(unit * grid[5] * math.sqrt(0.5))
+    assert step_entropy(grid, 3, 2, noise_level=0.0) == 0.0
+    assert step_entropy(grid, 3, 2, noise_level=0.0, measure="nats_per_dim") == -math.inf
+
+
+@pytest.mark.parametrize(("start", "span"), [(0, 0), (-1, 2), (8, 3), (10, 1)])
+def test_entropy_of_a_step_off_the_grid_is_refused(start, span):
+    with pytest.raises(ValueError, match="leaves the schedule"):
+        step_entropy(shifted_sigmas(10, 2.0), start, span, noise_level=0.7)
+
+
+def test_profile_leaves_out_steps_that_land_on_the_image():
+    assert len(profile(PAPER_GRID, noise_level=0.7)) == 15
+    assert len(profile(PAPER_GRID, 4, noise_level=0.7)) == 12

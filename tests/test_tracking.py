@@ -1,0 +1,586 @@
+"""MLflow as it is used: a real SQLite store, and a real server behind a switchable proxy."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from egrpo.config.load import Study, evaluation_key, profile_key
+from egrpo.config.models import Egrpo, Model, Prompts, Reward, RunConfig, Tracking, Train
+from egrpo.errors import UserError
+from egrpo.stages.prepare import prepare
+from egrpo.stages.publish import publish
+from egrpo.stages.ui import free_port, serve
+from egrpo.store import journal, tables, tracking
+from egrpo.store.files import read_json, write_json, write_text
+from egrpo.store.tracking import LiveTracker, deliver, open_client
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_config(run: str = "a", uri: str | None = None, **fields: Any) -> RunConfig:
+    return RunConfig(
+        run=run,
+        study="small",
+        model=fields.pop("model", Model(path="weights")),
+        prompts=fields.pop("prompts", Prompts(train="train.txt", heldout="heldout.txt")),
+        rewards={"verifier": Reward(kind="verifier")},
+        train=Train(rewards={"verifier": 1.0}, iterations=5),
+        method=Egrpo(threshold=2.2),
+        tracking=Tracking(uri=uri, every_seconds=0.05),
+        **fields,
+    )
+
+
+def study_of(folder: Path, *runs: RunConfig) -> Study:
+    return Study("small", str(folder / "results"), {r.run: r for r in runs or [run_config()]})
+
+
+def line(iteration: int, **metrics: float | None) -> dict[str, Any]:
+    values = {"reward/verifier": iteration / 8, "loss": -iteration / 4, **metrics}
+    return {"iteration": iteration, "time": 1.79e9 + iteration, "nfe": 100 * iteration,
+            "metrics": values, "rollouts": {"step": [0] * 50}}  # fmt: skip
+
+
+def curve(client: Any, run_id: str) -> Counter[tuple[str, int]]:
+    """How often each (metric, step) is stored, the machine's load left out."""
+    names = [n for n in client.get_run(run_id).data.metrics if not n.startswith("system/")]
+    return Counter((n, m.step) for n in names for m in client.get_metric_history(run_id, n))
+
+
+def once(*iterations: int) -> Counter[tuple[str, int]]:
+    names = ("reward/verifier", "loss", "nfe", "iteration_done")
+    return Counter((name, i) for i in iterations for name in names)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def train_run(client: Any, store: Path) -> str:
+    found = client.search_runs([read_json(store)["experiment_id"]], "tags.`egrpo.kind` = 'train'")
+    assert len(found) == 1
+    return str(found[0].info.run_id)
+
+
+def new_run(store: Path, key: str = "k", **fields: Any) -> tuple[Any, str]:
+    ids = read_json(store)
+    client = open_client(ids["uri"])
+    run = run_config(**fields)
+    run_id = tracking.find_or_create_run(
+        client, ids["experiment_id"], run, key, ids["parent_run_id"]
+    )
+    return client, run_id
+
+
+def picture(file: Path, colour: int = 0) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(png(colour))
+
+
+def png(colour: int) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (colour, 0, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+
+
+@pytest.fixture(scope="module")
+def tables_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store: MLflow's migrations take 6 s, once is enough."""
+    folder = tmp_path_factory.mktemp("template")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    prepare(study_of(folder), folder / "first.json")
+    return folder / "results" / "mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path: Path, tables_file: Path) -> Path:
+    """A prepared store of the study `small` on a SQLite file of its own."""
+    (tmp_path / "results").mkdir()
+    # the template holds an experiment whose artifacts lie elsewhere
+    shutil.copy(tables_file, tmp_path / "results" / "mlflow.db")
+    out = tmp_path / "store.json"
+    client = open_client(f"sqlite:///{tmp_path}/results/mlflow.db")
+    client.rename_experiment(client.get_experiment_by_name("small").experiment_id, "template")
+    prepare(study_of(tmp_path), out)
+    return out
+
+
+# ---------------------------------------------------------------- prepare
+
+
+def test_preparing_twice_changes_nothing(store: Path, tmp_path: Path) -> None:
+    first = read_json(store)
+    prepare(study_of(tmp_path), store)
+    assert read_json(store) == first
+    client = open_client(first["uri"])
+    runs = client.search_runs([first["experiment_id"]])
+    assert [r.info.run_id for r in runs] == [first["parent_run_id"]]
+    assert runs[0].data.tags["egrpo.kind"] == "study"
+    location = client.get_experiment(first["experiment_id"]).artifact_location
+    assert location.endswith("/results/mlartifacts/small")
+
+
+def test_a_deleted_experiment_is_named(store: Path, tmp_path: Path) -> None:
+    ids = read_json(store)
+    open_client(ids["uri"]).delete_experiment(ids["experiment_id"])
+    remedy = f"'small' is deleted.*--experiment-id {ids['experiment_id']}"
+    with pytest.raises(UserError, match=remedy):
+        prepare(study_of(tmp_path), store)
+
+
+def test_a_damaged_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mlflow.db").write_text("not a database " * 100)
+    with pytest.raises(UserError, match=r"mlflow\.db: cannot be used.*move it away"):
+        prepare(study_of(tmp_path), tmp_path / "store.json")
+    with pytest.raises(UserError, match=r"tracking\.uri: 'mlruns'"):
+        prepare(study_of(tmp_path, run_config(uri="mlruns")), tmp_path / "store.json")
+    two = run_config("a", "http://127.0.0.1:1"), run_config("b", "http://127.0.0.1:2")
+    with pytest.raises(UserError, match="one store"):
+        prepare(study_of(tmp_path, *two), tmp_path / "store.json")
+
+
+def test_a_server_that_is_away_does_not_stop_the_workflow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"http://user:secret@127.0.0.1:{free_port(0)}"
+    start = time.monotonic()
+    prepare(study_of(tmp_path, run_config(uri=uri)), tmp_path / "store.json")
+    assert time.monotonic() - start < 10
+    assert read_json(tmp_path / "store.json") == {
+        "uri": uri, "experiment_id": None, "parent_run_id": None,
+    }  # fmt: skip
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "does not answer" in error
+    assert "secret" not in error
+
+
+def first_use(folder: Path, name: str) -> None:
+    os.chdir(folder)
+    client, run_id = new_run(Path("store.json"), name, run=name)
+    deliver(client, run_id, [line(i) for i in range(5)])
+
+
+def test_four_processes_create_runs_at_once(store: Path, tmp_path: Path) -> None:
+    ids = read_json(store) | {"uri": "sqlite:///results/mlflow.db"}  # relative, as in a workflow
+    write_json(store, ids)
+    # one process that has imported MLflow and forks the others: they start together, and fast
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store"])
+    jobs = [context.Process(target=first_use, args=(tmp_path, f"run{i}")) for i in range(4)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(timeout=60)
+    assert [job.exitcode for job in jobs] == [0] * 4
+    client = open_client(f"sqlite:///{tmp_path}/results/mlflow.db")
+    runs = client.search_runs([ids["experiment_id"]], "tags.`egrpo.kind` = 'train'")
+    assert sorted(r.info.run_name for r in runs) == ["run0", "run1", "run2", "run3"]
+    for r in runs:
+        assert curve(client, r.info.run_id) == once(*range(5))
+        assert r.data.params["method.threshold"] == "2.2"
+        assert r.data.tags["mlflow.parentRunId"] == ids["parent_run_id"]
+    assert not (tmp_path / "mlruns").exists()
+
+
+# ---------------------------------------------------------------- runs and metrics
+
+
+def test_a_run_is_found_by_its_key_and_params_are_logged_once(store: Path) -> None:
+    long = "/".join(["weights"] * 1000)
+    client, run_id = new_run(store, model=Model(path=long))
+    value = client.get_run(run_id).data.params["model.path"]
+    assert len(value) == 6000
+    assert value.endswith(f"... [cut, {len(long)} characters]")
+    assert new_run(store, model=Model(path=long))[1] == run_id
+    assert new_run(store, key="other")[1] != run_id
+    assert not any(k.startswith("tracking") for k in client.get_run(run_id).data.params)
+
+
+def test_null_and_nan_are_left_out_and_bad_names_are_mended(store: Path) -> None:
+    client, run_id = new_run(store)
+    odd = {"a": None, "b": float("nan"), "reward/x(1)": 1.0, "c//d": 2.0}
+    assert deliver(client, run_id, [line(1, **odd)]) == 1
+    expected = once(1) + Counter([("reward/x_1_", 1), ("c/d", 1)])
+    assert curve(client, run_id) == expected
+
+
+def test_more_metrics_than_a_batch_holds(store: Path) -> None:
+    client, run_id = new_run(store)
+    many = {f"m{i}": float(i) for i in range(700)}
+    known = tracking.Held()
+    assert deliver(client, run_id, [line(1, **many), line(2, **many)], known) == 2
+    assert known.done == {1, 2}
+    assert len(client.get_run(run_id).data.metrics) == 704
+    assert [m.step for m in client.get_metric_history(run_id, "m699")] == [1, 2]
+
+
+def test_a_half_delivered_iteration_is_completed(store: Path) -> None:
+    from mlflow.entities import Metric
+
+    client, run_id = new_run(store)
+    deliver(client, run_id, [line(1)])
+    client.log_batch(run_id, metrics=[Metric("loss", -0.5, 1, 2), Metric("nfe", 200.0, 1, 2)])
+    # the resumed journal reaches iteration 2 only at a later delivery on the same connection
+    known = tracking.held(client, run_id)
+    assert deliver(client, run_id, [line(1)], known) == 0
+    assert deliver(client, run_id, [line(1), line(2)], known) == 1
+    assert curve(client, run_id) == once(1, 2)
+
+
+# ---------------------------------------------------------------- while training
+
+
+def test_live_metrics_and_images_arrive_while_the_journal_grows(
+    store: Path, tmp_path: Path
+) -> None:
+    log, images, run = tmp_path / "journal.jsonl", tmp_path / "monitor", run_config()
+    client = open_client(read_json(store)["uri"])
+    with LiveTracker(run, "k", store, log, images):
+        for i in range(3):
+            journal.append(log, line(i))
+        picture(images / "iteration-000002.png")
+        (images / "iteration-000003.png").write_bytes(b"damaged")
+        ids = read_json(store)["experiment_id"]
+        wait_for(lambda: len(client.search_runs([ids], "metrics.iteration_done = 2")) == 1)
+        run_id = train_run(client, store)
+        assert client.get_run(run_id).info.status == "RUNNING"
+        journal.append(log, line(3))
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert curve(client, run_id) == once(0, 1, 2, 3)
+    assert "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics
+    # started again: nothing to do, nothing sent
+    with LiveTracker(run, "k", store, log, images):
+        pass
+    assert curve(client, run_id) == once(0, 1, 2, 3)
+    assert tracking.images_held(client, run_id) == {2}
+    assert len(client.list_artifacts(run_id, "images")) == 2  # full size and small
+
+
+def test_killed_rewound_and_resumed_sends_each_value_once(store: Path, tmp_path: Path) -> None:
+    from mlflow.entities import Metric
+
+    log, run = tmp_path / "journal.jsonl", run_config()
+    for i in range(8):
+        journal.append(log, line(i))
+    with pytest.raises(KeyboardInterrupt), LiveTracker(run, "k", store, log, tmp_path):
+        raise KeyboardInterrupt
+    client = open_client(read_json(store)["uri"])
+    run_id = train_run(client, store)
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert curve(client, run_id) == once(*range(8))
+    client.log_batch(run_id, metrics=[Metric("loss", -2.0, 1, 8)])  # killed within a batch
+    with open(log, "a") as handle:
+        handle.write('{"iteration": 8, "ti')  # and within a line
+    journal.rewind(log, 4)
+    with LiveTracker(run, "k", store, log, tmp_path):
+        time.sleep(0.3)
+        for i in range(5, 12):
+            journal.append(log, line(i))
+            time.sleep(0.05)
+    assert curve(client, run_id) == once(*range(12))
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_rewound_while_it_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "journal.jsonl"
+    tail = tracking.Tail(log)
+    assert tail.read() == ([], False)
+    for i in range(4):
+        journal.append(log, line(i))
+    first, again = tail.read()
+    assert again
+    assert [x["iteration"] for x in first] == [0, 1, 2, 3]
+    assert "rollouts" not in first[0]
+    assert tail.read() == ([], False)
+    journal.rewind(log, 1)
+    journal.append(log, line(2))
+    lines, again = tail.read()
+    assert (again, [x["iteration"] for x in lines]) == (True, [0, 1, 2])
+
+
+# ---------------------------------------------------------------- a server
+
+
+class Proxy:
+    """Forwards to a server, or hangs, or is away: the states of a real server, at once."""
+
+    def __init__(self, port: int) -> None:
+        self.target, self.state = port, "up"
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def _accept(self) -> None:
+        self.kept = []
+        while True:
+            inner, _ = self.socket.accept()
+            if self.state == "away":
+                inner.close()
+            elif self.state == "hang":
+                self.kept.append(inner)
+            else:
+                outer = socket.create_connection(("127.0.0.1", self.target))
+                for pair in ((inner, outer), (outer, inner)):
+                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if self.state != "up":
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture(scope="module")
+def server(tables_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A real MLflow server, started and ended as `make ui` does; its port."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "results").mkdir()
+    shutil.copy(tables_file, folder / "results" / "mlflow.db")
+    ids = {"uri": "sqlite:///results/mlflow.db", "experiment_id": "1", "parent_run_id": None}
+    write_json(folder / "store.json", ids)
+    code = "from egrpo.stages.ui import serve; from pathlib import Path; serve(Path('store.json'))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None
+    address = job.stdout.readline()
+    match = re.match(r"http://127\.0\.0\.1:(\d+)/#/experiments/1\?workflowType=", address)
+    assert match, address
+    yield int(match[1])
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=20) == 0
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", int(match[1])), timeout=2)
+    assert not (folder / "mlruns").exists()
+
+
+def server_study(folder: Path, proxy: Proxy, name: str) -> tuple[RunConfig, Study, Path]:
+    run = run_config(uri=proxy.uri).model_copy(update={"study": name})
+    return run, Study(name, str(folder / "results"), {"a": run}), folder / "store.json"
+
+
+def test_a_server_away_and_back(
+    server: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy, log = Proxy(server), tmp_path / "journal.jsonl"
+    run, study, store = server_study(tmp_path, proxy, "away")
+    proxy.state = "away"
+    prepare(study, store)
+    assert read_json(store)["experiment_id"] is None
+    capsys.readouterr()
+    with LiveTracker(run, "k", store, log, tmp_path):
+        slowest = 0.0
+        for i in range(10):
+            start = time.monotonic()
+            journal.append(log, line(i))
+            slowest = max(slowest, time.monotonic() - start)
+            time.sleep(0.05)
+        assert slowest < 0.5
+        proxy.state = "up"
+        client = open_client(proxy.uri)
+        wait_for(lambda: client.get_experiment_by_name("away") is not None)
+        experiment = client.get_experiment_by_name("away").experiment_id
+        wait_for(lambda: len(client.search_runs([experiment], "metrics.iteration_done = 9")) == 1)
+        proxy.state = "away"
+        journal.append(log, line(10))
+        time.sleep(0.5)
+        proxy.state = "up"
+        journal.append(log, line(11))
+    found = client.search_runs([experiment], "tags.`egrpo.kind` = 'train'")
+    assert len(found) == 1
+    assert curve(client, found[0].info.run_id) == once(*range(12))
+    assert found[0].info.status == "FINISHED"
+    said = capsys.readouterr().err.splitlines()
+    assert [("sent later" in s, "is back" in s) for s in said][:2] == [(True, False), (False, True)]
+    assert len(said) in (2, 4)  # away twice, if the second time was noticed
+    prepare(study, store)
+    parent = read_json(store)["parent_run_id"]
+    assert found[0].data.tags["mlflow.parentRunId"] == parent
+
+
+def test_a_server_that_hangs_does_not_hold_up_the_end(
+    server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "EXIT_WAIT", 1.0)
+    proxy, log = Proxy(server), tmp_path / "journal.jsonl"
+    run, study, store = server_study(tmp_path, proxy, "hang")
+    prepare(study, store)
+    proxy.state = "hang"
+    with LiveTracker(run, "k", store, log, tmp_path):
+        start = time.monotonic()
+        for i in range(20):
+            journal.append(log, line(i))
+        assert time.monotonic() - start < 1
+        start = time.monotonic()
+    assert time.monotonic() - start < 2
+    assert "`publish` delivers them" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- publish
+
+
+def results_of(folder: Path, run: RunConfig) -> Study:
+    """All results of a study with one run, as the workflow leaves them."""
+    study = study_of(folder, run)
+    root = Path(study.results) / study.name
+    own = root / "runs" / run.run
+    write_json(own / "train.json", {"run": run.run, "key": "k"})
+    write_json(own / "plan.json", {"steps": [0]})
+    write_text(own / "config.yaml", f"run: {run.run}\n")
+    write_text(own / "adapter" / "adapter_model.safetensors", "weights")
+    write_text(own / "adapter" / ".snakemake_timestamp", "")
+    picture(own / "monitor" / "iteration-000000.png")
+    lines = [line(i, absent=None) for i in range(6)]
+    rows = [
+        {"run": run.run, "iteration": x["iteration"], "nfe": x["nfe"], "metric": k, "value": v}
+        for x in lines
+        for k, v in x["metrics"].items()
+    ]
+    tables.write_table(own / "train_metrics.parquet", tables.TRAIN_METRICS, rows)
+    head = {"prompt_id": 0, "prompt": "a red square", "sample": 0}
+    for name, where, colour in (("base", root / "base" / evaluation_key(run), 0), ("a", own, 200)):
+        image = {"run": name, **head, "png": png(colour)}
+        tables.write_table(where / "images.parquet", tables.IMAGES, [image])
+    scores = [
+        {"run": run.run, **head, "sample": s, "reward": "verifier", "value": v}
+        for s, v in enumerate((0.5, 1.0, None))
+    ]
+    tables.write_table(own / "scores.parquet", tables.SCORES, scores)
+    profile = root / "profiles" / profile_key(run) / "entropy_profile.parquet"
+    tables.write_table(profile, tables.ENTROPY_PROFILE, [])
+    row = {c: None for c, *_ in tables.COMPARISON.columns} | {
+        "run": run.run, "reward": "verifier", "difference": 0.25, "low": 0.125, "high": 0.5,
+    }  # fmt: skip
+    tables.write_table(root / "tables" / "comparison.parquet", tables.COMPARISON, [row])
+    picture(root / "figures" / "curves.png")
+    return study
+
+
+def everything(client: Any, experiment: str) -> dict[str, Any]:
+    """All that MLflow shows of an experiment."""
+
+    def files(run_id: str, path: str | None = None) -> list[str]:
+        found = client.list_artifacts(run_id, path)
+        return [f.path for f in found if not f.is_dir] + [
+            name for f in found if f.is_dir for name in files(run_id, f.path)
+        ]
+
+    return {
+        r.info.run_id: {
+            "name": r.info.run_name, "status": r.info.status, "end": r.info.end_time,
+            "tags": r.data.tags, "params": r.data.params, "files": sorted(files(r.info.run_id)),
+            "inputs": [(i.dataset.name, i.dataset.digest, i.dataset.source, i.tags[0].value)
+                       for i in r.inputs.dataset_inputs],
+            "metrics": {k: [(m.step, m.value, m.timestamp)
+                            for m in client.get_metric_history(r.info.run_id, k)]
+                        for k in r.data.metrics},
+        }
+        for r in client.search_runs([experiment])
+    }  # fmt: skip
+
+
+def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
+    prompts = Prompts(train=str(tmp_path / "train.txt"), heldout=str(tmp_path / "heldout.txt"))
+    for name in ("train", "heldout"):
+        write_text(tmp_path / f"{name}.txt", f"{name}\n")
+    run = run_config(prompts=prompts)
+    study, out = results_of(tmp_path, run), tmp_path / "published.json"
+    client, live = new_run(store, prompts=prompts)
+    deliver(client, live, [line(0), line(1)])  # what a live tracker got through
+    publish(study, store, out)
+    ids, first = read_json(out), everything(client, read_json(store)["experiment_id"])
+    publish(study, store, out)
+    assert everything(client, ids["experiment_id"]) == first
+    assert (
+        read_json(out)
+        == ids
+        == {"a": live} | {k: v for k, v in read_json(store).items() if k != "parent_run_id"}
+    )
+    by_name = {v["name"]: v for v in first.values()}
+    assert {v["status"] for v in first.values()} == {"FINISHED"}
+    assert curve(client, live) == once(*range(6))
+    assert by_name["small"]["files"] == ["figures/curves.png", "tables/comparison.parquet"]
+    train = by_name["a"]
+    assert [f for f in train["files"] if not f.startswith("images/")] == [
+        "adapter/adapter_model.safetensors", "config.yaml", "plan.json", "train.json",
+    ]  # fmt: skip
+    assert len(train["files"]) == 6  # and one monitor grid in two sizes
+    assert sorted(i[3] for i in train["inputs"]) == ["evaluation", "profile", "training"]
+    evaluation = by_name["a/evaluation"]
+    assert {k: v[0][1] for k, v in evaluation["metrics"].items()} == {
+        "verifier/mean": 0.75, "verifier/difference": 0.25,
+        "verifier/low": 0.125, "verifier/high": 0.5,
+    }  # fmt: skip
+    assert evaluation["files"] == ["before_after.png", "scores.json"]
+    assert evaluation["tags"]["mlflow.parentRunId"] == live
+
+
+def test_publish_says_that_results_are_kept(tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port(0)}"
+    study = results_of(tmp_path, run_config(uri=uri))
+    prepare(study, tmp_path / "store.json")
+    with pytest.raises(UserError, match="all results are on disk, running again delivers") as error:
+        publish(study, tmp_path / "store.json", tmp_path / "published.json")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "published.json").exists()
+
+
+# ---------------------------------------------------------------- ui
+
+
+def test_ui_without_a_store_and_with_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="`make demo`"):
+        serve(tmp_path / "store.json", 5000)
+    text = {"uri": "http://u:secret@host:5000/", "experiment_id": "7", "parent_run_id": "x"}
+    (tmp_path / "store.json").write_text(json.dumps(text))
+    serve(tmp_path / "store.json", 5000)
+    address = capsys.readouterr().out
+    assert address == "http://host:5000/#/experiments/7?workflowType=machine_learning\n"
+
+
+def test_a_taken_port_is_replaced() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert free_port(port) != port

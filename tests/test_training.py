@@ -1,0 +1,327 @@
+"""The trainer on the shipped toy model: on-policy ratio, resume after SIGKILL, formats, hygiene."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small_run, write_run
+from safetensors.torch import load_file
+
+from egrpo.config.models import RunConfig
+from egrpo.config.trees import cost_of, needs_plan, plan_of, training_sigmas, tree_of
+from egrpo.core.plan import Plan
+from egrpo.errors import UserError
+from egrpo.stages.fingerprint import state_key
+from egrpo.stages.train import Trainer
+from egrpo.stages.train_run import train
+from egrpo.store import checkpoint as checkpoints
+from egrpo.store import journal
+from egrpo.store.files import write_json
+from egrpo.store.tables import ROLLOUTS, TRAIN_METRICS, read_table
+
+
+def plan_for(run: RunConfig) -> Plan | None:
+    return plan_of(run, training_sigmas(run)) if needs_plan(run) else None
+
+
+def trainer_for(embeddings: Path, name: str = "egrpo", **overrides: Any) -> Trainer:
+    run = small_run(name, **overrides)
+    return Trainer(run, plan_for(run), embeddings)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "egrpo": {},
+    "egrpo bfloat16": {"model.dtype": "bfloat16"},
+    "egrpo unmerged": {"model.merge_lora_for_sampling": False},
+    "egrpo full tuning": {"model.tuning": "full", "train.kl_weight": 0.1},
+    "egrpo small micro-batches": {"train.micro_batch": 5, "train.train_micro_batch": 1},
+    "egrpo checkpointed": {"train.gradient_checkpointing": True},
+    "egrpo cps": {"method.dynamics": "cps", "method.threshold": 0.0},
+    "egrpo dance_sde": {"method.dynamics": "dance_sde", "method.threshold": 0.0},
+    "flow_grpo": {"method.name": "flow_grpo"},
+    "flow_grpo bfloat16": {"method.name": "flow_grpo", "model.dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ratio_is_exactly_one_at_the_first_update_and_counts_are_predicted(
+    name: str, embeddings: Path
+) -> None:
+    trainer = trainer_for(embeddings, **VARIANTS[name])
+    before = [p.detach().clone() for p in trainer.parameters]
+    metrics, rows = trainer.step()
+    assert metrics["on_policy_ratio_deviation"] == 0.0
+    assert metrics["clip_fraction"] == 0.0
+    changed = [not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True)]
+    assert any(changed)
+    cost = cost_of(trainer.run, trainer.tree)
+    prompts = trainer.run.train.prompts_per_iteration
+    assert trainer.counts["forward"] == cost.forward_per_prompt * prompts
+    assert trainer.counts["train"] == cost.train_per_prompt * prompts
+    assert trainer.counts["reference"] == cost.reference_per_prompt * prompts
+    assert len(rows["step"]) == len(trainer.tree.trained) * prompts
+
+
+def test_ratio_moves_when_the_weights_moved(embeddings: Path) -> None:
+    """The exactness above is no tautology: other weights give other ratios."""
+    trainer = trainer_for(embeddings)
+    ids = trainer.prompt_ids(1)
+    rollout = trainer.rollout(1, ids)
+    with torch.no_grad():
+        for p in trainer.parameters:
+            p.add_(0.01 * torch.randn_like(p))
+    batch = rollout.batches[0]
+    rows = torch.tensor(ids)[batch.tree]
+    v = trainer.model.velocity(
+        batch.x, trainer.sigmas[batch.start], trainer.conditioning.rows(rows)
+    )
+    new = batch.log_probs(v, trainer.sigmas, trainer.run.method.noise_level)
+    assert (new - batch.log_prob).abs().max() > 1e-6
+
+
+def test_an_update_makes_good_samples_likelier(embeddings: Path) -> None:
+    trainer = trainer_for(embeddings, **{"method.group_size": 8, "method.active": 4})
+    ids = trainer.prompt_ids(1)
+    rollout = trainer.rollout(1, ids)
+    rng = np.random.default_rng(0)
+    scores = {"verifier": rng.normal(size=len(rollout.leaves))}
+    advantage = trainer.advantages(scores, rollout, len(ids))
+    trainer.optimise(rollout, ids, advantage)
+    gain = 0.0
+    for batch in rollout.batches:
+        rows = torch.tensor(ids)[batch.tree]
+        with torch.no_grad():
+            v = trainer.model.velocity(
+                batch.x, trainer.sigmas[batch.start], trainer.conditioning.rows(rows)
+            )
+            new = batch.log_probs(v, trainer.sigmas, trainer.run.method.noise_level)
+        gain += float(
+            (torch.tensor(advantage.values[list(batch.edges)]) * (new - batch.log_prob)).sum()
+        )
+    assert gain > 0
+
+
+def test_accumulated_gradient_equals_that_of_one_batch(embeddings: Path) -> None:
+    """Prompts in one forward/backward or one by one: the same update, to float tolerance."""
+    weights = []
+    for size in (1, 16):
+        trainer = trainer_for(embeddings, **{"train.train_micro_batch": size})
+        trainer.optimizer.param_groups[0]["lr"] = 0.0
+        ids = trainer.prompt_ids(1)
+        rollout = trainer.rollout(1, ids)
+        scores = {"verifier": np.arange(len(rollout.leaves), dtype=float) ** 1.5}
+        norm = trainer.optimise(rollout, ids, trainer.advantages(scores, rollout, 2))["grad_norm"]
+        weights.append(norm)
+    assert weights[0] == pytest.approx(weights[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("cadence", ["per_iteration", "per_step"])
+def test_optimizer_cadence(cadence: str, embeddings: Path) -> None:
+    trainer = trainer_for(embeddings, **{"train.optimizer_cadence": cadence})
+    trainer.step()
+    steps = {int(s["step"]) for s in trainer.optimizer.state_dict()["state"].values()}
+    assert steps == {1 if cadence == "per_iteration" else len(trainer.tree.trained) // 3}
+
+
+def test_ema_follows_the_weights_and_is_what_is_saved(embeddings: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(embeddings, **{"train.ema_decay": 0.5})
+    before = [p.detach().clone() for p in trainer.parameters]
+    trainer.step()
+    assert trainer.ema is not None
+    for old, new, mean in zip(before, trainer.parameters, trainer.ema, strict=True):
+        torch.testing.assert_close(mean, 0.5 * old + 0.5 * new.detach())
+    live = [p.detach().clone() for p in trainer.parameters]
+    with trainer.averaged():
+        assert all(torch.equal(a, b) for a, b in zip(trainer.ema, trainer.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(live, trainer.parameters, strict=True))
+
+
+def test_prompts_of_an_epoch_are_each_seen_once(embeddings: Path) -> None:
+    trainer = trainer_for(embeddings, **{"train.prompts_per_iteration": 4})
+    per_epoch = len(trainer.texts) // 4
+    seen = [i for k in range(1, per_epoch + 1) for i in trainer.prompt_ids(k)]
+    assert sorted(seen) == sorted(set(seen))
+    assert trainer.prompt_ids(1) != trainer.prompt_ids(per_epoch + 1)
+
+
+def test_nan_rewards_are_counted_and_all_nan_is_refused(embeddings: Path) -> None:
+    trainer = trainer_for(embeddings)
+    ids = trainer.prompt_ids(1)
+    rollout = trainer.rollout(1, ids)
+    scores = np.random.default_rng(0).normal(size=len(rollout.leaves))
+    scores[::5] = np.nan
+    some = trainer.advantages({"verifier": scores}, rollout, len(ids))
+    assert some.samples_invalid == len(scores[::5])
+    assert np.isfinite(some.values).all()
+    with pytest.raises(UserError, match=r"rewards\.verifier: every image of iteration 1"):
+        trainer.advantages({"verifier": np.full_like(scores, np.nan)}, rollout, len(ids))
+
+
+# -- resume --------------------------------------------------------------------------------
+
+
+def command(folder: Path, run: RunConfig, embeddings: Path, name: str) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    config = write_run(run, folder / "run.yaml")
+    words = [
+        sys.executable, "-m", "egrpo", "train", "--run-config", config,
+        "--embeddings", embeddings, "--state", folder / f"state-{name}",
+        "--output", folder / f"out-{name}", "--threads", "1",
+    ]  # fmt: skip
+    plan = plan_for(run)
+    if plan is not None:
+        write_json(folder / "plan.json", plan.to_dict())
+        words += ["--plan", folder / "plan.json"]
+    return [str(w) for w in words]
+
+
+def kill_after_checkpoint(words: list[str], state: Path, count: int, delay: float) -> int:
+    """Start, wait for the ``count``-th checkpoint, wait ``delay`` seconds, SIGKILL."""
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            names = sorted(state.glob("*/checkpoint-*.safetensors"))
+            if names and int(names[-1].stem.split("-")[1]) >= count:
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        return process.wait(timeout=120)
+    finally:
+        process.kill()
+
+
+def comparable(path: Path) -> list[dict[str, Any]]:
+    table = TRAIN_METRICS if "metrics" in path.name else ROLLOUTS
+    rows = read_table(path, table).to_pylist()
+    return [r for r in rows if not str(r.get("metric", "")).startswith("time/")]
+
+
+@pytest.mark.parametrize("method", ["egrpo", "flow_grpo"])
+def test_killed_and_started_again_ends_bit_identical(
+    method: str, embeddings: Path, tmp_path: Path
+) -> None:
+    overrides = {"method.name": method, "train.ema_decay": 0.9, "train.iterations": 5}
+    run = small_run("victim", **overrides)
+    straight = command(tmp_path, run, embeddings, "straight")
+    killed = command(tmp_path, run, embeddings, "killed")
+    subprocess.run(straight, cwd=ROOT, check=True, capture_output=True)
+    rng = random.Random(f"{method} kills")
+    codes = [
+        kill_after_checkpoint(killed, tmp_path / "state-killed", count, rng.uniform(0, 0.4))
+        for count in (1, 3)
+    ]
+    assert -signal.SIGKILL in codes
+    subprocess.run(killed, cwd=ROOT, check=True, capture_output=True)
+    files = ["adapter/pytorch_lora_weights.safetensors", *(
+        str(p.relative_to(tmp_path / "out-straight"))
+        for p in sorted((tmp_path / "out-straight/monitor").glob("*.png"))
+    )]  # fmt: skip
+    assert len(files) >= 4
+    for name in files:
+        a, b = (tmp_path / f"out-{x}" / name for x in ("straight", "killed"))
+        assert a.read_bytes() == b.read_bytes(), name
+    for name in ("train_metrics.parquet", "rollouts.parquet"):
+        a, b = (tmp_path / f"out-{x}" / name for x in ("straight", "killed"))
+        assert comparable(a) == comparable(b)
+    a, b = (json.loads((tmp_path / f"out-{x}/train.json").read_text()) for x in
+            ("straight", "killed"))  # fmt: skip
+    for key in ("nfe_forward", "nfe_train", "nfe_reference", "nfe_monitor", "iterations", "key"):
+        assert a[key] == b[key]
+
+
+def run_in_process(run: RunConfig, embeddings: Path, folder: Path) -> Path:
+    train(run, plan_for(run), embeddings, state=folder / "state", output=folder / "out")
+    return folder / "out"
+
+
+def test_damaged_checkpoint_is_passed_over(
+    embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run("egrpo")
+    first = run_in_process(run, embeddings, tmp_path / "a")
+    wanted = load_file(first / "adapter/pytorch_lora_weights.safetensors")
+    state = next((tmp_path / "a/state").iterdir())
+    files = sorted(state.glob("checkpoint-*.safetensors"))
+    assert len(files) == checkpoints.KEEP
+    flipped = bytearray(files[-1].read_bytes())
+    flipped[-7] ^= 1
+    files[-1].write_bytes(flipped)
+    capsys.readouterr()
+    again = run_in_process(run, embeddings, tmp_path / "a")
+    said = capsys.readouterr().err
+    assert "damaged checkpoint passed over (checksum" in said
+    assert "going on after iteration 3" in said
+    found = load_file(again / "adapter/pytorch_lora_weights.safetensors")
+    assert all(torch.equal(wanted[k], found[k]) for k in wanted)
+    files[-1].write_bytes(files[-1].read_bytes()[:100])
+    files[-2].write_bytes(b"")
+    assert checkpoints.latest(state) is None
+
+
+def test_changed_settings_never_resume_stale_state(embeddings: Path) -> None:
+    run = small_run("egrpo")
+    keys = {
+        state_key(r, plan_for(r), embeddings)
+        for r in (
+            run,
+            small_run("egrpo", seed=1),
+            small_run("egrpo", **{"method.threshold": 0.0}),
+            small_run("egrpo", **{"train.adam_beta1": 0.8}),
+        )
+    }
+    assert len(keys) == 4
+    tracked = small_run("egrpo", **{"tracking.every_seconds": 1.0, "evaluate.samples": 3})
+    assert state_key(tracked, plan_for(tracked), embeddings) in keys
+
+
+def test_journal_leaves_out_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    for n in range(3):
+        journal.append(path, {"iteration": n, "metrics": {"x": float("nan")}})
+    with path.open("a") as handle:
+        handle.write('{"iteration": 3, "met')
+    assert [line["iteration"] for line in journal.read(path)] == [0, 1, 2]
+    journal.rewind(path, 1)
+    assert [line["metrics"] for line in journal.read(path)] == [{"x": None}] * 2
+
+
+def test_too_many_prompts_an_iteration(embeddings: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.prompts_per_iteration: 500 prompts, but"):
+        trainer_for(embeddings, **{"train.prompts_per_iteration": 500})
+
+
+def test_full_disk_is_one_line_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    from egrpo.store.files import write_text
+
+    target = tmp_path / "kept.json"
+    write_text(target, "old")
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        write_text(target, "new")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_tree_of_a_run_matches_its_method() -> None:
+    run = small_run("flow_grpo", **{"method.name": "flow_grpo"})
+    assert len(tree_of(run, None).leaves) == 4

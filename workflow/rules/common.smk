@@ -1,0 +1,66 @@
+# The study, resolved and validated once; paths and helpers that the rules share.
+
+import functools
+from pathlib import Path
+
+import yaml
+from snakemake.exceptions import WorkflowError
+
+from egrpo.config import load
+from egrpo.config.layout import Layout
+from egrpo.config.trees import needs_plan
+from egrpo.errors import UserError
+
+CONFIG_FILES = ", ".join(str(f) for f in workflow.overwrite_configfiles) or "config/config.yaml"
+
+try:
+    study = load.resolve(config, CONFIG_FILES)
+    load.check_files(study, CONFIG_FILES)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+at = Layout(study)
+RUNS = study.runs
+STUDY = str(at.root)
+
+
+wildcard_constraints:
+    run="|".join(re.escape(name) for name in RUNS),
+    key="[0-9a-f]+",
+
+
+def owner(key_of, key):
+    """The first run whose settings have this key: shared artifacts are made with its settings."""
+    return next(name for name, run in RUNS.items() if key_of(run) == key)
+
+
+def config_of_key(key_of):
+    """Input function: resolved settings of the run that owns the wildcard `key`."""
+    return lambda wc: str(at.config(owner(key_of, wc.key)))
+
+
+@functools.cache
+def files_under(path):
+    """Weight files of a local model folder; nothing for a hub id, whose revision is pinned."""
+    return sorted(str(f) for f in Path(path).glob("**/*.safetensors"))
+
+
+def weights(run):
+    """Files of the base model and of the rewards: new weights make everything again."""
+    settings = RUNS[run]
+    rewards = [reward.path for reward in settings.rewards.values() if reward.path]
+    return files_under(settings.model.path) + rewards
+
+
+def sources(*parts):
+    """Source files behind a stage: an edit makes its outputs again."""
+    root = Path(workflow.basedir) / "egrpo"
+    found = []
+    for part in parts:
+        path = root / part
+        found += sorted(path.glob("*.py")) if path.is_dir() else [path]
+    return [os.path.relpath(f) for f in found]
+
+
+MODEL_CODE = sources("core", "models", "rewards", "stages/sampling.py", "world/verifier.py")
+RUN_CONFIGS = [at.config(run) for run in RUNS]

@@ -1,0 +1,48 @@
+# One job per model scores all rewards: loading a model is what costs.
+
+
+rule evaluate_base:
+    input:
+        config=ancient(config_of_key(load.evaluation_key)),
+        embeddings=lambda wc: at.embeddings(owner(load.evaluation_key, wc.key)),
+        weights=lambda wc: weights(owner(load.evaluation_key, wc.key)),
+        code=MODEL_CODE + sources("stages/evaluate.py"),
+    output:
+        scores=f"{STUDY}/base/{{key}}/scores.parquet",
+        images=f"{STUDY}/base/{{key}}/images.parquet",
+    log:
+        f"{STUDY}/logs/evaluate_base/{{key}}.log",
+    benchmark:
+        f"{STUDY}/benchmarks/evaluate_base/{{key}}.tsv"
+    threads: 1
+    conda:
+        "../../envs/egrpo.yaml"
+    shell:
+        "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.config:q}"
+        " --embeddings {input.embeddings:q} --scores {output.scores:q} --images {output.images:q}"
+        " --threads {threads} 3>&2 2> {log:q}"
+
+
+rule evaluate:
+    input:
+        config=ancient(f"{STUDY}/runs/{{run}}/config.yaml"),
+        embeddings=lambda wc: at.embeddings(wc.run),
+        weights=lambda wc: weights(wc.run),
+        adapter=f"{STUDY}/runs/{{run}}/adapter",
+        code=MODEL_CODE + sources("stages/evaluate.py"),
+    output:
+        scores=f"{STUDY}/runs/{{run}}/scores.parquet",
+        images=f"{STUDY}/runs/{{run}}/images.parquet",
+    params:
+        key=lambda wc: load.evaluation_key(RUNS[wc.run]),
+    log:
+        f"{STUDY}/logs/evaluate/{{run}}.log",
+    benchmark:
+        f"{STUDY}/benchmarks/evaluate/{{run}}.tsv"
+    threads: 1
+    conda:
+        "../../envs/egrpo.yaml"
+    shell:
+        "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.config:q}"
+        " --embeddings {input.embeddings:q} --adapter {input.adapter:q} --scores {output.scores:q}"
+        " --images {output.images:q} --threads {threads} 3>&2 2> {log:q}"
