@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ class OneLineErrors(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Which denoising steps should reinforcement learning explore?"""
+    # preempted jobs end like interrupted ones: files closed, tracking told
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 @main.command("plan")
@@ -52,9 +55,12 @@ def main() -> None:
 @click.option("--output", type=FILE, help="plan.json to write (workflow).")
 @click.option("--table", type=FILE, help="merge_plan.parquet to write (workflow).")
 def plan_command(
-    run_config: Path | None, profile: Path | None, output: Path | None, table: Path | None,
+    run_config: Path | None,
+    profile: Path | None,
+    output: Path | None,
+    table: Path | None,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Choose, by an entropy threshold, how many steps each SDE step merges. Needs no torch."""
     if run_config is not None:
         if profile is None or output is None or table is None:
@@ -68,9 +74,16 @@ def plan_command(
 
 
 def _print_plan(
-    steps: int, shift: float, noise_level: float, threshold: float, active: int, measure: str,
-    dynamics: str, on_unreachable: str, as_json: bool,
-) -> None:  # fmt: skip
+    steps: int,
+    shift: float,
+    noise_level: float,
+    threshold: float,
+    active: int,
+    measure: str,
+    dynamics: str,
+    on_unreachable: str,
+    as_json: bool,
+) -> None:
     from egrpo.core.entropy import MEASURES, step_entropy
     from egrpo.core.noise import STD
     from egrpo.core.plan import make_plan
@@ -86,10 +99,14 @@ def _print_plan(
         raise UserError(f"--noise-level: must be positive, got {noise_level}")
     try:
         made = make_plan(
-            shifted_sigmas(steps, shift), range(active), threshold=threshold,
-            noise_level=noise_level, dynamics=dynamics, measure=measure,
+            shifted_sigmas(steps, shift),
+            range(active),
+            threshold=threshold,
+            noise_level=noise_level,
+            dynamics=dynamics,
+            measure=measure,
             on_unreachable=on_unreachable,
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise UserError(f"egrpo plan: {error}") from None
     for warning in made.warnings:
@@ -179,9 +196,14 @@ def profile_command(run_config: Path, embeddings: Path, output: Path, threads: i
 @click.option("--store", type=EXISTING, help="Tracking store made by `egrpo prepare`.")
 @click.option("--threads", type=int, help="CPU threads.")
 def train_command(
-    run_config: Path, embeddings: Path, plan_path: Path | None, state: Path, output: Path,
-    store: Path | None, threads: int | None,
-) -> None:  # fmt: skip
+    run_config: Path,
+    embeddings: Path,
+    plan_path: Path | None,
+    state: Path,
+    output: Path,
+    store: Path | None,
+    threads: int | None,
+) -> None:
     """Train one run, from wherever its state is."""
     from egrpo.config.load import load_run
     from egrpo.config.trees import needs_plan
@@ -205,9 +227,13 @@ def train_command(
 @click.option("--images", type=FILE, required=True, help="Parquet file of images to write.")
 @click.option("--threads", type=int, help="CPU threads.")
 def evaluate_command(
-    run_config: Path, embeddings: Path, adapter: Path | None, scores: Path, images: Path,
+    run_config: Path,
+    embeddings: Path,
+    adapter: Path | None,
+    scores: Path,
+    images: Path,
     threads: int | None,
-) -> None:  # fmt: skip
+) -> None:
     """Sample the held-out prompts and score them under all rewards."""
     from egrpo.config.load import load_run
     from egrpo.stages.evaluate import evaluate
@@ -258,9 +284,9 @@ def tables_command(results: str, run_configs: tuple[Path, ...]) -> None:
 def figures_command(results: str, run_configs: tuple[Path, ...]) -> None:
     """Draw entropy, spread, reward curves and the before/after grid."""
     from egrpo.config.layout import Layout
-    from egrpo.stages.figures import make_figures
+    from egrpo.stages.draw import draw
 
-    make_figures(Layout(_study(results, run_configs)))
+    draw(Layout(_study(results, run_configs)))
 
 
 @main.command("publish")
@@ -268,9 +294,7 @@ def figures_command(results: str, run_configs: tuple[Path, ...]) -> None:
 @click.option("--store", type=EXISTING, required=True, help="Written by `egrpo prepare`.")
 @click.option("--output", type=FILE, required=True, help="JSON file to write.")
 @RUN_CONFIGS
-def publish_command(
-    results: str, store: Path, output: Path, run_configs: tuple[Path, ...]
-) -> None:
+def publish_command(results: str, store: Path, output: Path, run_configs: tuple[Path, ...]) -> None:
     """Deliver to MLflow whatever it does not have yet; running it again adds nothing."""
     from egrpo.stages.publish import publish
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from egrpo.core.advantage import Advantages, advantages, edge_values, normalise
-from egrpo.core.loss import clipped_objective, kl_to_reference
+from egrpo.core.loss import clipped_objective, velocity_distance
 from egrpo.core.methods import branches, chains
 from egrpo.core.tree import Tree, TreeBuilder
 
@@ -294,7 +294,7 @@ def test_the_papers_clip_range_works_in_float32():
 def test_kl_is_the_mean_squared_difference_of_velocities():
     v = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.5]]])
     v_ref = torch.tensor([[[1.0, 0.0], [0.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    torch.testing.assert_close(kl_to_reference(v, v_ref), torch.tensor([13 / 4, 0.0625]))
-    half = kl_to_reference(v.half() * 300, v_ref.half() * 300)
+    torch.testing.assert_close(velocity_distance(v, v_ref), torch.tensor([13 / 4, 0.0625]))
+    half = velocity_distance(v.half() * 300, v_ref.half() * 300)
     assert half.dtype == torch.float32
     assert torch.isfinite(half).all()

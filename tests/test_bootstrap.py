@@ -145,7 +145,11 @@ def test_coverage_of_clustered_data_is_near_95_percent() -> None:
 )
 def test_bad_arguments_are_refused(change: dict[str, object], text: str) -> None:
     given: dict[str, object] = {
-        "base": [1.0, 2.0], "trained": [1.0, 2.0], "clusters": [0, 1], "resamples": 10, "seed": 0,
-    }  # fmt: skip
+        "base": [1.0, 2.0],
+        "trained": [1.0, 2.0],
+        "clusters": [0, 1],
+        "resamples": 10,
+        "seed": 0,
+    }
     with pytest.raises(ValueError, match=text):
         paired_interval(**{**given, **change})  # type: ignore[arg-type]

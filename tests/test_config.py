@@ -218,7 +218,7 @@ REFUSED_IN_STUDY = [
         "methods.egrpo.active: Input should be a valid integer, got 'half'",
     ),
     (
-        {"methods": {"egrpo": {"dynamics": "cps", "noise_level": 1.5}}},
+        {"methods": {"egrpo": {"dynamics": "cps", "noise_level": 1.5, "threshold": 0.0}}},
         "methods.egrpo.noise_level: cps needs a value in (0, 1]",
     ),
     ({"profile": {"spans": [1, 30]}}, "profile.spans: 30 does not fit 16 steps"),
@@ -255,7 +255,10 @@ REFUSED_CELLS = [
     ("run\tmethod.active\nx\thalf\n", "method.active: Input should be a valid integer, got 'half'"),
     ("run\ttrain.rewards.hps\nx\t1.0\n", "train.rewards: 'hps' is not defined under rewards"),
     ("run\tprofile.spans\nx\t[30]\n", "profile.spans: 30 does not fit 16 steps"),
-    ("run\tmethod.dynamics\tmethod.noise_level\nx\tcps\t2\n", "method.noise_level: cps needs"),
+    (
+        "run\tmethod.dynamics\tmethod.threshold\tmethod.noise_level\nx\tcps\t0.0\t2\n",
+        "method.noise_level: cps needs",
+    ),
     ("run\tmethod.name\tmethod.threshold\nx\tflow_grpo\t2\n", "method.threshold: unknown setting"),
     ("run\ttrain\nx\t3\n", "train: Input should be a valid dictionary"),
     ("run\tmethod\nx\t3\n", "method: "),

@@ -24,7 +24,7 @@ from egrpo.core.entropy import step_entropy
 from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.errors import UserError
-from egrpo.stages import figures, report, tables
+from egrpo.stages import figures, image_grid, report, tables
 from egrpo.stages.tables import RunFiles, make_comparison
 from egrpo.store.tables import (
     COMPARISON,
@@ -94,8 +94,15 @@ def files(tmp_path: Path, config: RunConfig) -> RunFiles:
     run, base = tmp_path / "run", tmp_path / "base"
     write_results(base, "base", gain=0.0, level=10)
     write_results(run, "one", gain=0.25, level=30)
-    train = {"iterations": 7, "nfe_forward": 1000, "nfe_train": 24, "nfe_monitor": 5000,
-             "seconds": 61.5, "trainable_parameters": 10, "peak_memory_mib": None}  # fmt: skip
+    train = {
+        "iterations": 7,
+        "nfe_forward": 1000,
+        "nfe_train": 24,
+        "nfe_monitor": 5000,
+        "seconds": 61.5,
+        "trainable_parameters": 10,
+        "peak_memory_mib": None,
+    }
     (run / "train.json").write_text(json.dumps(train))
     (run / "config.yaml").write_text(json.dumps(config.model_dump()))
     return RunFiles.at(run, base)
@@ -174,8 +181,13 @@ def test_interval_resamples_prompts(files: RunFiles, tmp_path: Path) -> None:
     def by_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [r | {"value": 10.0 if r["prompt_id"] == 0 else 0.0} for r in rows]
 
-    write_results(files.base_scores.parent, "base", 0.0, 10, edit=lambda rows: [
-        r | {"value": 0.0} for r in rows])  # fmt: skip
+    write_results(
+        files.base_scores.parent,
+        "base",
+        0.0,
+        10,
+        edit=lambda rows: [r | {"value": 0.0} for r in rows],
+    )
     write_results(files.scores.parent, "one", 0.0, 30, edit=by_prompt)
     row = comparison(files, tmp_path)["quality"]
     # prompt 0 is drawn k of 6 times: the mean is 10 k / 6, in steps that samples would halve
@@ -233,8 +245,11 @@ def test_csv_and_markdown_say_the_same(files: RunFiles, tmp_path: Path) -> None:
     assert "| 1,024 | 62 |" in text
     body = [line for line in text.splitlines() if line.startswith("| one")]
     assert [line.split(" | ")[2] for line in body] == [
-        "**quality**", "other", "distance_to_base", "diversity",
-    ]  # fmt: skip
+        "**quality**",
+        "other",
+        "distance_to_base",
+        "diversity",
+    ]
     metadata = pq.read_schema(tmp_path / "comparison.parquet").metadata
     assert metadata[b"interval_level"] == b"0.95"
     assert metadata[b"config_hash"]
@@ -245,21 +260,35 @@ def test_csv_and_markdown_say_the_same(files: RunFiles, tmp_path: Path) -> None:
 
 def row(run: str, reward: str, on: bool, low: float | None, high: float | None) -> dict[str, Any]:
     return {
-        "run": run, "method": "egrpo", "reward": reward, "trained_on": on, "base": 0.5,
-        "trained": 0.6, "difference": 0.1, "low": low, "high": high, "pairs": 20, "invalid": 0,
-        "iterations": 3, "nfe": 123456, "seconds": 77.7,
-    }  # fmt: skip
+        "run": run,
+        "method": "egrpo",
+        "reward": reward,
+        "trained_on": on,
+        "base": 0.5,
+        "trained": 0.6,
+        "difference": 0.1,
+        "low": low,
+        "high": high,
+        "pairs": 20,
+        "invalid": 0,
+        "iterations": 3,
+        "nfe": 123456,
+        "seconds": 77.7,
+    }
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     path = tmp_path / "comparison.parquet"
     rows = [
-        row("a", "aesthetic", False, 0.04, 0.16), row("a", "quality", True, 0.04, 0.16),
-        row("a", "diversity", False, -0.2, 0.1), row("a", "zeal", False, 0.04, 0.16),
-        row("b", "quality", True, -0.04, 0.16), row("c", "quality", True, -0.26, -0.04),
+        row("a", "aesthetic", False, 0.04, 0.16),
+        row("a", "quality", True, 0.04, 0.16),
+        row("a", "diversity", False, -0.2, 0.1),
+        row("a", "zeal", False, 0.04, 0.16),
+        row("b", "quality", True, -0.04, 0.16),
+        row("c", "quality", True, -0.26, -0.04),
         row("egrpo", "quality", True, None, None),
-    ]  # fmt: skip
+    ]
     write_table(path, COMPARISON, rows)
     return path
 
@@ -274,8 +303,10 @@ def test_short_table_marks_the_trained_reward_and_judges_its_interval(table: Pat
     assert len({len(lines[i]) for i in (0, 1, 3, 4, 5, 6, 8)}) == 1
     verdicts = [line for line in lines if ", quality:" in line]
     assert ["above 0" in verdicts[0], "contains 0" in verdicts[1], "below 0" in verdicts[2]] == [
-        True, True, True,
-    ]  # fmt: skip
+        True,
+        True,
+        True,
+    ]
     assert "no interval" in verdicts[3]
     assert "aesthetic:" not in text  # only what was trained is judged
     assert "make ui" in lines[-1]
@@ -328,14 +359,22 @@ def profile_rows() -> list[dict[str, Any]]:
             for prompt in (0, 1, 2):
                 for quantity in ("reward:quality", "latent_variance", "image_distance"):
                     failed = (step, prompt) == (2, 0) or (step, span) == (5, 6)
-                    rows.append({
-                        "step": step, "span": span, "sigma": GRID[step],
-                        "sigma_stop": GRID[step + span], "std": entropy / 4.1327,
-                        "exp_per_dim": entropy, "nats_per_dim": math.log(entropy),
-                        "variance": 1.0, "prompt_id": prompt, "quantity": quantity,
-                        "spread": None if failed else entropy * (1 + prompt),
-                        "yardstick": None if quantity == "latent_variance" else 1.0 + prompt,
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "step": step,
+                            "span": span,
+                            "sigma": GRID[step],
+                            "sigma_stop": GRID[step + span],
+                            "std": entropy / 4.1327,
+                            "exp_per_dim": entropy,
+                            "nats_per_dim": math.log(entropy),
+                            "variance": 1.0,
+                            "prompt_id": prompt,
+                            "quantity": quantity,
+                            "spread": None if failed else entropy * (1 + prompt),
+                            "yardstick": None if quantity == "latent_variance" else 1.0 + prompt,
+                        }
+                    )
     return rows
 
 
@@ -394,7 +433,7 @@ def test_entropy_figure_follows_the_plans_measure(profile: Path, tmp_path: Path)
     axes: Any = figure.axes[0]
     assert axes.lines[0].get_ydata()[0] == pytest.approx(math.log(2.8929), abs=1e-4)
     (tmp_path / "bad.json").write_text('{"sigmas": [1, 0]}')
-    with pytest.raises(UserError, match="not a merge plan"):
+    with pytest.raises(UserError, match="not a plan"):
         figures.entropy_figure(profile, {"one": tmp_path / "bad.json"}, tmp_path / "x")
 
 
@@ -403,8 +442,10 @@ def test_spread_figure_has_a_panel_each_and_the_yardstick(profile: Path, tmp_pat
     assert_drawn(tmp_path / "spread")
     assert len(figure.axes) == 3
     assert [a.get_title(loc="left") for a in figure.axes] == [
-        "Final latents", "Images", "Reward: quality",
-    ]  # fmt: skip
+        "Final latents",
+        "Images",
+        "Reward: quality",
+    ]
     yardsticks = by_gid(figure, "yardstick")
     assert len(yardsticks) == 2  # none for latents, whose yardstick is null
     assert all(line.get_ydata()[0] == 2.0 and line.get_linestyle() == "--" for line in yardsticks)
@@ -480,7 +521,7 @@ def test_before_after_pairs_images_and_keeps_their_pixels(tmp_path: Path) -> Non
     write_results(tmp_path / "base", "base", 0.0, 10)
     write_results(tmp_path / "run", "one", 0.0, 60)
     base, run = (tmp_path / name / "images.parquet" for name in ("base", "run"))
-    figure = figures.before_after(base, [("a run", run)], 3, tmp_path / "grid")
+    figure = image_grid.before_after(base, [("a run", run)], 3, tmp_path / "grid")
     assert not (tmp_path / "grid.svg").exists()
     shown: list[Any] = [axes.images[0] for axes in figure.axes]
     levels = [round(float(image.get_array().mean()) * 255) for image in shown]
@@ -501,9 +542,9 @@ def test_before_after_refuses_images_of_other_prompts(tmp_path: Path) -> None:
     write_table(tmp_path / "i.parquet", IMAGES, rows)
     base = tmp_path / "base" / "images.parquet"
     with pytest.raises(UserError, match=r"'one' has no image of prompt 0 \('prompt number 0'\)"):
-        figures.before_after(base, [("one", tmp_path / "i.parquet")], 1, tmp_path / "x")
+        image_grid.before_after(base, [("one", tmp_path / "i.parquet")], 1, tmp_path / "x")
     with pytest.raises(UserError, match="no image to show"):
-        figures.before_after(base, [], 0, tmp_path / "x")
+        image_grid.before_after(base, [], 0, tmp_path / "x")
 
 
 def test_same_data_gives_the_same_file(profile: Path, tmp_path: Path) -> None:

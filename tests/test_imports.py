@@ -8,12 +8,20 @@ import sys
 
 HEAVY = {"torch", "mlflow", "snakemake", "diffusers", "transformers"}
 LIGHT_CORE = [
-    "egrpo.core.schedule", "egrpo.core.noise", "egrpo.core.entropy", "egrpo.core.plan",
-    "egrpo.core.tree", "egrpo.core.methods", "egrpo.core.advantage",
-]  # fmt: skip
+    "egrpo.core.schedule",
+    "egrpo.core.noise",
+    "egrpo.core.entropy",
+    "egrpo.core.plan",
+    "egrpo.core.tree",
+    "egrpo.core.methods",
+    "egrpo.core.advantage",
+]
 TORCH_CORE = [
-    "egrpo.core.transitions", "egrpo.core.executor", "egrpo.core.loss", "egrpo.core.seeds",
-]  # fmt: skip
+    "egrpo.core.transitions",
+    "egrpo.core.executor",
+    "egrpo.core.loss",
+    "egrpo.core.seeds",
+]
 
 
 def loaded_by(modules: list[str]) -> set[str]:

@@ -39,12 +39,20 @@ def pipe() -> Any:
     return made
 
 
-def stock_images(pipe: Any, prompt: str, noise: torch.Tensor, steps: int, scale: float = 1.0) -> Any:
+def stock_images(
+    pipe: Any, prompt: str, noise: torch.Tensor, steps: int, scale: float = 1.0
+) -> Any:
     out = pipe(
-        prompt, latents=noise.clone(), sigmas=np.linspace(1, 1 / steps, steps).tolist(),
-        num_inference_steps=steps, guidance_scale=scale, max_sequence_length=0,
-        height=32, width=32, output_type="pt",
-    ).images  # fmt: skip
+        prompt,
+        latents=noise.clone(),
+        sigmas=np.linspace(1, 1 / steps, steps).tolist(),
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        max_sequence_length=0,
+        height=32,
+        width=32,
+        output_type="pt",
+    ).images
     return (out.clamp(0, 1) * 255).round()
 
 
@@ -105,8 +113,9 @@ def test_fully_tuned_weights_load_again(embeddings: Path, tmp_path: Path) -> Non
     trainer.model.save(tmp_path / "adapter")
     again = load_model(run.model)
     again.load(tmp_path / "adapter")
-    for a, b in zip(trainer.model.transformer.parameters(), again.transformer.parameters(),
-                    strict=True):  # fmt: skip
+    for a, b in zip(
+        trainer.model.transformer.parameters(), again.transformer.parameters(), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -145,10 +154,13 @@ def test_images_do_not_depend_on_the_batch(embeddings: Path) -> None:
     ],
 )
 def test_bad_model_settings_are_one_line(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+    def prepare() -> None:
         model = load_model(small_run("x", **change).model)
         _ = model.image_shape
         model.prepare_training(0)
+
+    with pytest.raises(UserError, match=message) as caught:
+        prepare()
     assert "\n" not in str(caught.value)
 
 
@@ -267,9 +279,12 @@ def test_executor_noise_depends_on_the_prompt_only() -> None:
 
     def leaves(ids: list[int]) -> torch.Tensor:
         return execute(
-            [chains(3, 2)] * 2, sigmas, lambda x, s, t: -x,
+            [chains(3, 2)] * 2,
+            sigmas,
+            lambda x, s, t: -x,
             lambda tree, start, sample: normal((4,), "p", ids[tree], start, sample),
-            noise_level=0.0, micro_batch=2,
-        ).leaves  # fmt: skip
+            noise_level=0.0,
+            micro_batch=2,
+        ).leaves
 
     assert torch.equal(leaves([7, 9]), leaves([9, 7]).roll(2, 0))

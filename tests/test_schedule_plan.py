@@ -22,9 +22,22 @@ from egrpo.core.schedule import check_sigmas, dynamic_shift, shifted_sigmas
 
 PAPER_GRID = shifted_sigmas(16, 3.0)
 PAPER_ENTROPY = [
-    2.8929, 2.9885, 2.1366, 1.7631, 1.5423, 1.3921, 1.2810, 1.1934,
-    1.1204, 1.0563, 0.9966, 0.9369, 0.8722, 0.7950, 0.6915,
-]  # fmt: skip
+    2.8929,
+    2.9885,
+    2.1366,
+    1.7631,
+    1.5423,
+    1.3921,
+    1.2810,
+    1.1934,
+    1.1204,
+    1.0563,
+    0.9966,
+    0.9369,
+    0.8722,
+    0.7950,
+    0.6915,
+]
 PAPER_PLANS = [  # tau, spans of steps 0..7, ODE evaluations after the branches
     (0.0, (1, 1, 1, 1, 1, 1, 1, 1), 92),
     (1.8, (1, 1, 1, 2, 2, 2, 2, 3), 86),
@@ -101,9 +114,12 @@ def test_spans_are_the_least_that_reach_the_threshold(s):
             expected.append(s["steps"] - 1 - i)
             out_of_reach.append(i)
     plan = make_plan(
-        shifted_sigmas(s["steps"], s["shift"]), s["active"], threshold=s["tau"],
-        noise_level=s["level"], measure=s["measure"],
-    )  # fmt: skip
+        shifted_sigmas(s["steps"], s["shift"]),
+        s["active"],
+        threshold=s["tau"],
+        noise_level=s["level"],
+        measure=s["measure"],
+    )
     assert list(plan.spans) == expected
     assert [int(re.match(r"step (\d+):", w)[1]) for w in plan.warnings] == out_of_reach
     assert all(plan.sigmas[i + n] > 0 for i, n in zip(plan.active, plan.spans, strict=True))
@@ -117,9 +133,12 @@ def test_spans_are_the_least_that_reach_the_threshold(s):
 def test_spans_never_shrink_as_the_threshold_rises(s, more):
     def spans(tau):
         return make_plan(
-            shifted_sigmas(s["steps"], s["shift"]), s["active"], threshold=tau,
-            noise_level=s["level"], measure=s["measure"],
-        ).spans  # fmt: skip
+            shifted_sigmas(s["steps"], s["shift"]),
+            s["active"],
+            threshold=tau,
+            noise_level=s["level"],
+            measure=s["measure"],
+        ).spans
 
     assume(s["tau"] != 0 and s["tau"] + more != 0)
     assert all(a <= b for a, b in zip(spans(s["tau"]), spans(s["tau"] + more), strict=True))
@@ -135,9 +154,12 @@ def test_threshold_zero_merges_nothing_in_every_measure(measure):
 @given(plan_settings(), st.integers(1, 4))
 def test_evaluations_of_the_plan_are_those_of_its_tree(s, samples):
     plan = make_plan(
-        shifted_sigmas(s["steps"], s["shift"]), s["active"], threshold=s["tau"],
-        noise_level=s["level"], measure=s["measure"],
-    )  # fmt: skip
+        shifted_sigmas(s["steps"], s["shift"]),
+        s["active"],
+        threshold=s["tau"],
+        noise_level=s["level"],
+        measure=s["measure"],
+    )
     nfe, cost = plan.nfe(), egrpo(plan, samples).cost
     assert cost.forward == nfe["anchor"] + samples * nfe["suffix_per_sample"]
     assert cost.train == nfe["train"] == len(plan.active)

@@ -28,9 +28,10 @@ from egrpo.errors import UserError
 from egrpo.stages.prepare import prepare
 from egrpo.stages.publish import publish
 from egrpo.stages.ui import free_port, serve
-from egrpo.store import journal, tables, tracking
+from egrpo.store import journal, live, tables, tracking
 from egrpo.store.files import read_json, write_json, write_text
-from egrpo.store.tracking import LiveTracker, deliver, open_client
+from egrpo.store.live import LiveTracker
+from egrpo.store.tracking import deliver, open_client
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,8 +56,13 @@ def study_of(folder: Path, *runs: RunConfig) -> Study:
 
 def line(iteration: int, **metrics: float | None) -> dict[str, Any]:
     values = {"reward/verifier": iteration / 8, "loss": -iteration / 4, **metrics}
-    return {"iteration": iteration, "time": 1.79e9 + iteration, "nfe": 100 * iteration,
-            "metrics": values, "rollouts": {"step": [0] * 50}}  # fmt: skip
+    return {
+        "iteration": iteration,
+        "time": 1.79e9 + iteration,
+        "nfe": 100 * iteration,
+        "metrics": values,
+        "rollouts": {"step": [0] * 50},
+    }
 
 
 def curve(client: Any, run_id: str) -> Counter[tuple[str, int]]:
@@ -177,8 +183,10 @@ def test_a_server_that_is_away_does_not_stop_the_workflow(
     prepare(study_of(tmp_path, run_config(uri=uri)), tmp_path / "store.json")
     assert time.monotonic() - start < 10
     assert read_json(tmp_path / "store.json") == {
-        "uri": uri, "experiment_id": None, "parent_run_id": None,
-    }  # fmt: skip
+        "uri": uri,
+        "experiment_id": None,
+        "parent_run_id": None,
+    }
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "does not answer" in error
@@ -314,7 +322,7 @@ def test_killed_rewound_and_resumed_sends_each_value_once(store: Path, tmp_path:
 
 def test_rewound_while_it_is_read(tmp_path: Path) -> None:
     log = tmp_path / "journal.jsonl"
-    tail = tracking.Tail(log)
+    tail = live.Tail(log)
     assert tail.read() == ([], False)
     for i in range(4):
         journal.append(log, line(i))
@@ -441,7 +449,7 @@ def test_a_server_away_and_back(
 def test_a_server_that_hangs_does_not_hold_up_the_end(
     server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tracking, "EXIT_WAIT", 1.0)
+    monkeypatch.setattr(live, "EXIT_WAIT", 1.0)
     proxy, log = Proxy(server), tmp_path / "journal.jsonl"
     run, study, store = server_study(tmp_path, proxy, "hang")
     prepare(study, store)
@@ -489,8 +497,12 @@ def results_of(folder: Path, run: RunConfig) -> Study:
     profile = root / "profiles" / profile_key(run) / "entropy_profile.parquet"
     tables.write_table(profile, tables.ENTROPY_PROFILE, [])
     row = {c: None for c, *_ in tables.COMPARISON.columns} | {
-        "run": run.run, "reward": "verifier", "difference": 0.25, "low": 0.125, "high": 0.5,
-    }  # fmt: skip
+        "run": run.run,
+        "reward": "verifier",
+        "difference": 0.25,
+        "low": 0.125,
+        "high": 0.5,
+    }
     tables.write_table(root / "tables" / "comparison.parquet", tables.COMPARISON, [row])
     picture(root / "figures" / "curves.png")
     return study
@@ -507,16 +519,26 @@ def everything(client: Any, experiment: str) -> dict[str, Any]:
 
     return {
         r.info.run_id: {
-            "name": r.info.run_name, "status": r.info.status, "end": r.info.end_time,
-            "tags": r.data.tags, "params": r.data.params, "files": sorted(files(r.info.run_id)),
-            "inputs": [(i.dataset.name, i.dataset.digest, i.dataset.source, i.tags[0].value)
-                       for i in r.inputs.dataset_inputs],
-            "metrics": {k: [(m.step, m.value, m.timestamp)
-                            for m in client.get_metric_history(r.info.run_id, k)]
-                        for k in r.data.metrics},
+            "name": r.info.run_name,
+            "status": r.info.status,
+            "end": r.info.end_time,
+            "tags": r.data.tags,
+            "params": r.data.params,
+            "files": sorted(files(r.info.run_id)),
+            "inputs": [
+                (i.dataset.name, i.dataset.digest, i.dataset.source, i.tags[0].value)
+                for i in r.inputs.dataset_inputs
+            ],
+            "metrics": {
+                k: [
+                    (m.step, m.value, m.timestamp)
+                    for m in client.get_metric_history(r.info.run_id, k)
+                ]
+                for k in r.data.metrics
+            },
         }
         for r in client.search_runs([experiment])
-    }  # fmt: skip
+    }
 
 
 def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
@@ -542,15 +564,20 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
     assert by_name["small"]["files"] == ["figures/curves.png", "tables/comparison.parquet"]
     train = by_name["a"]
     assert [f for f in train["files"] if not f.startswith("images/")] == [
-        "adapter/adapter_model.safetensors", "config.yaml", "plan.json", "train.json",
-    ]  # fmt: skip
+        "adapter/adapter_model.safetensors",
+        "config.yaml",
+        "plan.json",
+        "train.json",
+    ]
     assert len(train["files"]) == 6  # and one monitor grid in two sizes
     assert sorted(i[3] for i in train["inputs"]) == ["evaluation", "profile", "training"]
     evaluation = by_name["a/evaluation"]
     assert {k: v[0][1] for k, v in evaluation["metrics"].items()} == {
-        "verifier/mean": 0.75, "verifier/difference": 0.25,
-        "verifier/low": 0.125, "verifier/high": 0.5,
-    }  # fmt: skip
+        "verifier/mean": 0.75,
+        "verifier/difference": 0.25,
+        "verifier/low": 0.125,
+        "verifier/high": 0.5,
+    }
     assert evaluation["files"] == ["before_after.png", "scores.json"]
     assert evaluation["tags"]["mlflow.parentRunId"] == live
 

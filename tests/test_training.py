@@ -174,10 +174,21 @@ def command(folder: Path, run: RunConfig, embeddings: Path, name: str) -> list[s
     folder.mkdir(exist_ok=True)
     config = write_run(run, folder / "run.yaml")
     words = [
-        sys.executable, "-m", "egrpo", "train", "--run-config", config,
-        "--embeddings", embeddings, "--state", folder / f"state-{name}",
-        "--output", folder / f"out-{name}", "--threads", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "egrpo",
+        "train",
+        "--run-config",
+        config,
+        "--embeddings",
+        embeddings,
+        "--state",
+        folder / f"state-{name}",
+        "--output",
+        folder / f"out-{name}",
+        "--threads",
+        "1",
+    ]
     plan = plan_for(run)
     if plan is not None:
         write_json(folder / "plan.json", plan.to_dict())
@@ -223,10 +234,13 @@ def test_killed_and_started_again_ends_bit_identical(
     ]
     assert -signal.SIGKILL in codes
     subprocess.run(killed, cwd=ROOT, check=True, capture_output=True)
-    files = ["adapter/pytorch_lora_weights.safetensors", *(
-        str(p.relative_to(tmp_path / "out-straight"))
-        for p in sorted((tmp_path / "out-straight/monitor").glob("*.png"))
-    )]  # fmt: skip
+    files = [
+        "adapter/pytorch_lora_weights.safetensors",
+        *(
+            str(p.relative_to(tmp_path / "out-straight"))
+            for p in sorted((tmp_path / "out-straight/monitor").glob("*.png"))
+        ),
+    ]
     assert len(files) >= 4
     for name in files:
         a, b = (tmp_path / f"out-{x}" / name for x in ("straight", "killed"))
@@ -234,8 +248,9 @@ def test_killed_and_started_again_ends_bit_identical(
     for name in ("train_metrics.parquet", "rollouts.parquet"):
         a, b = (tmp_path / f"out-{x}" / name for x in ("straight", "killed"))
         assert comparable(a) == comparable(b)
-    a, b = (json.loads((tmp_path / f"out-{x}/train.json").read_text()) for x in
-            ("straight", "killed"))  # fmt: skip
+    a, b = (
+        json.loads((tmp_path / f"out-{x}/train.json").read_text()) for x in ("straight", "killed")
+    )
     for key in ("nfe_forward", "nfe_train", "nfe_reference", "nfe_monitor", "iterations", "key"):
         assert a[key] == b[key]
 

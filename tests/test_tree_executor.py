@@ -97,9 +97,14 @@ def run(
 ) -> tuple[Rollout, PerRow, Noise]:
     velocity, noise = PerRow(prompts), Noise(prompts)
     rollout = execute(
-        trees, shifted_sigmas(trees[0].steps, 3.0), velocity, noise, noise_level=LEVEL,
-        micro_batch=micro_batch, dtype=torch.float64,
-    )  # fmt: skip
+        trees,
+        shifted_sigmas(trees[0].steps, 3.0),
+        velocity,
+        noise,
+        noise_level=LEVEL,
+        micro_batch=micro_batch,
+        dtype=torch.float64,
+    )
     return rollout, velocity, noise
 
 
@@ -225,9 +230,10 @@ def test_recorded_edges_equal_those_walked_one_by_one(name):
     sigmas = shifted_sigmas(trees[0].steps, 3.0)
     for batch in rollout.batches:
         rows = [
-            (seg, int(row), x) for seg in batch.segments
+            (seg, int(row), x)
+            for seg in batch.segments
             for row, x in zip(seg.rows, seg.x_next, strict=True)
-        ]  # fmt: skip
+        ]
         for e, (seg, row, x_next), log_prob in zip(batch.edges, rows, batch.log_prob, strict=True):
             t, k = rollout.edges[e]
             node = trees[t].nodes[k]
@@ -341,9 +347,16 @@ def test_suffix_velocity_serves_only_latents_without_trained_edges():
     sigmas = shifted_sigmas(8, 3.0)
     velocity, suffix = PerRow(), PerRow()
     rollout = execute(
-        trees, sigmas, velocity, Noise(), noise_level=LEVEL, micro_batch=6, train_micro_batch=2,
-        dtype=torch.float64, suffix_velocity=suffix,
-    )  # fmt: skip
+        trees,
+        sigmas,
+        velocity,
+        Noise(),
+        noise_level=LEVEL,
+        micro_batch=6,
+        train_micro_batch=2,
+        dtype=torch.float64,
+        suffix_velocity=suffix,
+    )
     trained: Counter[float] = Counter()
     every: Counter[float] = Counter()
     for tree in trees:
@@ -396,9 +409,15 @@ def test_on_policy_ratio_is_exactly_one(name, dtype, train_micro_batch):
     trees, network = FORESTS[name], Network(dtype)
     sigmas = shifted_sigmas(trees[0].steps, 3.0)
     rollout = execute(
-        trees, sigmas, network, Noise(), noise_level=LEVEL, micro_batch=5,
-        train_micro_batch=train_micro_batch, dtype=dtype,
-    )  # fmt: skip
+        trees,
+        sigmas,
+        network,
+        Noise(),
+        noise_level=LEVEL,
+        micro_batch=5,
+        train_micro_batch=train_micro_batch,
+        dtype=dtype,
+    )
     assert rollout.leaves.dtype == dtype
     assert len(rollout.edges) > 0
     for batch in rollout.batches:
@@ -413,9 +432,14 @@ def test_on_policy_ratio_is_exactly_one(name, dtype, train_micro_batch):
 def test_latents_are_stored_rounded_before_their_log_probability():
     tree, network = egrpo(SMALL, 3), Network(torch.bfloat16)
     rollout = execute(
-        [tree], SMALL.sigmas, network, Noise(), noise_level=LEVEL, micro_batch=5,
+        [tree],
+        SMALL.sigmas,
+        network,
+        Noise(),
+        noise_level=LEVEL,
+        micro_batch=5,
         dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     for batch in rollout.batches:
         v = network(batch.x, SMALL.sigmas[batch.start], batch.tree).detach()
         samples = iter(range(3))
@@ -435,9 +459,14 @@ def test_gradient_of_the_shared_forward_equals_separate_forwards():
     network = Network(torch.float64)
     trees = [egrpo(SMALL, 6)] * 2
     rollout = execute(
-        trees, SMALL.sigmas, network, Noise(), noise_level=LEVEL, micro_batch=8,
+        trees,
+        SMALL.sigmas,
+        network,
+        Noise(),
+        noise_level=LEVEL,
+        micro_batch=8,
         dtype=torch.float64,
-    )  # fmt: skip
+    )
     weight = torch.linspace(-1.0, 2.0, len(rollout.edges), dtype=torch.float64)
 
     def gradient(loss: Tensor) -> list[Tensor]:
@@ -470,9 +499,13 @@ def test_gradient_of_the_shared_forward_equals_separate_forwards():
 def test_execute_refuses_a_tree_of_another_grid():
     with pytest.raises(ValueError, match="tree 1 has 6 steps, the schedule 8"):
         execute(
-            [egrpo(SMALL, 2), mixed_tree()], SMALL.sigmas, PerRow(), Noise(), noise_level=LEVEL,
+            [egrpo(SMALL, 2), mixed_tree()],
+            SMALL.sigmas,
+            PerRow(),
+            Noise(),
+            noise_level=LEVEL,
             micro_batch=4,
-        )  # fmt: skip
+        )
 
 
 # --- marginals, by simulation ---------------------------------------------------------------------
@@ -491,10 +524,13 @@ def gaussian_velocity(m: float, s: float):
 def simulate(tree: Tree) -> Tensor:
     """Leaves [L, d] for N(0.8, 0.5^2); every one of the d dimensions is a sample."""
     rollout = execute(
-        [tree], shifted_sigmas(tree.steps, 3.0), gaussian_velocity(0.8, 0.5),
+        [tree],
+        shifted_sigmas(tree.steps, 3.0),
+        gaussian_velocity(0.8, 0.5),
         lambda t, start, sample: normal((20_000,), "marginal", start, sample),
-        noise_level=LEVEL, micro_batch=16,
-    )  # fmt: skip
+        noise_level=LEVEL,
+        micro_batch=16,
+    )
     return rollout.leaves
 
 

@@ -71,7 +71,10 @@ def reference_yaml() -> str:
     out = [HEAD.rstrip(), ""]
     out += lines(StudyConfig, skip=("methods",))
     out += lines(RunConfig, skip=("run", "method", "rewards"))
-    out += ["# Reward models by name; the name is what train.rewards and the tables use.", "rewards:"]
+    out += [
+        "# Reward models by name; the name is what train.rewards and the tables use.",
+        "rewards:",
+    ]
     reward = RunConfig.model_fields["rewards"].annotation
     out += ["  <name>:", *lines(reward.__args__[1], indent=2)]  # type: ignore[union-attr]
     out += [

@@ -46,14 +46,17 @@ class Model(Settings):
         "bfloat16", "Type of weights and stored latents.", f"{PAPER}, experiments"
     )
     device: str = setting("auto", "torch device; auto takes CUDA where there is one.")
-    height: int = setting(720, "Image height in pixels, in training.", "DanceGRPO's FLUX recipe",
-                          ge=8)  # fmt: skip
-    width: int = setting(720, "Image width in pixels, in training.", "DanceGRPO's FLUX recipe",
-                         ge=8)  # fmt: skip
+    height: int = setting(
+        720, "Image height in pixels, in training.", "DanceGRPO's FLUX recipe", ge=8
+    )
+    width: int = setting(
+        720, "Image width in pixels, in training.", "DanceGRPO's FLUX recipe", ge=8
+    )
     guidance_scale: float = setting(
-        1.0, "Classifier-free guidance; 1 means one evaluation per velocity, more means two.",
+        1.0,
+        "Classifier-free guidance; 1 means one evaluation per velocity, more means two.",
         ge=1.0,
-    )  # fmt: skip
+    )
     max_sequence_length: int = setting(
         256, "T5 tokens appended to the CLIP tokens.", "diffusers' SD3 pipeline", ge=0, le=512
     )
@@ -78,8 +81,9 @@ class Prompts(Settings):
 class Schedule(Settings):
     """The sigma grid shared by training and evaluation."""
 
-    shift: float = setting(3.0, "Timestep shift s of s*t/(1+(s-1)*t).", f"{PAPER}, experiments",
-                           gt=0.0)  # fmt: skip
+    shift: float = setting(
+        3.0, "Timestep shift s of s*t/(1+(s-1)*t).", f"{PAPER}, experiments", gt=0.0
+    )
 
 
 Dynamics = Literal["flow_sde", "dance_sde", "cps"]
@@ -91,12 +95,16 @@ class Method(Settings):
     recipe: ClassVar[dict[str, Any]] = {}
     """Settings outside ``method`` that the method's own paper sets, by dotted key."""
 
-    steps: int = setting(16, "Sampling steps T in training.", f"{PAPER}, experiments", ge=3, le=1000)
+    steps: int = setting(
+        16, "Sampling steps T in training.", f"{PAPER}, experiments", ge=3, le=1000
+    )
     dynamics: Dynamics = setting("flow_sde", "Transition of the stochastic steps.", PAPER)
-    noise_level: float = setting(0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER,
-                                 gt=0.0, le=5.0)  # fmt: skip
-    group_size: int = setting(12, "Samples G that share a group.", f"{PAPER}, experiments",
-                              ge=2, le=1024)  # fmt: skip
+    noise_level: float = setting(
+        0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER, gt=0.0, le=5.0
+    )
+    group_size: int = setting(
+        12, "Samples G that share a group.", f"{PAPER}, experiments", ge=2, le=1024
+    )
 
 
 class Egrpo(Method):
@@ -112,17 +120,27 @@ class Egrpo(Method):
 
     name: Literal["egrpo"] = setting("egrpo", "Name of the method.")
     active: int | list[int] = setting(
-        8, "Number of first steps that branch, or the list of their grid indices.",
+        8,
+        "Number of first steps that branch, or the list of their grid indices.",
         f"{PAPER}, Table 3",
-    )  # fmt: skip
-    threshold: float = setting(2.2, "Entropy threshold tau in `measure`; 0 merges nothing.",
-                               f"{PAPER}, Table 4")  # fmt: skip
+    )
+    threshold: float = setting(
+        2.2, "Entropy threshold tau in `measure`; 0 merges nothing.", f"{PAPER}, Table 4"
+    )
     measure: Literal["exp_per_dim", "nats_per_dim", "variance"] = setting(
         "exp_per_dim", "Unit of entropy and threshold."
     )
     on_unreachable: Literal["cap", "drop", "error"] = setting(
         "cap", "A step that cannot reach the threshold: longest span, left out, or refused."
     )
+
+    @model_validator(mode="after")
+    def _entropy_grows_with_span(self) -> Self:
+        if self.dynamics == "cps" and self.threshold != 0:
+            raise ValueError(
+                "threshold: must be 0 with dynamics: cps, whose entropy falls as a step gets longer"
+            )
+        return self
 
     @property
     def active_steps(self) -> list[int]:
@@ -154,6 +172,7 @@ class FlowGrpo(Method):
         "train.clip_range": 1e-4,
         "train.max_grad_norm": 1.0,
         "train.kl_weight": 0.04,
+        "train.kl": "transition",
         "train.ema_decay": 0.9,
         "advantage.std": "batch",
         "advantage.ddof": 0,
@@ -163,8 +182,9 @@ class FlowGrpo(Method):
     name: Literal["flow_grpo"] = setting("flow_grpo", "Name of the method.")
     steps: int = setting(10, "Sampling steps T in training.", FLOW_GRPO, ge=3, le=1000)
     group_size: int = setting(24, "Samples G per prompt.", FLOW_GRPO, ge=2, le=1024)
-    trained_fraction: float = setting(0.99, "First part of the steps that trains.", FLOW_GRPO,
-                                      gt=0.0, le=1.0)  # fmt: skip
+    trained_fraction: float = setting(
+        0.99, "First part of the steps that trains.", FLOW_GRPO, gt=0.0, le=1.0
+    )
 
 
 AnyMethod = Annotated[Egrpo | FlowGrpo, Field(discriminator="name")]
@@ -203,16 +223,24 @@ class Train(Settings):
     """The optimisation."""
 
     rewards: dict[str, float] = setting(..., "Trained rewards: name -> weight.")
-    iterations: int = setting(300, "Iterations: rollout, advantages, optimizer step(s).",
-                              f"{PAPER}, experiments", ge=1)  # fmt: skip
-    prompts_per_iteration: int = setting(8, "Prompts of one iteration, over all processes.",
-                                         f"{PAPER}, experiments: 1 per GPU on 8 GPUs", ge=1)  # fmt: skip
-    learning_rate_full: float = setting(2e-6, "Learning rate of full fine-tuning.",
-                                        f"{PAPER}, experiments", gt=0.0)  # fmt: skip
+    iterations: int = setting(
+        300, "Iterations: rollout, advantages, optimizer step(s).", f"{PAPER}, experiments", ge=1
+    )
+    prompts_per_iteration: int = setting(
+        8,
+        "Prompts of one iteration, over all processes.",
+        f"{PAPER}, experiments: 1 per GPU on 8 GPUs",
+        ge=1,
+    )
+    learning_rate_full: float = setting(
+        2e-6, "Learning rate of full fine-tuning.", f"{PAPER}, experiments", gt=0.0
+    )
     learning_rate_lora: float = setting(
-        6e-5, "Learning rate of LoRA.",
-        "30 times the full one, the ratio of DanceGRPO's two recipes (1e-5, 3e-4)", gt=0.0,
-    )  # fmt: skip
+        6e-5,
+        "Learning rate of LoRA.",
+        "30 times the full one, the ratio of DanceGRPO's two recipes (1e-5, 3e-4)",
+        gt=0.0,
+    )
     learning_rate_scale: float = setting(
         1.0, "Factor on the method's learning rate; the same for all methods of a study.", gt=0.0
     )
@@ -221,22 +249,33 @@ class Train(Settings):
     adam_beta2: float = setting(0.999, "AdamW beta 2.", "torch's default", ge=0.0, lt=1.0)
     adam_eps: float = setting(1e-8, "AdamW epsilon.", "torch's default", gt=0.0)
     clip_range: float = setting(1e-4, "Clip range of the ratio.", f"{PAPER}, method", gt=0.0)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.",
-                                   f"{PAPER}, experiments", gt=0.0)  # fmt: skip
-    kl_weight: float = setting(0.0, "Weight of mean((v - v_ref)^2).", f"{PAPER}: no KL", ge=0.0)
+    max_grad_norm: float = setting(
+        1.0, "Gradients are clipped to this norm.", f"{PAPER}, experiments", gt=0.0
+    )
+    kl_weight: float = setting(
+        0.0, "Weight of the distance to the base model in the loss.", f"{PAPER}: no KL", ge=0.0
+    )
+    kl: Literal["velocity", "transition"] = setting(
+        "velocity",
+        "That distance: mean((v - v_ref)^2), or the KL divergence of the transition, "
+        "(mean - mean_ref)^2 / (2 std^2).",
+    )
     optimizer_cadence: Literal["per_iteration", "per_step"] = setting(
-        "per_iteration", "One optimizer step after all trained steps, or one after each (as the "
+        "per_iteration",
+        "One optimizer step after all trained steps, or one after each (as the "
         "authors' code does).",
-    )  # fmt: skip
-    ema_decay: float | None = setting(None, "Decay of the averaged weights; null for none.", PAPER,
-                                      gt=0.0, lt=1.0)  # fmt: skip
+    )
+    ema_decay: float | None = setting(
+        None, "Decay of the averaged weights; null for none.", PAPER, gt=0.0, lt=1.0
+    )
     micro_batch: int = setting(96, "Most latents in one evaluation while sampling.", ge=1)
     train_micro_batch: int = setting(16, "Most branch points in one forward/backward.", ge=1)
     decode_batch: int = setting(96, "Most latents decoded at once.", ge=1)
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass.")
     checkpoint_every: int = setting(10, "Iterations between checkpoints.", ge=1)
-    monitor_every: int = setting(10, "Iterations between measurements on fixed held-out prompts; "
-                                 "0 for none.", ge=0)  # fmt: skip
+    monitor_every: int = setting(
+        10, "Iterations between measurements on fixed held-out prompts; 0 for none.", ge=0
+    )
     monitor_prompts: int = setting(8, "Held-out prompts that are monitored.", ge=1)
     monitor_samples: int = setting(2, "Samples of each monitored prompt.", ge=1)
 
@@ -247,8 +286,13 @@ class Profile(Settings):
     prompts: int = setting(8, "Training prompts that are profiled.", ge=1)
     samples: int = setting(12, "Branches K from each anchor latent.", f"{PAPER}, Fig. 1a", ge=2)
     spans: list[int] = setting([1, 2, 4, 6], "Spans that are measured.", f"{PAPER}, Table 2")
-    noise_fraction: float = setting(0.1, "Yardstick: share of random noise on the final image.",
-                                    f"{PAPER}, Fig. 1a", gt=0.0, lt=1.0)  # fmt: skip
+    noise_fraction: float = setting(
+        0.1,
+        "Yardstick: share of random noise on the final image.",
+        f"{PAPER}, Fig. 1a",
+        gt=0.0,
+        lt=1.0,
+    )
 
     @model_validator(mode="after")
     def _spans(self) -> Self:
@@ -274,8 +318,9 @@ class Tracking(Settings):
     uri: str | None = setting(
         None, "Tracking server; null takes MLFLOW_TRACKING_URI, else SQLite in the results folder."
     )
-    every_seconds: float = setting(5.0, "Pause between deliveries of live metrics, seconds.",
-                                   gt=0.0)  # fmt: skip
+    every_seconds: float = setting(
+        5.0, "Pause between deliveries of live metrics, seconds.", gt=0.0
+    )
     enabled: bool = setting(True, "Deliver live metrics while training.")
 
 
@@ -283,8 +328,12 @@ class RunConfig(Settings):
     """One training run, fully resolved: what its ``config.yaml`` holds."""
 
     run: str = setting(..., "Run id.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
-    study: str = setting("laptop", "Name of the study: results folder and MLflow experiment.",
-                         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)  # fmt: skip
+    study: str = setting(
+        "laptop",
+        "Name of the study: results folder and MLflow experiment.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=80,
+    )
     seed: int = setting(0, "Run seed.", ge=0, lt=2**31)
     model: Model
     prompts: Prompts

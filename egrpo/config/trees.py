@@ -34,10 +34,14 @@ def plan_of(run: RunConfig, sigmas: Sigmas) -> Plan:
     assert isinstance(method, Egrpo)
     try:
         return make_plan(
-            sigmas, method.active_steps, threshold=method.threshold,
-            noise_level=method.noise_level, dynamics=method.dynamics, measure=method.measure,
+            sigmas,
+            method.active_steps,
+            threshold=method.threshold,
+            noise_level=method.noise_level,
+            dynamics=method.dynamics,
+            measure=method.measure,
             on_unreachable=method.on_unreachable,
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise UserError(f"run {run.run}: method.threshold, method.active: {error}") from None
 

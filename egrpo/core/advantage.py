@@ -35,9 +35,7 @@ class Advantages(NamedTuple):
     samples_invalid: int
 
 
-def edge_values(
-    rewards: Array, trees: Sequence[Tree], edges: Sequence[tuple[int, int]]
-) -> Array:
+def edge_values(rewards: Array, trees: Sequence[Tree], edges: Sequence[tuple[int, int]]) -> Array:
     """Mean reward [E] over the valid leaves below each edge; NaN where none is valid.
 
     ``rewards`` [L] is ordered by (tree, leaf), as ``Rollout.leaves``.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,21 +73,12 @@ def paired_interval(
     Raises:
         ValueError: if shapes differ, or ``resamples`` or ``level`` is out of range.
     """
-    before = np.asarray(base, dtype=np.float64)
-    after = np.asarray(trained, dtype=np.float64)
-    labels = np.asarray(clusters)
-    if before.ndim != 1 or not before.shape == after.shape == labels.shape:
-        raise ValueError(
-            "base, trained and clusters must be of one length, got shapes "
-            f"{before.shape}, {after.shape}, {labels.shape}"
-        )
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
-    valid = np.isfinite(before) & np.isfinite(after)
-    before, after, labels = before[valid], after[valid], labels[valid]
-    pairs, invalid = int(valid.sum()), int((~valid).sum())
+    before, after, labels, invalid = _finite_pairs(base, trained, clusters)
+    pairs = len(before)
     if pairs == 0:
         nan = math.nan
         return Interval(nan, nan, nan, nan, nan, 0, invalid)
@@ -112,6 +104,22 @@ def paired_interval(
         pairs=pairs,
         invalid=invalid,
     )
+
+
+def _finite_pairs(
+    base: npt.ArrayLike, trained: npt.ArrayLike, clusters: npt.ArrayLike
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[Any], int]:
+    """Base, trained and label of each pair of two finite values, [pairs], and how many were not."""
+    before = np.asarray(base, dtype=np.float64)
+    after = np.asarray(trained, dtype=np.float64)
+    labels = np.asarray(clusters)
+    if before.ndim != 1 or not before.shape == after.shape == labels.shape:
+        raise ValueError(
+            "base, trained and clusters must be of one length, got shapes "
+            f"{before.shape}, {after.shape}, {labels.shape}"
+        )
+    valid = np.isfinite(before) & np.isfinite(after)
+    return before[valid], after[valid], labels[valid], int((~valid).sum())
 
 
 def _resampled_means(

@@ -65,8 +65,6 @@ def profile(
 ) -> list[float]:
     """Entropy of every step of one span that does not land on sigma = 0, in order of start."""
     return [
-        step_entropy(
-            sigmas, i, span, noise_level=noise_level, dynamics=dynamics, measure=measure
-        )
+        step_entropy(sigmas, i, span, noise_level=noise_level, dynamics=dynamics, measure=measure)
         for i in range(len(sigmas) - 1 - span)
     ]

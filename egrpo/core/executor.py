@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from egrpo.core.schedule import Sigmas
-from egrpo.core.transitions import log_prob, transition
+from egrpo.core.transitions import gaussian_kl, log_prob, transition
 from egrpo.core.tree import ROOT, Node, Tree
 
 VelocityFn = Callable[[Tensor, float, Tensor], Tensor]
@@ -66,10 +66,25 @@ class TrainBatch:
         parts = []
         for seg in self.segments:
             mean, std = transition(
-                self.x[seg.rows], v[seg.rows], sigmas, self.start, seg.stop, seg.dynamics,
+                self.x[seg.rows],
+                v[seg.rows],
+                sigmas,
+                self.start,
+                seg.stop,
+                seg.dynamics,
                 noise_level,
-            )  # fmt: skip
+            )
             parts.append(log_prob(seg.x_next, mean, std, seg.dynamics))
+        return torch.cat(parts)
+
+    def kl(self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
+        """KL divergence [E] of each edge's Gaussian from the one under velocities ``v_ref``."""
+        parts = []
+        for seg in self.segments:
+            of = (sigmas, self.start, seg.stop, seg.dynamics, noise_level)
+            mean, std = transition(self.x[seg.rows], v[seg.rows], *of)
+            reference, _ = transition(self.x[seg.rows], v_ref[seg.rows], *of)
+            parts.append(gaussian_kl(mean, reference, std))
         return torch.cat(parts)
 
 
@@ -253,10 +268,17 @@ def execute(
         if tree.steps != len(sigmas) - 1:
             raise ValueError(f"tree {t} has {tree.steps} steps, the schedule {len(sigmas) - 1}")
     run = _Executor(
-        trees, sigmas, velocity, noise, noise_level, micro_batch,
-        train_micro_batch or micro_batch, dtype, torch.device(device),
+        trees,
+        sigmas,
+        velocity,
+        noise,
+        noise_level,
+        micro_batch,
+        train_micro_batch or micro_batch,
+        dtype,
+        torch.device(device),
         suffix_velocity or velocity,
-    )  # fmt: skip
+    )
     run.plant()
     for index in range(len(sigmas) - 1):
         run.step(index)

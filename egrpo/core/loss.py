@@ -37,6 +37,9 @@ def clipped_objective(
     return Objective(loss, ratio.detach(), (bounded > plain).detach())
 
 
-def kl_to_reference(v: Tensor, v_ref: Tensor) -> Tensor:
-    """``mean((v - v_ref)^2)`` over the non-batch dimensions: [B], in float32."""
+def velocity_distance(v: Tensor, v_ref: Tensor) -> Tensor:
+    """``mean((v - v_ref)^2)`` [B] over the non-batch dimensions, in float32.
+
+    The KL divergence from the base model up to its weighting over time.
+    """
     return ((v.float() - v_ref.float()) ** 2).flatten(1).mean(1)

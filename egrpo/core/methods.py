@@ -45,9 +45,7 @@ def chains(steps: int, samples: int, dynamics: str = "ode", *, trained: Iterable
     for sample in range(samples):
         node = builder.root(sample)
         for i in range(steps):
-            node = builder.edge(
-                node, i + 1, dynamics, sample=sample, trained=i in chosen, group=i
-            )
+            node = builder.edge(node, i + 1, dynamics, sample=sample, trained=i in chosen, group=i)
     return builder.build()
 
 
@@ -70,6 +68,4 @@ def flow_grpo(steps: int, group_size: int, dynamics: str, trained_fraction: floa
     As in its public code, each sample starts from its own noise, and the last step adds noise
     like every other one but does not train (fraction 0.99).
     """
-    return chains(
-        steps, group_size, dynamics, trained=range(max(1, int(steps * trained_fraction)))
-    )
+    return chains(steps, group_size, dynamics, trained=range(max(1, int(steps * trained_fraction))))

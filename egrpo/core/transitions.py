@@ -106,6 +106,17 @@ def cps_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
 
 def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:
     """Log-probability [B] of ``x_next`` under the edge's dynamics, float32 or better."""
-    return cps_log_prob(x_next, mean, std) if dynamics == "cps" else gaussian_log_prob(
-        x_next, mean, std
+    return (
+        cps_log_prob(x_next, mean, std)
+        if dynamics == "cps"
+        else gaussian_log_prob(x_next, mean, std)
     )
+
+
+def gaussian_kl(mean: Tensor, reference: Tensor, std: float) -> Tensor:
+    """``(mean - reference)^2 / (2 std^2)`` [B], the mean over the non-batch dimensions.
+
+    KL divergence per dimension of two Gaussians of equal std, as Flow-GRPO's code penalises it
+    (arXiv 2505.05470).
+    """
+    return ((mean - reference) ** 2).flatten(1).mean(1) / (2.0 * std**2)

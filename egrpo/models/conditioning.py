@@ -84,7 +84,9 @@ class Conditioning:
         )
 
 
-def save_conditioning(path: str | Path, parts: dict[str, tuple[list[Prompt], Conditioning]]) -> None:
+def save_conditioning(
+    path: str | Path, parts: dict[str, tuple[list[Prompt], Conditioning]]
+) -> None:
     """Store named prompt sets with their texts in one safetensors file."""
     from safetensors.torch import save_file
 

@@ -16,9 +16,15 @@ from egrpo.errors import UserError
 from egrpo.models.conditioning import Conditioning, Prompt
 
 LORA_TARGETS = [
-    "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
-    "attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v",
-]  # fmt: skip
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+]
 """The linear layers that Flow-GRPO's SD3.5 recipe adapts (its public code)."""
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -61,9 +67,13 @@ class SD3:
             raise UserError(f"model.path: {source}: no such folder, and not a hub id (owner/name)")
         try:
             module = cls.from_pretrained(
-                source, subfolder=part, revision=self.settings.revision, dtype=self.dtype,
-                use_safetensors=True, local_files_only=Path(source).is_dir(),
-            )  # fmt: skip
+                source,
+                subfolder=part,
+                revision=self.settings.revision,
+                dtype=self.dtype,
+                use_safetensors=True,
+                local_files_only=Path(source).is_dir(),
+            )
         except Exception as error:  # diffusers raises many kinds; all mean: not loadable
             reason = " ".join(str(error).split())[:300]
             raise UserError(
@@ -120,10 +130,13 @@ class SD3:
             for prompt in prompts:
                 parts.append(
                     pipe.encode_prompt(
-                        prompt.text, None, None, negative_prompt=prompt.negative,
+                        prompt.text,
+                        None,
+                        None,
+                        negative_prompt=prompt.negative,
                         do_classifier_free_guidance=guided,
                         max_sequence_length=self.settings.max_sequence_length,
-                    )  # fmt: skip
+                    )
                 )
         embeds, negative, pooled, negative_pooled = zip(*parts, strict=True)
         positive = {"embeds": torch.cat(embeds).cpu(), "pooled": torch.cat(pooled).cpu()}
@@ -197,9 +210,11 @@ class SD3:
             try:
                 self.transformer.add_adapter(
                     LoraConfig(
-                        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets,
+                        r=lora.rank,
+                        lora_alpha=lora.alpha,
+                        target_modules=targets,
                         init_lora_weights="gaussian",
-                    )  # fmt: skip
+                    )
                 )
             except ValueError as error:
                 raise UserError(f"model.lora.targets: {error}") from None

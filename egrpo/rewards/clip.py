@@ -62,9 +62,7 @@ class Clip:
         new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
         if new:
             tokens = clip.tokenize(new, truncate=True).to(self.device)
-            features = torch.nn.functional.normalize(
-                self.model.encode_text(tokens).float(), dim=-1
-            )
+            features = torch.nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
             self.texts.update(zip(new, features, strict=True))
 
     def _pixels(self, images: Tensor) -> Tensor:

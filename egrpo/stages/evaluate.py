@@ -45,9 +45,14 @@ def evaluate(
         for begin in range(0, len(ids), PROMPTS_AT_ONCE):
             part = ids[begin : begin + PROMPTS_AT_ONCE]
             images, _ = sample_images(
-                model, conditioning, part, steps=e.steps, shift=run.schedule.shift,
-                samples=e.samples, micro_batch=e.micro_batch,
-            )  # fmt: skip
+                model,
+                conditioning,
+                part,
+                steps=e.steps,
+                shift=run.schedule.shift,
+                samples=e.samples,
+                micro_batch=e.micro_batch,
+            )
             heads = [
                 {"run": name, "prompt_id": i, "prompt": texts[i], "sample": s}
                 for i in part

@@ -1,4 +1,4 @@
-"""Figures of a study: entropy, measured spread, reward curves, images before and after.
+"""Figures of a study: entropy, measured spread, reward curves.
 
 Each function reads Parquet or JSON, writes ``<stem>.png`` (and ``<stem>.svg``) and returns the
 figure. Artists that carry a finding have a ``gid`` ("threshold", "yardstick", …), which is also
@@ -24,8 +24,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from egrpo.core.entropy import step_entropy
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
-from egrpo.stages.tables import Key, Pixels, decode_png, read_images
-from egrpo.store.files import read_json, replacing
+from egrpo.stages.plan import load_plan
+from egrpo.store.files import replacing
 from egrpo.store.tables import ENTROPY_PROFILE, TRAIN_METRICS, Table, read_table
 
 Real = npt.NDArray[np.float64]
@@ -39,11 +39,21 @@ MARKERS = "osDhp8H"
 DASHES = ("--", ":", "-.", (0, (1, 3)))
 DPI = 150
 STYLE: dict[Any, Any] = {
-    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9,
-    "figure.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#E6E6E6", "axes.axisbelow": True, "lines.linewidth": 1.8,
-    "legend.frameon": False, "figure.constrained_layout.use": True, "svg.hashsalt": "egrpo",
-}  # fmt: skip
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "figure.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "egrpo",
+}
 
 ENTROPY_UNITS = {
     "exp_per_dim": r"entropy $e^{h/d}$ (latent units)",
@@ -72,7 +82,7 @@ def entropy_figure(
         UserError: if a file is missing or damaged, or the plans measure entropy in several units.
     """
     table = _columns(profile, ENTROPY_PROFILE)
-    read = {run: _read_plan(path) for run, path in plans.items()}
+    read = {run: load_plan(path) for run, path in plans.items()}
     measures = {plan.measure for plan in read.values()} or {"exp_per_dim"}
     if len(measures) > 1:
         raise UserError(
@@ -91,15 +101,22 @@ def entropy_figure(
         _draw_plans(axes, read)
         thresholds = {p.threshold for p in read.values() if p.threshold}  # 0 and None: no line
         for threshold, dashes in zip(sorted(thresholds), cycle(DASHES)):
-            axes.axhline(threshold, color=INK, lw=1.4, ls=dashes, gid="threshold", zorder=1.5,
-                         label=rf"threshold $\tau$ = {threshold:g}")  # fmt: skip
+            axes.axhline(
+                threshold,
+                color=INK,
+                lw=1.4,
+                ls=dashes,
+                gid="threshold",
+                zorder=1.5,
+                label=rf"threshold $\tau$ = {threshold:g}",
+            )
         axes.set(xlabel="denoising step (grid index)", ylabel=ENTROPY_UNITS[measure])
         if measure != "nats_per_dim":
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title("Entropy of an SDE step, by start and number of merged steps", loc="left")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
-        return _save(figure, stem)
+        return save_figure(figure, stem)
 
 
 def _draw_plans(axes: Axes, plans: Mapping[str, Plan]) -> None:
@@ -110,18 +127,40 @@ def _draw_plans(axes: Axes, plans: Mapping[str, Plan]) -> None:
     for k, (plan, names) in enumerate(runs.items()):
         chosen = list(zip(plan.active, plan.spans, strict=True))
         entropy = [
-            step_entropy(plan.sigmas, i, span, noise_level=plan.noise_level,
-                         dynamics=plan.dynamics, measure=plan.measure)
+            step_entropy(
+                plan.sigmas,
+                i,
+                span,
+                noise_level=plan.noise_level,
+                dynamics=plan.dynamics,
+                measure=plan.measure,
+            )
             for i, span in chosen
-        ]  # fmt: skip
+        ]
         aside = 0.26 * (k - (len(runs) - 1) / 2)  # plans often agree: side by side, not stacked
         label = f"plan: {textwrap.fill(', '.join(names), 24)}\n(number: steps merged)"
-        axes.plot(np.array(plan.active) + aside, entropy, MARKERS[k % len(MARKERS)], ls="none",
-                  ms=12, mfc="white", mec="black", zorder=4, gid=f"plan:{names[0]}",
-                  label=label)  # fmt: skip
+        axes.plot(
+            np.array(plan.active) + aside,
+            entropy,
+            MARKERS[k % len(MARKERS)],
+            ls="none",
+            ms=12,
+            mfc="white",
+            mec="black",
+            zorder=4,
+            gid=f"plan:{names[0]}",
+            label=label,
+        )
         for (step, span), value in zip(chosen, entropy, strict=True):
-            axes.text(step + aside, value, str(span), ha="center", va="center_baseline",
-                      fontsize=8.5, zorder=5)  # fmt: skip
+            axes.text(
+                step + aside,
+                value,
+                str(span),
+                ha="center",
+                va="center_baseline",
+                fontsize=8.5,
+                zorder=5,
+            )
 
 
 def spread_figure(profile: str | Path, stem: str | Path, *, noise_fraction: float = 0.1) -> Figure:
@@ -164,9 +203,10 @@ def spread_figure(profile: str | Path, stem: str | Path, *, noise_fraction: floa
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 shown.setdefault(label, handle)
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2 * columns)
-        figure.suptitle("Spread among samples that branch at one step "
-                        "(mean over prompts ± 1 standard error)")  # fmt: skip
-        return _save(figure, stem)
+        figure.suptitle(
+            "Spread among samples that branch at one step (mean over prompts ± 1 standard error)"
+        )
+        return save_figure(figure, stem)
 
 
 def _draw_spread(
@@ -190,8 +230,7 @@ def _draw_spread(
         axes.fill_between(steps, means - errors, means + errors, color=colour, alpha=0.18, lw=0)
     yardstick = _finite(part["yardstick"])  # the same on all rows of a prompt
     if len(yardstick):
-        axes.axhline(yardstick.mean(), color=INK, ls="--", lw=1.4, gid="yardstick",
-                     label=noise)  # fmt: skip
+        axes.axhline(yardstick.mean(), color=INK, ls="--", lw=1.4, gid="yardstick", label=noise)
     axes.set_title(title, loc="left")
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
@@ -245,15 +284,18 @@ def curves_figure(
         grid[0][0].set_title("at equal iterations", loc="left")
         grid[0][1].set_title("at equal network evaluations", loc="left")
         shown = [
-            Line2D([], [], color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)],
-                   label=run)
+            Line2D(
+                [], [], color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], label=run
+            )
             for i, run in enumerate(runs)
-        ]  # fmt: skip
+        ]
         figure.legend(handles=shown, loc="outside lower center", ncols=min(5, len(shown)))
-        figure.suptitle("Reward during training (markers: fixed held-out prompts; thin lines: "
-                        f"training samples, mean of last {window} iterations)",
-                        fontsize=11)  # fmt: skip
-        return _save(figure, stem)
+        figure.suptitle(
+            "Reward during training (markers: fixed held-out prompts; thin lines: "
+            f"training samples, mean of last {window} iterations)",
+            fontsize=11,
+        )
+        return save_figure(figure, stem)
 
 
 def _curves(table: Mapping[str, npt.NDArray[Any]], reward: str) -> list[Curve]:
@@ -286,69 +328,6 @@ def trailing_mean(values: Real, window: int) -> Real:
     return np.asarray((sums[stop] - sums[start]) / (stop - start))
 
 
-def before_after(
-    base_images: str | Path,
-    runs: Sequence[tuple[str, str | Path]],
-    prompts: int,
-    stem: str | Path,
-) -> Figure:
-    """Images of the base model and of each run side by side, from the same prompt and noise.
-
-    Rows are the first ``prompts`` prompts (their first sample), columns the base and the runs.
-    Writes the PNG only: pixels gain nothing from SVG. Small images are enlarged by whole pixels.
-
-    Raises:
-        UserError: if a file is missing or damaged, or a run lacks an image of the base.
-    """
-    base = read_images(Path(base_images))
-    first: dict[int, Key] = {}
-    for key in sorted(base):
-        first.setdefault(key[0], key)
-    keys = list(first.values())[:prompts]
-    if not keys:
-        raise UserError(f"{base_images}: no image to show; grid_prompts must be at least 1")
-    columns = [("base", Path(base_images), base)]
-    columns += [(run, Path(path), read_images(Path(path))) for run, path in runs]
-    for run, path, images in columns:
-        lacking = [key for key in keys if key not in images]
-        if lacking:
-            raise UserError(
-                f"{path}: run {run!r} has no image of prompt {lacking[0][0]} "
-                f"({lacking[0][2]!r}), sample {lacking[0][1]}; evaluate it on the base's prompts"
-            )
-    pixels = [[decode_png(images[k], path) for _, path, images in columns] for k in keys]
-    with rc_context(STYLE | {"figure.constrained_layout.use": False}):
-        figure = _image_grid(pixels, [k[2] for k in keys], [run for run, *_ in columns])
-        return _save(figure, stem, endings=("png",))
-
-
-def _image_grid(pixels: list[list[Pixels]], left: list[str], top: list[str]) -> Figure:
-    """Images [row][column] with texts to the left and above; all lengths in output pixels."""
-    height, width = pixels[0][0].shape[:2]
-    across = 192 if width <= 192 else 384
-    down = round(across * height / width)
-    gap, margin, text, head = 12, 18, 230, 78
-    total_x = margin * 2 + text + len(top) * (across + gap) - gap
-    total_y = margin + head + len(left) * (down + gap)
-    figure = Figure(figsize=(total_x / DPI, total_y / DPI))
-    for row, (prompt, images) in enumerate(zip(left, pixels, strict=True)):
-        y = total_y - head - row * (down + gap)
-        figure.text(margin / total_x, (y - down / 2) / total_y, textwrap.fill(prompt, 22),
-                    va="center", fontsize=9)  # fmt: skip
-        for column, image in enumerate(images):
-            x = margin + text + column * (across + gap)
-            box = (x / total_x, (y - down) / total_y, across / total_x, down / total_y)
-            axes = figure.add_axes(box)
-            enlarged = image.shape[1] <= across
-            axes.imshow(image, interpolation="nearest" if enlarged else "antialiased")
-            axes.set_axis_off()
-            if row == 0:
-                name = textwrap.fill(top[column], 16)
-                figure.text(box[0] + box[2] / 2, (y + gap) / total_y, name, ha="center",
-                            va="bottom", fontsize=10, weight="bold")  # fmt: skip
-    return figure
-
-
 def _coloured(values: Iterable[Any]) -> Iterable[tuple[str, int]]:
     return ((PALETTE[i % len(PALETTE)], int(value)) for i, value in enumerate(values))
 
@@ -363,16 +342,11 @@ def _columns(path: str | Path, table: Table) -> dict[str, npt.NDArray[Any]]:
     return {name: data[name].to_numpy() for name in data.column_names}
 
 
-def _read_plan(path: str | Path) -> Plan:
-    try:
-        return Plan.from_dict(read_json(path))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a merge plan ({error}); delete it and run again") from None
-
-
-def _save(figure: Figure, stem: str | Path, endings: Sequence[str] = ("png", "svg")) -> Figure:
+def save_figure(
+    figure: Figure, stem: str | Path, endings: Sequence[str] = ("png", "svg")
+) -> Figure:
+    """Write ``<stem>.<ending>`` atomically; the same data gives the same bytes."""
     for ending in endings:
-        # no date inside: the same data must give the same file
         metadata = {"Date": None} if ending == "svg" else None
         with replacing(f"{stem}.{ending}") as temporary:
             figure.savefig(temporary, format=ending, dpi=DPI, metadata=metadata)

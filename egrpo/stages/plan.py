@@ -36,9 +36,13 @@ def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
 
     def entropy(start: int, span: int) -> float:
         return step_entropy(
-            made.sigmas, start, span, noise_level=made.noise_level, dynamics=made.dynamics,
+            made.sigmas,
+            start,
+            span,
+            noise_level=made.noise_level,
+            dynamics=made.dynamics,
             measure=made.measure,
-        )  # fmt: skip
+        )
 
     return [
         {
@@ -56,7 +60,7 @@ def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: str | Path) -> Plan:
     """Read a plan.
 
     Raises:

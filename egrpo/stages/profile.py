@@ -58,9 +58,13 @@ def spread_of(
 
 
 def yardstick_of(
-    model: SD3, leaf: Tensor, prompt: str, rewards: dict[str, RewardModel], run: RunConfig,
+    model: SD3,
+    leaf: Tensor,
+    prompt: str,
+    rewards: dict[str, RewardModel],
+    run: RunConfig,
     prompt_id: int,
-) -> Spread:  # fmt: skip
+) -> Spread:
     """The same spreads for K copies of one final sample, each with its own 10% noise.
 
     Noise goes on the final image (and, for ``latent_variance``, on the final latent), in a share
@@ -68,14 +72,18 @@ def yardstick_of(
     """
     f, k = run.profile.noise_fraction, run.profile.samples
     latents = torch.stack(
-        [(1 - f) * leaf.float().cpu() + f * normal(tuple(leaf.shape), "yardstick", prompt_id, n)
-         for n in range(k)]
-    )  # fmt: skip
+        [
+            (1 - f) * leaf.float().cpu() + f * normal(tuple(leaf.shape), "yardstick", prompt_id, n)
+            for n in range(k)
+        ]
+    )
     image = model.decode(leaf[None], 1)[0].float().cpu().div(127.5).sub(1)
     noisy = torch.stack(
-        [(1 - f) * image + f * normal(tuple(image.shape), "yardstick image", prompt_id, n)
-         for n in range(k)]
-    )  # fmt: skip
+        [
+            (1 - f) * image + f * normal(tuple(image.shape), "yardstick image", prompt_id, n)
+            for n in range(k)
+        ]
+    )
     pixels = noisy.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return spread_of(latents, pixels, prompt, rewards)
 
@@ -128,11 +136,15 @@ def _one_prompt(
         return normal(model.image_shape, "profile", prompt_id, start, sample)
 
     rollout = execute(
-        [tree], sigmas,
+        [tree],
+        sigmas,
         lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(zero.expand(len(x)))),
-        noise, noise_level=run.method.noise_level, micro_batch=run.train.micro_batch,
-        dtype=model.dtype, device=model.device,
-    )  # fmt: skip
+        noise,
+        noise_level=run.method.noise_level,
+        micro_batch=run.train.micro_batch,
+        dtype=model.dtype,
+        device=model.device,
+    )
     images = model.decode(rollout.leaves, run.train.decode_batch)
     yardstick = yardstick_of(model, rollout.leaves[0], text, rewards, run, prompt_id)
     rows = []

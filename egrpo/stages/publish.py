@@ -135,9 +135,13 @@ class _Run:
         client, run, file = self.client, self.run, self.folder / "scores.parquet"
         scores = read_table(file, SCORES)
         record = tracking.find_or_create(
-            client, self.experiment_id, "evaluation", _digest(file), f"{run.run}/evaluation",
+            client,
+            self.experiment_id,
+            "evaluation",
+            _digest(file),
+            f"{run.run}/evaluation",
             tracking.run_tags(run, parent),
-        )  # fmt: skip
+        )
         run_id = str(record.info.run_id)
         if record.data.tags.get("mlflow.parentRunId") != parent:
             client.set_tag(run_id, "mlflow.parentRunId", parent)

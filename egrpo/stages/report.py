@@ -57,8 +57,13 @@ def print_report(comparison: str | Path, console: Console | None = None) -> None
         return
     rows = read_rows(comparison)
     for heading, part in _by_run(rows):
-        table = Table(title=Text(heading), title_justify="left", title_style="bold",
-                      box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
+        table = Table(
+            title=Text(heading),
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         for name, width in zip(HEADER, _widths(rows), strict=True):
             left = name == HEADER[0]
             table.add_column(name, justify="left" if left else "right", min_width=width)
@@ -77,9 +82,12 @@ def read_rows(comparison: str | Path) -> list[Row]:
     return sorted(
         rows,
         key=lambda r: (
-            order.index(r["run"]), r["reward"] in MEASURED, not r["trained_on"], r["reward"],
+            order.index(r["run"]),
+            r["reward"] in MEASURED,
+            not r["trained_on"],
+            r["reward"],
         ),
-    )  # fmt: skip
+    )
 
 
 def verdicts(rows: Iterable[Row]) -> list[str]:

@@ -278,8 +278,18 @@ def markdown(rows: Iterable[Row]) -> str:
         reward = str(row["reward"]).replace("|", "\\|")
         reward = f"**{reward}**" if row["trained_on"] else reward
         cells = [
-            row["run"], row["method"], reward, t["base"], t["trained"], t["difference"],
-            t["interval"], row["pairs"], row["invalid"], row["iterations"], t["nfe"], t["seconds"],
-        ]  # fmt: skip
+            row["run"],
+            row["method"],
+            reward,
+            t["base"],
+            t["trained"],
+            t["difference"],
+            t["interval"],
+            row["pairs"],
+            row["invalid"],
+            row["iterations"],
+            t["nfe"],
+            t["seconds"],
+        ]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -25,7 +25,7 @@ from egrpo.config.models import RunConfig
 from egrpo.config.trees import cost_of, training_sigmas, tree_of
 from egrpo.core.advantage import Advantages, advantages, edge_values
 from egrpo.core.executor import Rollout, TrainBatch, execute
-from egrpo.core.loss import clipped_objective, kl_to_reference
+from egrpo.core.loss import clipped_objective, velocity_distance
 from egrpo.core.plan import Plan
 from egrpo.core.seeds import normal, seed_of
 from egrpo.errors import UserError
@@ -133,9 +133,16 @@ class Trainer:
                 )
         a = self.run.advantage
         return advantages(
-            scores, self.run.train.rewards, [self.tree] * prompts, rollout.edges,
-            combine=a.combine, std=a.std, ddof=a.ddof, eps=a.eps, clamp=a.clamp,
-        )  # fmt: skip
+            scores,
+            self.run.train.rewards,
+            [self.tree] * prompts,
+            rollout.edges,
+            combine=a.combine,
+            std=a.std,
+            ddof=a.ddof,
+            eps=a.eps,
+            clamp=a.clamp,
+        )
 
     def optimise(self, rollout: Rollout, ids: list[int], advantage: Advantages) -> Metrics:
         """Forward and backward through every branch point, and the optimizer step(s)."""
@@ -197,7 +204,10 @@ class Trainer:
         if self.run.train.kl_weight > 0:
             reference = self.model.reference_velocity(batch.x, sigma, prompts)
             self.counts["reference"] += len(batch.x) * self.model.evaluations_per_velocity
-            kl = kl_to_reference(v, reference).sum() / sources
+            if self.run.train.kl == "transition":
+                kl = batch.kl(v, reference, self.sigmas, self.run.method.noise_level).sum() / edges
+            else:
+                kl = velocity_distance(v, reference).sum() / sources
             loss = loss + self.run.train.kl_weight * kl
             sums["kl"] += float(kl.detach())
         self.accelerator.backward(loss)
@@ -312,10 +322,14 @@ class Trainer:
         ids = list(range(min(t.monitor_prompts, len(self.heldout_texts))))
         with self.averaged():
             images, forward = sample_images(
-                self.model, self.heldout, ids, steps=self.run.evaluate.steps,
-                shift=self.run.schedule.shift, samples=t.monitor_samples,
+                self.model,
+                self.heldout,
+                ids,
+                steps=self.run.evaluate.steps,
+                shift=self.run.schedule.shift,
+                samples=t.monitor_samples,
                 micro_batch=t.micro_batch,
-            )  # fmt: skip
+            )
         self.counts["monitor"] += forward
         prompts = [self.heldout_texts[i] for i in ids for _ in range(t.monitor_samples)]
         scores = score_all(self.rewards, images, prompts)

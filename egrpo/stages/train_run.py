@@ -64,7 +64,7 @@ def _live(
 ) -> AbstractContextManager[Any]:
     if store is None or not run.tracking.enabled:
         return nullcontext()
-    from egrpo.store.tracking import LiveTracker
+    from egrpo.store.live import LiveTracker
 
     return LiveTracker(run, key, store, log, images)
 

@@ -71,10 +71,23 @@ def free_port(wanted: int) -> int:
 
 def _start(uri: str, file: Path, port: int) -> subprocess.Popen[bytes]:
     command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", uri,
-        "--artifacts-destination", str(file.parent / "mlartifacts"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--uvicorn-opts",
+        "--log-level error",
+        "--backend-store-uri",
+        uri,
+        "--artifacts-destination",
+        str(file.parent / "mlartifacts"),
+    ]
     environment = {
         **os.environ,
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -82,6 +95,7 @@ def _start(uri: str, file: Path, port: int) -> subprocess.Popen[bytes]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # spares 480 MB
         "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # the default loses concurrent writes
         "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
     # a session of its own: Ctrl-C reaches this process alone, which then ends the whole group

@@ -51,7 +51,8 @@ class Table:
 
 
 ENTROPY_PROFILE = Table(
-    "entropy_profile", 1,
+    "entropy_profile",
+    1,
     "Entropy of each step and span: closed form, and the spread measured by branching.",
     (
         ("step", INT, "grid index", "where the branch starts"),
@@ -64,15 +65,22 @@ ENTROPY_PROFILE = Table(
         ("variance", REAL, "1", "closed form (std / noise level)^2"),
         ("prompt_id", INT, "row of the prompt file", "profiled prompt"),
         ("quantity", TEXT, "", "latent_variance, image_distance, or reward:<name>"),
-        ("spread", REAL, "see quantity", "variance per dimension of the final latents; mean "
-         "pairwise RMS distance of images in [0,1]; std of the reward within the group"),
+        (
+            "spread",
+            REAL,
+            "see quantity",
+            "variance per dimension of the final latents; mean "
+            "pairwise RMS distance of images in [0,1]; std of the reward within the group",
+        ),
         ("yardstick", REAL, "see quantity", "the same for the noisy copies of one final image"),
     ),
     ("prompt_id", "step", "span", "quantity"),
-)  # fmt: skip
+)
 
 TRAIN_METRICS = Table(
-    "train_metrics", 1, "Training metrics, one row per iteration and metric.",
+    "train_metrics",
+    1,
+    "Training metrics, one row per iteration and metric.",
     (
         ("run", TEXT, "", "run id"),
         ("iteration", INT, "iterations", "counted from 1"),
@@ -81,10 +89,12 @@ TRAIN_METRICS = Table(
         ("value", REAL, "see metric", "value"),
     ),
     ("run", "iteration", "metric"),
-)  # fmt: skip
+)
 
 ROLLOUTS = Table(
-    "rollouts", 1, "One row per trained edge and reward.",
+    "rollouts",
+    1,
+    "One row per trained edge and reward.",
     (
         ("run", TEXT, "", "run id"),
         ("iteration", INT, "iterations", "counted from 1"),
@@ -99,10 +109,12 @@ ROLLOUTS = Table(
         ("nfe", BIG, "network evaluations", "of the run at the end of this iteration"),
     ),
     ("run", "iteration", "prompt_id", "step", "sample", "reward"),
-)  # fmt: skip
+)
 
 SCORES = Table(
-    "scores", 1, "Rewards of evaluation images.",
+    "scores",
+    1,
+    "Rewards of evaluation images.",
     (
         ("run", TEXT, "", "run id, or `base`"),
         ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
@@ -112,10 +124,12 @@ SCORES = Table(
         ("value", REAL, "see reward", "score; null where scoring failed"),
     ),
     ("run", "prompt_id", "sample", "reward"),
-)  # fmt: skip
+)
 
 IMAGES = Table(
-    "images", 1, "Evaluation images.",
+    "images",
+    1,
+    "Evaluation images.",
     (
         ("run", TEXT, "", "run id, or `base`"),
         ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
@@ -124,10 +138,12 @@ IMAGES = Table(
         ("png", BYTES, "PNG file", "the image, lossless"),
     ),
     ("run", "prompt_id", "sample"),
-)  # fmt: skip
+)
 
 MERGE_PLAN = Table(
-    "merge_plan", 1, "Active steps and their spans.",
+    "merge_plan",
+    1,
+    "Active steps and their spans.",
     (
         ("run", TEXT, "", "run id"),
         ("step", INT, "grid index", "active step"),
@@ -140,10 +156,12 @@ MERGE_PLAN = Table(
         ("measure", TEXT, "", "unit of entropy and threshold"),
     ),
     ("run", "step"),
-)  # fmt: skip
+)
 
 COMPARISON = Table(
-    "comparison", 1, "Trained against base on the held-out prompts, paired by prompt and sample.",
+    "comparison",
+    1,
+    "Trained against base on the held-out prompts, paired by prompt and sample.",
     (
         ("run", TEXT, "", "run id"),
         ("method", TEXT, "", "method of the run"),
@@ -161,7 +179,7 @@ COMPARISON = Table(
         ("seconds", REAL, "s", "of training, over all starts"),
     ),
     ("run", "reward"),
-)  # fmt: skip
+)
 
 TABLES = {
     t.name: t

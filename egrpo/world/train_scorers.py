@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from egrpo.world.preference import PreferenceModel
 from egrpo.world.prompts import Attributes, to_prompt
 from egrpo.world.shapes import render
 from egrpo.world.train_pipeline import Log, cosine_optimizer, generator, progress
+
+if TYPE_CHECKING:
+    from clip.model import CLIP
 
 # Channel statistics of OpenAI's CLIP preprocessing, which `clip.load` returns with the model.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -53,7 +57,7 @@ def add_noise(images: Tensor, std: Tensor, rng: torch.Generator) -> Tensor:
 # --- CLIP ----------------------------------------------------------------------------------
 
 
-def clip_text_features(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+def clip_text_features(model: CLIP, tokens: Tensor) -> Tensor:
     """CLIP's `encode_text` on tokens [B, L] of any L; causal, so surplus padding changes nothing.
 
     The end token must have the largest number of its row, as in CLIP's vocabulary.
@@ -61,8 +65,7 @@ def clip_text_features(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
     x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
     last = model.ln_final(x[torch.arange(len(x)), tokens.argmax(-1)])
-    features: Tensor = last @ model.text_projection
-    return features
+    return last @ model.text_projection
 
 
 def clip_normalise(images: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ rule figures:
         profiles=PROFILES,
         curves=CURVES,
         scores=SCORES,
-        code=sources("stages/figures.py", "store/tables.py"),
+        code=sources(
+            "stages/draw.py", "stages/figures.py", "stages/image_grid.py", "store/tables.py"
+        ),
     output:
         curves=figure("curves", "Training"),
         before_after=figure("before_after", "Results"),

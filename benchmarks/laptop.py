@@ -1,0 +1,192 @@
+"""What a rollout costs on this machine, beside the floor of the bare network.
+
+``python benchmarks/laptop.py [--threads 1] [--write docs/benchmarks/laptop.md]``
+
+Measured on the shipped toy with the default study's settings: 4 prompts, G = 12, 8 active steps.
+Only ratios within one run mean much on a noisy machine; each figure is the best of its repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from egrpo.config.load import load_study
+from egrpo.config.trees import plan_of, training_sigmas
+from egrpo.core.advantage import Advantages
+from egrpo.core.executor import Rollout
+from egrpo.core.loss import clipped_objective
+from egrpo.rewards import score_all
+from egrpo.stages.embed import embed
+from egrpo.stages.train import Trainer, peak_memory_mib
+
+
+def best(work: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the fastest of ``repeats`` calls, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def bare_forwards(trainer: Trainer, ids: list[int]) -> tuple[Callable[[], None], int]:
+    """Replays exactly the batches of one rollout through the network, and nothing else."""
+    calls: list[tuple[torch.Tensor, float, Any, Any]] = []
+    original = trainer.model.velocity
+
+    def record(x: Any, sigma: float, prompts: Any, module: Any = None) -> Any:
+        calls.append((x.clone(), sigma, prompts, module))
+        return original(x, sigma, prompts, module)
+
+    trainer.model.velocity = record  # type: ignore[method-assign]
+    trainer.rollout(1, ids)
+    trainer.model.velocity = original  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def replay() -> None:
+        for x, sigma, prompts, module in calls:
+            (module or trainer.model.transformer)(
+                hidden_states=x,
+                encoder_hidden_states=prompts.tensors["embeds"],
+                pooled_projections=prompts.tensors["pooled"],
+                timestep=torch.full((len(x),), 1000.0 * sigma),
+                return_dict=False,
+            )
+
+    return replay, sum(len(x) for x, *_ in calls)
+
+
+def one_by_one(trainer: Trainer, iteration: int, ids: list[int]) -> None:
+    """The same iteration as public reference code does it: one sample at a time, all through.
+
+    Every latent is evaluated alone, every image decoded and scored alone, and every sample has a
+    forward and backward of its own.
+    """
+    run = trainer.run
+    narrow = run.model_copy(
+        update={"train": run.train.model_copy(update={"micro_batch": 1, "train_micro_batch": 1})}
+    )
+    trainer.run = narrow
+    rollout = trainer.rollout(iteration, ids)
+    scores: dict[str, list[float]] = {name: [] for name in trainer.rewards}
+    for latent, tree in zip(rollout.leaves, rollout.leaf_tree, strict=True):
+        image = trainer.model.decode(latent[None], 1)
+        for name, value in score_all(trainer.rewards, image, [trainer.texts[ids[tree]]]).items():
+            scores[name].append(float(value[0]))
+    arrays = {name: torch.tensor(v, dtype=torch.float64).numpy() for name, v in scores.items()}
+    separate_backward(trainer, rollout, ids, trainer.advantages(arrays, rollout, len(ids)))
+    trainer.run = run
+
+
+def separate_backward(
+    trainer: Trainer, rollout: Rollout, ids: list[int], advantage: Advantages
+) -> None:
+    """One forward/backward for every trained edge."""
+    rows = torch.tensor(ids)
+    for batch in rollout.batches:
+        for edge in range(len(batch.edges)):
+            prompts = trainer.conditioning.rows(rows[batch.tree])
+            v = trainer.model.velocity(batch.x, trainer.sigmas[batch.start], prompts)
+            new = batch.log_probs(v, trainer.sigmas, trainer.run.method.noise_level)[edge]
+            value = torch.tensor([advantage.values[batch.edges[edge]]], dtype=torch.float32)
+            objective = clipped_objective(
+                new[None], batch.log_prob[edge][None], value, torch.ones(1), 1e-4
+            )
+            (objective.loss / len(rollout.edges)).backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    trainer.model.refresh_sampler()
+
+
+def machine() -> str:
+    """Processor, cores, memory and versions, in words."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            ln.split(":")[1].strip()
+            for ln in info.read_text().splitlines()
+            if ln.startswith("model name")
+        ]
+        name = f"{len(models)} x {models[0]}" if models else name
+    return (
+        f"{name}; {torch.backends.cpu.get_cpu_capability()}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def measure(threads: int, repeats: int) -> list[tuple[str, str, str]]:
+    """Rows of the table: (what, measured, target)."""
+    torch.set_num_threads(threads)
+    run = load_study("config/config.yaml").runs["egrpo"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "embeddings.safetensors"
+        embed(run, path)
+        trainer = Trainer(run, plan_of(run, training_sigmas(run)), path)
+    ids = trainer.prompt_ids(1)
+    replay, evaluations = bare_forwards(trainer, ids)
+    # interleaved, so that a slow moment of the machine hits both
+    pairs = [(best(lambda: trainer.rollout(1, ids), 1), best(replay, 1)) for _ in range(repeats)]
+    rollout, bare = (min(p[k] for p in pairs) for k in (0, 1))
+    parts: dict[str, float] = {}
+
+    def iteration() -> None:
+        metrics, _ = trainer.step()
+        if metrics["time/iteration"] < parts.get("time/iteration", float("inf")):
+            parts.update({k: v for k, v in metrics.items() if k.startswith("time/")})
+
+    seconds = best(iteration, repeats)
+    memory = peak_memory_mib()
+    alone = best(lambda: one_by_one(trainer, 1, ids), 1)
+    return [
+        ("network evaluations of one rollout", f"{evaluations:,}", ""),
+        ("bare forward of the same batches", f"{1e3 * bare / evaluations:.3f} ms each", ""),
+        ("rollout", f"{1e3 * rollout / evaluations:.3f} ms each", ""),
+        ("rollout overhead", f"{100 * (rollout / bare - 1):.1f} %", "at most 15 %"),
+        ("E-GRPO iteration", f"{seconds:.2f} s", "at most 1 s"),
+        *(
+            (f"of it {name[5:].replace('_', ' ')}", f"{parts[name]:.2f} s", "")
+            for name in ("time/rollout", "time/decode_and_reward", "time/optimise")
+        ),
+        ("peak memory of the process", f"{memory:,.0f} MiB", ""),
+        ("the same work one sample at a time", f"{alone:.1f} s", ""),
+        ("speed-up over one at a time", f"{alone / seconds:.1f} x", "at least 12 x"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", type=Path, help="Markdown file to write")
+    args = parser.parse_args()
+    text = (
+        "# One machine, the toy world\n\n"
+        "Written by `python benchmarks/laptop.py --write docs/benchmarks/laptop.md`: 4 prompts, "
+        "G = 12, 8 active steps,\nT = 16, threshold 2.2, LoRA. Best of "
+        f"{args.repeats} repeats.\n\nMachine: {machine()}.\n"
+    )
+    for threads in args.threads:
+        rows = measure(threads, args.repeats)
+        text += (
+            f"\n## {threads} thread{'s' if threads > 1 else ''}\n\n| what | measured | target |\n"
+        )
+        text += "|---|---|---|\n" + "".join(f"| {a} | {b} | {c} |\n" for a, b, c in rows)
+    print(text)
+    if args.write:
+        args.write.parent.mkdir(parents=True, exist_ok=True)
+        args.write.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
