@@ -18,12 +18,24 @@ include: "workflow/rules/profile.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/toy.smk"
 
 
 report: "workflow/report/workflow.rst"
 
 
+# Everything a user may look at is named, so that a lost file is noticed and made again.
 rule all:
     default_target: True
     input:
         f"{STUDY}/published.json",
+        rules.comparison.output,
+        rules.figures.output,
+        SCORES,
+        PROFILES,
+        PLANS,
+        expand(
+            f"{STUDY}/runs/{{run}}/{{name}}",
+            run=RUNS,
+            name=["config.yaml", "adapter", "monitor", "train.json", "rollouts.parquet"],
+        ),

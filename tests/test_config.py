@@ -221,7 +221,7 @@ REFUSED_IN_STUDY = [
         {"methods": {"egrpo": {"dynamics": "cps", "noise_level": 1.5, "threshold": 0.0}}},
         "methods.egrpo.noise_level: cps needs a value in (0, 1]",
     ),
-    ({"profile": {"spans": [1, 30]}}, "profile.spans: 30 does not fit 16 steps"),
+    ({"profile": {"spans": [30]}}, "profile.spans: 30 does not fit 16 steps"),
     ({"profile": {"spans": [0]}}, "profile.spans: distinct whole numbers"),
     ({"method": {"name": "egrpo"}}, "method: belongs in the runs table"),
     ({"run": "x"}, "run: belongs in the runs table"),

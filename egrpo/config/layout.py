@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from egrpo.config.load import Study, embedding_key, evaluation_key, profile_key
+from egrpo.config.load import KEYS, Study, embedding_key, evaluation_key, profile_key
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Layout:
     def config(self, run: str) -> Path:
         """Resolved settings of one run."""
         return self.run(run) / "config.yaml"
+
+    def settings(self, stage: str, run: str) -> Path:
+        """Settings that a stage reads, named by all of them that matter to it."""
+        return self.root / "settings" / f"{stage}-{KEYS[stage](self.study.runs[run])}.yaml"
 
     def embeddings(self, run: str) -> Path:
         """Prompt embeddings that a run needs."""

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -391,7 +391,41 @@ def evaluation_key(run: RunConfig) -> str:
     )
 
 
+def plan_key(run: RunConfig) -> str:
+    """Names what a run's merge plan is made from."""
+    return digest(
+        {
+            "run": run.run,
+            "schedule": run.schedule.model_dump(),
+            "method": run.method.model_dump(),
+        }
+    )
+
+
 def run_key(run: RunConfig) -> str:
     """Names what a training run computes; how it is evaluated and tracked does not matter."""
     settings = run.model_dump(exclude={"tracking", "evaluate", "profile"})
     return digest({**settings, "monitor_steps": run.evaluate.steps})
+
+
+def scoring_key(run: RunConfig) -> str:
+    """Names how a trained run is evaluated."""
+    model = run.model.model_dump(include={"tuning", "lora"})
+    return digest({"run": run.run, "model": model, "evaluation": evaluation_key(run)})
+
+
+def tracking_key(run: RunConfig) -> str:
+    """Names where a study is tracked."""
+    return digest({"study": run.study, "uri": run.tracking.uri})
+
+
+KEYS: dict[str, Callable[[RunConfig], str]] = {
+    "embed": embedding_key,
+    "profile": profile_key,
+    "plan": plan_key,
+    "train": run_key,
+    "evaluate": scoring_key,
+    "base": evaluation_key,
+    "track": tracking_key,
+}
+"""What each stage depends on, by stage: equal keys mean equal work."""

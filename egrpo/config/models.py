@@ -356,9 +356,9 @@ class RunConfig(Settings):
                 f"train.rewards: {unknown[0]!r} is not defined under rewards "
                 f"({', '.join(sorted(self.rewards))})"
             )
-        if max(self.profile.spans) > self.method.steps - 1:
+        if min(self.profile.spans) >= self.method.steps:  # the profile leaves longer ones out
             raise ValueError(
-                f"profile.spans: {max(self.profile.spans)} does not fit {self.method.steps} steps"
+                f"profile.spans: {min(self.profile.spans)} does not fit {self.method.steps} steps"
             )
         if self.method.dynamics == "cps" and self.method.noise_level > 1:
             raise ValueError("method.noise_level: cps needs a value in (0, 1]")

@@ -166,8 +166,8 @@ class SD3:
             pooled = torch.cat([conditioning.negative["pooled"], pooled])
         v = (module or self.transformer)(
             hidden_states=x,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
+            encoder_hidden_states=embeds.to(self.dtype),
+            pooled_projections=pooled.to(self.dtype),
             timestep=torch.full((len(x),), 1000.0 * sigma, device=x.device),
             return_dict=False,
         )[0]
@@ -267,11 +267,10 @@ class SD3:
             return
         import json
 
-        from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.transformer))
+        state = get_peft_model_state_dict(self.transformer)
         config = self.transformer.peft_config["default"].to_dict()
         plain = {
             f"transformer.{k}": sorted(v) if isinstance(v, set) else v
@@ -281,7 +280,7 @@ class SD3:
         save_file(
             {f"transformer.{k}": v.contiguous() for k, v in state.items()},
             folder / ADAPTER_FILE,
-            metadata={"format": "pt", "lora_adapter_metadata": json.dumps(plain)},
+            metadata={"lora_adapter_metadata": json.dumps(plain, sort_keys=True)},
         )
 
     def load(self, folder: Path) -> None:

@@ -9,6 +9,7 @@ combinations that no model of the toy world has seen.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,5 +107,9 @@ def split() -> tuple[list[Attributes], list[Attributes]]:
 
 
 def prompt_lines(combinations: Sequence[Attributes]) -> str:
-    """The text of a prompt file: one prompt a line, with a final newline."""
-    return "".join(to_prompt(c) + "\n" for c in combinations)
+    """The text of a prompt file: one prompt a line, with a final newline.
+
+    In a fixed mixed order, since monitors, profiles and grids take the first prompts of a file.
+    """
+    mixed = random.Random(2601).sample(list(combinations), len(combinations))
+    return "".join(to_prompt(c) + "\n" for c in mixed)

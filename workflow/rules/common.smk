@@ -26,17 +26,13 @@ STUDY = str(at.root)
 
 wildcard_constraints:
     run="|".join(re.escape(name) for name in RUNS),
+    stage="|".join(load.KEYS),
     key="[0-9a-f]+",
 
 
-def owner(key_of, key):
+def owner(stage, key):
     """The first run whose settings have this key: shared artifacts are made with its settings."""
-    return next(name for name, run in RUNS.items() if key_of(run) == key)
-
-
-def config_of_key(key_of):
-    """Input function: resolved settings of the run that owns the wildcard `key`."""
-    return lambda wc: str(at.config(owner(key_of, wc.key)))
+    return next(name for name, run in RUNS.items() if load.KEYS[stage](run) == key)
 
 
 @functools.cache

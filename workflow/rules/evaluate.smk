@@ -3,9 +3,9 @@
 
 rule evaluate_base:
     input:
-        config=ancient(config_of_key(load.evaluation_key)),
-        embeddings=lambda wc: at.embeddings(owner(load.evaluation_key, wc.key)),
-        weights=lambda wc: weights(owner(load.evaluation_key, wc.key)),
+        settings=f"{STUDY}/settings/base-{{key}}.yaml",
+        embeddings=lambda wc: at.embeddings(owner("base", wc.key)),
+        weights=lambda wc: weights(owner("base", wc.key)),
         code=MODEL_CODE + sources("stages/evaluate.py"),
     output:
         scores=f"{STUDY}/base/{{key}}/scores.parquet",
@@ -14,18 +14,18 @@ rule evaluate_base:
         f"{STUDY}/logs/evaluate_base/{{key}}.log",
     benchmark:
         f"{STUDY}/benchmarks/evaluate_base/{{key}}.tsv"
-    threads: 1
     conda:
         "../../envs/egrpo.yaml"
+    threads: 1
     shell:
-        "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.config:q}"
+        "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.settings:q}"
         " --embeddings {input.embeddings:q} --scores {output.scores:q} --images {output.images:q}"
         " --threads {threads} 3>&2 2> {log:q}"
 
 
 rule evaluate:
     input:
-        config=ancient(f"{STUDY}/runs/{{run}}/config.yaml"),
+        settings=lambda wc: at.settings("evaluate", wc.run),
         embeddings=lambda wc: at.embeddings(wc.run),
         weights=lambda wc: weights(wc.run),
         adapter=f"{STUDY}/runs/{{run}}/adapter",
@@ -33,16 +33,14 @@ rule evaluate:
     output:
         scores=f"{STUDY}/runs/{{run}}/scores.parquet",
         images=f"{STUDY}/runs/{{run}}/images.parquet",
-    params:
-        key=lambda wc: load.evaluation_key(RUNS[wc.run]),
     log:
         f"{STUDY}/logs/evaluate/{{run}}.log",
     benchmark:
         f"{STUDY}/benchmarks/evaluate/{{run}}.tsv"
-    threads: 1
     conda:
         "../../envs/egrpo.yaml"
+    threads: 1
     shell:
-        "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.config:q}"
+        "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.settings:q}"
         " --embeddings {input.embeddings:q} --adapter {input.adapter:q} --scores {output.scores:q}"
         " --images {output.images:q} --threads {threads} 3>&2 2> {log:q}"

@@ -3,44 +3,57 @@
 
 localrules:
     run_config,
+    settings,
     prepare_store,
 
 
 rule run_config:
     output:
         config=f"{STUDY}/runs/{{run}}/config.yaml",
-    params:
-        settings=lambda wc: yaml.safe_dump(RUNS[wc.run].model_dump(), sort_keys=False),
     log:
         f"{STUDY}/logs/run_config/{{run}}.log",
+    params:
+        settings=lambda wc: yaml.safe_dump(RUNS[wc.run].model_dump(), sort_keys=False),
     run:
         Path(output.config).write_text(params.settings, encoding="utf-8")
 
 
+# What one stage reads. The name holds a digest of all settings that matter to the stage, so an
+# edit that matters asks for another file and an edit that does not asks for the same one.
+# (`ancient(config.yaml)` with a digest in `params` looks simpler and is wrong: a job that depends
+# on a job about to run is not asked for its own reasons, and `ancient` then drops it.)
+rule settings:
+    output:
+        settings=f"{STUDY}/settings/{{stage}}-{{key}}.yaml",
+    log:
+        f"{STUDY}/logs/settings/{{stage}}-{{key}}.log",
+    run:
+        run = RUNS[owner(wildcards.stage, wildcards.key)]
+        text = yaml.safe_dump(run.model_dump(), sort_keys=False)
+        Path(output.settings).write_text(text, encoding="utf-8")
+
+
 rule prepare_store:
     input:
-        configs=ancient(RUN_CONFIGS),
+        settings=at.settings("track", next(iter(RUNS))),
     output:
         store=at.store,
-    params:
-        uri=[run.tracking.uri for run in RUNS.values()],
-        results=study.results,
     log:
         f"{STUDY}/logs/prepare_store.log",
     conda:
         "../../envs/egrpo.yaml"
+    params:
+        results=study.results,
     shell:
         "python -m egrpo prepare --results {params.results:q} --output {output.store:q}"
-        " {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
+        " {input.settings:q} 3>&2 2> >(tee {log:q} >&3)"
 
 
 rule embed:
     input:
-        config=ancient(config_of_key(load.embedding_key)),
-        prompts=lambda wc: list(
-            RUNS[owner(load.embedding_key, wc.key)].prompts.model_dump().values()
-        ),
-        weights=lambda wc: files_under(RUNS[owner(load.embedding_key, wc.key)].model.path),
+        settings=f"{STUDY}/settings/embed-{{key}}.yaml",
+        prompts=lambda wc: list(RUNS[owner("embed", wc.key)].prompts.model_dump().values()),
+        weights=lambda wc: files_under(RUNS[owner("embed", wc.key)].model.path),
         code=sources("models", "stages/embed.py"),
     output:
         embeddings=f"{STUDY}/embeddings/{{key}}.safetensors",
@@ -51,5 +64,5 @@ rule embed:
     conda:
         "../../envs/egrpo.yaml"
     shell:
-        "python -m egrpo embed --run-config {input.config:q} --output {output.embeddings:q}"
+        "python -m egrpo embed --run-config {input.settings:q} --output {output.embeddings:q}"
         " 2> {log:q}"

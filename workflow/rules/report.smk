@@ -37,12 +37,12 @@ rule comparison:
             category="Results",
             labels={"table": "comparison", "study": study.name},
         ),
-    params:
-        results=study.results,
     log:
         f"{STUDY}/logs/comparison.log",
     conda:
         "../../envs/egrpo.yaml"
+    params:
+        results=study.results,
     shell:
         "python -m egrpo tables --results {params.results:q} {input.configs:q}"
         " 3>&2 2> >(tee {log:q} >&3)"
@@ -59,15 +59,15 @@ rule figures:
             "stages/draw.py", "stages/figures.py", "stages/image_grid.py", "store/tables.py"
         ),
     output:
+        **({n: figure(n, "Entropy") for n in ("entropy", "spread")} if PROFILES else {}),
         curves=figure("curves", "Training"),
         before_after=figure("before_after", "Results"),
-        **({n: figure(n, "Entropy") for n in ("entropy", "spread")} if PROFILES else {}),
-    params:
-        results=study.results,
     log:
         f"{STUDY}/logs/figures.log",
     conda:
         "../../envs/egrpo.yaml"
+    params:
+        results=study.results,
     shell:
         "python -m egrpo figures --results {params.results:q} {input.configs:q}"
         " 3>&2 2> >(tee {log:q} >&3)"
@@ -83,12 +83,12 @@ rule publish:
         code=sources("stages/publish.py", "store/tracking.py"),
     output:
         published=f"{STUDY}/published.json",
-    params:
-        results=study.results,
     log:
         f"{STUDY}/logs/publish.log",
     conda:
         "../../envs/egrpo.yaml"
+    params:
+        results=study.results,
     shell:
         "python -m egrpo publish --results {params.results:q} --store {input.store:q}"
         " --output {output.published:q} {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"

@@ -8,11 +8,11 @@ def plan_input(wc):
 
 rule train:
     input:
-        config=ancient(f"{STUDY}/runs/{{run}}/config.yaml"),
+        settings=lambda wc: at.settings("train", wc.run),
         embeddings=lambda wc: at.embeddings(wc.run),
         plan=plan_input,
         weights=lambda wc: weights(wc.run),
-        store=ancient(at.store),
+        store=at.store,
         code=MODEL_CODE + sources("stages/train.py", "stages/train_run.py"),
     output:
         adapter=directory(f"{STUDY}/runs/{{run}}/adapter"),
@@ -20,19 +20,18 @@ rule train:
         summary=f"{STUDY}/runs/{{run}}/train.json",
         metrics=f"{STUDY}/runs/{{run}}/train_metrics.parquet",
         rollouts=f"{STUDY}/runs/{{run}}/rollouts.parquet",
-    params:
-        key=lambda wc: load.run_key(RUNS[wc.run]),
-        plan=lambda wc, input: f"--plan {input.plan}" if input.plan else "",
-        folder=lambda wc, output: Path(output.summary).parent,
-        state=f"{STUDY}/state/{{run}}",
     log:
         f"{STUDY}/logs/train/{{run}}.log",
     benchmark:
         f"{STUDY}/benchmarks/train/{{run}}.tsv"
-    threads: 1
     conda:
         "../../envs/egrpo.yaml"
+    threads: 1
+    params:
+        plan=lambda wc, input: f"--plan {input.plan}" if input.plan else "",
+        folder=lambda wc, output: Path(output.summary).parent,
+        state=f"{STUDY}/state/{{run}}",
     shell:
-        "EGRPO_PROGRESS_FD=3 python -m egrpo train --run-config {input.config:q} {params.plan}"
+        "EGRPO_PROGRESS_FD=3 python -m egrpo train --run-config {input.settings:q} {params.plan}"
         " --embeddings {input.embeddings:q} --state {params.state:q} --output {params.folder:q}"
         " --store {input.store:q} --threads {threads} 3>&2 2> {log:q}"

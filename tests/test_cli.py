@@ -1,0 +1,117 @@
+"""The command line as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from egrpo.config.docs import DOCUMENTS
+
+
+def egrpo(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "egrpo", *map(str, words)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit status not 0, one line on stderr with these parts, no traceback."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("egrpo: ")]
+    assert len(lines) == 1, done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_plan_json_contract() -> None:
+    done = egrpo(
+        "plan", "--steps", 16, "--shift", 3, "--noise-level", 0.7, "--threshold", 2.2,
+        "--active", 8, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0
+    plan = json.loads(done.stdout)
+    assert len(plan["sigmas"]) == 17
+    assert len(plan["entropy"]) == 15
+    assert plan["spans"] == [1, 1, 2, 2, 2, 3, 3, 3]
+    assert plan["nfe"] == {"anchor": 8, "suffix_per_sample": 83, "train": 8}
+    assert round(plan["entropy"][0], 4) == 2.8929
+
+
+def test_plan_and_cost_import_no_torch() -> None:
+    for words in (["plan", "--json"], ["cost", "config/config.yaml", "--json"]):
+        code = (
+            "import sys\nfrom egrpo.cli import main\n"
+            f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+            "heavy = {'torch', 'mlflow', 'snakemake', 'diffusers', 'pandas'} & set(sys.modules)\n"
+            "sys.exit(f'imported {heavy}' if heavy else 0)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["plan", "--threshold", "5", "--on-unreachable", "error"], ["step 7", "out of reach"]),
+        (["plan", "--active", "16"], ["active step 15", "0..14"]),
+        (["plan", "--active", "0"], ["--active"]),
+        (["plan", "--measure", "bits"], ["--measure", "exp_per_dim"]),
+        (["plan", "--dynamics", "ode"], ["--dynamics", "flow_sde"]),
+        (["plan", "--on-unreachable", "maybe"], ["on_unreachable", "cap"]),
+        (["plan", "--steps", "0"], ["steps must be at least 1"]),
+        (["plan", "--shift", "-1"], ["shift must be a positive"]),
+        (["plan", "--noise-level", "0"], ["--noise-level"]),
+        (["cost", "absent.yaml"], ["absent.yaml: no such file"]),
+        (["report", "--config", "absent.yaml"], ["absent.yaml: no such file"]),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], parts: list[str]) -> None:
+    refused(egrpo(*words), *parts)
+
+
+def test_unreachable_threshold_is_said_and_capped() -> None:
+    done = egrpo("plan", "--threshold", "5.0", "--json")
+    assert done.returncode == 0
+    assert "step 7: threshold 5.0 (exp_per_dim) is out of reach, span capped at 8" in done.stderr
+    assert json.loads(done.stdout)["spans"][-1] == 8
+
+
+def test_cost_of_the_default_study() -> None:
+    costs = json.loads(egrpo("cost", "config/config.yaml", "--json").stdout)
+    assert costs["egrpo"]["forward_per_prompt"] == 1004
+    assert costs["egrpo"]["train_per_prompt"] == 8
+    assert costs["flow_grpo"]["forward_per_prompt"] == 240
+    assert costs["flow_grpo"]["train_per_prompt"] == 216
+
+
+def test_generated_documents_are_in_step() -> None:
+    for path, make in DOCUMENTS.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert text == make(), f"{path}: run `python -m egrpo.config.docs`"
+
+
+def test_damaged_inputs_of_stages_are_one_line(tmp_path: Path) -> None:
+    from conftest import small_run, write_run
+
+    config = write_run(small_run(), tmp_path / "run.yaml")
+    damaged = tmp_path / "embeddings.safetensors"
+    damaged.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    common = ("--run-config", config, "--embeddings", damaged)
+    refused(
+        egrpo("train", *common, "--state", tmp_path / "s", "--output", tmp_path / "o"), "--plan"
+    )
+    (tmp_path / "plan.json").write_text('{"sigmas": [1.0, 0.0]}')
+    plan = ("--plan", tmp_path / "plan.json")
+    done = egrpo("train", *common, *plan, "--state", tmp_path / "s", "--output", tmp_path / "o")
+    refused(done, "plan.json: not a plan: plan has no key")
+    done = egrpo("evaluate", *common, "--scores", tmp_path / "s", "--images", tmp_path / "i")
+    refused(done, "embeddings.safetensors: damaged embeddings")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "embeddings.safetensors", "plan.json", "run.yaml",
+    ]  # fmt: skip

@@ -1,0 +1,251 @@
+"""The workflow through real snakemake processes, on a small study of the shipped toy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import ROOT
+
+from egrpo.config.load import overlay, read_yaml
+from egrpo.store.tables import TABLES
+
+TABLE = "run\tmethod.name\ttrain.learning_rate_scale\n"
+RUNS = TABLE + "one\tegrpo\t\ntwo\tflow_grpo\t\n"
+
+SMALL: dict[str, Any] = {
+    "study": "small",
+    "methods": {
+        "egrpo": {"group_size": 3, "active": 4},
+        "flow_grpo": {"group_size": 4, "steps": 5},
+    },
+    "profile": {"prompts": 2, "samples": 3, "spans": [1, 2]},
+    "train": {
+        "iterations": 3,
+        "prompts_per_iteration": 2,
+        "checkpoint_every": 1,
+        "monitor_every": 2,
+        "monitor_prompts": 2,
+        "monitor_samples": 2,
+    },
+    "evaluate": {"steps": 4, "samples": 2, "prompts": 6, "grid_prompts": 3, "bootstrap": 200},
+}
+
+
+def study(folder: Path, runs: str = RUNS, **changes: Any) -> Path:
+    """A small study's YAML and runs table in ``folder``, results there too."""
+    settings = overlay(read_yaml(ROOT / "config/config.yaml"), SMALL)
+    settings |= {"results": str(folder / "results"), "runs": str(folder / "runs.tsv")}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        settings = overlay(settings, {section: {name: value}} if name else {section: value})
+    (folder / "runs.tsv").write_text(runs)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def snakemake(config: Path | None, *words: str) -> subprocess.CompletedProcess[str]:
+    extra = ["--configfile", str(config)] if config else []
+    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", *words, *extra],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def planned(config: Path | None, *words: str) -> dict[str, int]:
+    """Jobs of a dry run: rule -> count."""
+    done = snakemake(config, "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"^job +count\n-+ +-+\n(.*?)^total", done.stdout + done.stderr, re.M | re.S)
+    return {k: int(v) for k, v in (ln.split() for ln in found[1].splitlines())} if found else {}
+
+
+def test_dry_run_of_the_default_study_lists_the_jobs() -> None:
+    jobs = planned(None, "--forceall")
+    assert jobs == {
+        "all": 1,
+        "run_config": 2,
+        "settings": 9,
+        "prepare_store": 1,
+        "embed": 1,
+        "profile": 1,
+        "plan": 1,
+        "train": 2,
+        "evaluate": 2,
+        "evaluate_base": 1,
+        "comparison": 1,
+        "figures": 1,
+        "publish": 1,
+    }
+
+
+def test_recipe_of_the_toy_weights_is_a_rule() -> None:
+    assert planned(None, "--forceall", "toy_world") == {"toy_world": 1}
+
+
+@pytest.mark.parametrize(
+    ("runs", "changes", "parts"),
+    [
+        (RUNS, {"train__iteratoins": 5}, ["config.yaml", "train.iteratoins", "did you mean"]),
+        (RUNS, {"train__iterations": "many"}, ["config.yaml", "train.iterations", "'many'"]),
+        (RUNS, {"train__iterations": 0}, ["train.iterations", "greater than or equal to 1"]),
+        (RUNS + "one\tegrpo\t\n", {}, ["runs.tsv", "'one' occurs twice"]),
+        (TABLE + "x\tegrpo\t-1\n", {}, ["runs.tsv", "'x'", "train.learning_rate_scale"]),
+        (TABLE + "x\tppo\t\n", {}, ["runs.tsv", "unknown method 'ppo'"]),
+        (RUNS, {"methods__egrpo": {"group_size": 1}}, ["methods.egrpo.group_size", "to 2"]),
+        (RUNS, {"methods__egrpo": {"active": 16}}, ["methods.egrpo.active", "beyond the schedule"]),
+        (RUNS, {"prompts__train": "no.txt"}, ["prompts.train: no.txt: no such file"]),
+        (RUNS, {"model__path": "x/y/z"}, ["model.path", "no such folder"]),
+        (RUNS, {"rewards__clip": {"kind": "clip", "path": "no.pt"}}, ["rewards.clip.path: no.pt"]),
+    ],
+)
+def test_bad_settings_stop_before_anything_runs(
+    runs: str, changes: dict[str, Any], parts: list[str], tmp_path: Path
+) -> None:
+    done = snakemake(study(tmp_path, runs, **changes), "--dry-run")
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said
+    line = next(ln for ln in said.splitlines() if parts[-1] in ln)
+    for part in parts:
+        assert part in line
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small study, run to its end."""
+    folder = tmp_path_factory.mktemp("study")
+    before = Path.cwd()
+    os.chdir(ROOT)
+    config = study(folder)
+    os.chdir(before)
+    done = snakemake(config)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return config
+
+
+def results(config: Path) -> Path:
+    return config.parent / "results" / "small"
+
+
+@pytest.mark.slow
+def test_whole_study_gives_every_result(finished: Path) -> None:
+    at = results(finished)
+    for name in ("curves", "before_after", "entropy", "spread"):
+        assert (at / f"figures/{name}.png").stat().st_size > 5000
+    found = {}
+    for path in sorted(at.rglob("*.parquet")):
+        schema = pq.read_schema(path)
+        name = schema.metadata[b"schema"].decode()
+        found[name] = path
+        assert schema.metadata[b"schema_version"].decode() == str(TABLES[name].version)
+        for field in schema:
+            assert {b"unit", b"description"} <= set(field.metadata)
+    assert set(found) == set(TABLES)
+    for run in ("one", "two"):
+        summary = json.loads((at / f"runs/{run}/train.json").read_text())
+        assert summary["iterations"] == 3
+        assert (at / f"runs/{run}/adapter/pytorch_lora_weights.safetensors").exists()
+    costs = subprocess.run(
+        [sys.executable, "-m", "egrpo", "cost", str(finished), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for run, cost in json.loads(costs).items():
+        summary = json.loads((at / f"runs/{run}/train.json").read_text())
+        assert summary["nfe_forward"] == cost["forward"]
+        assert summary["nfe_train"] == cost["train"]
+    report = subprocess.run(
+        [sys.executable, "-m", "egrpo", "report", "--config", str(finished)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "verifier" in report
+    assert "make ui" in report
+
+
+@pytest.mark.slow
+def test_mlflow_holds_every_metric_once(finished: Path) -> None:
+    import mlflow
+
+    at = results(finished)
+    published = json.loads((at / "published.json").read_text())
+    client = mlflow.MlflowClient(published["uri"])
+    for run in ("one", "two"):
+        run_id = published[run]
+        data = client.get_run(run_id)
+        assert data.info.status == "FINISHED"
+        assert data.data.tags["mlflow.parentRunId"]
+        assert data.data.params["train.iterations"] == "3"
+        assert {i.dataset.name for i in data.inputs.dataset_inputs} >= {"train.txt", "heldout.txt"}
+        history = client.get_metric_history(run_id, "reward/verifier")
+        assert sorted(m.step for m in history) == [1, 2, 3]
+        history = client.get_metric_history(run_id, "monitor/reward/clip")
+        assert sorted(m.step for m in history) == [0, 2, 3]
+        children = client.search_runs(
+            [published["experiment_id"]], f"tags.`mlflow.parentRunId` = '{run_id}'"
+        )
+        assert len(children) == 1
+        assert "verifier/difference" in children[0].data.metrics
+
+
+@pytest.mark.slow
+def test_running_again_does_nothing_and_edits_rerun_only_what_they_touch(finished: Path) -> None:
+    assert planned(finished) == {}
+    folder = finished.parent
+    study(folder, evaluate__samples=3)
+    jobs = planned(finished)
+    assert "evaluate" in jobs
+    assert not {"train", "profile", "embed", "plan"} & set(jobs)
+    study(folder, RUNS.replace("two\tflow_grpo\t", "two\tflow_grpo\t2.0"))
+    assert planned(finished)["train"] == 1
+    study(folder, TABLE + "zero\tegrpo\t0.5\n" + RUNS.removeprefix(TABLE))
+    assert planned(finished)["train"] == 1
+    study(folder, train__rewards={"verifier": 1.0, "clip": 0.5})
+    jobs = planned(finished)
+    assert jobs["train"] == 2
+    assert not {"profile", "embed"} & set(jobs)
+    study(folder)
+    assert planned(finished) == {}
+
+
+@pytest.mark.slow
+def test_a_lost_result_is_made_again_from_the_state(finished: Path) -> None:
+    """Outputs deleted, state kept: the job resumes at the end and trains nothing twice."""
+    at = results(finished)
+    before = (at / "runs/one/adapter/pytorch_lora_weights.safetensors").read_bytes()
+    (at / "runs/one/train.json").unlink()
+    done = snakemake(finished)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    log = (at / "logs/train/one.log").read_text()
+    assert "going on after iteration 3" in log
+    assert (at / "runs/one/adapter/pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+def test_settings_of_the_default_study_do_not_leak_into_another(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    settings = yaml.safe_load(config.read_text())
+    del settings["rewards"]["clip"]
+    config.write_text(yaml.safe_dump(settings))
+    assert snakemake(config, f"{tmp_path}/results/small/runs/one/config.yaml").returncode == 0
+    resolved = yaml.safe_load((tmp_path / "results/small/runs/one/config.yaml").read_text())
+    assert "clip" not in resolved["rewards"]

@@ -1,0 +1,20 @@
+# Regenerates the shipped toy weights: `snakemake --cores all toy_world`. No other rule needs it;
+# the default study uses assets/toy as it is committed.
+
+
+rule toy_world:
+    input:
+        settings="config/toy_world.yaml",
+        code=sources("world"),
+    output:
+        folder=directory(f"{study.results}/toy_world"),
+    log:
+        f"{study.results}/toy_world.log",
+    benchmark:
+        f"{study.results}/toy_world.tsv"
+    conda:
+        "../../envs/egrpo.yaml"
+    threads: 2
+    shell:
+        "python -m egrpo.world.recipe --config {input.settings:q} --output {output.folder:q}"
+        " > {log:q} 2>&1"
