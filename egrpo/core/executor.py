@@ -142,7 +142,7 @@ class _Executor:
     def trains(self, key: Key) -> bool:
         """Whether a trained edge leaves this node."""
         tree, k = key
-        return any(self.trees[tree].nodes[c].trained for c in self.trees[tree].children[k])
+        return k in self.trees[tree].branch_points
 
     def draw(self, keys: Sequence[tuple[int, int, int]]) -> Tensor:
         """Noise for (tree, start, sample) triples, stacked, on the device."""
@@ -164,8 +164,7 @@ class _Executor:
         chunks = self.waiting.pop(index, [])
         keys = [key for chunk, _ in chunks for key in chunk]
         x = torch.cat([latents for _, latents in chunks])
-        rank = {key: (index < self.trees[0].steps and not self.trains(key), key) for key in keys}
-        order = sorted(range(len(keys)), key=lambda r: rank[keys[r]])
+        order = sorted(range(len(keys)), key=lambda r: (not self.trains(keys[r]), keys[r]))
         return [keys[r] for r in order], x[torch.tensor(order, device=x.device)]
 
     def chunks(self, keys: list[Key]) -> Iterator[tuple[int, int, bool]]:

@@ -101,6 +101,11 @@ class Tree:
         return tuple(k for k, node in enumerate(self.nodes) if node.trained)
 
     @cached_property
+    def branch_points(self) -> frozenset[int]:
+        """Positions of the nodes that trained edges leave."""
+        return frozenset(self.nodes[k].parent for k in self.trained)
+
+    @cached_property
     def leaves_below(self) -> dict[int, tuple[int, ...]]:
         """For each trained edge the ranks in ``leaves`` of the leaves that descend from it."""
         below: list[list[int]] = [[] for _ in self.nodes]
@@ -116,8 +121,7 @@ class Tree:
     def cost(self) -> Cost:
         """Predicted evaluations: one per node that has children; one per node with trained ones."""
         forward = sum(1 for c in self.children if c)
-        train = len({self.nodes[k].parent for k in self.trained})
-        return Cost(forward, train)
+        return Cost(forward, len(self.branch_points))
 
     def group_sizes(self) -> Counter[int]:
         """Number of trained edges in each group."""

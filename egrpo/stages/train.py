@@ -232,7 +232,8 @@ class Trainer:
         sampled = time.monotonic()
         images = self.model.decode(rollout.leaves, self.run.train.decode_batch)
         prompts = [self.texts[ids[t]] for t in rollout.leaf_tree]
-        scores = score_all(self.rewards, images, prompts)
+        trained = {name: self.rewards[name] for name in self.run.train.rewards}
+        scores = score_all(trained, images, prompts)  # the others are monitored, see `monitor`
         scored = time.monotonic()
         advantage = self.advantages(scores, rollout, len(ids))
         metrics = self.optimise(rollout, ids, advantage)

@@ -60,3 +60,23 @@ def sources(*parts):
 
 MODEL_CODE = sources("core", "models", "rewards", "stages/sampling.py", "world/verifier.py")
 RUN_CONFIGS = [at.config(run) for run in RUNS]
+
+
+def plan_input(wc):
+    """The merge plan, for methods that merge."""
+    return at.run(wc.run) / "plan.json" if needs_plan(RUNS[wc.run]) else []
+
+
+def write_settings(path, run):
+    """The resolved settings of a run, as every stage reads them."""
+    Path(path).write_text(yaml.safe_dump(RUNS[run].model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def figure(name, category):
+    """A picture with its caption, for `snakemake --report`."""
+    return report(
+        at.figures / f"{name}.png",
+        caption=f"../report/{name}.rst",
+        category=category,
+        labels={"figure": name.replace("_", " "), "study": study.name},
+    )

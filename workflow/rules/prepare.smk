@@ -15,7 +15,7 @@ rule run_config:
     params:
         settings=lambda wc: yaml.safe_dump(RUNS[wc.run].model_dump(), sort_keys=False),
     run:
-        Path(output.config).write_text(params.settings, encoding="utf-8")
+        write_settings(output.config, wildcards.run)
 
 
 # What one stage reads. The name holds a digest of all settings that matter to the stage, so an
@@ -28,9 +28,7 @@ rule settings:
     log:
         f"{STUDY}/logs/settings/{{stage}}-{{key}}.log",
     run:
-        run = RUNS[owner(wildcards.stage, wildcards.key)]
-        text = yaml.safe_dump(run.model_dump(), sort_keys=False)
-        Path(output.settings).write_text(text, encoding="utf-8")
+        write_settings(output.settings, owner(wildcards.stage, wildcards.key))
 
 
 rule prepare_store:
@@ -43,7 +41,7 @@ rule prepare_store:
     conda:
         "../../envs/egrpo.yaml"
     params:
-        results=study.results,
+        results=lambda wc, output: Path(output.store).parents[1],
     shell:
         "python -m egrpo prepare --results {params.results:q} --output {output.store:q}"
         " {input.settings:q} 3>&2 2> >(tee {log:q} >&3)"

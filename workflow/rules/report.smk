@@ -12,16 +12,6 @@ SCORES = [
 FIGURES = ["curves", "before_after"] + (["entropy", "spread"] if PROFILES else [])
 
 
-def figure(name, category):
-    """A picture with its caption, for `snakemake --report`."""
-    return report(
-        at.figures / f"{name}.png",
-        caption=f"../report/{name}.rst",
-        category=category,
-        labels={"figure": name.replace("_", " "), "study": study.name},
-    )
-
-
 rule comparison:
     input:
         configs=RUN_CONFIGS,
@@ -42,7 +32,7 @@ rule comparison:
     conda:
         "../../envs/egrpo.yaml"
     params:
-        results=study.results,
+        results=lambda wc, output: Path(output.table).parents[2],
     shell:
         "python -m egrpo tables --results {params.results:q} {input.configs:q}"
         " 3>&2 2> >(tee {log:q} >&3)"
@@ -67,7 +57,7 @@ rule figures:
     conda:
         "../../envs/egrpo.yaml"
     params:
-        results=study.results,
+        results=lambda wc, output: Path(output.curves).parents[2],
     shell:
         "python -m egrpo figures --results {params.results:q} {input.configs:q}"
         " 3>&2 2> >(tee {log:q} >&3)"
@@ -88,7 +78,7 @@ rule publish:
     conda:
         "../../envs/egrpo.yaml"
     params:
-        results=study.results,
+        results=lambda wc, output: Path(output.published).parents[1],
     shell:
         "python -m egrpo publish --results {params.results:q} --store {input.store:q}"
         " --output {output.published:q} {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"

@@ -1,11 +1,6 @@
 # One job per run. State is not an output: Snakemake deletes outputs of failed jobs.
 
 
-def plan_input(wc):
-    """The merge plan, for methods that merge."""
-    return f"{STUDY}/runs/{wc.run}/plan.json" if needs_plan(RUNS[wc.run]) else []
-
-
 rule train:
     input:
         settings=lambda wc: at.settings("train", wc.run),
