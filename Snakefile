@@ -7,7 +7,7 @@ from snakemake.utils import min_version
 min_version("9.10")
 
 # Without this test, settings of the default study would leak into a --configfile given by the user.
-if "model" not in config:
+if not workflow.overwrite_configfiles:
 
     configfile: "config/config.yaml"
 

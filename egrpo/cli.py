@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 from pathlib import Path
@@ -29,7 +30,14 @@ class OneLineErrors(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"egrpo: {error}", err=True)
-            sys.exit(2)
+        except Exception as error:
+            from egrpo.store.files import full_disk, no_space
+
+            if not no_space(error):
+                raise
+            where = getattr(error, "filename", None) or "results"
+            click.echo(f"egrpo: {full_disk(where)}", err=True)
+        sys.exit(2)
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,8 +103,18 @@ def _print_plan(
         raise UserError(f"--dynamics: {dynamics!r}; choose flow_sde, dance_sde or cps")
     if active < 1:
         raise UserError(f"--active: at least 1 step must branch, got {active}")
-    if noise_level <= 0:
-        raise UserError(f"--noise-level: must be positive, got {noise_level}")
+    if not 0 < noise_level <= (1 if dynamics == "cps" else 5):
+        raise UserError(
+            f"--noise-level: must be positive and at most 5 (cps: 1), got {noise_level}"
+        )
+    if not math.isfinite(threshold):
+        raise UserError(f"--threshold: must be a finite number, got {threshold}")
+    if dynamics == "cps" and threshold != 0:
+        raise UserError(
+            "--threshold: must be 0 with cps, whose entropy falls as a step gets longer"
+        )
+    if not 1e-3 <= shift <= 1e3:
+        raise UserError(f"--shift: must lie between 0.001 and 1000, got {shift}")
     try:
         made = make_plan(
             shifted_sigmas(steps, shift),
@@ -144,14 +162,18 @@ def cost_command(config: Path, as_json: bool) -> None:
     width = max(len("run"), *map(len, costs))
     click.echo(
         f"{'run':<{width}}  {'method':<10} {'forward/prompt':>14} {'train/prompt':>12} "
-        f"{'forward/run':>12} {'train/run':>10}"
+        f"{'forward/run':>12} {'train/run':>10} {'reference/run':>13}"
     )
     for name, c in costs.items():
         click.echo(
             f"{name:<{width}}  {c['method']:<10} {c['forward_per_prompt']:>14,} "
-            f"{c['train_per_prompt']:>12,} {c['forward']:>12,} {c['train']:>10,}"
+            f"{c['train_per_prompt']:>12,} {c['forward']:>12,} {c['train']:>10,} "
+            f"{c['reference']:>13,}"
         )
-    click.echo("forward: evaluations while sampling; train: forward+backward passes")
+    click.echo(
+        "forward: evaluations while sampling; train: forward+backward passes; "
+        "reference: forwards of the base model for the KL term"
+    )
 
 
 def _threads(count: int | None) -> None:

@@ -184,6 +184,11 @@ def test_prompt_files(tmp_path: Path) -> None:
         read_prompts(lines)
     with pytest.raises(UserError, match="no such prompt file"):
         read_prompts(tmp_path / "absent.txt")
+    lines.write_text('{"prompt": 5}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl, line 1"):
+        read_prompts(lines)
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n")
+    assert [p.text for p in read_prompts(tmp_path / "bom.txt")] == ["a cat"]
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="holds no prompt"):
         read_prompts(tmp_path / "empty.txt")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from egrpo.core.entropy import profile, step_entropy
 from egrpo.core.methods import egrpo
 from egrpo.core.plan import Plan, make_plan
-from egrpo.core.schedule import check_sigmas, dynamic_shift, shifted_sigmas
+from egrpo.core.schedule import check_sigmas, shifted_sigmas
 
 PAPER_GRID = shifted_sigmas(16, 3.0)
 PAPER_ENTROPY = [
@@ -279,14 +279,6 @@ def test_schedule_equals_diffusers(steps, shift):
     ours = shifted_sigmas(steps, shift)
     np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
     assert check_sigmas(ours) == ours
-
-
-def test_dynamic_shift_equals_diffusers():
-    mu = 0.83
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 20, 20).tolist(), mu=mu)
-    ours = shifted_sigmas(20, dynamic_shift(mu))
-    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize(

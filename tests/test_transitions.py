@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from egrpo.core.schedule import shifted_sigmas
-from egrpo.core.transitions import gaussian_log_prob, log_prob, transition
+from egrpo.core.transitions import (
+    gaussian_log_prob,
+    log_prob,
+    transition,
+    transition_distance,
+)
 
 GRID = shifted_sigmas(16, 3.0)
 EDGES = [(0, 1), (0, 3), (1, 2), (4, 6), (7, 10), (13, 15)]
@@ -225,3 +230,18 @@ def test_cps_keeps_the_noise_level_exactly_for_a_point_target(level, steps):
         mean, variance = final_moments(target, steps, edges, level)
         assert mean == pytest.approx((1 - sigmas[stop]) * 0.8)
         assert variance == pytest.approx(sigmas[stop] ** 2)
+
+
+@pytest.mark.parametrize("step", [0, 3, 8])
+def test_distance_of_transitions_is_flow_grpos_penalty(step: int) -> None:
+    """Its public code: ((mean - mean_ref)^2).mean() / (2 s_t^2), s_t without the sqrt of |dt|."""
+    sigmas = shifted_sigmas(10, 3.0)
+    x, v, ref = torch.randn(3, 2, 5, dtype=torch.float64).unbind(0)
+    t = sigmas[step]
+    s_t = 0.7 * math.sqrt(t / (1 - (sigmas[1] if t == 1 else t)))
+    dt = sigmas[step + 1] - t
+    gain = (1 + s_t**2 * (1 - t) / (2 * t)) * dt
+    expected = ((gain * (v - ref)) ** 2).mean(1) / (2 * s_t**2)
+    mean, std = transition(x, v, sigmas, step, step + 1, "flow_sde", 0.7)
+    reference, _ = transition(x, ref, sigmas, step, step + 1, "flow_sde", 0.7)
+    torch.testing.assert_close(transition_distance(mean, reference, std, -dt), expected)

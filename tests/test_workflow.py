@@ -246,6 +246,11 @@ def test_settings_of_the_default_study_do_not_leak_into_another(tmp_path: Path) 
     settings = yaml.safe_load(config.read_text())
     del settings["rewards"]["clip"]
     config.write_text(yaml.safe_dump(settings))
+    without = tmp_path / "without.yaml"
+    without.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "model"}))
+    done = snakemake(without, "--dry-run")
+    assert done.returncode != 0
+    assert "without.yaml: model: is missing" in done.stdout + done.stderr
     assert snakemake(config, f"{tmp_path}/results/small/runs/one/config.yaml").returncode == 0
     resolved = yaml.safe_load((tmp_path / "results/small/runs/one/config.yaml").read_text())
     assert "clip" not in resolved["rewards"]

@@ -10,6 +10,7 @@ import csv
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ METHOD_MODELS: dict[str, type[Method]] = {
 
 _UNION_MEMBERS = ("int", "list[int]")
 
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 
 
 @dataclass(frozen=True)
@@ -253,17 +254,27 @@ def check_files(study: Study, source: str) -> None:
                 f"{source}: model.path: {run.model.path}: no such folder, and not a hub id "
                 f"(owner/name) (run {name})"
             )
+        if is_hub_id(run.model.path) and run.model.revision is None:
+            raise UserError(
+                f"{source}: model.revision: pin the commit of the hub id {run.model.path}, so that "
+                f"the run can be repeated (run {name})"
+            )
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether ``path`` is an ``owner/name`` that does not exist here as a folder."""
-    return not Path(path).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+    """Whether ``path`` is an ``owner/name`` and not a folder, nor a mistyped one beside folders."""
+    owner = Path(path).parts[0] if path else ""
+    return not Path(owner).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
 
 
 def load_run(path: str | Path) -> RunConfig:
     """Read the resolved settings of one run, as the workflow wrote them."""
+    data = read_yaml(path)
+    settings = numbers(data)
+    if "run" in data:
+        settings["run"] = data["run"]  # a run may be called 1e-4
     try:
-        return RunConfig.model_validate(numbers(read_yaml(path)))
+        return RunConfig.model_validate(settings)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, RunConfig)}") from None
 
@@ -416,7 +427,8 @@ def scoring_key(run: RunConfig) -> str:
 
 def tracking_key(run: RunConfig) -> str:
     """Names where a study is tracked."""
-    return digest({"study": run.study, "uri": run.tracking.uri})
+    uri = run.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return digest({"study": run.study, "uri": uri})
 
 
 KEYS: dict[str, Callable[[RunConfig], str]] = {

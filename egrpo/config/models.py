@@ -70,9 +70,18 @@ class Model(Settings):
     )
     channels_last: bool = setting(True, "Memory format of the VAE's convolutions.")
 
+    @model_validator(mode="after")
+    def _full_tuning_in_float32(self) -> Self:
+        if self.tuning == "full" and self.dtype != "float32":
+            raise ValueError(
+                f"dtype: {self.dtype} rounds the updates of tuning: full away; set float32, or "
+                "tuning: lora"
+            )
+        return self
+
 
 class Prompts(Settings):
-    """Prompt files: .txt (one a line) or .jsonl (`prompt`, `negative_prompt`, `metadata`)."""
+    """Prompt files: .txt (one a line) or .jsonl (`prompt`, optional `negative_prompt`)."""
 
     train: str = setting(..., "Prompts to train on.")
     heldout: str = setting(..., "Prompts to evaluate and monitor on.")
@@ -127,6 +136,12 @@ class Egrpo(Method):
     threshold: float = setting(
         2.2, "Entropy threshold tau in `measure`; 0 merges nothing.", f"{PAPER}, Table 4"
     )
+    span: int | None = setting(
+        None,
+        "Fixed number of steps merged at every active step, in the place of the threshold.",
+        f"{PAPER}, Table 2",
+        ge=1,
+    )
     measure: Literal["exp_per_dim", "nats_per_dim", "variance"] = setting(
         "exp_per_dim", "Unit of entropy and threshold."
     )
@@ -136,7 +151,7 @@ class Egrpo(Method):
 
     @model_validator(mode="after")
     def _entropy_grows_with_span(self) -> Self:
-        if self.dynamics == "cps" and self.threshold != 0:
+        if self.dynamics == "cps" and self.threshold != 0 and self.span is None:
             raise ValueError(
                 "threshold: must be 0 with dynamics: cps, whose entropy falls as a step gets longer"
             )
@@ -200,8 +215,11 @@ class Reward(Settings):
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
-        if self.kind in ("clip", "preference") and self.path is None:
+        weighted = self.kind in ("clip", "preference")
+        if weighted and self.path is None:
             raise ValueError(f"path: a {self.kind} reward needs the file of its weights")
+        if not weighted and self.path is not None:
+            raise ValueError(f"path: a {self.kind} reward has no weights; leave it out")
         return self
 
 
@@ -228,7 +246,7 @@ class Train(Settings):
     )
     prompts_per_iteration: int = setting(
         8,
-        "Prompts of one iteration, over all processes.",
+        "Prompts of one iteration.",
         f"{PAPER}, experiments: 1 per GPU on 8 GPUs",
         ge=1,
     )
@@ -257,8 +275,8 @@ class Train(Settings):
     )
     kl: Literal["velocity", "transition"] = setting(
         "velocity",
-        "That distance: mean((v - v_ref)^2), or the KL divergence of the transition, "
-        "(mean - mean_ref)^2 / (2 std^2).",
+        "That distance: mean((v - v_ref)^2), or Flow-GRPO's of the transition, "
+        "(mean - mean_ref)^2 / (2 s^2) with s = std / sqrt(|dt|).",
     )
     optimizer_cadence: Literal["per_iteration", "per_step"] = setting(
         "per_iteration",
@@ -363,13 +381,6 @@ class RunConfig(Settings):
         if self.method.dynamics == "cps" and self.method.noise_level > 1:
             raise ValueError("method.noise_level: cps needs a value in (0, 1]")
         return self
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate the optimizer gets."""
-        lora = self.model.tuning == "lora"
-        rate = self.train.learning_rate_lora if lora else self.train.learning_rate_full
-        return rate * self.train.learning_rate_scale
 
 
 class StudyConfig(Settings):

@@ -19,6 +19,13 @@ def training_sigmas(run: RunConfig) -> Sigmas:
     return shifted_sigmas(run.method.steps, run.schedule.shift)
 
 
+def learning_rate(run: RunConfig) -> float:
+    """The rate the optimizer gets."""
+    lora = run.model.tuning == "lora"
+    rate = run.train.learning_rate_lora if lora else run.train.learning_rate_full
+    return rate * run.train.learning_rate_scale
+
+
 def needs_plan(run: RunConfig) -> bool:
     """Whether the run's method merges steps."""
     return isinstance(run.method, Egrpo)
@@ -36,7 +43,8 @@ def plan_of(run: RunConfig, sigmas: Sigmas) -> Plan:
         return make_plan(
             sigmas,
             method.active_steps,
-            threshold=method.threshold,
+            threshold=None if method.span else method.threshold,
+            span=method.span,
             noise_level=method.noise_level,
             dynamics=method.dynamics,
             measure=method.measure,

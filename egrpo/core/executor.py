@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from egrpo.core.schedule import Sigmas
-from egrpo.core.transitions import gaussian_kl, log_prob, transition
+from egrpo.core.transitions import log_prob, transition, transition_distance
 from egrpo.core.tree import ROOT, Node, Tree
 
 VelocityFn = Callable[[Tensor, float, Tensor], Tensor]
@@ -77,14 +77,15 @@ class TrainBatch:
             parts.append(log_prob(seg.x_next, mean, std, seg.dynamics))
         return torch.cat(parts)
 
-    def kl(self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
-        """KL divergence [E] of each edge's Gaussian from the one under velocities ``v_ref``."""
+    def distance(self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
+        """Distance [E] of each edge's mean from the one under velocities ``v_ref`` [B, ...]."""
         parts = []
         for seg in self.segments:
             of = (sigmas, self.start, seg.stop, seg.dynamics, noise_level)
             mean, std = transition(self.x[seg.rows], v[seg.rows], *of)
             reference, _ = transition(self.x[seg.rows], v_ref[seg.rows], *of)
-            parts.append(gaussian_kl(mean, reference, std))
+            length = sigmas[self.start] - sigmas[seg.stop]
+            parts.append(transition_distance(mean, reference, std, length))
         return torch.cat(parts)
 
 

@@ -31,14 +31,6 @@ def shifted_sigmas(steps: int, shift: float) -> Sigmas:
     return tuple(shift * t / (1.0 + (shift - 1.0) * t) for t in uniform)
 
 
-def dynamic_shift(mu: float) -> float:
-    """The shift that equals diffusers' exponential resolution shift ``exp(mu)``.
-
-    ``exp(mu) / (exp(mu) + 1/t - 1)`` is ``s*t / (1 + (s-1)*t)`` with ``s = exp(mu)``.
-    """
-    return math.exp(mu)
-
-
 def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
     """Return ``sigmas`` as a tuple after checking that it falls strictly from 1 to 0.
 

@@ -113,10 +113,11 @@ def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:
     )
 
 
-def gaussian_kl(mean: Tensor, reference: Tensor, std: float) -> Tensor:
-    """``(mean - reference)^2 / (2 std^2)`` [B], the mean over the non-batch dimensions.
+def transition_distance(mean: Tensor, reference: Tensor, std: float, length: float) -> Tensor:
+    """``(mean - reference)^2 / (2 s^2)``, ``s^2 = std^2 / length`` [B], averaged per dimension.
 
-    KL divergence per dimension of two Gaussians of equal std, as Flow-GRPO's code penalises it
-    (arXiv 2505.05470).
+    Flow-GRPO's public code penalises this (arXiv 2505.05470): the KL divergence of two Gaussians
+    with the diffusion coefficient s in the place of std, so the divergence times ``length``, the
+    flow time |dt| of the step.
     """
-    return ((mean - reference) ** 2).flatten(1).mean(1) / (2.0 * std**2)
+    return ((mean - reference) ** 2).flatten(1).mean(1) * length / (2.0 * std**2)

@@ -30,7 +30,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         UserError: if the file is missing, empty, or a line cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: no such prompt file (prompts.train, prompts.heldout)") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -44,10 +44,13 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             continue
         try:
             record = json.loads(line)
-            prompts.append(Prompt(record["prompt"], record.get("negative_prompt") or ""))
+            found = Prompt(record["prompt"], record.get("negative_prompt") or "")
+            if not (isinstance(found.text, str) and isinstance(found.negative, str)):
+                raise TypeError
+            prompts.append(found)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f'{path}, line {number}: expected a JSON object with a "prompt"'
+                f'{path}, line {number}: expected a JSON object whose "prompt" is text'
             ) from None
     if not prompts:
         raise UserError(f"{path}: holds no prompt")

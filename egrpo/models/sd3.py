@@ -79,7 +79,12 @@ class SD3:
             raise UserError(
                 f"model.path: {source}/{part}: cannot be loaded as {cls.__name__}: {reason}"
             ) from None
-        return cast(nn.Module, module.to(self.device).eval().requires_grad_(False))
+        try:
+            module.to(self.device)
+        except (RuntimeError, AssertionError) as error:  # no driver, no such index, no memory
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"model.device: {self.device} cannot be used: {reason}") from None
+        return cast(nn.Module, module.eval().requires_grad_(False))
 
     @property
     def evaluations_per_velocity(self) -> int:
@@ -114,11 +119,11 @@ class SD3:
         pipeline = diffusers.StableDiffusion3Pipeline
         source = self.settings.path
         where = {"revision": self.settings.revision, "local_files_only": Path(source).is_dir()}
-        # diffusers wants a pipeline saved without T5 to be told so again
-        index = pipeline.load_config(source, **where)
-        absent = [name for name, entry in index.items() if entry in ([None, None], (None, None))]
-        given = {**dict.fromkeys(absent), "transformer": self.transformer, "vae": self.vae}
         try:
+            # diffusers wants a pipeline saved without T5 to be told so again
+            index = pipeline.load_config(source, **where)
+            absent = [k for k, entry in index.items() if entry in ([None, None], (None, None))]
+            given = {**dict.fromkeys(absent), "transformer": self.transformer, "vae": self.vae}
             pipe = pipeline.from_pretrained(source, dtype=self.dtype, **where, **given)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
@@ -296,6 +301,8 @@ class SD3:
                 folder, dtype=self.dtype, use_safetensors=True, local_files_only=True
             ).to(self.device)
             return
+        from safetensors import safe_open
+
         path = folder / ADAPTER_FILE
         if not path.exists():
             raise UserError(f"{path}: no such file; training writes it")
@@ -305,4 +312,16 @@ class SD3:
             )
         except Exception as error:
             raise UserError(f"{path}: cannot be loaded: {' '.join(str(error).split())}") from None
+        expected = {
+            f"transformer.{name}.{part}.weight"
+            for name, _ in self.lora_layers()
+            for part in ("lora_A", "lora_B")
+        }
+        with safe_open(str(path), framework="pt") as handle:
+            differing = expected ^ set(handle.keys())
+        if differing:
+            raise UserError(
+                f"{path}: does not fit this model: {min(differing)} is in one and not in the other "
+                f"(and {len(differing) - 1} more); train the run again"
+            )
         self.transformer.fuse_lora()

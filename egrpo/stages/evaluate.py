@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+from egrpo.config.load import evaluation_key, scoring_key
 from egrpo.config.models import RunConfig
 from egrpo.models import load_model
 from egrpo.models.conditioning import load_conditioning
@@ -66,5 +67,6 @@ def evaluate(
                 for reward, values in scores.items():
                     score_rows.append({**head, "reward": reward, "value": values[row]})
             progress.step(count=len(part))
-    write_table(scores_path, SCORES, score_rows)
-    write_table(images_path, IMAGES, image_rows)
+    key = evaluation_key(run) if adapter is None else scoring_key(run)
+    write_table(scores_path, SCORES, score_rows, metadata={"config_hash": key})
+    write_table(images_path, IMAGES, image_rows, metadata={"config_hash": key})

@@ -10,7 +10,34 @@ from egrpo.config.load import digest, run_key
 from egrpo.config.models import RunConfig
 from egrpo.core.plan import Plan
 
-CODE = ("core", "models", "rewards", "stages/train.py", "stages/sampling.py", "world/verifier.py")
+SAMPLING_CODE = (
+    "core/executor.py",
+    "core/methods.py",
+    "core/noise.py",
+    "core/schedule.py",
+    "core/seeds.py",
+    "core/transitions.py",
+    "core/tree.py",
+    "models",
+    "rewards",
+    "stages/sampling.py",
+    "world/preference.py",
+    "world/prompts.py",
+    "world/shapes.py",
+    "world/verifier.py",
+)
+"""Sources that decide what a model samples and how it is scored, relative to the package."""
+
+TRAINING_CODE = (
+    *SAMPLING_CODE,
+    "config/trees.py",
+    "core/advantage.py",
+    "core/loss.py",
+    "core/plan.py",
+    "stages/train.py",
+)
+"""Sources that decide what training computes. The workflow lists the same ones as inputs."""
+
 WHOLE_FILE_LIMIT = 64 * 2**20
 """Larger files are named by size and time of change: hashing 24 GB at every start costs minutes."""
 
@@ -19,7 +46,7 @@ def code_files() -> list[Path]:
     """Source files that decide what training computes."""
     root = Path(egrpo.__file__).parent
     found = []
-    for part in CODE:
+    for part in TRAINING_CODE:
         path = root / part
         found += sorted(path.glob("*.py")) if path.is_dir() else [path]
     return found
@@ -38,7 +65,7 @@ def weights_identity(path: str) -> dict[str, str]:
     root = Path(path)
     if root.is_file():
         return {path: file_identity(root)}
-    files = sorted(root.glob("**/*.safetensors"))
+    files = [f for ending in ("safetensors", "json") for f in sorted(root.glob(f"**/*.{ending}"))]
     return {str(f.relative_to(root)): file_identity(f) for f in files}
 
 

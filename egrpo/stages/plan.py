@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from egrpo.config.load import plan_key
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import plan_of
 from egrpo.core.entropy import step_entropy
@@ -28,7 +29,8 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
     for warning in made.warnings:
         print(f"{run.run}: {warning}", file=sys.stderr)
     write_json(output, made.to_dict())
-    write_table(table, MERGE_PLAN, plan_rows(run.run, made))
+    head = {"config_hash": plan_key(run)}
+    write_table(table, MERGE_PLAN, plan_rows(run.run, made), metadata=head)
 
 
 def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egrpo.config.load import profile_key
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import training_sigmas
 from egrpo.core.entropy import MEASURES, step_entropy
@@ -111,6 +112,7 @@ def profile(run: RunConfig, embeddings: Path, output: Path) -> None:
         ENTROPY_PROFILE,
         rows,
         metadata={
+            "config_hash": profile_key(run),
             "sigmas": json.dumps(sigmas),
             "dynamics": run.method.dynamics,
             "noise_level": str(run.method.noise_level),

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
     from PIL.Image import Image
 
-GRID_PROMPTS = 8  # prompts in the before/after picture
 Row = dict[str, Any]
 
 
@@ -151,7 +150,7 @@ class _Run:
             client.log_table(run_id, scores.to_pydict(), "scores.json")
         if "before_after.png" not in held:
             base = self.root / "base" / evaluation_key(run) / "images.parquet"
-            grid = before_after(base, self.folder / "images.parquet")
+            grid = before_after(base, self.folder / "images.parquet", run.evaluate.grid_prompts)
             client.log_image(run_id, grid, "before_after.png")
         _finish(client, run_id)
 
@@ -181,7 +180,7 @@ def _send_values(
         client.log_batch(run_id, metrics=batch[start : start + tracking.METRICS_PER_BATCH])
 
 
-def before_after(base: Path, trained: Path) -> Image:
+def before_after(base: Path, trained: Path, prompts: int) -> Image:
     """Two rows of images, the base model's above: sample 0 of the first prompts."""
     from PIL import Image
 
@@ -189,7 +188,7 @@ def before_after(base: Path, trained: Path) -> Image:
     for file in (base, trained):
         table = read_table(file, IMAGES)
         first = table.filter(pc.equal(table["sample"], 0)).sort_by("prompt_id")
-        pngs = first["png"].to_pylist()[:GRID_PROMPTS]
+        pngs = first["png"].to_pylist()[:prompts]
         rows.append([Image.open(io.BytesIO(png)).convert("RGB") for png in pngs])
     width, height = rows[0][0].size
     grid = Image.new("RGB", (width * len(rows[0]), height * 2))

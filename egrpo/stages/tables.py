@@ -32,7 +32,7 @@ Key = tuple[int, int, str]
 """(prompt id, sample, prompt): the same prompt id must also mean the same text."""
 Pixels = npt.NDArray[np.float32]
 
-TRAIN_KEYS = ("iterations", "nfe_forward", "nfe_train", "seconds")
+TRAIN_KEYS = ("iterations", "nfe_forward", "nfe_train", "nfe_reference", "seconds")
 MEASURED = ("diversity", "distance_to_base")
 """Rows of the comparison that are measured on the images instead of scored by a reward."""
 
@@ -92,7 +92,7 @@ def compare_run(run: str, files: RunFiles) -> list[Row]:
         "run": run,
         "method": config.method.name,
         "iterations": train["iterations"],
-        "nfe": train["nfe_forward"] + train["nfe_train"],
+        "nfe": train["nfe_forward"] + train["nfe_train"] + train["nfe_reference"],
         "seconds": train["seconds"],
     }
     pairs = {**_paired_scores(files), **_paired_images(files)}

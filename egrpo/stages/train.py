@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import cost_of, training_sigmas, tree_of
+from egrpo.config.trees import cost_of, learning_rate, training_sigmas, tree_of
 from egrpo.core.advantage import Advantages, advantages, edge_values
 from egrpo.core.executor import Rollout, TrainBatch, execute
 from egrpo.core.loss import clipped_objective, velocity_distance
@@ -69,13 +69,13 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=run.learning_rate,
+            lr=learning_rate(run),
             betas=(run.train.adam_beta1, run.train.adam_beta2),
             eps=run.train.adam_eps,
             weight_decay=run.train.weight_decay,
         )
         self.model.transformer, self.optimizer = self.accelerator.prepare(
-            self.model.transformer, optimizer
+            self.model.transformer, optimizer, device_placement=[False, False]
         )
         decay = run.train.ema_decay
         self.ema = [p.detach().clone() for p in self.parameters] if decay else None
@@ -170,6 +170,11 @@ class Trainer:
                 if number == 0:
                     deviation = max(deviation, worst)
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.train.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise UserError(
+                    f"run {self.run.run}: the gradient of iteration {self.iteration + 1} is "
+                    f"{float(norm)}; lower train.learning_rate_scale, or use model.dtype: float32"
+                )
             grad_norm += float(norm) / len(updates)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -205,7 +210,10 @@ class Trainer:
             reference = self.model.reference_velocity(batch.x, sigma, prompts)
             self.counts["reference"] += len(batch.x) * self.model.evaluations_per_velocity
             if self.run.train.kl == "transition":
-                kl = batch.kl(v, reference, self.sigmas, self.run.method.noise_level).sum() / edges
+                kl = (
+                    batch.distance(v, reference, self.sigmas, self.run.method.noise_level).sum()
+                    / edges
+                )
             else:
                 kl = velocity_distance(v, reference).sum() / sources
             loss = loss + self.run.train.kl_weight * kl

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from egrpo.config.models import RunConfig
 from egrpo.core.plan import Plan
+from egrpo.errors import UserError
 from egrpo.stages.fingerprint import state_key
 from egrpo.stages.progress import Progress
 from egrpo.stages.train import Trainer, peak_memory_mib
@@ -47,6 +50,31 @@ def train(
     key = state_key(run, plan, embeddings)
     folder = state / key
     folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder, run.run):
+        _resume_and_train(trainer, folder, key, output, store)
+
+
+@contextmanager
+def only_one(folder: Path, run: str) -> Iterator[None]:
+    """Refuse a second process on one state folder; a dead owner holds nothing.
+
+    Raises:
+        UserError: if another process is training the run.
+    """
+    with open(folder / "lock", "w", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run {run}: {folder}: another process is training it; wait for it or end it"
+            ) from None
+        yield
+
+
+def _resume_and_train(
+    trainer: Trainer, folder: Path, key: str, output: Path, store: Path | None
+) -> None:
+    run = trainer.run
     log = folder / "journal.jsonl"
     found = checkpoints.latest(folder)
     if found is not None:
@@ -133,8 +161,11 @@ def _write_outputs(trainer: Trainer, key: str, folder: Path, log: Path, output: 
         grid = folder / "monitor" / f"iteration-{line['iteration']:06d}.png"
         if grid.exists():
             shutil.copy2(grid, output / "monitor" / grid.name)
-    write_table(output / "train_metrics.parquet", TRAIN_METRICS, _metric_rows(run.run, log))
-    write_table(output / "rollouts.parquet", ROLLOUTS, _rollout_columns(run.run, log))
+    head = {"config_hash": key}
+    metrics = _metric_rows(run.run, log)
+    write_table(output / "train_metrics.parquet", TRAIN_METRICS, metrics, metadata=head)
+    columns = _rollout_columns(run.run, log)
+    write_table(output / "rollouts.parquet", ROLLOUTS, columns, metadata=head)
     write_json(
         output / "train.json",
         {

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egrpo.errors import UserError
 from egrpo.store.files import replacing
 
 KEEP = 2
@@ -64,13 +65,32 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None if there is none."""
-    for path in reversed(_ordered(folder)):
+    """The newest checkpoint that is whole; None if the folder has none.
+
+    Damaged ones that are passed over are renamed to ``*.damaged``.
+
+    Raises:
+        UserError: if there are checkpoints and none can be read. Nothing is removed then.
+    """
+    found = _ordered(folder)
+    damaged: list[Path] = []
+    for path in reversed(found):
         try:
-            return _read(path)
+            checkpoint = _read(path)
         except Exception as error:  # any reason not to trust it is the same: go one back
             reason = " ".join(str(error).split())[:200]
-            print(f"{path}: damaged checkpoint passed over ({reason})", file=sys.stderr, flush=True)
+            say = f"{path}: damaged checkpoint passed over ({reason})"
+            print(say, file=sys.stderr, flush=True)
+            damaged.append(path)
+            continue
+        for bad in damaged:
+            bad.rename(bad.with_suffix(".damaged"))
+        return checkpoint
+    if damaged:
+        raise UserError(
+            f"{folder}: none of its {len(damaged)} checkpoints can be read; restore one from a "
+            "backup, or delete the folder to train this run from the beginning"
+        )
     return None
 
 

@@ -13,6 +13,20 @@ from typing import Any
 from egrpo.errors import UserError
 
 
+def no_space(error: BaseException) -> bool:
+    """Whether an error means a full disk; safetensors wraps the system's error in its own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
+
+
+def full_disk(path: str | Path) -> UserError:
+    """What a user is told."""
+    return UserError(
+        f"{path}: no space left on the disk; free some and start again, finished work is kept"
+    )
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path; on success it is synced and replaces ``path`` atomically.
@@ -28,12 +42,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{target}: no space left on the disk; free some and start again, "
-                "finished work is kept"
-            ) from None
+    except Exception as error:
+        if no_space(error):
+            raise full_disk(target) from None
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -84,7 +84,7 @@ TRAIN_METRICS = Table(
     (
         ("run", TEXT, "", "run id"),
         ("iteration", INT, "iterations", "counted from 1"),
-        ("nfe", BIG, "network evaluations", "forward plus forward+backward so far"),
+        ("nfe", BIG, "network evaluations", "so far: forward, forward+backward and KL reference"),
         ("metric", TEXT, "", "name, as in MLflow"),
         ("value", REAL, "see metric", "value"),
     ),
@@ -175,7 +175,7 @@ COMPARISON = Table(
         ("pairs", INT, "", "pairs with both scores valid"),
         ("invalid", INT, "", "pairs left out because scoring failed"),
         ("iterations", INT, "iterations", "of training"),
-        ("nfe", BIG, "network evaluations", "of training, forward plus forward+backward"),
+        ("nfe", BIG, "network evaluations", "of training: forward, forward+backward, reference"),
         ("seconds", REAL, "s", "of training, over all starts"),
     ),
     ("run", "reward"),

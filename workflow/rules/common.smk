@@ -10,6 +10,7 @@ from egrpo.config import load
 from egrpo.config.layout import Layout
 from egrpo.config.trees import needs_plan
 from egrpo.errors import UserError
+from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE
 
 CONFIG_FILES = ", ".join(str(f) for f in workflow.overwrite_configfiles) or "config/config.yaml"
 
@@ -37,8 +38,8 @@ def owner(stage, key):
 
 @functools.cache
 def files_under(path):
-    """Weight files of a local model folder; nothing for a hub id, whose revision is pinned."""
-    return sorted(str(f) for f in Path(path).glob("**/*.safetensors"))
+    """Weights and settings of a local model folder; nothing for a hub id, whose revision is pinned."""
+    return sorted(str(f) for e in ("safetensors", "json") for f in Path(path).glob(f"**/*.{e}"))
 
 
 def weights(run):
@@ -58,7 +59,7 @@ def sources(*parts):
     return [os.path.relpath(f) for f in found]
 
 
-MODEL_CODE = sources("core", "models", "rewards", "stages/sampling.py", "world/verifier.py")
+MODEL_CODE = sources(*SAMPLING_CODE)
 RUN_CONFIGS = [at.config(run) for run in RUNS]
 
 
