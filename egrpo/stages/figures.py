@@ -278,7 +278,7 @@ def curves_figure(
                 right.plot(nfe, value, **look)
             left.set_ylabel(f"reward: {reward}")
         grid[-1][0].set_xlabel("training iterations")
-        grid[-1][1].set_xlabel("network evaluations (forward + forward-backward)")
+        grid[-1][1].set_xlabel("network evaluations (forward, forward-backward, reference)")
         grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True))
         grid[-1][1].xaxis.set_major_formatter(EngFormatter(sep=""))
         grid[0][0].set_title("at equal iterations", loc="left")
