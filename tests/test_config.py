@@ -8,16 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from egrpo.config.load import (
-    Study,
-    digest,
-    embedding_key,
-    evaluation_key,
-    load_run,
-    load_study,
-    profile_key,
-    run_key,
-)
+from egrpo.config.keys import digest, embedding_key, evaluation_key, profile_key, run_key
+from egrpo.config.load import Study, load_run, load_study
 from egrpo.config.models import Egrpo, FlowGrpo, RunConfig
 from egrpo.config.trees import learning_rate
 from egrpo.errors import UserError

@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 
-from egrpo.config.load import Study, evaluation_key, profile_key
+from egrpo.config.keys import evaluation_key, profile_key
+from egrpo.config.load import Study
 from egrpo.config.models import Egrpo, Model, Prompts, Reward, RunConfig, Tracking, Train
 from egrpo.errors import UserError
 from egrpo.stages.prepare import prepare

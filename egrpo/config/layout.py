@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from egrpo.config.load import KEYS, Study, embedding_key, evaluation_key, profile_key
+from egrpo.config.keys import KEYS, embedding_key, evaluation_key, profile_key
+from egrpo.config.load import Study
 
 
 @dataclass(frozen=True)

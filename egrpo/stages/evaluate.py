@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from egrpo.config.load import evaluation_key, scoring_key
+from egrpo.config.keys import evaluation_key, scoring_key
 from egrpo.config.models import RunConfig
 from egrpo.models import load_model
 from egrpo.models.conditioning import load_conditioning

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import egrpo
-from egrpo.config.load import digest, run_key
+from egrpo.config.keys import digest, run_key
 from egrpo.config.models import RunConfig
 from egrpo.core.plan import Plan
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from egrpo.config.load import plan_key
+from egrpo.config.keys import plan_key
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import plan_of
 from egrpo.core.entropy import step_entropy

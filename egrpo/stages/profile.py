@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egrpo.config.load import profile_key
+from egrpo.config.keys import profile_key
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import training_sigmas
 from egrpo.core.entropy import MEASURES, step_entropy

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
-from egrpo.config.load import Study, evaluation_key, profile_key
+from egrpo.config.keys import evaluation_key, profile_key
+from egrpo.config.load import Study
 from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
 from egrpo.stages.prepare import ensure, study_uri

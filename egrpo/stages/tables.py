@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from egrpo.config.load import digest, load_run, run_key
+from egrpo.config.keys import digest, run_key
+from egrpo.config.load import load_run
 from egrpo.config.models import RunConfig
 from egrpo.core.bootstrap import paired_interval
 from egrpo.errors import UserError

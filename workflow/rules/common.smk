@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from egrpo.config import load
+from egrpo.config import keys, load
 from egrpo.config.layout import Layout
 from egrpo.config.trees import needs_plan
 from egrpo.errors import UserError
@@ -27,13 +27,13 @@ STUDY = str(at.root)
 
 wildcard_constraints:
     run="|".join(re.escape(name) for name in RUNS),
-    stage="|".join(load.KEYS),
+    stage="|".join(keys.KEYS),
     key="[0-9a-f]+",
 
 
 def owner(stage, key):
     """The first run whose settings have this key: shared artifacts are made with its settings."""
-    return next(name for name, run in RUNS.items() if load.KEYS[stage](run) == key)
+    return next(name for name, run in RUNS.items() if keys.KEYS[stage](run) == key)
 
 
 @functools.cache

@@ -1,0 +1,109 @@
+"""Keys: digests of the settings that a stage depends on, so that equal keys mean equal work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from egrpo.config.models import RunConfig
+
+
+def digest(value: Any) -> str:
+    """Ten hexadecimal digits that name a JSON-like value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def base_model(run: RunConfig) -> dict[str, Any]:
+    """The settings that say what the untrained model computes."""
+    tuned = {"tuning", "lora", "merge_lora_for_sampling"}
+    return run.model.model_dump(exclude=tuned)
+
+
+def embedding_key(run: RunConfig) -> str:
+    """Names the prompt embeddings that a run needs."""
+    model = run.model
+    return digest(
+        {
+            "path": model.path,
+            "revision": model.revision,
+            "dtype": model.dtype,
+            "max_sequence_length": model.max_sequence_length,
+            "negative": model.guidance_scale > 1,
+            "prompts": run.prompts.model_dump(),
+        }
+    )
+
+
+def profile_key(run: RunConfig) -> str:
+    """Names the entropy profile that a run's plan is made from."""
+    method = run.method
+    return digest(
+        {
+            "model": base_model(run),
+            "schedule": run.schedule.model_dump(),
+            "steps": method.steps,
+            "dynamics": method.dynamics,
+            "noise_level": method.noise_level,
+            "rewards": {k: r.model_dump() for k, r in run.rewards.items()},
+            "profile": run.profile.model_dump(),
+            "prompts": run.prompts.train,
+        }
+    )
+
+
+def evaluation_key(run: RunConfig) -> str:
+    """Names the evaluation of the base model that a run is compared with."""
+    return digest(
+        {
+            "model": base_model(run),
+            "schedule": run.schedule.model_dump(),
+            "rewards": {k: r.model_dump() for k, r in run.rewards.items()},
+            "evaluate": run.evaluate.model_dump(exclude={"bootstrap"}),
+            "prompts": run.prompts.heldout,
+        }
+    )
+
+
+def plan_key(run: RunConfig) -> str:
+    """Names what a run's merge plan is made from."""
+    return digest(
+        {
+            "run": run.run,
+            "schedule": run.schedule.model_dump(),
+            "method": run.method.model_dump(),
+        }
+    )
+
+
+def run_key(run: RunConfig) -> str:
+    """Names what a training run computes; how it is evaluated and tracked does not matter."""
+    settings = run.model_dump(exclude={"tracking", "evaluate", "profile"})
+    return digest({**settings, "monitor_steps": run.evaluate.steps})
+
+
+def scoring_key(run: RunConfig) -> str:
+    """Names how a trained run is evaluated."""
+    model = run.model.model_dump(include={"tuning", "lora"})
+    return digest({"run": run.run, "model": model, "evaluation": evaluation_key(run)})
+
+
+def tracking_key(run: RunConfig) -> str:
+    """Names where a study is tracked."""
+    uri = run.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return digest({"study": run.study, "uri": uri})
+
+
+KEYS: dict[str, Callable[[RunConfig], str]] = {
+    "embed": embedding_key,
+    "profile": profile_key,
+    "plan": plan_key,
+    "train": run_key,
+    "evaluate": scoring_key,
+    "base": evaluation_key,
+    "track": tracking_key,
+}
+"""What each stage depends on, by stage: equal keys mean equal work."""
