@@ -36,6 +36,9 @@ from egrpo.store.tracking import deliver, open_client
 
 ROOT = Path(__file__).resolve().parents[1]
 
+REQUEST_TIMEOUT = 10.0
+"""Seconds of `tracking.configure`: whatever waits for a server that hangs takes at least that."""
+
 
 def run_config(run: str = "a", uri: str | None = None, **fields: Any) -> RunConfig:
     return RunConfig(
@@ -182,7 +185,7 @@ def test_a_server_that_is_away_does_not_stop_the_workflow(
     uri = f"http://user:secret@127.0.0.1:{free_port(0)}"
     start = time.monotonic()
     prepare(study_of(tmp_path, run_config(uri=uri)), tmp_path / "store.json")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 4 * REQUEST_TIMEOUT
     assert read_json(tmp_path / "store.json") == {
         "uri": uri,
         "experiment_id": None,
@@ -424,7 +427,7 @@ def test_a_server_away_and_back(
             journal.append(log, line(i))
             slowest = max(slowest, time.monotonic() - start)
             time.sleep(0.05)
-        assert slowest < 0.5
+        assert slowest < REQUEST_TIMEOUT / 2, "an append waited for the server"
         proxy.state = "up"
         client = open_client(proxy.uri)
         wait_for(lambda: client.get_experiment_by_name("away") is not None)
@@ -459,9 +462,9 @@ def test_a_server_that_hangs_does_not_hold_up_the_end(
         start = time.monotonic()
         for i in range(20):
             journal.append(log, line(i))
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < REQUEST_TIMEOUT / 2
         start = time.monotonic()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < REQUEST_TIMEOUT / 2
     assert "`publish` delivers them" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,15 +217,22 @@ def test_verifier_refuses_wrong_input(truth: Truth) -> None:
         verify(images[:1], ["a dog"])
 
 
-def test_verifier_is_fast(truth: Truth) -> None:
+def test_verifier_is_vectorised(truth: Truth) -> None:
+    """A batch costs less than its images one by one (0.03 s against 0.3 s on an idle core)."""
     combinations, images = truth
     prompts = [to_prompt(c) for c in combinations[:384]]
-    times = []
-    for _ in range(5):
+
+    def seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()
-        verify(images[:384], prompts)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.2  # about 0.03 s on an idle core; the margin is for a loaded machine
+        work()
+        return time.perf_counter() - start
+
+    def one_by_one() -> None:
+        for k in range(384):
+            verify(images[k : k + 1], prompts[k : k + 1])
+
+    together = min(seconds(lambda: verify(images[:384], prompts)) for _ in range(3))
+    assert together < min(seconds(one_by_one) for _ in range(2)) / 2
 
 
 # --- shipped weights ---
