@@ -8,7 +8,6 @@ Needs no torch.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,10 +121,6 @@ class Tree:
         """Predicted evaluations: one per node that has children; one per node with trained ones."""
         forward = sum(1 for c in self.children if c)
         return Cost(forward, len(self.branch_points))
-
-    def group_sizes(self) -> Counter[int]:
-        """Number of trained edges in each group."""
-        return Counter(self.nodes[k].group for k in self.trained)
 
 
 class TreeBuilder:
