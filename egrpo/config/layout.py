@@ -59,3 +59,19 @@ class Layout:
     def figures(self) -> Path:
         """Folder of the pictures."""
         return self.root / "figures"
+
+    def branches(self, run: str) -> Path:
+        """Images of some groups of that profile."""
+        return self.profile(run).with_name("branches.parquet")
+
+    def table(self, name: str) -> Path:
+        """One table of results; ``.csv`` and ``.md`` lie beside it."""
+        return self.root / "tables" / f"{name}.parquet"
+
+    def figure(self, name: str) -> Path:
+        """One figure; the ``.svg`` lies beside it."""
+        return self.figures / f"{name}.png"
+
+    def arm(self, arm: str) -> list[str]:
+        """Runs of one arm, by seed."""
+        return [name for name, run in self.study.runs.items() if run.arm == arm]

@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from egrpo.config.models import AnyMethod, Method, RunConfig, StudyConfig
+from egrpo.config.methods import AnyMethod, Method
+from egrpo.config.models import RunConfig, StudyConfig
 from egrpo.errors import UserError
 
 Tree = dict[str, Any]

@@ -6,33 +6,21 @@ settings page are generated from these classes (``egrpo.config.docs``).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
-PAPER = "E-GRPO, arXiv 2601.00423"
-FLOW_GRPO = "Flow-GRPO, arXiv 2505.05470 and its public code"
-CHOICE = "this project's choice"
-
-
-def setting(default: Any, text: str, source: str = CHOICE, **bounds: Any) -> Any:
-    """A field with its sentence (unit included), the source of its default, and its bounds."""
-    return Field(default, description=text, json_schema_extra={"source": source}, **bounds)
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+from egrpo.config.base import PAPER, Settings, setting
+from egrpo.config.methods import FLOW, GUARD, NFT, AnyMethod, Egrpo, ForwardProcess, Loss
 
 
 class Lora(Settings):
     """Low-rank adapters (peft)."""
 
-    rank: int = setting(32, "Rank of the adapters.", FLOW_GRPO, ge=1)
-    alpha: int = setting(64, "Scale: adapters are multiplied by alpha / rank.", FLOW_GRPO, ge=1)
+    rank: int = setting(32, "Rank of the adapters.", FLOW, ge=1)
+    alpha: int = setting(64, "Scale: adapters are multiplied by alpha / rank.", FLOW, ge=1)
     targets: list[str] | None = setting(
-        None, "Names of the adapted linear layers; null takes the family's own list.", FLOW_GRPO
+        None, "Names of the adapted linear layers; null takes the family's own list.", FLOW
     )
 
 
@@ -95,116 +83,6 @@ class Schedule(Settings):
     )
 
 
-Dynamics = Literal["flow_sde", "dance_sde", "cps"]
-
-
-class Method(Settings):
-    """What every method has."""
-
-    recipe: ClassVar[dict[str, Any]] = {}
-    """Settings outside ``method`` that the method's own paper sets, by dotted key."""
-
-    steps: int = setting(
-        16, "Sampling steps T in training.", f"{PAPER}, experiments", ge=3, le=1000
-    )
-    dynamics: Dynamics = setting("flow_sde", "Transition of the stochastic steps.", PAPER)
-    noise_level: float = setting(
-        0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER, gt=0.0, le=5.0
-    )
-    group_size: int = setting(
-        12, "Samples G that share a group.", f"{PAPER}, experiments", ge=2, le=1024
-    )
-
-
-class Egrpo(Method):
-    """E-GRPO: consecutive low-entropy steps merged into one SDE step by a threshold."""
-
-    recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 2e-6,
-        "train.learning_rate_lora": 6e-5,
-        "train.weight_decay": 1e-4,
-        "train.clip_range": 1e-4,
-        "train.max_grad_norm": 1.0,
-    }
-
-    name: Literal["egrpo"] = setting("egrpo", "Name of the method.")
-    active: int | list[int] = setting(
-        8,
-        "Number of first steps that branch, or the list of their grid indices.",
-        f"{PAPER}, Table 3",
-    )
-    threshold: float = setting(
-        2.2, "Entropy threshold tau in `measure`; 0 merges nothing.", f"{PAPER}, Table 4"
-    )
-    span: int | None = setting(
-        None,
-        "Fixed number of steps merged at every active step, in the place of the threshold.",
-        f"{PAPER}, Table 2",
-        ge=1,
-    )
-    measure: Literal["exp_per_dim", "nats_per_dim", "variance"] = setting(
-        "exp_per_dim", "Unit of entropy and threshold."
-    )
-    on_unreachable: Literal["cap", "drop", "error"] = setting(
-        "cap", "A step that cannot reach the threshold: longest span, left out, or refused."
-    )
-
-    @model_validator(mode="after")
-    def _entropy_grows_with_span(self) -> Self:
-        if self.dynamics == "cps" and self.threshold != 0 and self.span is None:
-            raise ValueError(
-                "threshold: must be 0 with dynamics: cps, whose entropy falls as a step gets longer"
-            )
-        return self
-
-    @property
-    def active_steps(self) -> list[int]:
-        """Grid indices that branch."""
-        return list(range(self.active)) if isinstance(self.active, int) else list(self.active)
-
-    @model_validator(mode="after")
-    def _active_on_grid(self) -> Self:
-        steps = self.active_steps
-        if not steps:
-            raise ValueError("active: no step branches; give at least 1")
-        if steps != sorted(set(steps)) or steps[0] < 0:
-            raise ValueError("active: grid indices must be distinct, ascending and not negative")
-        if steps[-1] > self.steps - 2:
-            raise ValueError(
-                f"active: step {steps[-1]} lies beyond the schedule; "
-                f"steps: {self.steps} allows 0..{self.steps - 2}"
-            )
-        return self
-
-
-class FlowGrpo(Method):
-    """Flow-GRPO: SDE on all steps of independent trajectories."""
-
-    recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
-        "train.learning_rate_lora": 3e-4,
-        "train.weight_decay": 1e-4,
-        "train.clip_range": 1e-4,
-        "train.max_grad_norm": 1.0,
-        "train.kl_weight": 0.04,
-        "train.kl": "transition",
-        "train.ema_decay": 0.9,
-        "advantage.std": "batch",
-        "advantage.ddof": 0,
-        "advantage.eps": 1e-4,
-    }
-
-    name: Literal["flow_grpo"] = setting("flow_grpo", "Name of the method.")
-    steps: int = setting(10, "Sampling steps T in training.", FLOW_GRPO, ge=3, le=1000)
-    group_size: int = setting(24, "Samples G per prompt.", FLOW_GRPO, ge=2, le=1024)
-    trained_fraction: float = setting(
-        0.99, "First part of the steps that trains.", FLOW_GRPO, gt=0.0, le=1.0
-    )
-
-
-AnyMethod = Annotated[Egrpo | FlowGrpo, Field(discriminator="name")]
-
-
 class Reward(Settings):
     """One reward model."""
 
@@ -226,8 +104,11 @@ class Reward(Settings):
 class Advantage(Settings):
     """From rewards to advantages."""
 
-    combine: Literal["advantages", "rewards"] = setting(
-        "advantages", "Several rewards: normalise each and sum, or sum and normalise.", PAPER
+    combine: Literal["advantages", "rewards", "gdpo"] = setting(
+        "advantages",
+        "Several rewards: normalise each and sum; sum and normalise; or GDPO (arXiv 2601.05242): "
+        "normalise each, sum, normalise over the batch.",
+        PAPER,
     )
     std: Literal["group", "batch"] = setting(
         "group", "Divide by the std of the group or of the whole batch.", f"{PAPER}, method"
@@ -235,6 +116,25 @@ class Advantage(Settings):
     ddof: Literal[0, 1] = setting(1, "1 for the unbiased std, 0 for the population's.", PAPER)
     eps: float = setting(1e-8, "Added to the std.", PAPER, gt=0.0)
     clamp: float = setting(5.0, "Bound of the absolute advantage.", PAPER, gt=0.0)
+
+
+class Bound(Settings):
+    """Where a monitor on the fixed held-out prompts shows that training goes wrong."""
+
+    least: float | None = setting(None, "Least value, in the monitor's unit.")
+    most: float | None = setting(None, "Largest value, in the monitor's unit.")
+    fall: float | None = setting(
+        None, "Furthest fall below the untrained model's value, in the monitor's unit.", ge=0.0
+    )
+    action: Literal["warn", "stop"] = setting(
+        "warn", "Say so and go on, or end the training there and keep what it made."
+    )
+
+    @model_validator(mode="after")
+    def _some_bound(self) -> Self:
+        if self.least is None and self.most is None and self.fall is None:
+            raise ValueError("least, most or fall: one of them is needed")
+        return self
 
 
 class Train(Settings):
@@ -273,18 +173,36 @@ class Train(Settings):
     kl_weight: float = setting(
         0.0, "Weight of the distance to the base model in the loss.", f"{PAPER}: no KL", ge=0.0
     )
-    kl: Literal["velocity", "transition"] = setting(
+    kl: Literal["velocity", "transition", "divergence"] = setting(
         "velocity",
-        "That distance: mean((v - v_ref)^2), or Flow-GRPO's of the transition, "
-        "(mean - mean_ref)^2 / (2 s^2) with s = std / sqrt(|dt|).",
+        "That distance: mean((v - v_ref)^2); the KL divergence of the transition, "
+        "(mean - mean_ref)^2 / (2 std^2); or Flow-GRPO's `transition`, which is |dt| times that.",
     )
-    optimizer_cadence: Literal["per_iteration", "per_step"] = setting(
-        "per_iteration",
-        "One optimizer step after all trained steps, or one after each (as the "
-        "authors' code does).",
+    updates: int = setting(
+        1,
+        "Optimizer steps of an iteration: samples are cut into this many parts. Of a method that "
+        "branches at n steps, n parts give one optimizer step after each (as E-GRPO's code does).",
+        ge=1,
+        le=1024,
+    )
+    loss: Loss = setting(
+        "clipped",
+        "Clipped ratio; GRPO-Guard's normalised ratio, clipped; or DiffusionNFT's negative-aware "
+        "objective.",
+        f"{PAPER}; {GUARD}; {NFT}",
     )
     ema_decay: float | None = setting(
         None, "Decay of the averaged weights; null for none.", PAPER, gt=0.0, lt=1.0
+    )
+    ema_ramp: float | None = setting(
+        None,
+        "The decay grows by this much an iteration, up to ema_decay; null: it is constant.",
+        NFT,
+        gt=0.0,
+        lt=1.0,
+    )
+    sample_average: bool = setting(
+        False, "Sample with the averaged weights (DiffusionNFT's slow policy).", NFT
     )
     micro_batch: int = setting(96, "Most latents in one evaluation while sampling.", ge=1)
     train_micro_batch: int = setting(16, "Most branch points in one forward/backward.", ge=1)
@@ -296,6 +214,16 @@ class Train(Settings):
     )
     monitor_prompts: int = setting(8, "Held-out prompts that are monitored.", ge=1)
     monitor_samples: int = setting(2, "Samples of each monitored prompt.", ge=1)
+    bounds: dict[str, Bound] = setting(
+        {},
+        "Bounds of monitors, against reward hacking: `reward/<name>`, `diversity` or "
+        "`distance_to_base` -> settings.",
+    )
+    snapshots: list[int] = setting(
+        [],
+        "Network evaluations at which the weights are kept as well, to compare methods at equal "
+        "cost; after the last iteration that stays within each.",
+    )
 
 
 class Profile(Settings):
@@ -311,6 +239,12 @@ class Profile(Settings):
         gt=0.0,
         lt=1.0,
     )
+    shown: list[list[int]] = setting(
+        [[2, 1], [6, 1], [6, 4]],
+        "Branches whose images are kept: [step, span]; those off the schedule are left out.",
+        f"{PAPER}, Fig. 1a",
+    )
+    shown_prompts: int = setting(2, "First prompts whose images are kept.", ge=0)
 
     @model_validator(mode="after")
     def _spans(self) -> Self:
@@ -352,6 +286,7 @@ class RunConfig(Settings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=80,
     )
+    arm: str = setting("", "Row of the runs table; runs of one arm differ in their seed alone.")
     seed: int = setting(0, "Run seed.", ge=0, lt=2**31)
     model: Model
     prompts: Prompts
@@ -378,16 +313,97 @@ class RunConfig(Settings):
             raise ValueError(
                 f"profile.spans: {min(self.profile.spans)} does not fit {self.method.steps} steps"
             )
-        if self.method.dynamics == "cps" and self.method.noise_level > 1:
-            raise ValueError("method.noise_level: cps needs a value in (0, 1]")
         return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        method, t = self.method, self.train
+        if t.loss not in method.losses:
+            raise ValueError(
+                f"train.loss: {t.loss} is not for method {method.name}, whose trained edges allow "
+                f"{' or '.join(method.losses)}"
+            )
+        if t.loss == "guarded" and method.dynamics == "cps":
+            raise ValueError("train.loss: guarded needs a Gaussian log-probability; cps has none")
+        if t.kl_weight > 0 and t.kl != "velocity" and isinstance(method, ForwardProcess):
+            raise ValueError(
+                f"train.kl: {t.kl} compares stochastic transitions, method {method.name} has none; "
+                "set it to velocity"
+            )
+        if t.ema_decay is None and (t.sample_average or t.ema_ramp):
+            key = "sample_average" if t.sample_average else "ema_ramp"
+            raise ValueError(f"train.{key}: needs train.ema_decay")
+        known = {"diversity", "distance_to_base", *(f"reward/{name}" for name in self.rewards)}
+        unknown = sorted(set(t.bounds) - known)
+        if unknown:
+            raise ValueError(
+                f"train.bounds: no monitor {unknown[0]!r}; there are {', '.join(sorted(known))}"
+            )
+        if t.bounds and not t.monitor_every:
+            raise ValueError("train.bounds: nothing is monitored; set train.monitor_every")
+        if t.snapshots != sorted(set(t.snapshots)) or min(t.snapshots, default=1) < 1:
+            raise ValueError(
+                "train.snapshots: distinct, ascending numbers of at least 1 are needed"
+            )
+        if isinstance(method, Egrpo) and method.reads_profile and 1 not in self.profile.spans:
+            raise ValueError("profile.spans: must hold 1 where the plan reads the profile")
+        return self
+
+
+class TableSpec(Settings):
+    """One table of results: arms by rewards, at the end of training and at equal evaluations."""
+
+    caption: str = setting(..., "What the table shows, one sentence.")
+    sections: dict[str, list[str]] = setting(
+        ..., "Heading -> arms (rows of the runs table) below it; best and second are marked within."
+    )
+    rewards: list[str] = setting(..., "Columns: names of rewards.")
+    evaluations: int | None = setting(
+        None,
+        "Network evaluations of training at which the arms are also compared; null: only at the "
+        "end.",
+        ge=1,
+    )
+
+    @property
+    def arms(self) -> list[str]:
+        """All arms of the table, each once."""
+        return list(dict.fromkeys(arm for arms in self.sections.values() for arm in arms))
+
+
+class FigureSpec(Settings):
+    """One figure."""
+
+    kind: Literal["branches", "entropy", "spread", "threshold", "curves", "images"] = setting(
+        ...,
+        "branches: images and reward spread of branches (`pairs`); entropy: by step for `spans`; "
+        "spread: measured spread by step; threshold: the automatic choice and its plan; curves: "
+        "reward during training; images: prompts by arms.",
+    )
+    caption: str = setting(..., "What the figure shows, one sentence.")
+    arms: list[str] = setting(..., "Arms that it shows, or whose profile it shows.")
+    rewards: list[str] = setting([], "Rewards of curves; empty: the trained ones.")
+    pairs: list[list[int]] = setting(
+        [[2, 1], [6, 1], [6, 4]], "Branches shown: [step, span].", f"{PAPER}, Fig. 1a"
+    )
+    spans: list[int] = setting([1, 2, 4, 6], "Spans whose entropy is drawn.", f"{PAPER}, Fig. 1b")
+    prompts: int = setting(6, "Prompts of an image grid, or of branches.", ge=1)
 
 
 class StudyConfig(Settings):
     """What a study's YAML holds beside the settings of :class:`RunConfig`."""
 
     results: str = setting("results", "Folder of all results.")
-    runs: str = setting(..., "Runs table (.tsv): a run id and overrides by dotted key.")
+    runs: str = setting(..., "Runs table (.tsv): an arm's name and overrides by dotted key.")
+    seeds: list[int] | None = setting(
+        None,
+        "Each arm is trained once per seed, as run `<arm>-s<seed>`; null: once, as run `<arm>`.",
+    )
+    default_runs: list[str] | None = setting(
+        None, "Runs that `snakemake` makes without a target; null: all."
+    )
+    tables: dict[str, TableSpec] = setting({}, "Tables by name; the name is the target.")
+    figures: dict[str, FigureSpec] = setting({}, "Figures by name; the name is the target.")
     methods: dict[str, dict[str, Any]] = setting(
         {}, "Settings of `method` by method name, for every run of that method."
     )

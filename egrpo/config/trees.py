@@ -1,15 +1,32 @@
-"""From a run's settings to its grid, plan, tree and cost. Needs no torch."""
+"""From a run's settings to its grid, plan, trees and cost. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
 
-from egrpo.config.models import Egrpo, FlowGrpo, RunConfig
+from egrpo.config.methods import (
+    Awm,
+    BranchGrpo,
+    DanceGrpo,
+    DiffusionNft,
+    Egrpo,
+    FlowGrpo,
+    FlowGrpoFast,
+    ForwardProcess,
+    G2rpo,
+    MixGrpo,
+    MixGrpoFlash,
+    TempflowGrpo,
+)
+from egrpo.config.models import RunConfig
 from egrpo.core import methods
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import Sigmas, shifted_sigmas
+from egrpo.core.seeds import shuffled
+from egrpo.core.spread import Spread, allocate, choose_threshold
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError
 
@@ -31,50 +48,198 @@ def needs_plan(run: RunConfig) -> bool:
     return isinstance(run.method, Egrpo)
 
 
-def plan_of(run: RunConfig, sigmas: Sigmas) -> Plan:
+def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> Plan:
     """The merge plan of an E-GRPO run.
 
+    Args:
+        run: settings.
+        sigmas: the grid.
+        spreads: measured spread of the trained rewards, where the plan depends on it.
+
     Raises:
-        UserError: if the threshold is out of reach and ``on_unreachable`` says error.
+        UserError: if the threshold is out of reach and ``on_unreachable`` says error, or the plan
+            depends on spread and none is given or enough.
     """
     method = run.method
     assert isinstance(method, Egrpo)
+    if method.reads_profile and not spreads:
+        raise UserError(
+            f"run {run.run}: method.threshold: auto and method.allocation: profile need the "
+            "measured profile; `snakemake plans` makes it, without training anything"
+        )
     try:
-        return make_plan(
+        tau = method.threshold
+        if tau == "auto" and method.span is None:
+            tau = choose_threshold(spreads, method.measure, method.spread_factor).threshold
+        made = make_plan(
             sigmas,
             method.active_steps,
-            threshold=None if method.span else method.threshold,
+            threshold=None if method.span else float(tau),
             span=method.span,
             noise_level=method.noise_level,
             dynamics=method.dynamics,
             measure=method.measure,
             on_unreachable=method.on_unreachable,
         )
+        if method.allocation == "profile":
+            made = replace(made, samples=allocate(made, spreads, method.group_size))
     except ValueError as error:
         raise UserError(f"run {run.run}: method.threshold, method.active: {error}") from None
+    return made
 
 
-def _egrpo(method: Any, plan: Plan | None) -> Tree:
-    assert plan is not None
-    return methods.egrpo(plan, method.group_size)
+# -- one tree ----------------------------------------------------------------------------------
 
 
-def _flow_grpo(method: Any, plan: Plan | None) -> Tree:
-    return methods.flow_grpo(
-        method.steps, method.group_size, method.dynamics, method.trained_fraction
+class Choose(Protocol):
+    """Draws ``count`` of ``items``, ascending; a function of what it is for and nothing else."""
+
+    def __call__(self, items: Iterable[int], count: int, *what: int | str) -> tuple[int, ...]:
+        """The items drawn."""
+        ...
+
+
+def draw(*parts: int | str) -> Choose:
+    """A :class:`Choose` for one run, iteration and prompt."""
+
+    def choose(items: Iterable[int], count: int, *what: int | str) -> tuple[int, ...]:
+        return tuple(sorted(shuffled(items, *parts, *what)[:count]))
+
+    return choose
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """What a tree may depend on beside its method's settings."""
+
+    plan: Plan | None
+    sigmas: Sigmas
+    iteration: int
+    choose: Choose
+
+
+def _active(m: Any, at: Occasion) -> tuple[int, ...]:
+    """The active steps of this iteration and prompt."""
+    steps = m.active_steps if at.plan is None else at.plan.active
+    count = m.active_per_iteration or len(steps)
+    return tuple(steps) if count >= len(steps) else at.choose(steps, count, "active")
+
+
+def _egrpo(m: Egrpo, at: Occasion) -> Tree:
+    assert at.plan is not None
+    return methods.egrpo(
+        at.plan,
+        m.group_size,
+        active=_active(m, at),
+        anchors=m.anchors,
+        granularities=m.granularities,
+        suffix=m.suffix,
     )
 
 
-TREES: dict[type[Any], Callable[[Any, Plan | None], Tree]] = {
+def _g2rpo(m: G2rpo, at: Occasion) -> Tree:
+    return methods.g2rpo(
+        m.steps,
+        m.group_size,
+        m.dynamics,
+        active=_active(m, at),
+        anchors=m.anchors,
+        granularities=m.granularities,
+        suffix=m.suffix,
+    )
+
+
+def _tempflow_grpo(m: TempflowGrpo, at: Occasion) -> Tree:
+    return methods.tempflow_grpo(
+        at.sigmas,
+        m.group_size,
+        m.dynamics,
+        m.noise_level,
+        active=_active(m, at),
+        anchors=m.anchors,
+        granularities=m.granularities,
+        suffix=m.suffix,
+    )
+
+
+def _flow_grpo(m: FlowGrpo, at: Occasion) -> Tree:
+    return methods.flow_grpo(m.steps, m.group_size, m.dynamics, m.trained_fraction, m.initial_noise)
+
+
+def _flow_grpo_fast(m: FlowGrpoFast, at: Occasion) -> Tree:
+    (start,) = at.choose(m.window_starts, 1, "window")
+    return methods.windowed(
+        m.steps, m.group_size, m.dynamics, start=start, size=m.window_size, noise=m.initial_noise
+    )
+
+
+def _dancegrpo(m: DanceGrpo, at: Occasion) -> Tree:
+    eligible = range(m.steps - 1)
+    count = max(1, int(len(eligible) * m.trained_fraction))
+    trained = [at.choose(eligible, count, "trained", k) for k in range(m.group_size)]
+    return methods.dancegrpo(m.steps, m.group_size, m.dynamics, trained, m.initial_noise)
+
+
+def _mixgrpo(m: MixGrpo, at: Occasion) -> Tree:
+    after = (m.suffix, m.suffix_ratio) if isinstance(m, MixGrpoFlash) else ("ode", 1.0)
+    return methods.windowed(
+        m.steps,
+        m.group_size,
+        m.dynamics,
+        start=m.window_start(at.iteration),
+        size=m.window_size,
+        noise=m.initial_noise,
+        suffix=after[0],
+        suffix_ratio=after[1],
+    )
+
+
+def _branchgrpo(m: BranchGrpo, at: Occasion) -> Tree:
+    return methods.branchgrpo(m.steps, m.splits, m.dynamics, m.untrained(at.iteration))
+
+
+def _forward_process(m: ForwardProcess, at: Occasion) -> Tree:
+    times = [at.choose(m.times, m.times_per_sample, "times", k) for k in range(m.group_size)]
+    return methods.forward_process(m.steps, m.group_size, times, m.solver)
+
+
+TREES: dict[type[Any], Callable[[Any, Occasion], Tree]] = {
     Egrpo: _egrpo,
+    G2rpo: _g2rpo,
+    TempflowGrpo: _tempflow_grpo,
     FlowGrpo: _flow_grpo,
+    FlowGrpoFast: _flow_grpo_fast,
+    DanceGrpo: _dancegrpo,
+    MixGrpo: _mixgrpo,
+    MixGrpoFlash: _mixgrpo,
+    BranchGrpo: _branchgrpo,
+    DiffusionNft: _forward_process,
+    Awm: _forward_process,
 }
-"""How each method's settings become its tree."""
+"""How each method's settings become a tree."""
 
 
-def tree_of(run: RunConfig, plan: Plan | None) -> Tree:
-    """The rollout tree of one prompt."""
-    return TREES[type(run.method)](run.method, plan)
+def tree_of(run: RunConfig, plan: Plan | None, iteration: int = 1, prompt: int = 0) -> Tree:
+    """The rollout tree of one prompt (by id) in one iteration (counted from 1)."""
+    sigmas = plan.sigmas if plan else training_sigmas(run)
+    occasion = Occasion(plan, sigmas, iteration, draw(run.seed, "tree", iteration, prompt))
+    return TREES[type(run.method)](run.method, occasion)
+
+
+def prompt_ids(run: RunConfig, iteration: int, count: int) -> tuple[int, ...]:
+    """Prompts of an iteration, of ``count``: a permutation per epoch, none twice in one."""
+    size = run.train.prompts_per_iteration
+    epoch, place = divmod(iteration - 1, count // size)
+    order = _epoch(run.seed, epoch, count)
+    return order[place * size : (place + 1) * size]
+
+
+@lru_cache(maxsize=64)
+def _epoch(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    return shuffled(range(count), seed, "prompts", epoch)
+
+
+# -- cost --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,26 +247,45 @@ class RunCost:
     """Network evaluations, factor of guidance included.
 
     Attributes:
-        forward_per_prompt, train_per_prompt: of one prompt in one iteration; ``train`` counts
-            forward+backward passes.
-        reference_per_prompt: forwards of the KL reference.
-        forward, train, reference: of the whole run.
+        forward: while sampling.
+        train: forward+backward passes; at most this many where leaves are pruned by reward.
+        reference: forwards of the base model for the KL term.
     """
 
-    forward_per_prompt: int
-    train_per_prompt: int
-    reference_per_prompt: int
     forward: int
     train: int
     reference: int
 
+    @property
+    def total(self) -> int:
+        """All of them, each counted once."""
+        return self.forward + self.train + self.reference
 
-def cost_of(run: RunConfig, tree: Tree) -> RunCost:
-    """What a run will execute, predicted from its tree."""
+
+def cost_of(run: RunConfig, trees: Iterable[Tree]) -> RunCost:
+    """What rolling out and training ``trees`` will execute."""
     factor = 2 if run.model.guidance_scale > 1 else 1
-    forward, train = (factor * n for n in tree.cost)
-    reference = train if run.train.kl_weight > 0 else 0
-    prompts = run.train.iterations * run.train.prompts_per_iteration
+    forward = train = 0
+    for tree in trees:
+        forward += factor * tree.cost.forward
+        train += factor * tree.cost.train
+    return RunCost(forward, train, train if run.train.kl_weight > 0 else 0)
+
+
+def iteration_cost(run: RunConfig, plan: Plan | None, iteration: int, count: int) -> RunCost:
+    """Cost of one iteration of a run with ``count`` training prompts."""
+    ids = prompt_ids(run, iteration, count)
+    return cost_of(run, (tree_of(run, plan, iteration, prompt) for prompt in ids))
+
+
+def run_cost(
+    run: RunConfig, plan: Plan | None, count: int, iterations: int | None = None
+) -> RunCost:
+    """Cost of the first ``iterations`` of a run (None: all) with ``count`` training prompts."""
+    each = [
+        iteration_cost(run, plan, n, count)
+        for n in range(1, (iterations or run.train.iterations) + 1)
+    ]
     return RunCost(
-        forward, train, reference, forward * prompts, train * prompts, reference * prompts
+        sum(c.forward for c in each), sum(c.train for c in each), sum(c.reference for c in each)
     )

@@ -1,5 +1,6 @@
 """From rewards of leaves to advantages of trained edges. numpy, float64.
 
+Leaves with several labels (granularities) are normalised label by label, and summed.
 Group hygiene: a NaN reward leaves its sample out of mean and std; a group with fewer than two
 valid samples or with equal rewards has zero advantage and is counted.
 Source: E-GRPO (arXiv 2601.00423); unbiased std as in its and DanceGRPO's code.
@@ -35,6 +36,12 @@ class Advantages(NamedTuple):
     samples_invalid: int
 
 
+def leaf_labels(trees: Sequence[Tree]) -> Ints:
+    """Label [L] of every leaf, ordered by (tree, leaf)."""
+    labels = [tree.nodes[leaf].label for tree in trees for leaf in tree.leaves]
+    return np.array(labels, dtype=np.int64)
+
+
 def edge_values(rewards: Array, trees: Sequence[Tree], edges: Sequence[tuple[int, int]]) -> Array:
     """Mean reward [E] over the valid leaves below each edge; NaN where none is valid.
 
@@ -48,6 +55,54 @@ def edge_values(rewards: Array, trees: Sequence[Tree], edges: Sequence[tuple[int
         if valid.size:
             out[e] = valid.mean()
     return out
+
+
+def best_leaves(
+    rewards: Mapping[str, Array], weights: Mapping[str, float], trees: Sequence[Tree], share: float
+) -> list[set[int]]:
+    """For each tree the ranks of its best leaves, a ``share`` of them and at least one.
+
+    Best by the weighted sum of the rewards, each normalised among the tree's leaves; a leaf with
+    an invalid reward comes last.
+    """
+    owner = np.repeat(np.arange(len(trees)), [len(tree.leaves) for tree in trees])
+    total = np.zeros(len(owner))
+    for name, weight in weights.items():
+        values = finite(rewards[name])
+        total += weight * normalise(values, owner)[0]
+        total[np.isnan(values)] = -np.inf
+    best = []
+    for t in range(len(trees)):
+        mine = total[owner == t]
+        count = max(1, round(share * len(mine)))
+        best.append(set(np.argsort(-mine, kind="stable")[:count].tolist()))
+    return best
+
+
+def prune(
+    trees: Sequence[Tree],
+    edges: Sequence[tuple[int, int]],
+    kept_leaves: Sequence[set[int]],
+    *,
+    after: int,
+) -> set[int]:
+    """Positions of the edges that width pruning keeps (BranchGRPO, arXiv 2509.06040).
+
+    All that start at the grid index ``after`` or before it, and later ones with a kept leaf below.
+    """
+    return {
+        e
+        for e, (t, node) in enumerate(edges)
+        if trees[t].nodes[trees[t].nodes[node].parent].index <= after
+        or not kept_leaves[t].isdisjoint(trees[t].leaves_below[node])
+    }
+
+
+def finite(rewards: npt.ArrayLike) -> Array:
+    """A float64 copy with NaN for what is not finite: an infinite score is a failure too."""
+    values = np.array(rewards, dtype=np.float64)
+    values[~np.isfinite(values)] = np.nan
+    return values
 
 
 def normalise(
@@ -99,26 +154,31 @@ def advantages(
         rewards: name -> [L] values of all leaves, ordered by (tree, leaf); NaN = scoring failed.
         weights: name -> weight of each trained reward.
         trees, edges: the forest and its trained edges, as in ``Rollout``.
-        combine: ``advantages`` (normalise each reward, then weighted sum) or ``rewards``
-            (weighted raw sum, then normalise).
+        combine: ``advantages`` (normalise each reward in its group, then weighted sum),
+            ``rewards`` (weighted raw sum, then normalise), or ``gdpo`` (as ``advantages``, then
+            normalised over the batch; arXiv 2601.05242).
         std, ddof, eps: see :func:`normalise`.
         clamp: bound of the absolute advantage.
     """
     keys = [(t, trees[t].nodes[node].group) for t, node in edges]
     numbering = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     groups = np.array([numbering[key] for key in keys], dtype=np.int64)
-    raw = {name: np.array(rewards[name], dtype=np.float64) for name in weights}
-    for reward in raw.values():
-        reward[~np.isfinite(reward)] = np.nan  # an infinite score is a failure too
+    raw = {name: finite(rewards[name]) for name in weights}
     invalid = int(np.any([np.isnan(r) for r in raw.values()], axis=0).sum())
     if combine == "rewards":
         raw = {"sum": np.sum([weights[name] * r for name, r in raw.items()], axis=0)}
         weights = {"sum": 1.0}
+    labels = leaf_labels(trees)
     total = np.zeros(len(edges))
     count = masked = 0
     for name, reward in raw.items():
-        values = edge_values(reward, trees, edges)
-        normal, n, m = normalise(values, groups, std=std, ddof=ddof, eps=eps)
-        total += weights[name] * normal
-        count, masked = count + n, masked + m
+        for label in np.unique(labels):
+            values = edge_values(np.where(labels == label, reward, np.nan), trees, edges)
+            normal, n, m = normalise(values, groups, std=std, ddof=ddof, eps=eps)
+            total += weights[name] * normal
+            count, masked = count + n, masked + m
+    if combine == "gdpo":
+        said = total != 0.0  # what hygiene silenced stays silent
+        if said.sum() > ddof:
+            total[said] = (total[said] - total[said].mean()) / (total[said].std(ddof=ddof) + eps)
     return Advantages(np.clip(total, -clamp, clamp), count, masked, invalid)

@@ -2,110 +2,32 @@
 
 Per grid index i the latents that have children are evaluated once each: first the sources of
 trained edges, in chunks that the training pass repeats exactly (so that the on-policy ratio is
-exactly 1), then the rest in micro-batches. Every edge out of a latent shares its velocity.
+exactly 1), then the rest in micro-batches. Every edge out of a latent shares its velocity. Noising
+edges come last.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from egrpo.core.noise import NOISING
+from egrpo.core.rollout import Rollout, Segment, TrainBatch
 from egrpo.core.schedule import Sigmas
-from egrpo.core.transitions import log_prob, transition, transition_distance
+from egrpo.core.transitions import data_prediction, dpm2_mean, transition, working
 from egrpo.core.tree import ROOT, Node, Tree
 
 VelocityFn = Callable[[Tensor, float, Tensor], Tensor]
 """``velocity(x [B, ...], sigma, tree [B] int64) -> v [B, ...]``; ``tree`` selects the prompt."""
 
 NoiseFn = Callable[[int, int, int], Tensor]
-"""``noise(tree, start, sample)``: standard normal of one latent's shape; start -1 is the root."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Trained edges of one batch that share dynamics and end.
-
-    Attributes:
-        dynamics, stop: of these edges.
-        rows: [E] int64, the source of each edge in the batch.
-        x_next: [E, ...], where each edge arrived, in storage dtype.
-    """
-
-    dynamics: str
-    stop: int
-    rows: Tensor
-    x_next: Tensor
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """Branch points of one grid index and the trained edges that leave them.
-
-    Attributes:
-        start: grid index of the sources.
-        x: [B, ...] source latents; one forward/backward serves all their edges.
-        tree: [B] int64, prompt of each source.
-        segments: the edges; concatenated in order they number E.
-        edges: E positions in ``Rollout.edges``.
-        log_prob: [E] float32, under the weights that sampled.
-    """
-
-    start: int
-    x: Tensor
-    tree: Tensor
-    segments: tuple[Segment, ...]
-    edges: tuple[int, ...]
-    log_prob: Tensor
-
-    def log_probs(self, v: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
-        """Log-probabilities [E] of the edges given velocities ``v`` [B, ...] at the sources."""
-        parts = []
-        for seg in self.segments:
-            mean, std = transition(
-                self.x[seg.rows],
-                v[seg.rows],
-                sigmas,
-                self.start,
-                seg.stop,
-                seg.dynamics,
-                noise_level,
-            )
-            parts.append(log_prob(seg.x_next, mean, std, seg.dynamics))
-        return torch.cat(parts)
-
-    def distance(self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
-        """Distance [E] of each edge's mean from the one under velocities ``v_ref`` [B, ...]."""
-        parts = []
-        for seg in self.segments:
-            of = (sigmas, self.start, seg.stop, seg.dynamics, noise_level)
-            mean, std = transition(self.x[seg.rows], v[seg.rows], *of)
-            reference, _ = transition(self.x[seg.rows], v_ref[seg.rows], *of)
-            length = sigmas[self.start] - sigmas[seg.stop]
-            parts.append(transition_distance(mean, reference, std, length))
-        return torch.cat(parts)
-
-
-@dataclass
-class Rollout:
-    """What came out of a forest.
-
-    Attributes:
-        leaves: [L, ...] latents at sigma = 0, ordered by (tree, node).
-        leaf_tree: the tree of each leaf.
-        edges: (tree, node) of every trained edge, in the order the batches number them.
-        batches: the training pass, in order of grid index.
-        forward: network evaluations executed (one per latent, without the factor of CFG).
-    """
-
-    leaves: Tensor
-    leaf_tree: tuple[int, ...]
-    edges: list[tuple[int, int]] = field(default_factory=list)
-    batches: list[TrainBatch] = field(default_factory=list)
-    forward: int = 0
+"""``noise(tree, start, sample)``: standard normal of one latent's shape. ``start`` is the grid
+index that an edge leaves; -1 for a root, ``-2 - i`` for a noising edge to index i."""
 
 
 Key = tuple[int, int]  # (tree, node)
@@ -126,13 +48,16 @@ class _Executor:
         dtype: torch.dtype,
         device: torch.device,
         suffix_velocity: VelocityFn,
+        parts: int,
     ) -> None:
         self.trees, self.sigmas, self.noise = trees, sigmas, noise
+        self.parts = [tree.parts(parts) for tree in trees]
         self.velocity, self.suffix_velocity = velocity, suffix_velocity
         self.noise_level = noise_level
         self.micro_batch, self.train_micro_batch = micro_batch, train_micro_batch
         self.dtype, self.device = dtype, device
         self.waiting: dict[int, list[tuple[list[Key], Tensor]]] = defaultdict(list)
+        self.memory: dict[Key, tuple[int, Tensor]] = {}  # index and data prediction of a parent
         self.edges: list[Key] = []
         self.batches: list[TrainBatch] = []
         self.forward = 0
@@ -140,10 +65,9 @@ class _Executor:
     def node(self, key: Key) -> Node:
         return self.trees[key[0]].nodes[key[1]]
 
-    def trains(self, key: Key) -> bool:
-        """Whether a trained edge leaves this node."""
-        tree, k = key
-        return k in self.trees[tree].branch_points
+    def part(self, key: Key) -> int | None:
+        """The optimizer step of a source; None where no trained edge leaves."""
+        return self.parts[key[0]].get(key[1])
 
     def draw(self, keys: Sequence[tuple[int, int, int]]) -> Tensor:
         """Noise for (tree, start, sample) triples, stacked, on the device."""
@@ -161,74 +85,119 @@ class _Executor:
         self.waiting[0].append((keys, x.to(self.dtype)))
 
     def arrived(self, index: int) -> tuple[list[Key], Tensor]:
-        """Everything that waits at ``index``, ordered by (trained first, tree, node)."""
+        """Everything that waits at ``index``: sources by optimizer step, then the rest, each in
+        order of (tree, node)."""
         chunks = self.waiting.pop(index, [])
         keys = [key for chunk, _ in chunks for key in chunk]
         x = torch.cat([latents for _, latents in chunks])
-        order = sorted(range(len(keys)), key=lambda r: (not self.trains(keys[r]), keys[r]))
+
+        def rank(row: int) -> tuple[bool, int, Key]:
+            part = self.part(keys[row])
+            return part is None, part or 0, keys[row]
+
+        order = sorted(range(len(keys)), key=rank)
         return [keys[r] for r in order], x[torch.tensor(order, device=x.device)]
 
-    def chunks(self, keys: list[Key]) -> Iterator[tuple[int, int, bool]]:
-        """Ranges (begin, end, trained) over ordered keys; trained sources have their own."""
-        trained = sum(1 for key in keys if self.trains(key))
-        for begin in range(0, trained, self.train_micro_batch):
-            yield begin, min(begin + self.train_micro_batch, trained), True
-        for begin in range(trained, len(keys), self.micro_batch):
-            yield begin, min(begin + self.micro_batch, len(keys)), False
+    def chunks(self, keys: list[Key]) -> Iterator[tuple[int, int, int | None]]:
+        """Ranges (begin, end, part) over ordered keys; sources of one part have their own."""
+        begin = 0
+        for part, members in groupby(keys, key=self.part):
+            limit = self.micro_batch if part is None else self.train_micro_batch
+            stop = begin + len(list(members))
+            while begin < stop:
+                end = min(begin + limit, stop)
+                yield begin, end, part
+                begin = end
 
     def step(self, index: int) -> None:
         """Evaluate the velocity of every latent at ``index`` and send its children on."""
         if index not in self.waiting:
             return
         keys, x = self.arrived(index)
-        for begin, end, trained in self.chunks(keys):
+        for begin, end, part in self.chunks(keys):
             tree = torch.tensor([key[0] for key in keys[begin:end]], device=self.device)
-            evaluate = self.velocity if trained else self.suffix_velocity
+            evaluate = self.suffix_velocity if part is None else self.velocity
             v = evaluate(x[begin:end], self.sigmas[index], tree)
             self.forward += end - begin
-            self.branch(index, keys[begin:end], x[begin:end], v, tree)
+            self.branch(index, keys[begin:end], x[begin:end], v, tree, part or 0)
 
-    def branch(self, index: int, keys: list[Key], x: Tensor, v: Tensor, tree: Tensor) -> None:
+    def branch(
+        self, index: int, keys: list[Key], x: Tensor, v: Tensor, tree: Tensor, part: int
+    ) -> None:
         """Follow all edges out of ``keys``, those of equal end and dynamics together."""
-        bundles: dict[tuple[str, int, bool], list[tuple[int, Key]]] = defaultdict(list)
-        for row, (t, k) in enumerate(keys):
-            for child in self.trees[t].children[k]:
-                node = self.trees[t].nodes[child]
-                bundles[node.dynamics, node.index, node.trained].append((row, (t, child)))
+        bundles: dict[tuple[str, int, bool, int], list[tuple[int, Key]]] = defaultdict(list)
+        behind = {key: self.memory.pop(key) for key in keys if key in self.memory}
+        for row, key in enumerate(keys):
+            for child in self.trees[key[0]].children[key[1]]:
+                node = self.node((key[0], child))
+                before = behind[key][0] if node.dynamics == "dpm2" and key in behind else -1
+                bundle = bundles[node.dynamics, node.index, node.trained, before]
+                bundle.append((row, (key[0], child)))
         segments: list[Segment] = []
         edges: list[Key] = []
-        for (dynamics, stop, trained), bundle in bundles.items():
+        for (dynamics, stop, trained, before), bundle in bundles.items():
             rows = torch.tensor([row for row, _ in bundle], device=self.device)
             children = [child for _, child in bundle]
-            mean, std = transition(
-                x[rows], v[rows], self.sigmas, index, stop, dynamics, self.noise_level
-            )
+            of = (x[rows], v[rows], self.sigmas, index, stop)
+            if before >= 0:
+                data = torch.stack([behind[keys[row]][1] for row, _ in bundle])
+                mean, std = dpm2_mean(*of, before, data), 0.0
+            else:
+                mean, std = transition(*of, dynamics, self.noise_level)
             if std > 0:
                 eps = self.draw([(t, index, self.node((t, c)).sample) for t, c in children])
                 mean = mean + std * eps
+            if dynamics == "dpm2":
+                data = data_prediction(*of[:2], self.sigmas[index])
+                self.memory |= {c: (index, d) for c, d in zip(children, data, strict=True)}
             x_next = mean.to(self.dtype)  # rounded BEFORE any log-probability is taken
             self.waiting[stop].append((children, x_next))
             if trained:
                 segments.append(Segment(dynamics, stop, rows, x_next))
                 edges.extend(children)
         if segments:
-            self.record(index, x, v, tree, tuple(segments), edges)
+            self.record(index, part, x, v, tree, tuple(segments), edges)
 
     def record(
         self,
         index: int,
+        part: int,
         x: Tensor,
         v: Tensor,
         tree: Tensor,
         segments: tuple[Segment, ...],
         edges: list[Key],
     ) -> None:
-        """Keep what the training pass needs: sources, arrivals, behaviour log-probabilities."""
+        """Keep what the training pass needs, and number its edges."""
         numbers = tuple(range(len(self.edges), len(self.edges) + len(edges)))
-        batch = TrainBatch(index, x, tree, segments, numbers, torch.empty(0))
+        batch = TrainBatch(index, part, x, v, tree, segments, numbers, torch.empty(0))
         old = batch.log_probs(v, self.sigmas, self.noise_level)
-        self.batches.append(TrainBatch(index, x, tree, segments, numbers, old))
+        self.batches.append(replace(batch, log_prob=old))
         self.edges.extend(edges)
+
+    def noise_leaves(self, keys: list[Key], leaves: Tensor) -> None:
+        """Follow the noising edges out of the leaves, one grid index after another."""
+        rows: dict[Key, int] = {}
+        arriving: dict[int, list[Key]] = defaultdict(list)
+        for row, (t, k) in enumerate(keys):
+            for child in self.trees[t].children[k]:
+                rows[t, child] = row
+                arriving[self.node((t, child)).index].append((t, child))
+        for index, nodes in sorted(arriving.items()):
+            sigma = self.sigmas[index]
+            nodes.sort(key=lambda key: (self.part(key), key))
+            data = working(leaves[torch.tensor([rows[n] for n in nodes], device=self.device)])
+            eps = self.draw([(t, -2 - index, self.node((t, c)).sample) for t, c in nodes])
+            eps = eps.to(data.dtype)
+            x = ((1.0 - sigma) * data + sigma * eps).to(self.dtype)
+            for begin, end, part in self.chunks(nodes):
+                tree = torch.tensor([t for t, _ in nodes[begin:end]], device=self.device)
+                v = self.velocity(x[begin:end], sigma, tree)
+                self.forward += end - begin
+                own = torch.arange(end - begin, device=self.device)
+                target = Segment(NOISING, index, own, (eps - data)[begin:end])
+                here = nodes[begin:end]
+                self.record(index, part or 0, x[begin:end], v, tree, (target,), here)
 
 
 @torch.no_grad()
@@ -244,6 +213,7 @@ def execute(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     suffix_velocity: VelocityFn | None = None,
+    parts: int = 1,
 ) -> Rollout:
     """Run a forest, one tree per prompt, without gradients.
 
@@ -259,6 +229,7 @@ def execute(
         device: where latents live.
         suffix_velocity: the same model in a form that is cheaper to evaluate (LoRA merged into
             the weights), for nodes whose log-probability nobody needs.
+        parts: optimizer steps that the training pass is cut into (``Tree.parts``).
 
     Raises:
         ValueError: if a tree does not fit the grid.
@@ -278,11 +249,13 @@ def execute(
         dtype,
         torch.device(device),
         suffix_velocity or velocity,
+        parts,
     )
     run.plant()
     for index in range(len(sigmas) - 1):
         run.step(index)
     keys, leaves = run.arrived(len(sigmas) - 1)
+    run.noise_leaves(keys, leaves)
     predicted = sum(tree.cost.forward for tree in trees)
     if run.forward != predicted:
         raise RuntimeError(f"executed {run.forward} network evaluations, predicted {predicted}")

@@ -37,15 +37,22 @@ def cps_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
     return sigmas[stop] * math.sin(noise_level * math.pi / 2.0)
 
 
-def ode_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
-    """An ODE step adds no noise."""
+def no_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
+    """A deterministic step adds no noise."""
     return 0.0
 
 
 STD: dict[str, Callable[[Sigmas, int, int, float], float]] = {
-    "ode": ode_std,
+    "ode": no_std,
+    "dpm2": no_std,
     "flow_sde": flow_sde_std,
     "dance_sde": dance_sde_std,
     "cps": cps_std,
 }
 """Standard deviation by name of the dynamics: ``STD[name](sigmas, start, stop, noise_level)``."""
+
+DETERMINISTIC = ("ode", "dpm2")
+"""Euler, and the second-order multistep DPM-Solver++ (arXiv 2211.01095)."""
+
+NOISING = "noising"
+"""The forward process: from a finished sample back to ``(1 - sigma) * x + sigma * noise``."""

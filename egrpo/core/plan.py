@@ -31,6 +31,7 @@ class Plan:
         threshold: tau, in ``measure``; 0 means no merging; None for fixed spans.
         measure, dynamics, noise_level: what the entropy was computed for.
         warnings: one line for each step where the threshold was out of reach.
+        samples: number of samples of each active step where they differ; None: the group size.
     """
 
     sigmas: Sigmas
@@ -42,6 +43,7 @@ class Plan:
     dynamics: str
     noise_level: float
     warnings: tuple[str, ...] = ()
+    samples: tuple[int, ...] | None = None
 
     @property
     def steps(self) -> int:
@@ -81,13 +83,16 @@ class Plan:
                 dynamics=data["dynamics"],
                 noise_level=data["noise_level"],
                 warnings=tuple(data.get("warnings", ())),
+                samples=None if data.get("samples") is None else tuple(data["samples"]),
             )
         except KeyError as error:
             raise ValueError(f"plan has no key {error}") from None
         except TypeError as error:
             raise ValueError(f"plan holds a value of the wrong type: {error}") from None
-        if not all(isinstance(n, int) for n in (*plan.active, *plan.spans)):
-            raise ValueError("plan: active and spans must be whole numbers")
+        if not all(isinstance(n, int) for n in (*plan.active, *plan.spans, *(plan.samples or ()))):
+            raise ValueError("plan: active, spans and samples must be whole numbers")
+        if plan.samples is not None and len(plan.samples) != len(plan.active):
+            raise ValueError(f"plan: {len(plan.samples)} samples for {len(plan.active)} steps")
         check_spans(plan.steps, plan.active, plan.spans)
         if len(plan.entropy) != plan.steps - 1:
             raise ValueError(

@@ -64,10 +64,44 @@ def cps_mean(
     return (1 - target) * (x - t * v) + kept * (x + (1 - t) * v)
 
 
+def data_prediction(x: Tensor, v: Tensor, sigma: float) -> Tensor:
+    """``x0 = x - sigma * v`` [B, ...]: where the straight path from ``x`` ends."""
+    return working(x) - sigma * working(v)
+
+
+def dpm2_mean(
+    x: Tensor,
+    v: Tensor,
+    sigmas: Sigmas,
+    start: int,
+    stop: int,
+    before: int,
+    data_before: Tensor,
+) -> Tensor:
+    """Second-order multistep DPM-Solver++ (arXiv 2211.01095, Algorithm 2), midpoint form.
+
+    Euler plus ``(1 - sigma_j/sigma_i) * h / (2*h0) * (x0 - x0')``, where x0' is the data prediction
+    at the grid index ``before``, h and h0 the steps ahead and behind in ``log((1-sigma)/sigma)``.
+    A step that lands on sigma = 0 has no finite h and is Euler's, as is the first of a chain.
+    """
+    euler = ode_mean(x, v, sigmas, start, stop, 0.0)
+    if sigmas[stop] == 0.0 or sigmas[before] == 1.0:  # h or h0 infinite
+        return euler
+
+    def half_log_snr(index: int) -> float:
+        return math.log((1.0 - sigmas[index]) / sigmas[index])
+
+    ahead = half_log_snr(stop) - half_log_snr(start)
+    behind = half_log_snr(start) - half_log_snr(before)
+    factor = (1.0 - sigmas[stop] / sigmas[start]) * ahead / (2.0 * behind)
+    return euler + factor * (data_prediction(x, v, sigmas[start]) - data_before)
+
+
 MeanFn = Callable[[Tensor, Tensor, Sigmas, int, int, float], Tensor]
 
 MEAN: dict[str, MeanFn] = {
     "ode": ode_mean,
+    "dpm2": ode_mean,  # of the first step of a chain; see dpm2_mean for the others
     "flow_sde": flow_sde_mean,
     "dance_sde": dance_sde_mean,
     "cps": cps_mean,
@@ -111,13 +145,3 @@ def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:
         if dynamics == "cps"
         else gaussian_log_prob(x_next, mean, std)
     )
-
-
-def transition_distance(mean: Tensor, reference: Tensor, std: float, length: float) -> Tensor:
-    """``(mean - reference)^2 / (2 s^2)``, ``s^2 = std^2 / length`` [B], averaged per dimension.
-
-    Flow-GRPO's public code penalises this (arXiv 2505.05470): the KL divergence of two Gaussians
-    with the diffusion coefficient s in the place of std, so the divergence times ``length``, the
-    flow time |dt| of the step.
-    """
-    return ((mean - reference) ** 2).flatten(1).mean(1) * length / (2.0 * std**2)

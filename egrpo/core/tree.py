@@ -2,7 +2,8 @@
 
 A node is a latent at a grid index. The edge that leads to it is a transition over
 [parent.index, index). Leaves lie at sigma = 0 and are decoded and rewarded. A trained edge gets
-the mean reward of its leaves, normalised within its group of comparable edges.
+the mean reward of its leaves, normalised within its group of comparable edges. Forward-process
+methods train *noising* edges, which lead from a leaf back to an earlier index.
 Needs no torch.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from egrpo.core.noise import STD
+from egrpo.core.noise import DETERMINISTIC, NOISING, STD
 
 ROOT = -1
 
@@ -25,12 +26,14 @@ class Node:
     Attributes:
         parent: position of the parent in ``Tree.nodes``; ``ROOT`` for initial noise.
         index: grid index of this latent.
-        dynamics: of the edge from the parent, a key of ``noise.STD``; "" for a root.
+        dynamics: of the edge from the parent, a key of ``noise.STD`` or ``NOISING``; "" for a root.
         sample: which noise to draw: seeds are functions of (step, sample), so that two edges
             with the same start and sample share their noise.
         trained: whether the edge's log-probability enters the loss.
         group: trained edges of one prompt with equal group are compared with each other.
         weight: factor of the edge's loss.
+        label: of a leaf: rewards are normalised among leaves of one label, and an edge's
+            advantages are summed over the labels below it.
     """
 
     parent: int
@@ -40,6 +43,7 @@ class Node:
     trained: bool = False
     group: int = 0
     weight: float = 1.0
+    label: int = 0
 
 
 class Cost(NamedTuple):
@@ -55,7 +59,8 @@ class Tree:
 
     Raises:
         ValueError: if a parent comes after its child, an edge does not go forward on the grid,
-            a trained edge is deterministic, or a branch ends before sigma = 0.
+            a trained edge is deterministic, a branch ends before sigma = 0, or a noising edge
+            does not start at a leaf.
     """
 
     steps: int
@@ -70,15 +75,25 @@ class Tree:
             if not ROOT < node.parent < k:
                 raise ValueError(f"node {k}: parent {node.parent} must come before it")
             start = self.nodes[node.parent].index
+            if node.dynamics == NOISING:
+                if start != self.steps or not 0 <= node.index < start or not node.trained:
+                    raise ValueError(
+                        f"node {k}: a noising edge is trained and leads from a leaf to an index "
+                        f"before it, not {start} -> {node.index}"
+                    )
+                continue
             if not start < node.index <= self.steps:
                 raise ValueError(f"node {k}: edge {start} -> {node.index} must go forward")
             if node.dynamics not in STD:
                 raise ValueError(f"node {k}: unknown dynamics {node.dynamics!r}")
-            if node.trained and node.dynamics == "ode":
+            if node.trained and node.dynamics in DETERMINISTIC:
                 raise ValueError(f"node {k}: an ODE edge has no log-probability to train")
         for k, node in enumerate(self.nodes):
-            if not self.children[k] and node.index != self.steps:
+            ends = node.index == self.steps or node.dynamics == NOISING
+            if not self.children[k] and not ends:
                 raise ValueError(f"node {k}: the branch ends at index {node.index}, not at sigma 0")
+            if self.children[k] and node.dynamics == NOISING:
+                raise ValueError(f"node {k}: nothing follows a noising edge")
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
@@ -99,28 +114,61 @@ class Tree:
         """Positions of the nodes whose edge is trained."""
         return tuple(k for k, node in enumerate(self.nodes) if node.trained)
 
+    def source(self, k: int) -> int:
+        """The node where the network is evaluated for trained edge ``k``.
+
+        Its parent; for a noising edge the noised latent itself.
+        """
+        node = self.nodes[k]
+        return k if node.dynamics == NOISING else node.parent
+
     @cached_property
-    def branch_points(self) -> frozenset[int]:
-        """Positions of the nodes that trained edges leave."""
-        return frozenset(self.nodes[k].parent for k in self.trained)
+    def sources(self) -> frozenset[int]:
+        """Positions of the nodes where the network is evaluated for training."""
+        return frozenset(self.source(k) for k in self.trained)
 
     @cached_property
     def leaves_below(self) -> dict[int, tuple[int, ...]]:
-        """For each trained edge the ranks in ``leaves`` of the leaves that descend from it."""
+        """For each trained edge the ranks in ``leaves`` of the leaves that its reward comes from.
+
+        Those that descend from it; for a noising edge the leaf that it starts from.
+        """
         below: list[list[int]] = [[] for _ in self.nodes]
         rank = {leaf: r for r, leaf in enumerate(self.leaves)}
         for k in reversed(range(len(self.nodes))):
+            node = self.nodes[k]
+            if node.dynamics == NOISING:
+                below[k].append(rank[node.parent])
+                continue
             if k in rank:
                 below[k].append(rank[k])
-            if self.nodes[k].parent != ROOT:
-                below[self.nodes[k].parent].extend(below[k])
+            if node.parent != ROOT:
+                below[node.parent].extend(below[k])
         return {k: tuple(sorted(below[k])) for k in self.trained}
+
+    def parts(self, count: int) -> dict[int, int]:
+        """Part 0..count-1 of each source: the optimizer step of an iteration that it belongs to.
+
+        Leaves are cut into ``count`` parts of equal size, in order; a source goes with the first
+        leaf below its trained edges. Independent trajectories are cut by sample, the branches of
+        one anchor by step.
+        """
+        first: dict[int, int] = {}
+        for k in self.trained:
+            source = self.source(k)
+            leaf = self.leaves_below[k][0]
+            first[source] = min(leaf, first.get(source, leaf))
+        return {source: leaf * count // len(self.leaves) for source, leaf in first.items()}
 
     @cached_property
     def cost(self) -> Cost:
-        """Predicted evaluations: one per node that has children; one per node with trained ones."""
-        forward = sum(1 for c in self.children if c)
-        return Cost(forward, len(self.branch_points))
+        """Predicted evaluations: ``forward`` one per node that something follows, and one per
+        noised latent, for its behaviour policy; ``train`` one per source."""
+        noised = sum(1 for node in self.nodes if node.dynamics == NOISING)
+        follows = sum(
+            1 for k, node in enumerate(self.nodes) if self.children[k] and node.index < self.steps
+        )
+        return Cost(follows + noised, len(self.sources))
 
 
 class TreeBuilder:
@@ -145,20 +193,23 @@ class TreeBuilder:
         trained: bool = False,
         group: int = 0,
         weight: float = 1.0,
+        label: int = 0,
     ) -> int:
         """Add one transition from ``parent`` to grid ``index``."""
-        self.nodes.append(Node(parent, index, dynamics, sample, trained, group, weight))
+        self.nodes.append(Node(parent, index, dynamics, sample, trained, group, weight, label))
         return len(self.nodes) - 1
 
-    def ode(self, parent: int, stops: Iterable[int]) -> int:
-        """Add a chain of ODE steps through the grid indices ``stops``; returns its last node."""
+    def through(
+        self, parent: int, stops: Iterable[int], dynamics: str = "ode", *, label: int = 0
+    ) -> int:
+        """Add a chain of deterministic steps through the indices ``stops``; returns its end."""
         for stop in stops:
-            parent = self.edge(parent, stop, "ode")
+            parent = self.edge(parent, stop, dynamics, label=label)
         return parent
 
     def finish(self, parent: int) -> int:
         """ODE, one interval at a time, from ``parent`` to sigma = 0."""
-        return self.ode(parent, range(self.nodes[parent].index + 1, self.steps + 1))
+        return self.through(parent, range(self.nodes[parent].index + 1, self.steps + 1))
 
     def build(self) -> Tree:
         """The finished, checked tree."""

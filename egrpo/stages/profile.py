@@ -131,7 +131,7 @@ def _one_prompt(
 ) -> list[dict[str, Any]]:
     pairs = candidates(run.method.steps, run.profile.spans)
     k = run.profile.samples
-    tree = branches(run.method.steps, pairs, k, run.method.dynamics, trained=False)
+    tree = branches(run.method.steps, tuple(pairs), k, run.method.dynamics, trained=False)
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
 
     def noise(tree: int, start: int, sample: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Training: rollout, rewards, advantages, optimizer step; checkpoint; again.
 
 Departures from the E-GRPO paper, all by settings: LoRA instead of full fine-tuning by default;
-one optimizer step per iteration instead of one per active step.
+one optimizer step per iteration instead of one per active step (as in its code).
 
 A run killed at any moment and started again ends with the same weights, bit for bit: seeds are
 functions of (run seed, iteration, prompt, step, sample), and a checkpoint holds all state.
@@ -12,8 +12,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import groupby
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egrpo.config.methods import BranchGrpo, DiffusionNft
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import cost_of, learning_rate, training_sigmas, tree_of
-from egrpo.core.advantage import Advantages, advantages, edge_values
-from egrpo.core.executor import Rollout, TrainBatch, execute
-from egrpo.core.loss import clipped_objective, velocity_distance
+from egrpo.config.trees import (
+    RunCost,
+    cost_of,
+    iteration_cost,
+    learning_rate,
+    prompt_ids,
+    training_sigmas,
+    tree_of,
+)
+from egrpo.core.advantage import Advantages, advantages, best_leaves, prune
+from egrpo.core.executor import execute
+from egrpo.core.loss import (
+    Objective,
+    clipped_objective,
+    negative_aware_objective,
+    velocity_distance,
+)
 from egrpo.core.plan import Plan
+from egrpo.core.rollout import Rollout, TrainBatch
 from egrpo.core.seeds import normal, seed_of
+from egrpo.core.tree import Tree
 from egrpo.errors import UserError
 from egrpo.models import load_model
 from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
+from egrpo.stages.monitor import measure
+from egrpo.stages.records import Metrics, reward_metrics, rollout_rows
 from egrpo.stages.sampling import sample_images
 from egrpo.store.checkpoint import Checkpoint
-
-Metrics = dict[str, float]
 
 
 class Trainer:
@@ -44,9 +59,8 @@ class Trainer:
     def __init__(self, run: RunConfig, plan: Plan | None, embeddings: Path) -> None:
         from accelerate import Accelerator
 
-        self.run = run
+        self.run, self.plan = run, plan
         self.sigmas = plan.sigmas if plan else training_sigmas(run)
-        self.tree = tree_of(run, plan)
         self.texts, conditioning = load_conditioning(embeddings, "train")
         self.heldout_texts, heldout = load_conditioning(embeddings, "heldout")
         if run.train.prompts_per_iteration > len(self.texts):
@@ -82,23 +96,21 @@ class Trainer:
         self.iteration = 0
         self.seconds = 0.0
         self.counts = {"forward": 0, "train": 0, "reference": 0, "monitor": 0}
+        self.peak_mib = 0.0
+        self.base_images: Tensor | None = None  # of the first monitor
         self.model.refresh_sampler()
 
     # -- one iteration ---------------------------------------------------------------------
 
-    def prompt_ids(self, iteration: int) -> list[int]:
-        """Prompts of an iteration: a permutation per epoch, none twice in one iteration."""
-        size = self.run.train.prompts_per_iteration
-        per_epoch = len(self.texts) // size
-        epoch, place = divmod(iteration - 1, per_epoch)
-        generator = torch.Generator().manual_seed(seed_of(self.run.seed, "prompts", epoch))
-        order = torch.randperm(len(self.texts), generator=generator).tolist()
-        return order[place * size : (place + 1) * size]
+    def trees(self, iteration: int) -> tuple[list[int], list[Tree]]:
+        """Prompt ids of an iteration and their rollout trees."""
+        ids = list(prompt_ids(self.run, iteration, len(self.texts)))
+        return ids, [tree_of(self.run, self.plan, iteration, prompt) for prompt in ids]
 
-    def rollout(self, iteration: int, ids: list[int]) -> Rollout:
+    def rollout(self, iteration: int, ids: list[int], trees: list[Tree]) -> Rollout:
         """Sample the trees of the prompts ``ids``."""
         rows = torch.tensor(ids, device=self.model.device)
-        shape, seed = self.model.image_shape, self.run.seed
+        shape, seed, t = self.model.image_shape, self.run.seed, self.run.train
 
         def velocity(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
             return self.model.velocity(x, sigma, self.conditioning.rows(rows[tree]))
@@ -110,20 +122,22 @@ class Trainer:
         def noise(tree: int, start: int, sample: int) -> Tensor:
             return normal(shape, seed, "rollout", iteration, ids[tree], start, sample)
 
-        return execute(
-            [self.tree] * len(ids),
-            self.sigmas,
-            velocity,
-            noise,
-            noise_level=self.run.method.noise_level,
-            micro_batch=self.run.train.micro_batch,
-            train_micro_batch=self.run.train.train_micro_batch,
-            dtype=self.model.dtype,
-            device=self.model.device,
-            suffix_velocity=merged,
-        )
+        with self.averaged() if t.sample_average else nullcontext():
+            return execute(
+                trees,
+                self.sigmas,
+                velocity,
+                noise,
+                noise_level=self.run.method.noise_level,
+                micro_batch=t.micro_batch,
+                train_micro_batch=t.train_micro_batch,
+                dtype=self.model.dtype,
+                device=self.model.device,
+                suffix_velocity=merged,
+                parts=t.updates,
+            )
 
-    def advantages(self, scores: dict[str, Any], rollout: Rollout, prompts: int) -> Advantages:
+    def advantages(self, scores: dict[str, Any], rollout: Rollout, trees: list[Tree]) -> Advantages:
         """Advantages of the rollout's edges; refuses an iteration without any valid reward."""
         for name in self.run.train.rewards:
             if np.isnan(scores[name]).all():
@@ -135,7 +149,7 @@ class Trainer:
         return advantages(
             scores,
             self.run.train.rewards,
-            [self.tree] * prompts,
+            trees,
             rollout.edges,
             combine=a.combine,
             std=a.std,
@@ -144,26 +158,35 @@ class Trainer:
             clamp=a.clamp,
         )
 
-    def optimise(self, rollout: Rollout, ids: list[int], advantage: Advantages) -> Metrics:
-        """Forward and backward through every branch point, and the optimizer step(s)."""
-        rows = torch.tensor(ids, device=self.model.device)
-        values = torch.tensor(advantage.values, dtype=torch.float32, device=self.model.device)
-        weights = torch.tensor(
-            [self.tree.nodes[node].weight for _, node in rollout.edges], device=self.model.device
-        )
-        per_step = self.run.train.optimizer_cadence == "per_step"
-        updates = (
-            [list(batches) for _, batches in groupby(rollout.batches, key=lambda b: b.start)]
-            if per_step
-            else [rollout.batches]
-        )
+    def kept(self, scores: dict[str, Any], rollout: Rollout, trees: list[Tree]) -> set[int] | None:
+        """Edges that width pruning keeps; None where nothing is pruned."""
+        method = self.run.method
+        if not isinstance(method, BranchGrpo) or method.width_share == 1.0:
+            return None
+        best = best_leaves(scores, self.run.train.rewards, trees, method.width_share)
+        return prune(trees, rollout.edges, best, after=method.splits[-1])
+
+    def optimise(
+        self,
+        rollout: Rollout,
+        ids: list[int],
+        trees: list[Tree],
+        advantage: Advantages,
+        kept: set[int] | None = None,
+    ) -> Metrics:
+        """Forward and backward through every source, and the optimizer step(s)."""
+        device = self.model.device
+        rows = torch.tensor(ids, device=device)
+        values = torch.tensor(advantage.values, dtype=torch.float32, device=device)
+        weights = torch.tensor([trees[t].nodes[k].weight for t, k in rollout.edges], device=device)
         sums: Metrics = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
+        updates = list(rollout.updates(kept))
         deviation = grad_norm = 0.0
         for number, batches in enumerate(updates):
             edges = sum(len(b.edges) for b in batches)
             sources = sum(len(b.x) for b in batches)
             for batch in batches:
-                index = torch.tensor(batch.edges, device=self.model.device)
+                index = torch.tensor(batch.edges, device=device)
                 worst = self._backward(
                     batch, rows, values[index], weights[index], edges, sources, sums
                 )
@@ -193,49 +216,71 @@ class Trainer:
         sources: int,
         sums: Metrics,
     ) -> float:
-        """One forward/backward of B branch points, shared by all their edges.
+        """One forward/backward of B sources, shared by all their edges.
 
         Adds to ``sums``; returns the largest deviation of a ratio from 1.
         """
-        sigma = self.sigmas[batch.start]
+        sigma, t = self.sigmas[batch.start], self.run.train
         prompts = self.conditioning.rows(rows[batch.tree])
         v = self.model.velocity(batch.x, sigma, prompts)
         self.counts["train"] += len(batch.x) * self.model.evaluations_per_velocity
-        new = batch.log_probs(v, self.sigmas, self.run.method.noise_level)
-        objective = clipped_objective(
-            new, batch.log_prob, advantage, weight, self.run.train.clip_range
-        )
+        objective = self.objective(batch, v, advantage, weight)
         loss = objective.loss / edges
-        if self.run.train.kl_weight > 0:
+        if t.kl_weight > 0:
             reference = self.model.reference_velocity(batch.x, sigma, prompts)
             self.counts["reference"] += len(batch.x) * self.model.evaluations_per_velocity
-            if self.run.train.kl == "transition":
-                kl = (
-                    batch.distance(v, reference, self.sigmas, self.run.method.noise_level).sum()
-                    / edges
-                )
-            else:
+            if t.kl == "velocity":
                 kl = velocity_distance(v, reference).sum() / sources
-            loss = loss + self.run.train.kl_weight * kl
+            else:
+                each = batch.divergence(v, reference, self.sigmas, self.run.method.noise_level)
+                if t.kl == "transition":
+                    each = each * batch.lengths(self.sigmas)
+                kl = each.sum() / edges
+            loss = loss + t.kl_weight * kl
             sums["kl"] += float(kl.detach())
         self.accelerator.backward(loss)
         sums["loss"] += float(loss.detach())
         sums["clip_fraction"] += float(objective.clipped.sum()) / edges
         return float((objective.ratio - 1).abs().max())
 
+    def objective(
+        self, batch: TrainBatch, v: Tensor, advantage: Tensor, weight: Tensor
+    ) -> Objective:
+        """The run's loss, summed over the batch's edges."""
+        t, level = self.run.train, self.run.method.noise_level
+        if isinstance(self.run.method, DiffusionNft):
+            return negative_aware_objective(
+                v[batch.rows],
+                batch.v[batch.rows],
+                batch.targets(),
+                self.sigmas[batch.start],
+                advantage,
+                weight,
+                self.run.method.beta,
+                self.run.advantage.clamp,
+            )
+        if t.loss == "guarded":
+            ratio = batch.guarded_log_ratio(v, self.sigmas, level)
+            weight = weight / batch.lengths(self.sigmas)  # its gradient reweighting
+        else:
+            ratio = batch.log_ratio(v, self.sigmas, level)
+        return clipped_objective(ratio, advantage, weight, t.clip_range)
+
     @torch.no_grad()
     def _average(self) -> None:
         if self.ema is not None:
-            decay = self.run.train.ema_decay or 0.0
+            decay, ramp = self.run.train.ema_decay or 0.0, self.run.train.ema_ramp
+            if ramp is not None:
+                decay = min(decay, ramp * (self.iteration + 1))
             for mean, p in zip(self.ema, self.parameters, strict=True):
                 mean.lerp_(p, 1.0 - decay)
 
     def step(self) -> tuple[Metrics, dict[str, list[Any]]]:
         """One iteration; returns its metrics and the rows of the rollouts table."""
-        begun = time.monotonic()
+        begun, before = time.monotonic(), dict(self.counts)
         iteration = self.iteration + 1
-        ids = self.prompt_ids(iteration)
-        rollout = self.rollout(iteration, ids)
+        ids, trees = self.trees(iteration)
+        rollout = self.rollout(iteration, ids, trees)
         self.counts["forward"] += rollout.forward * self.model.evaluations_per_velocity
         sampled = time.monotonic()
         images = self.model.decode(rollout.leaves, self.run.train.decode_batch)
@@ -243,11 +288,13 @@ class Trainer:
         trained = {name: self.rewards[name] for name in self.run.train.rewards}
         scores = score_all(trained, images, prompts)  # the others are monitored, see `monitor`
         scored = time.monotonic()
-        advantage = self.advantages(scores, rollout, len(ids))
-        metrics = self.optimise(rollout, ids, advantage)
+        advantage = self.advantages(scores, rollout, trees)
+        kept = self.kept(scores, rollout, trees)
+        metrics = self.optimise(rollout, ids, trees, advantage, kept)
+        self.check_counts(before, trees, rollout, kept)
         self.iteration = iteration
         ended = time.monotonic()
-        metrics |= self._reward_metrics(scores, advantage, rollout, len(ids))
+        metrics |= reward_metrics(scores, advantage, rollout, trees)
         metrics |= {
             "nfe_forward": self.counts["forward"],
             "nfe_train": self.counts["train"],
@@ -257,52 +304,8 @@ class Trainer:
             "time/iteration": ended - begun,
         }
         self.seconds += ended - begun
-        return metrics, self._rows(scores, advantage, rollout, ids)
-
-    def _reward_metrics(
-        self, scores: dict[str, Any], advantage: Advantages, rollout: Rollout, prompts: int
-    ) -> Metrics:
-        metrics: Metrics = {
-            "groups": advantage.groups,
-            "groups_masked": advantage.groups_masked,
-            "samples_invalid": advantage.samples_invalid,
-            "advantage_abs_mean": float(np.abs(advantage.values).mean()),
-        }
-        trees = [self.tree] * prompts
-        groups = [(t, self.tree.nodes[node].group) for t, node in rollout.edges]
-        for name, values in scores.items():
-            valid = values[~np.isnan(values)]
-            metrics[f"reward/{name}"] = float(valid.mean()) if valid.size else float("nan")
-            per_edge = edge_values(values, trees, rollout.edges)
-            within: dict[tuple[int, int], list[float]] = {}
-            for group, value in zip(groups, per_edge, strict=True):
-                if not np.isnan(value):
-                    within.setdefault(group, []).append(value)
-            spreads = [np.std(x, ddof=1) for x in within.values() if len(x) > 1]
-            metrics[f"reward_std/{name}"] = float(np.mean(spreads)) if spreads else float("nan")
-        return metrics
-
-    def _rows(
-        self, scores: dict[str, Any], advantage: Advantages, rollout: Rollout, ids: list[int]
-    ) -> dict[str, list[Any]]:
-        """Columns of the rollouts table, one entry per trained edge; rewards by ``reward/name``."""
-        nodes = self.tree.nodes
-        log_prob = np.empty(len(rollout.edges))
-        for batch in rollout.batches:
-            log_prob[list(batch.edges)] = batch.log_prob.cpu().numpy()
-        starts = [nodes[nodes[k].parent].index for _, k in rollout.edges]
-        columns: dict[str, list[Any]] = {
-            "prompt_id": [ids[t] for t, _ in rollout.edges],
-            "step": starts,
-            "span": [nodes[k].index - s for (_, k), s in zip(rollout.edges, starts, strict=True)],
-            "sample": [nodes[k].sample for _, k in rollout.edges],
-            "advantage": [round(a, 6) for a in advantage.values.tolist()],
-            "log_prob": [round(p, 7) for p in log_prob.tolist()],
-        }
-        trees = [self.tree] * len(ids)
-        for name, values in scores.items():
-            columns[f"reward/{name}"] = edge_values(values, trees, rollout.edges).tolist()
-        return columns
+        self.peak_mib = max(self.peak_mib, peak_memory_mib())
+        return metrics, rollout_rows(scores, advantage, rollout, ids, trees)
 
     # -- monitor and state -----------------------------------------------------------------
 
@@ -342,19 +345,9 @@ class Trainer:
         self.counts["monitor"] += forward
         prompts = [self.heldout_texts[i] for i in ids for _ in range(t.monitor_samples)]
         scores = score_all(self.rewards, images, prompts)
-        means = {
-            f"monitor/reward/{name}": float(np.nanmean(v)) if not np.isnan(v).all() else np.nan
-            for name, v in scores.items()
-        }
-        pixels = images.float().div(255).flatten(1)
-        spread = [
-            float(torch.pdist(part).mean()) / pixels.shape[1] ** 0.5
-            for part in pixels.split(t.monitor_samples)
-            if len(part) > 1
-        ]
-        if spread:
-            means["monitor/diversity"] = float(np.mean(spread))
-        return means, images
+        if self.base_images is None:
+            self.base_images = images
+        return measure(scores, images, self.base_images, t.monitor_samples), images
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next iteration depends on."""
@@ -364,7 +357,9 @@ class Trainer:
         if self.ema is not None:
             tensors |= {f"ema/{n}": mean for n, mean in enumerate(self.ema)}
         return Checkpoint(
-            self.iteration, tensors, {"seconds": self.seconds, "counts": dict(self.counts)}
+            self.iteration,
+            tensors,
+            {"seconds": self.seconds, "counts": dict(self.counts), "peak_mib": self.peak_mib},
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -392,17 +387,32 @@ class Trainer:
         self.iteration = checkpoint.iteration
         self.seconds = checkpoint.numbers["seconds"]
         self.counts = dict(checkpoint.numbers["counts"])
+        self.peak_mib = checkpoint.numbers["peak_mib"]
         self.model.refresh_sampler()
 
-    def check_counts(self) -> None:
-        """Raise RuntimeError unless the evaluations executed are those the tree predicted."""
-        predicted = cost_of(self.run, self.tree)
+    def cost(self, iteration: int) -> RunCost:
+        """Predicted network evaluations of one iteration."""
+        return iteration_cost(self.run, self.plan, iteration, len(self.texts))
+
+    def check_counts(
+        self, before: dict[str, int], trees: list[Tree], rollout: Rollout, kept: set[int] | None
+    ) -> None:
+        """Raise RuntimeError unless an iteration executed the evaluations that its trees predict.
+
+        Of pruned edges the sources need no evaluation for training.
+        """
+        predicted = cost_of(self.run, trees)
+        if kept is not None:
+            sources = {(t, trees[t].source(k)) for t, k in (rollout.edges[e] for e in kept)}
+            train = len(sources) * self.model.evaluations_per_velocity
+            reference = train if self.run.train.kl_weight > 0 else 0
+            predicted = RunCost(predicted.forward, train, reference)
         for name in ("forward", "train", "reference"):
-            wanted = getattr(predicted, name)
-            if self.counts[name] != wanted:
+            executed, wanted = self.counts[name] - before[name], getattr(predicted, name)
+            if executed != wanted:
                 raise RuntimeError(
-                    f"run {self.run.run}: executed {self.counts[name]} {name} evaluations, "
-                    f"predicted {wanted}"
+                    f"run {self.run.run}: executed {executed} {name} evaluations in iteration "
+                    f"{self.iteration + 1}, predicted {wanted}"
                 )
 
 

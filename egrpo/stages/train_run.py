@@ -11,18 +11,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from egrpo.config.models import RunConfig
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import state_key
+from egrpo.stages.monitor import crossed, load_grid, save_grid
 from egrpo.stages.progress import Progress
-from egrpo.stages.train import Trainer, peak_memory_mib
+from egrpo.stages.records import metric_rows, rollout_columns
+from egrpo.stages.train import Trainer
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
-from egrpo.store.files import replacing, write_json
+from egrpo.store.checkpoint import Checkpoint
+from egrpo.store.files import write_json
 from egrpo.store.tables import ROLLOUTS, TRAIN_METRICS, write_table
+
+EVALUATIONS = ("forward", "train", "reference")
+"""Counters of network evaluations that belong to training."""
 
 
 def train(
@@ -77,14 +81,30 @@ def _resume_and_train(
     run = trainer.run
     log = folder / "journal.jsonl"
     found = checkpoints.latest(folder)
+    if found is not None and _snapshot_missed(run, folder, found, log):
+        print(f"{run.run}: starting over for a snapshot that it passed", file=sys.stderr)
+        checkpoints.remove(folder)
+        found = None
     if found is not None:
         trainer.restore(found)
         print(f"{run.run}: going on after iteration {found.iteration}", file=sys.stderr)
     journal.rewind(log, trainer.iteration if found else -1)
     with _live(run, key, store, log, folder / "monitor"):
-        _loop(trainer, folder, log)
-    trainer.check_counts()
-    _write_outputs(trainer, key, folder, log, output)
+        stopped = _loop(trainer, folder, log)
+    _write_outputs(trainer, key, folder, log, output, stopped)
+
+
+def _snapshot_missed(run: RunConfig, folder: Path, found: Checkpoint, log: Path) -> bool:
+    """Whether a snapshot asked for now lies before the checkpoint and was not kept."""
+    used = found.numbers["counts"]
+    spent = sum(used[name] for name in EVALUATIONS)
+    stopped = _stops(run, _beyond_bounds(run, _monitors(log)))
+    done = found.iteration == run.train.iterations or bool(stopped)
+    return any(
+        not (folder / "snapshots" / str(limit)).is_dir()
+        for limit in run.train.snapshots
+        if limit < spent or done
+    )
 
 
 def _live(
@@ -97,62 +117,113 @@ def _live(
     return LiveTracker(run, key, store, log, images)
 
 
-def _loop(trainer: Trainer, folder: Path, log: Path) -> None:
+def _loop(trainer: Trainer, folder: Path, log: Path) -> dict[str, str]:
+    """Train to the last iteration, or until a bound stops it; returns what stopped it."""
     run, t = trainer.run, trainer.run.train
+    first = folder / "monitor" / "iteration-000000.png"
     if trainer.iteration == 0 and t.monitor_every:
         metrics, images = trainer.monitor()
-        _save_grid(folder, 0, images, t.monitor_samples)
+        save_grid(first, images, t.monitor_samples)
         _record(trainer, log, metrics, {})
         checkpoints.save(folder, trainer.checkpoint())
+    elif t.monitor_every:
+        size = run.model.height, run.model.width
+        trainer.base_images = load_grid(first, t.monitor_samples, *size)
+    monitors = _monitors(log)
+    reasons = _stops(run, _beyond_bounds(run, monitors))
     with Progress(t.iterations, run.run, trainer.iteration) as progress:
-        while trainer.iteration < t.iterations:
+        while trainer.iteration < t.iterations and not reasons:
+            _keep_snapshots(trainer, folder, trainer.cost(trainer.iteration + 1).total)
             metrics, rows = trainer.step()
             n = trainer.iteration
             last = n == t.iterations
             if t.monitor_every and (n % t.monitor_every == 0 or last):
                 measured, images = trainer.monitor()
                 metrics |= measured
-                _save_grid(folder, n, images, t.monitor_samples)
+                save_grid(folder / "monitor" / f"iteration-{n:06d}.png", images, t.monitor_samples)
+                monitors.append(measured)
+                reasons = _warn(run, n, _beyond_bounds(run, monitors))
             _record(trainer, log, metrics, rows)
-            if n % t.checkpoint_every == 0 or last:
+            if n % t.checkpoint_every == 0 or last or reasons:
                 checkpoints.save(folder, trainer.checkpoint())
             progress.step(
                 "  ".join(f"{name} {metrics[f'reward/{name}']:.4f}" for name in t.rewards)
                 + f"  grad_norm {metrics['grad_norm']:.3g}"
             )
+    _keep_snapshots(trainer, folder, None)
+    return reasons
+
+
+def _monitors(log: Path) -> list[dict[str, float]]:
+    """What the monitors showed so far; from the journal, so that a resumed run stops too."""
+    metrics = (line["metrics"] for line in journal.read(log))
+    return [m for m in metrics if "monitor/distance_to_base" in m]
+
+
+def _beyond_bounds(run: RunConfig, monitors: list[dict[str, float]]) -> dict[str, str]:
+    if len(monitors) < 2:  # the first is the untrained model's
+        return {}
+    return crossed(run.train.bounds, monitors[-1], monitors[0])
+
+
+def _stops(run: RunConfig, beyond: dict[str, str]) -> dict[str, str]:
+    """Those that end the run."""
+    return {k: text for k, text in beyond.items() if run.train.bounds[k].action == "stop"}
+
+
+def _warn(run: RunConfig, iteration: int, beyond: dict[str, str]) -> dict[str, str]:
+    """Say which bounds were crossed; returns those that end the run."""
+    stops = _stops(run, beyond)
+    for name, text in beyond.items():
+        what = "stops" if name in stops else "goes on"
+        say = f"{run.run}: iteration {iteration}: monitor {name}: {text}; training {what}"
+        print(say, file=sys.stderr, flush=True)
+    return stops
+
+
+def _keep_snapshots(trainer: Trainer, folder: Path, ahead: int | None) -> None:
+    """Keep the weights for each budget that the next iteration would exceed (None: for all)."""
+    spent = sum(trainer.counts[name] for name in EVALUATIONS)
+    for limit in trainer.run.train.snapshots:
+        target = folder / "snapshots" / str(limit)
+        if target.is_dir() or (ahead is not None and spent + ahead <= limit):
+            continue
+        unfinished = folder / "snapshots" / f"{limit}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with trainer.averaged():
+            trainer.model.save(unfinished)
+        write_json(
+            unfinished / "snapshot.json",
+            {
+                "iteration": trainer.iteration,
+                "nfe": spent,
+                "seconds": round(trainer.seconds, 3),
+            },
+        )
+        unfinished.rename(target)
 
 
 def _record(
     trainer: Trainer, log: Path, metrics: dict[str, float], rows: dict[str, list[Any]]
 ) -> None:
-    nfe = sum(trainer.counts[name] for name in ("forward", "train", "reference"))
     journal.append(
         log,
         {
             "iteration": trainer.iteration,
             "time": time.time(),
-            "nfe": nfe,
+            "nfe": sum(trainer.counts[name] for name in EVALUATIONS),
             "metrics": metrics,
             "rollouts": rows,
         },
     )
 
 
-def _save_grid(folder: Path, iteration: int, images: Tensor, samples: int) -> None:
-    """One PNG: a column per prompt, its samples below each other."""
-    from PIL import Image
-
-    n, c, h, w = images.shape
-    grid = images.reshape(n // samples, samples, c, h, w).permute(1, 3, 0, 4, 2)
-    picture = Image.fromarray(grid.reshape(samples * h, n // samples * w, c).numpy())
-    with replacing(folder / "monitor" / f"iteration-{iteration:06d}.png") as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def _write_outputs(trainer: Trainer, key: str, folder: Path, log: Path, output: Path) -> None:
+def _write_outputs(
+    trainer: Trainer, key: str, folder: Path, log: Path, output: Path, stopped: dict[str, str]
+) -> None:
     """Declared outputs appear only here, at the end."""
     run = trainer.run
-    for name in ("adapter", "monitor"):
+    for name in ("adapter", "monitor", "snapshots"):
         shutil.rmtree(output / name, ignore_errors=True)
     with trainer.averaged():
         trainer.model.save(output / "adapter")
@@ -161,10 +232,13 @@ def _write_outputs(trainer: Trainer, key: str, folder: Path, log: Path, output: 
         grid = folder / "monitor" / f"iteration-{line['iteration']:06d}.png"
         if grid.exists():
             shutil.copy2(grid, output / "monitor" / grid.name)
+    (output / "snapshots").mkdir()
+    for limit in run.train.snapshots:
+        shutil.copytree(folder / "snapshots" / str(limit), output / "snapshots" / str(limit))
     head = {"config_hash": key}
-    metrics = _metric_rows(run.run, log)
+    metrics = metric_rows(run.run, log)
     write_table(output / "train_metrics.parquet", TRAIN_METRICS, metrics, metadata=head)
-    columns = _rollout_columns(run.run, log)
+    columns = rollout_columns(run.run, log)
     write_table(output / "rollouts.parquet", ROLLOUTS, columns, metadata=head)
     write_json(
         output / "train.json",
@@ -172,42 +246,10 @@ def _write_outputs(trainer: Trainer, key: str, folder: Path, log: Path, output: 
             "run": run.run,
             "key": key,
             "iterations": trainer.iteration,
-            "nfe_forward": trainer.counts["forward"],
-            "nfe_train": trainer.counts["train"],
-            "nfe_reference": trainer.counts["reference"],
-            "nfe_monitor": trainer.counts["monitor"],
+            "stopped": stopped,
+            **{f"nfe_{name}": trainer.counts[name] for name in (*EVALUATIONS, "monitor")},
             "seconds": round(trainer.seconds, 3),
             "trainable_parameters": sum(p.numel() for p in trainer.parameters),
-            "peak_memory_mib": round(peak_memory_mib(), 1),
+            "peak_memory_mib": round(trainer.peak_mib, 1),
         },
     )
-
-
-def _metric_rows(run: str, log: Path) -> list[dict[str, Any]]:
-    return [
-        {
-            "run": run,
-            "iteration": line["iteration"],
-            "nfe": line["nfe"],
-            "metric": name,
-            "value": value,
-        }
-        for line in journal.read(log)
-        for name, value in line["metrics"].items()
-    ]
-
-
-def _rollout_columns(run: str, log: Path) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name, *_ in ROLLOUTS.columns}
-    for line in journal.read(log):
-        rows = line["rollouts"]
-        count = len(rows.get("step", []))
-        for reward in (name for name in rows if name.startswith("reward/")):
-            columns["run"] += [run] * count
-            columns["iteration"] += [line["iteration"]] * count
-            columns["nfe"] += [line["nfe"]] * count
-            columns["reward"] += [reward.removeprefix("reward/")] * count
-            columns["value"] += rows[reward]
-            for name in ("prompt_id", "step", "span", "sample", "advantage", "log_prob"):
-                columns[name] += rows[name]
-    return columns

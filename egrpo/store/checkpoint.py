@@ -94,6 +94,12 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def remove(folder: Path) -> None:
+    """Remove all checkpoints of a folder."""
+    for path in _ordered(folder):
+        path.unlink()
+
+
 def _read(path: Path) -> Checkpoint:
     from safetensors import safe_open
 

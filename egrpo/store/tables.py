@@ -140,6 +140,66 @@ IMAGES = Table(
     ("run", "prompt_id", "sample"),
 )
 
+SNAPSHOTS = Table(
+    "snapshots",
+    1,
+    "Rewards of evaluation images of weights kept during training, at given evaluations.",
+    (
+        ("run", TEXT, "", "run id"),
+        ("evaluations", BIG, "network evaluations", "the budget that the weights stay within"),
+        ("nfe", BIG, "network evaluations", "spent on training by then"),
+        ("iteration", INT, "iterations", "done by then"),
+        ("seconds", REAL, "s", "of training by then"),
+        ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
+        ("prompt", TEXT, "", "its text"),
+        ("sample", INT, "", "image of the prompt"),
+        ("reward", TEXT, "", "name of the reward"),
+        ("value", REAL, "see reward", "score; null where scoring failed"),
+    ),
+    ("run", "evaluations", "prompt_id", "sample", "reward"),
+)
+
+BRANCHES = Table(
+    "branches",
+    1,
+    "Images of some profiled groups, to look at what a branch changes.",
+    (
+        ("prompt_id", INT, "row of the prompt file", "profiled prompt"),
+        ("prompt", TEXT, "", "its text"),
+        ("step", INT, "grid index", "where the branch starts; -1 for the noisy yardstick"),
+        ("span", INT, "grid intervals", "intervals covered by the one SDE step; 0 for it"),
+        ("sample", INT, "", "sample within the group"),
+        ("png", BYTES, "PNG file", "the image, lossless"),
+    ),
+    ("prompt_id", "step", "span", "sample"),
+)
+
+RESULTS = Table(
+    "results",
+    1,
+    "One table of the paper: arms (rows of the runs table) by rewards, over seeds and prompts.",
+    (
+        ("table", TEXT, "", "name of the table"),
+        ("section", TEXT, "", "heading that the row stands under"),
+        ("arm", TEXT, "", "row of the runs table, or `base`"),
+        ("method", TEXT, "", "method of the arm; empty for the base model"),
+        ("at", TEXT, "", "`end` of training, or `evaluations`: at the table's equal evaluations"),
+        ("reward", TEXT, "", "name of the reward"),
+        ("trained_on", FLAG, "", "whether the arm was trained on it"),
+        ("mean", REAL, "see reward", "over seeds, prompts and samples"),
+        ("low", REAL, "see reward", "lower end of its 95% interval"),
+        ("high", REAL, "see reward", "upper end"),
+        ("mark", TEXT, "", "`best` or `second` of its section where the interval supports it"),
+        ("seeds", INT, "", "training seeds"),
+        ("invalid", INT, "", "images left out because scoring failed"),
+        ("iterations", REAL, "iterations", "mean over seeds"),
+        ("nfe", REAL, "network evaluations", "of training, mean over seeds"),
+        ("seconds", REAL, "s", "of training, mean over seeds"),
+        ("peak_memory_mib", REAL, "MiB", "of training, largest over seeds"),
+    ),
+    ("table", "at", "section", "arm", "reward"),
+)
+
 MERGE_PLAN = Table(
     "merge_plan",
     1,
@@ -183,7 +243,18 @@ COMPARISON = Table(
 
 TABLES = {
     t.name: t
-    for t in (ENTROPY_PROFILE, TRAIN_METRICS, ROLLOUTS, SCORES, IMAGES, MERGE_PLAN, COMPARISON)
+    for t in (
+        ENTROPY_PROFILE,
+        BRANCHES,
+        MERGE_PLAN,
+        TRAIN_METRICS,
+        ROLLOUTS,
+        SCORES,
+        IMAGES,
+        SNAPSHOTS,
+        COMPARISON,
+        RESULTS,
+    )
 }
 
 

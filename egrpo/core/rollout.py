@@ -1,0 +1,178 @@
+"""What a rollout leaves behind: final latents, and the batches of the training pass."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from egrpo.core.noise import NOISING
+from egrpo.core.schedule import Sigmas
+from egrpo.core.transitions import log_prob, transition, working
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Trained edges of one batch that share dynamics and end.
+
+    Attributes:
+        dynamics, stop: of these edges.
+        rows: [E] int64, the source of each edge in the batch.
+        x_next: [E, ...], where each edge arrived, in storage dtype; of a noising edge the
+            velocity ``noise - data`` that the network is matched with.
+    """
+
+    dynamics: str
+    stop: int
+    rows: Tensor
+    x_next: Tensor
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Sources of one grid index and the trained edges that leave them.
+
+    Attributes:
+        start: grid index of the sources.
+        part: optimizer step of the iteration that they belong to.
+        x: [B, ...] source latents; one forward/backward serves all their edges.
+        v: [B, ...] velocities there under the weights that sampled.
+        tree: [B] int64, prompt of each source.
+        segments: the edges; concatenated in order they number E.
+        edges: E positions in ``Rollout.edges``.
+        log_prob: [E] float32, under the weights that sampled.
+    """
+
+    start: int
+    part: int
+    x: Tensor
+    v: Tensor
+    tree: Tensor
+    segments: tuple[Segment, ...]
+    edges: tuple[int, ...]
+    log_prob: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """[E] int64, the source of each edge."""
+        return torch.cat([segment.rows for segment in self.segments])
+
+    def log_probs(self, v: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
+        """Log-probabilities [E] of the edges given velocities ``v`` [B, ...] at the sources.
+
+        Of a noising edge the surrogate ``-mean((v - target)^2)`` (AWM, arXiv 2509.25050).
+        """
+        parts = []
+        for seg in self.segments:
+            if seg.dynamics == NOISING:
+                error = working(v[seg.rows]) - working(seg.x_next)
+                parts.append(-(error**2).flatten(1).mean(1))
+            else:
+                mean, std = self._moments(seg, v, sigmas, noise_level)
+                parts.append(log_prob(seg.x_next, mean, std, seg.dynamics))
+        return torch.cat(parts)
+
+    def log_ratio(self, v: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
+        """Log-probability under ``v`` minus that under the weights that sampled, [E]."""
+        return self.log_probs(v, sigmas, noise_level) - self.log_prob
+
+    def guarded_log_ratio(self, v: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
+        """GRPO-Guard's ratio normalisation (arXiv 2510.22319), [E].
+
+        ``S * dlogp + mean((mu - mu_old)^2) / (2*S)`` with S = std of the transition: centred at 0
+        and of one scale at all steps.
+        """
+        plain = self.log_ratio(v, sigmas, noise_level)
+        scales, shifts = [], []
+        for seg in self.segments:
+            mean, std = self._moments(seg, v, sigmas, noise_level)
+            old, _ = self._moments(seg, self.v, sigmas, noise_level)
+            scales.append(torch.full((len(seg.rows),), std, device=v.device))
+            shifts.append(((mean - old) ** 2).flatten(1).mean(1) / (2.0 * std))
+        return torch.cat(scales) * plain + torch.cat(shifts)
+
+    def divergence(self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
+        """KL divergence [E] of each edge from the one under velocities ``v_ref`` [B, ...].
+
+        Mean over the non-batch dimensions, ``(mean - mean_ref)^2 / (2 std^2)``.
+        """
+        parts = []
+        for seg in self.segments:
+            mean, std = self._moments(seg, v, sigmas, noise_level)
+            reference, _ = self._moments(seg, v_ref, sigmas, noise_level)
+            parts.append(((mean - reference) ** 2).flatten(1).mean(1) / (2.0 * std**2))
+        return torch.cat(parts)
+
+    def lengths(self, sigmas: Sigmas) -> Tensor:
+        """Flow time |dt| that each edge covers, [E]."""
+        t = sigmas[self.start]
+        each = [
+            torch.full_like(seg.rows, t - sigmas[seg.stop], dtype=torch.float32)
+            for seg in self.segments
+        ]
+        return torch.cat(each)
+
+    def targets(self) -> Tensor:
+        """Velocities [E, ...] that noising edges are matched with."""
+        return torch.cat([segment.x_next for segment in self.segments])
+
+    def only(self, kept: Collection[int]) -> TrainBatch | None:
+        """The batch without edges outside of ``kept`` and sources without any; None if empty."""
+        segments: list[Segment] = []
+        at = [e for e, number in enumerate(self.edges) if number in kept]
+        if not at:
+            return None
+        begin = 0
+        for seg in self.segments:
+            own = [e - begin for e in at if begin <= e < begin + len(seg.rows)]
+            begin += len(seg.rows)
+            index = torch.tensor(own, dtype=torch.int64, device=seg.rows.device)
+            segments.append(replace(seg, rows=seg.rows[index], x_next=seg.x_next[index]))
+        rows = torch.unique(torch.cat([seg.rows for seg in segments]))  # sorted
+        moved = tuple(replace(s, rows=torch.searchsorted(rows, s.rows)) for s in segments)
+        return replace(
+            self,
+            x=self.x[rows],
+            v=self.v[rows],
+            tree=self.tree[rows],
+            segments=moved,
+            edges=tuple(self.edges[e] for e in at),
+            log_prob=self.log_prob[torch.tensor(at, device=self.log_prob.device)],
+        )
+
+    def _moments(
+        self, seg: Segment, v: Tensor, sigmas: Sigmas, noise_level: float
+    ) -> tuple[Tensor, float]:
+        return transition(
+            self.x[seg.rows], v[seg.rows], sigmas, self.start, seg.stop, seg.dynamics, noise_level
+        )
+
+
+@dataclass
+class Rollout:
+    """What came out of a forest.
+
+    Attributes:
+        leaves: [L, ...] latents at sigma = 0, ordered by (tree, node).
+        leaf_tree: the tree of each leaf.
+        edges: (tree, node) of every trained edge, in the order the batches number them.
+        batches: the training pass, in order of grid index.
+        forward: network evaluations executed (one per latent, without the factor of CFG).
+    """
+
+    leaves: Tensor
+    leaf_tree: tuple[int, ...]
+    edges: list[tuple[int, int]] = field(default_factory=list)
+    batches: list[TrainBatch] = field(default_factory=list)
+    forward: int = 0
+
+    def updates(self, kept: Collection[int] | None = None) -> Iterator[list[TrainBatch]]:
+        """Batches of each optimizer step, those edges only that are ``kept`` (None: all)."""
+        for part in sorted({batch.part for batch in self.batches}):
+            batches = [batch for batch in self.batches if batch.part == part]
+            if kept is not None:
+                batches = [b for b in (batch.only(kept) for batch in batches) if b is not None]
+            if batches:
+                yield batches

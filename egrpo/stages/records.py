@@ -1,0 +1,97 @@
+"""What an iteration leaves in the journal, and the tables made of it at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from egrpo.core.advantage import Advantages, edge_values
+from egrpo.core.rollout import Rollout
+from egrpo.core.tree import Tree
+from egrpo.store import journal
+from egrpo.store.tables import ROLLOUTS
+
+Metrics = dict[str, float]
+
+
+def reward_metrics(
+    scores: dict[str, Any], advantage: Advantages, rollout: Rollout, trees: list[Tree]
+) -> Metrics:
+    """Means of the rewards, their mean std within groups, and what hygiene removed."""
+    metrics: Metrics = {
+        "groups": advantage.groups,
+        "groups_masked": advantage.groups_masked,
+        "samples_invalid": advantage.samples_invalid,
+        "advantage_abs_mean": float(np.abs(advantage.values).mean()),
+    }
+    groups = [(t, trees[t].nodes[node].group) for t, node in rollout.edges]
+    for name, values in scores.items():
+        valid = values[~np.isnan(values)]
+        metrics[f"reward/{name}"] = float(valid.mean()) if valid.size else float("nan")
+        within: dict[tuple[int, int], list[float]] = {}
+        for group, value in zip(groups, edge_values(values, trees, rollout.edges), strict=True):
+            if not np.isnan(value):
+                within.setdefault(group, []).append(value)
+        spreads = [np.std(x, ddof=1) for x in within.values() if len(x) > 1]
+        metrics[f"reward_std/{name}"] = float(np.mean(spreads)) if spreads else float("nan")
+    return metrics
+
+
+def rollout_rows(
+    scores: dict[str, Any],
+    advantage: Advantages,
+    rollout: Rollout,
+    ids: list[int],
+    trees: list[Tree],
+) -> dict[str, list[Any]]:
+    """Columns of the rollouts table, one entry per trained edge; rewards by ``reward/name``."""
+    log_prob = np.empty(len(rollout.edges))
+    for batch in rollout.batches:
+        log_prob[list(batch.edges)] = batch.log_prob.cpu().numpy()
+    nodes = [trees[t].nodes[k] for t, k in rollout.edges]
+    starts = [trees[t].nodes[trees[t].source(k)].index for t, k in rollout.edges]
+    columns: dict[str, list[Any]] = {
+        "prompt_id": [ids[t] for t, _ in rollout.edges],
+        "step": starts,
+        "span": [node.index - start for node, start in zip(nodes, starts, strict=True)],
+        "sample": [node.sample for node in nodes],
+        "advantage": [round(a, 6) for a in advantage.values.tolist()],
+        "log_prob": [round(p, 7) for p in log_prob.tolist()],
+    }
+    for name, values in scores.items():
+        columns[f"reward/{name}"] = edge_values(values, trees, rollout.edges).tolist()
+    return columns
+
+
+def metric_rows(run: str, log: Path) -> list[dict[str, Any]]:
+    """Rows of TRAIN_METRICS from a run's journal."""
+    return [
+        {
+            "run": run,
+            "iteration": line["iteration"],
+            "nfe": line["nfe"],
+            "metric": name,
+            "value": value,
+        }
+        for line in journal.read(log)
+        for name, value in line["metrics"].items()
+    ]
+
+
+def rollout_columns(run: str, log: Path) -> dict[str, list[Any]]:
+    """Columns of ROLLOUTS from a run's journal."""
+    columns: dict[str, list[Any]] = {name: [] for name, *_ in ROLLOUTS.columns}
+    for line in journal.read(log):
+        rows = line["rollouts"]
+        count = len(rows.get("step", []))
+        for reward in (name for name in rows if name.startswith("reward/")):
+            columns["run"] += [run] * count
+            columns["iteration"] += [line["iteration"]] * count
+            columns["nfe"] += [line["nfe"]] * count
+            columns["reward"] += [reward.removeprefix("reward/")] * count
+            columns["value"] += rows[reward]
+            for name in ("prompt_id", "step", "span", "sample", "advantage", "log_prob"):
+                columns[name] += rows[name]
+    return columns
