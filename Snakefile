@@ -24,18 +24,14 @@ include: "workflow/rules/toy.smk"
 report: "workflow/report/workflow.rst"
 
 
-# Everything a user may look at is named, so that a lost file is noticed and made again.
+# The default runs. Everything a user may look at is named, so that a lost file is made again.
 rule all:
     default_target: True
     input:
-        f"{STUDY}/published.json",
-        rules.comparison.output,
+        f"{STUDY}/published-comparison.json",
+        at.comparison,
         rules.figures.output,
-        SCORES,
-        PROFILES,
-        PLANS,
-        expand(
-            f"{STUDY}/runs/{{run}}/{{name}}",
-            run=RUNS,
-            name=["config.yaml", "adapter", "monitor", "train.json", "rollouts.parquet"],
-        ),
+        profiles(study.default_runs),
+        plans(study.default_runs),
+        results(study.default_runs, "scores.parquet", "images.parquet", "rollouts.parquet"),
+        results(study.default_runs, "config.yaml", "adapter", "monitor", "train.json"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 from pathlib import Path
@@ -52,14 +51,16 @@ def main() -> None:
 @click.option("--steps", type=int, default=16, show_default=True, help="Sampling steps T.")
 @click.option("--shift", type=float, default=3.0, show_default=True, help="Timestep shift s.")
 @click.option("--noise-level", type=float, default=0.7, show_default=True, help="a, or eta.")
-@click.option("--threshold", type=float, default=2.2, show_default=True, help="tau; 0: no merging.")
+@click.option("--threshold", default="2.2", show_default=True, help="tau; 0: no merging; or auto.")
 @click.option("--active", type=int, default=8, show_default=True, help="First steps that branch.")
 @click.option("--measure", default="exp_per_dim", show_default=True, help="Unit of the threshold.")
 @click.option("--dynamics", default="flow_sde", show_default=True, help="SDE of the branches.")
 @click.option("--on-unreachable", default="cap", show_default=True, help="cap, drop or error.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--profile", type=EXISTING, help="Profile of a model: its grid, and auto's spread.")
+@click.option("--rewards", default="", help="auto: rewards of the profile, a,b,…; default all.")
+@click.option("--factor", type=float, default=1.0, show_default=True, help="auto: enough spread.")
 @click.option("--run-config", type=EXISTING, help="Resolved settings of a run (workflow).")
-@click.option("--profile", type=EXISTING, help="Its entropy profile (workflow).")
 @click.option("--output", type=FILE, help="plan.json to write (workflow).")
 @click.option("--table", type=FILE, help="merge_plan.parquet to write (workflow).")
 def plan_command(
@@ -78,102 +79,24 @@ def plan_command(
 
         plan(load_run(run_config), profile, output, table)
         return
-    _print_plan(**options)
+    from egrpo.stages.plan_text import plan_text
 
-
-def _print_plan(
-    steps: int,
-    shift: float,
-    noise_level: float,
-    threshold: float,
-    active: int,
-    measure: str,
-    dynamics: str,
-    on_unreachable: str,
-    as_json: bool,
-) -> None:
-    from egrpo.core.entropy import MEASURES, step_entropy
-    from egrpo.core.noise import STD
-    from egrpo.core.plan import make_plan
-    from egrpo.core.schedule import shifted_sigmas
-
-    if measure not in MEASURES:
-        raise UserError(f"--measure: {measure!r}; choose {', '.join(MEASURES)}")
-    if dynamics not in STD or dynamics == "ode":
-        raise UserError(f"--dynamics: {dynamics!r}; choose flow_sde, dance_sde or cps")
-    if active < 1:
-        raise UserError(f"--active: at least 1 step must branch, got {active}")
-    if not 0 < noise_level <= (1 if dynamics == "cps" else 5):
-        raise UserError(
-            f"--noise-level: must be positive and at most 5 (cps: 1), got {noise_level}"
-        )
-    if not math.isfinite(threshold):
-        raise UserError(f"--threshold: must be a finite number, got {threshold}")
-    if dynamics == "cps" and threshold != 0:
-        raise UserError(
-            "--threshold: must be 0 with cps, whose entropy falls as a step gets longer"
-        )
-    if not 1e-3 <= shift <= 1e3:
-        raise UserError(f"--shift: must lie between 0.001 and 1000, got {shift}")
-    try:
-        made = make_plan(
-            shifted_sigmas(steps, shift),
-            range(active),
-            threshold=threshold,
-            noise_level=noise_level,
-            dynamics=dynamics,
-            measure=measure,
-            on_unreachable=on_unreachable,
-        )
-    except ValueError as error:
-        raise UserError(f"egrpo plan: {error}") from None
-    for warning in made.warnings:
-        click.echo(f"egrpo: warning: {warning}", err=True)
-    if as_json:
-        click.echo(json.dumps(made.to_dict()))
-        return
-    click.echo(f"{'step':>4} {'span':>4} {'sigma':>14} {'alone':>8} {'merged':>8}  [{measure}]")
-    for i, span in zip(made.active, made.spans, strict=True):
-        merged = step_entropy(
-            made.sigmas, i, span, noise_level=noise_level, dynamics=dynamics, measure=measure
-        )
-        sigma = f"{made.sigmas[i]:.3f}->{made.sigmas[i + span]:.3f}"
-        click.echo(f"{i:>4} {span:>4} {sigma:>14} {made.entropy[i]:>8.4f} {merged:>8.4f}")
-    click.echo(" ".join(f"{name}: {count}" for name, count in made.nfe().items()))
+    click.echo(plan_text(profile=profile, **options))
 
 
 @main.command("cost")
-@click.argument("config", type=FILE)
+@click.argument("configs", type=FILE, nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-def cost_command(config: Path, as_json: bool) -> None:
-    """Network evaluations per prompt and per run of each run in CONFIG. Needs no torch."""
-    from dataclasses import asdict
+def cost_command(configs: tuple[Path, ...], as_json: bool) -> None:
+    """Network evaluations of each run of a study, before it runs. Needs no torch.
 
+    CONFIGS: the study's YAML; further files are laid over it, as `snakemake --configfile` does.
+    """
     from egrpo.config.load import load_study
-    from egrpo.config.trees import cost_of, needs_plan, plan_of, training_sigmas, tree_of
+    from egrpo.stages.cost import cost_table, study_cost
 
-    costs = {}
-    for name, run in load_study(config).runs.items():
-        made = plan_of(run, training_sigmas(run)) if needs_plan(run) else None
-        costs[name] = asdict(cost_of(run, tree_of(run, made))) | {"method": run.method.name}
-    if as_json:
-        click.echo(json.dumps(costs, indent=1))
-        return
-    width = max(len("run"), *map(len, costs))
-    click.echo(
-        f"{'run':<{width}}  {'method':<10} {'forward/prompt':>14} {'train/prompt':>12} "
-        f"{'forward/run':>12} {'train/run':>10} {'reference/run':>13}"
-    )
-    for name, c in costs.items():
-        click.echo(
-            f"{name:<{width}}  {c['method']:<10} {c['forward_per_prompt']:>14,} "
-            f"{c['train_per_prompt']:>12,} {c['forward']:>12,} {c['train']:>10,} "
-            f"{c['reference']:>13,}"
-        )
-    click.echo(
-        "forward: evaluations while sampling; train: forward+backward passes; "
-        "reference: forwards of the base model for the KL term"
-    )
+    study = load_study(*configs)
+    click.echo(json.dumps(study_cost(study), indent=1) if as_json else cost_table(study))
 
 
 def _threads(count: int | None) -> None:
@@ -199,14 +122,17 @@ def embed_command(run_config: Path, output: Path) -> None:
 @click.option("--run-config", type=EXISTING, required=True, help="Resolved settings of a run.")
 @click.option("--embeddings", type=EXISTING, required=True, help="Prompt embeddings.")
 @click.option("--output", type=FILE, required=True, help="Parquet file to write.")
+@click.option("--branches", type=FILE, required=True, help="Parquet file of images to write.")
 @click.option("--threads", type=int, help="CPU threads.")
-def profile_command(run_config: Path, embeddings: Path, output: Path, threads: int | None) -> None:
+def profile_command(
+    run_config: Path, embeddings: Path, output: Path, branches: Path, threads: int | None
+) -> None:
     """Measure the entropy profile of the base model."""
     from egrpo.config.load import load_run
     from egrpo.stages.profile import profile
 
     _threads(threads)
-    profile(load_run(run_config), embeddings, output)
+    profile(load_run(run_config), embeddings, output, branches)
 
 
 @main.command("train")
@@ -247,6 +173,8 @@ def train_command(
 @click.option("--adapter", type=FILE, help="What training wrote; left out: the base model.")
 @click.option("--scores", type=FILE, required=True, help="Parquet file of scores to write.")
 @click.option("--images", type=FILE, required=True, help="Parquet file of images to write.")
+@click.option("--snapshots", type=FILE, help="Weights that training kept on its way.")
+@click.option("--snapshot-scores", type=FILE, help="Parquet file of their scores to write.")
 @click.option("--threads", type=int, help="CPU threads.")
 def evaluate_command(
     run_config: Path,
@@ -254,6 +182,8 @@ def evaluate_command(
     adapter: Path | None,
     scores: Path,
     images: Path,
+    snapshots: Path | None,
+    snapshot_scores: Path | None,
     threads: int | None,
 ) -> None:
     """Sample the held-out prompts and score them under all rewards."""
@@ -261,7 +191,8 @@ def evaluate_command(
     from egrpo.stages.evaluate import evaluate
 
     _threads(threads)
-    evaluate(load_run(run_config), embeddings, adapter, scores, images)
+    run = load_run(run_config)
+    evaluate(run, embeddings, adapter, scores, images, snapshots, snapshot_scores)
 
 
 RUN_CONFIGS = click.argument("run_configs", type=EXISTING, nargs=-1, required=True)
@@ -289,15 +220,49 @@ def prepare_command(results: str, output: Path, run_configs: tuple[Path, ...]) -
 
 @main.command("tables")
 @RESULTS
+@click.option("--output", type=FILE, required=True, help="Parquet file; CSV and Markdown beside.")
 @RUN_CONFIGS
-def tables_command(results: str, run_configs: tuple[Path, ...]) -> None:
+def tables_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> None:
     """Compare every run with its base model: Parquet, CSV and Markdown."""
     from egrpo.config.layout import Layout
     from egrpo.stages.tables import RunFiles, make_comparison
 
     at = Layout(_study(results, run_configs))
     files = {run: RunFiles.at(at.run(run), at.base(run)) for run in at.study.runs}
-    make_comparison(files, at.comparison.parent)
+    make_comparison(files, output)
+
+
+TARGET = click.option("--settings", type=EXISTING, required=True, help="What makes it (workflow).")
+
+
+@main.command("table")
+@RESULTS
+@TARGET
+@RUN_CONFIGS
+def table_command(results: str, settings: Path, run_configs: tuple[Path, ...]) -> None:
+    """One table of the paper, over seeds and prompts."""
+    from egrpo.config.layout import Layout
+    from egrpo.config.load import load_target
+    from egrpo.config.models import TableSpec
+    from egrpo.stages.results import write_result_table
+
+    name, spec = load_target(settings, TableSpec)
+    write_result_table(name, spec, Layout(_study(results, run_configs)))
+
+
+@main.command("figure")
+@RESULTS
+@TARGET
+@RUN_CONFIGS
+def figure_command(results: str, settings: Path, run_configs: tuple[Path, ...]) -> None:
+    """One figure of the paper."""
+    from egrpo.config.layout import Layout
+    from egrpo.config.load import load_target
+    from egrpo.config.models import FigureSpec
+    from egrpo.stages.draw import draw_figure
+
+    name, spec = load_target(settings, FigureSpec)
+    draw_figure(name, spec, Layout(_study(results, run_configs)))
 
 
 @main.command("figures")
@@ -314,13 +279,16 @@ def figures_command(results: str, run_configs: tuple[Path, ...]) -> None:
 @main.command("publish")
 @RESULTS
 @click.option("--store", type=EXISTING, required=True, help="Written by `egrpo prepare`.")
+@click.option("--table", type=EXISTING, required=True, help="Comparison of the runs.")
 @click.option("--output", type=FILE, required=True, help="JSON file to write.")
 @RUN_CONFIGS
-def publish_command(results: str, store: Path, output: Path, run_configs: tuple[Path, ...]) -> None:
+def publish_command(
+    results: str, store: Path, table: Path, output: Path, run_configs: tuple[Path, ...]
+) -> None:
     """Deliver to MLflow whatever it does not have yet; running it again adds nothing."""
     from egrpo.stages.publish import publish
 
-    publish(_study(results, run_configs), store, output)
+    publish(_study(results, run_configs), store, table, output)
 
 
 CONFIG = click.option(

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from egrpo.config.load import Row, overlay, read_yaml, resolve_run
-from egrpo.config.models import RunConfig
+from egrpo.config.models import RunConfig, StudyConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
 def small_run(run: str = "egrpo", **overrides: Any) -> RunConfig:
     """A resolved run of the default study, made small; ``overrides`` by dotted key."""
     shared = read_yaml(ROOT / "config/config.yaml")
-    for key in ("results", "runs", "methods"):
+    for key in StudyConfig.model_fields:
         shared.pop(key, None)
     shared = overlay(shared, SMALL)
     method = {"egrpo": {"group_size": 3, "active": 3}, "flow_grpo": {"group_size": 4, "steps": 5}}

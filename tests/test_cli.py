@@ -88,10 +88,26 @@ def test_unreachable_threshold_is_said_and_capped() -> None:
 
 def test_cost_of_the_default_study() -> None:
     costs = json.loads(egrpo("cost", "config/config.yaml", "--json").stdout)
-    assert costs["egrpo"]["forward_per_prompt"] == 1004
-    assert costs["egrpo"]["train_per_prompt"] == 8
-    assert costs["flow_grpo"]["forward_per_prompt"] == 240
-    assert costs["flow_grpo"]["train_per_prompt"] == 216
+    per_prompt = {
+        run: (cost["prompt"]["forward"], cost["prompt"]["train"])
+        for run, cost in costs.items()
+        if cost
+    }
+    assert per_prompt["egrpo-s0"] == per_prompt["egrpo-s2"] == (1004, 8)
+    assert per_prompt["dancegrpo-s0"] == (192, 108)
+    assert per_prompt["mixgrpo-s0"] == (300, 48)
+    assert per_prompt["flow_grpo-s0"] == (240, 216)
+    assert costs["egrpo-s0"]["run"]["total"] == 60 * 4 * (1004 + 8)
+    assert costs["egrpo_auto-s0"] is None  # its profile is not measured
+
+
+def test_cost_shows_the_arms_side_by_side() -> None:
+    text = egrpo("cost", "config/config.yaml").stdout
+    (pruned,) = [ln for ln in text.splitlines() if ln.startswith("branchgrpo_pruned")]
+    assert "<=" in pruned
+    assert "egrpo-s1" not in text
+    assert "of several seeds the first is shown" in text
+    assert "needs its profile; `snakemake plans` makes it" in text
 
 
 def test_generated_documents_are_in_step() -> None:

@@ -10,7 +10,8 @@ import yaml
 
 from egrpo.config.keys import digest, embedding_key, evaluation_key, profile_key, run_key
 from egrpo.config.load import Study, load_run, load_study
-from egrpo.config.models import Egrpo, FlowGrpo, RunConfig
+from egrpo.config.methods import Egrpo, FlowGrpo
+from egrpo.config.models import RunConfig
 from egrpo.config.trees import learning_rate
 from egrpo.errors import UserError
 

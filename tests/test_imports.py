@@ -15,12 +15,14 @@ LIGHT_CORE = [
     "egrpo.core.tree",
     "egrpo.core.methods",
     "egrpo.core.advantage",
+    "egrpo.core.seeds",
+    "egrpo.core.spread",
 ]
 TORCH_CORE = [
     "egrpo.core.transitions",
     "egrpo.core.executor",
     "egrpo.core.loss",
-    "egrpo.core.seeds",
+    "egrpo.core.rollout",
 ]
 
 

@@ -19,7 +19,8 @@ from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
 from egrpo.models import load_model
-from egrpo.models.conditioning import load_conditioning, read_prompts
+from egrpo.config.prompts import read_prompts
+from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
 from egrpo.rewards.clip import Clip
 from egrpo.rewards.jpeg import JpegCompressibility

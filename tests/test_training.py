@@ -18,11 +18,12 @@ import torch
 from conftest import ROOT, small_run, write_run
 from safetensors.torch import load_file
 
-from egrpo.config.models import RunConfig
-from egrpo.config.trees import cost_of, needs_plan, plan_of, training_sigmas, tree_of
+from egrpo.config.models import Bound, RunConfig
+from egrpo.config.trees import iteration_cost, needs_plan, plan_of, training_sigmas, tree_of
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import state_key
+from egrpo.stages.monitor import crossed, load_grid, save_grid
 from egrpo.stages.train import Trainer
 from egrpo.stages.train_run import only_one, train
 from egrpo.store import checkpoint as checkpoints
@@ -49,7 +50,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "egrpo checkpointed": {"train.gradient_checkpointing": True},
     "egrpo cps": {"method.dynamics": "cps", "method.threshold": 0.0},
     "egrpo dance_sde": {"method.dynamics": "dance_sde", "method.threshold": 0.0},
+    "egrpo subset, coarse second-order suffix, updates": {
+        "method.active_per_iteration": 2,
+        "method.granularities": [2],
+        "method.suffix": "dpm2",
+        "train.updates": 2,
+    },
     "flow_grpo": {"method.name": "flow_grpo"},
+    "flow_grpo guarded": {"method.name": "flow_grpo", "train.loss": "guarded"},
+    "g2rpo": {"method.name": "g2rpo", "method.active": 3, "method.group_size": 3},
+    "tempflow_grpo": {"method.name": "tempflow_grpo", "method.active": 3, "method.anchors": 2},
+    "flow_grpo_fast": {"method.name": "flow_grpo_fast", "method.group_size": 4},
+    "dancegrpo": {"method.name": "dancegrpo", "method.group_size": 3, "method.steps": 6},
+    "mixgrpo_flash": {"method.name": "mixgrpo_flash", "method.group_size": 4, "method.steps": 9},
+    "branchgrpo": {
+        "method.name": "branchgrpo",
+        "method.steps": 5,
+        "method.splits": [0, 2],
+        "method.group_size": 4,
+        "train.updates": 4,
+    },
+    "diffusion_nft": {"method.name": "diffusion_nft", "method.group_size": 3},
+    "awm": {"method.name": "awm", "method.group_size": 3},
     "flow_grpo bfloat16": {"method.name": "flow_grpo", "model.dtype": "bfloat16"},
 }
 
@@ -62,22 +84,21 @@ def test_ratio_is_exactly_one_at_the_first_update_and_counts_are_predicted(
     before = [p.detach().clone() for p in trainer.parameters]
     metrics, rows = trainer.step()
     assert metrics["on_policy_ratio_deviation"] == 0.0
-    assert metrics["clip_fraction"] == 0.0
+    if trainer.run.train.updates == 1:
+        assert metrics["clip_fraction"] == 0.0
     changed = [not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True)]
     assert any(changed)
-    cost = cost_of(trainer.run, trainer.tree)
-    prompts = trainer.run.train.prompts_per_iteration
-    assert trainer.counts["forward"] == cost.forward_per_prompt * prompts
-    assert trainer.counts["train"] == cost.train_per_prompt * prompts
-    assert trainer.counts["reference"] == cost.reference_per_prompt * prompts
-    assert len(rows["step"]) == len(trainer.tree.trained) * prompts
+    cost = iteration_cost(trainer.run, trainer.plan, 1, len(trainer.texts))
+    assert {k: trainer.counts[k] for k in ("forward", "train", "reference")} == vars(cost)
+    _, trees = trainer.trees(1)
+    assert len(rows["step"]) == sum(len(tree.trained) for tree in trees)
 
 
 def test_ratio_moves_when_the_weights_moved(embeddings: Path) -> None:
     """The exactness above is no tautology: other weights give other ratios."""
     trainer = trainer_for(embeddings)
-    ids = trainer.prompt_ids(1)
-    rollout = trainer.rollout(1, ids)
+    ids, trees = trainer.trees(1)
+    rollout = trainer.rollout(1, ids, trees)
     with torch.no_grad():
         for p in trainer.parameters:
             p.add_(0.01 * torch.randn_like(p))
@@ -92,12 +113,12 @@ def test_ratio_moves_when_the_weights_moved(embeddings: Path) -> None:
 
 def test_an_update_makes_good_samples_likelier(embeddings: Path) -> None:
     trainer = trainer_for(embeddings, **{"method.group_size": 8, "method.active": 4})
-    ids = trainer.prompt_ids(1)
-    rollout = trainer.rollout(1, ids)
+    ids, trees = trainer.trees(1)
+    rollout = trainer.rollout(1, ids, trees)
     rng = np.random.default_rng(0)
     scores = {"verifier": rng.normal(size=len(rollout.leaves))}
-    advantage = trainer.advantages(scores, rollout, len(ids))
-    trainer.optimise(rollout, ids, advantage)
+    advantage = trainer.advantages(scores, rollout, trees)
+    trainer.optimise(rollout, ids, trees, advantage)
     gain = 0.0
     for batch in rollout.batches:
         rows = torch.tensor(ids)[batch.tree]
@@ -118,21 +139,22 @@ def test_accumulated_gradient_equals_that_of_one_batch(embeddings: Path) -> None
     for size in (1, 16):
         trainer = trainer_for(embeddings, **{"train.train_micro_batch": size})
         trainer.optimizer.zero_grad = lambda: None
-        ids = trainer.prompt_ids(1)
-        rollout = trainer.rollout(1, ids)
+        ids, trees = trainer.trees(1)
+        rollout = trainer.rollout(1, ids, trees)
         scores = {"verifier": np.arange(len(rollout.leaves), dtype=float) ** 1.5}
-        trainer.optimise(rollout, ids, trainer.advantages(scores, rollout, 2))
+        trainer.optimise(rollout, ids, trees, trainer.advantages(scores, rollout, trees))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-7)
     assert gradients[0].abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("cadence", ["per_iteration", "per_step"])
-def test_optimizer_cadence(cadence: str, embeddings: Path) -> None:
-    trainer = trainer_for(embeddings, **{"train.optimizer_cadence": cadence})
+@pytest.mark.parametrize("updates", [1, 3])
+def test_optimizer_steps_of_an_iteration(updates: int, embeddings: Path) -> None:
+    """With one part per active step E-GRPO takes a step after each, as its public code does."""
+    trainer = trainer_for(embeddings, **{"train.updates": updates})
     trainer.step()
     steps = {int(s["step"]) for s in trainer.optimizer.state_dict()["state"].values()}
-    assert steps == {1 if cadence == "per_iteration" else len(trainer.tree.trained) // 3}
+    assert steps == {updates}
 
 
 def test_ema_follows_the_weights_and_is_what_is_saved(embeddings: Path, tmp_path: Path) -> None:
@@ -164,22 +186,22 @@ def test_ema_follows_the_weights_and_is_what_is_saved(embeddings: Path, tmp_path
 def test_prompts_of_an_epoch_are_each_seen_once(embeddings: Path) -> None:
     trainer = trainer_for(embeddings, **{"train.prompts_per_iteration": 4})
     per_epoch = len(trainer.texts) // 4
-    seen = [i for k in range(1, per_epoch + 1) for i in trainer.prompt_ids(k)]
+    seen = [i for k in range(1, per_epoch + 1) for i in trainer.trees(k)[0]]
     assert sorted(seen) == sorted(set(seen))
-    assert trainer.prompt_ids(1) != trainer.prompt_ids(per_epoch + 1)
+    assert trainer.trees(1)[0] != trainer.trees(per_epoch + 1)[0]
 
 
 def test_nan_rewards_are_counted_and_all_nan_is_refused(embeddings: Path) -> None:
     trainer = trainer_for(embeddings)
-    ids = trainer.prompt_ids(1)
-    rollout = trainer.rollout(1, ids)
+    ids, trees = trainer.trees(1)
+    rollout = trainer.rollout(1, ids, trees)
     scores = np.random.default_rng(0).normal(size=len(rollout.leaves))
     scores[::5] = np.nan
-    some = trainer.advantages({"verifier": scores}, rollout, len(ids))
+    some = trainer.advantages({"verifier": scores}, rollout, trees)
     assert some.samples_invalid == len(scores[::5])
     assert np.isfinite(some.values).all()
     with pytest.raises(UserError, match=r"rewards\.verifier: every image of iteration 1"):
-        trainer.advantages({"verifier": np.full_like(scores, np.nan)}, rollout, len(ids))
+        trainer.advantages({"verifier": np.full_like(scores, np.nan)}, rollout, trees)
 
 
 # -- resume --------------------------------------------------------------------------------
@@ -233,7 +255,7 @@ def comparable(path: Path) -> list[dict[str, Any]]:
     return [r for r in rows if not str(r.get("metric", "")).startswith("time/")]
 
 
-@pytest.mark.parametrize("method", ["egrpo", "flow_grpo"])
+@pytest.mark.parametrize("method", ["egrpo", "flow_grpo", "diffusion_nft"])
 def test_killed_and_started_again_ends_bit_identical(
     method: str, embeddings: Path, tmp_path: Path
 ) -> None:
@@ -242,6 +264,7 @@ def test_killed_and_started_again_ends_bit_identical(
         "train.ema_decay": 0.9,
         "train.iterations": 7,
         "train.checkpoint_every": 2,
+        "train.snapshots": [1, 800, 10**9],
     }
     run = small_run("victim", **overrides)
     straight = command(tmp_path, run, embeddings, "straight")
@@ -258,10 +281,10 @@ def test_killed_and_started_again_ends_bit_identical(
         "adapter/pytorch_lora_weights.safetensors",
         *(
             str(p.relative_to(tmp_path / "out-straight"))
-            for p in sorted((tmp_path / "out-straight/monitor").glob("*.png"))
+            for p in sorted((tmp_path / "out-straight").glob("[ms][on]*/**/*.[ps][na]*"))
         ),
     ]
-    assert len(files) >= 4
+    assert len(files) == 1 + 5 + 3
     for name in files:
         a, b = (tmp_path / f"out-{x}" / name for x in ("straight", "killed"))
         assert a.read_bytes() == b.read_bytes(), name
@@ -273,6 +296,127 @@ def test_killed_and_started_again_ends_bit_identical(
     )
     for key in ("nfe_forward", "nfe_train", "nfe_reference", "nfe_monitor", "iterations", "key"):
         assert a[key] == b[key]
+
+
+def test_pruned_leaves_need_no_training(embeddings: Path) -> None:
+    """Width pruning: fewer forward/backward passes than the tree allows, and ratios still 1."""
+    trainer = trainer_for(
+        embeddings,
+        **{
+            "method.name": "branchgrpo",
+            "method.steps": 6,
+            "method.splits": [0, 1],
+            "method.group_size": 4,
+            "method.width_share": 0.5,
+            "train.updates": 1,
+        },
+    )
+    most = iteration_cost(trainer.run, trainer.plan, 1, len(trainer.texts))
+    metrics, _ = trainer.step()
+    # per prompt: 1 + 2 sources up to the last split, then 2 of 4 leaves for the 4 steps after it
+    assert trainer.counts["train"] == 2 * (1 + 2 + 2 * 4) < most.train == 2 * (1 + 2 + 4 * 4)
+    assert metrics["on_policy_ratio_deviation"] < 1e-5  # smaller chunks round otherwise
+
+
+def test_averaged_weights_sample_where_asked(embeddings: Path) -> None:
+    """DiffusionNFT's slow policy: after an update its velocities differ from the trained ones."""
+    trainer = trainer_for(
+        embeddings,
+        **{
+            "method.name": "diffusion_nft",
+            "method.group_size": 3,
+            "train.ema_ramp": 0.9,
+            "train.ema_decay": 0.9,
+        },
+    )
+    trainer.step()
+    ids, trees = trainer.trees(2)
+    slow = trainer.rollout(2, ids, trees).batches[0]
+    rows = torch.tensor(ids)[slow.tree]
+    with torch.no_grad():
+        now = trainer.model.velocity(
+            slow.x, trainer.sigmas[slow.start], trainer.conditioning.rows(rows)
+        )
+        with trainer.averaged():
+            mean = trainer.model.velocity(
+                slow.x, trainer.sigmas[slow.start], trainer.conditioning.rows(rows)
+            )
+    assert torch.equal(mean, slow.v)
+    assert not torch.allclose(now, slow.v, atol=1e-6)
+
+
+# -- snapshots and bounds --------------------------------------------------------------------
+
+
+def test_snapshot_is_the_last_iteration_within_its_evaluations(
+    embeddings: Path, tmp_path: Path
+) -> None:
+    run = small_run("snap", **{"train.iterations": 3})
+    each = iteration_cost(run, plan_for(run), 1, 100).total
+    run = small_run(
+        "snap", **{"train.iterations": 3, "train.snapshots": [1, 2 * each, 2 * each + 1]}
+    )
+    out = run_in_process(run, embeddings, tmp_path)
+    records = [json.loads(p.read_text()) for p in sorted(out.glob("snapshots/*/snapshot.json"))]
+    assert sorted((r["iteration"], r["nfe"]) for r in records) == [
+        (0, 0),
+        (2, 2 * each),
+        (2, 2 * each),
+    ]
+    shorter = small_run("snap", **{"train.iterations": 2})
+    straight = run_in_process(shorter, embeddings, tmp_path / "two")
+    name = "pytorch_lora_weights.safetensors"
+    kept = (out / "snapshots" / str(2 * each) / name).read_bytes()
+    assert kept == (straight / "adapter" / name).read_bytes()
+
+
+def test_a_snapshot_asked_for_later_is_made_by_starting_over(
+    embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run_in_process(small_run("snap"), embeddings, tmp_path)
+    first = (out / "adapter/pytorch_lora_weights.safetensors").read_bytes()
+    capsys.readouterr()
+    out = run_in_process(small_run("snap", **{"train.snapshots": [1]}), embeddings, tmp_path)
+    assert "starting over for a snapshot that it passed" in capsys.readouterr().err
+    assert (out / "snapshots/1/snapshot.json").exists()
+    assert (out / "adapter/pytorch_lora_weights.safetensors").read_bytes() == first
+    run_in_process(small_run("snap", **{"train.snapshots": [1]}), embeddings, tmp_path)
+    assert "starting over" not in capsys.readouterr().err
+
+
+def test_a_bound_stops_the_run_and_keeps_what_it_made(
+    embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bounds = {"reward/verifier": {"least": 2.0, "action": "stop"}, "diversity": {"least": 2.0}}
+    run = small_run("bound", **{"train.bounds": bounds, "train.snapshots": [10**9]})
+    out = run_in_process(run, embeddings, tmp_path)
+    said = capsys.readouterr().err
+    assert "iteration 2: monitor reward/verifier:" in said
+    assert "below 2 (train.bounds.reward/verifier.least); training stops" in said
+    assert "diversity.least); training goes on" in said
+    record = json.loads((out / "train.json").read_text())
+    assert record["iterations"] == 2  # monitored every second iteration
+    assert list(record["stopped"]) == ["reward/verifier"]
+    assert json.loads((out / f"snapshots/{10**9}/snapshot.json").read_text())["iteration"] == 2
+    again = json.loads((run_in_process(run, embeddings, tmp_path) / "train.json").read_text())
+    assert again == record  # it does not go on when it is started again
+
+
+def test_a_fall_is_measured_from_the_untrained_model() -> None:
+    bounds = {"reward/clip": Bound(fall=0.1, action="stop"), "distance_to_base": Bound(most=0.5)}
+    start = {"monitor/reward/clip": 0.7, "monitor/distance_to_base": 0.0}
+    fine = {"monitor/reward/clip": 0.61, "monitor/distance_to_base": 0.5}
+    assert crossed(bounds, fine, start) == {}
+    bad = {"monitor/reward/clip": 0.59, "monitor/distance_to_base": 0.51}
+    assert list(crossed(bounds, bad, start)) == list(bounds)
+    failed = {"monitor/reward/clip": None, "monitor/distance_to_base": 0.0}  # NaN in the journal
+    assert list(crossed(bounds, failed, start)) == ["reward/clip"]
+
+
+def test_monitor_grid_survives_its_file(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (6, 3, 5, 7), dtype=torch.uint8)
+    save_grid(tmp_path / "grid.png", images, 2)
+    assert torch.equal(load_grid(tmp_path / "grid.png", 2, 5, 7), images)
 
 
 def run_in_process(run: RunConfig, embeddings: Path, folder: Path) -> Path:
@@ -400,14 +544,14 @@ def test_an_adapter_that_lacks_layers_is_refused(embeddings: Path, tmp_path: Pat
 
 def test_a_gradient_that_is_not_finite_stops_the_run(embeddings: Path) -> None:
     trainer = trainer_for(embeddings)
-    ids = trainer.prompt_ids(1)
-    rollout = trainer.rollout(1, ids)
+    ids, trees = trainer.trees(1)
+    rollout = trainer.rollout(1, ids, trees)
     scores = {"verifier": np.arange(len(rollout.leaves), dtype=float)}
-    advantage = trainer.advantages(scores, rollout, len(ids))
+    advantage = trainer.advantages(scores, rollout, trees)
     advantage.values[0] = np.inf
     before = [p.detach().clone() for p in trainer.parameters]
     with pytest.raises(UserError, match="the gradient of iteration 1 is"):
-        trainer.optimise(rollout, ids, advantage)
+        trainer.optimise(rollout, ids, trees, advantage)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
 
 

@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from egrpo.core.noise import DETERMINISTIC, STD
+from egrpo.core.rollout import Segment, TrainBatch
 from egrpo.core.schedule import shifted_sigmas
-from egrpo.core.transitions import (
-    gaussian_log_prob,
-    log_prob,
-    transition,
-    transition_distance,
-)
+from egrpo.core.transitions import MEAN, dpm2_mean, gaussian_log_prob, log_prob, transition
 
 GRID = shifted_sigmas(16, 3.0)
 EDGES = [(0, 1), (0, 3), (1, 2), (4, 6), (7, 10), (13, 15)]
@@ -232,8 +229,15 @@ def test_cps_keeps_the_noise_level_exactly_for_a_point_target(level, steps):
         assert variance == pytest.approx(sigmas[stop] ** 2)
 
 
+def one_segment(x: Tensor, y: Tensor, start: int, stop: int, dynamics: str) -> TrainBatch:
+    """Edges x -> y as a batch of the training pass; old velocities are zero."""
+    rows, zero = torch.arange(len(x)), torch.zeros_like(x)
+    segment = Segment(dynamics, stop, rows, y)
+    return TrainBatch(start, 0, x, zero, rows, (segment,), tuple(rows.tolist()), torch.zeros(3))
+
+
 @pytest.mark.parametrize("step", [0, 3, 8])
-def test_distance_of_transitions_is_flow_grpos_penalty(step: int) -> None:
+def test_divergence_times_length_is_flow_grpos_penalty(step: int) -> None:
     """Its public code: ((mean - mean_ref)^2).mean() / (2 s_t^2), s_t without the sqrt of |dt|."""
     sigmas = shifted_sigmas(10, 3.0)
     x, v, ref = torch.randn(3, 2, 5, dtype=torch.float64).unbind(0)
@@ -242,6 +246,62 @@ def test_distance_of_transitions_is_flow_grpos_penalty(step: int) -> None:
     dt = sigmas[step + 1] - t
     gain = (1 + s_t**2 * (1 - t) / (2 * t)) * dt
     expected = ((gain * (v - ref)) ** 2).mean(1) / (2 * s_t**2)
-    mean, std = transition(x, v, sigmas, step, step + 1, "flow_sde", 0.7)
-    reference, _ = transition(x, ref, sigmas, step, step + 1, "flow_sde", 0.7)
-    torch.testing.assert_close(transition_distance(mean, reference, std, -dt), expected)
+    batch = one_segment(x, x, step, step + 1, "flow_sde")
+    penalty = batch.divergence(v, ref, sigmas, 0.7) * batch.lengths(sigmas)
+    torch.testing.assert_close(penalty, expected, rtol=1e-6, atol=0)  # lengths are float32
+
+
+@pytest.mark.parametrize(("start", "stop"), EDGES)
+@pytest.mark.parametrize("dynamics", SDES)
+def test_divergence_is_the_kl_divergence_of_the_transitions(dynamics, start, stop):
+    x, v, ref = latents()
+    batch = one_segment(x, x, start, stop, dynamics)
+    p, q = (
+        torch.distributions.Normal(*transition(x, u, GRID, start, stop, dynamics, 0.7))
+        for u in (v, ref)
+    )
+    expected = torch.distributions.kl_divergence(p, q).flatten(1).mean(1)
+    torch.testing.assert_close(batch.divergence(v, ref, GRID, 0.7), expected)
+    assert not batch.divergence(v, v, GRID, 0.7).any()
+    torch.testing.assert_close(batch.lengths(GRID), torch.full((3,), GRID[start] - GRID[stop]))
+
+
+def test_std_and_mean_know_the_same_dynamics():
+    assert set(STD) == set(MEAN) == {"ode", "dpm2", "flow_sde", "dance_sde", "cps"}
+    assert set(DETERMINISTIC) == {k for k in STD if STD[k](GRID, 3, 4, 0.7) == 0.0}
+
+
+@pytest.mark.parametrize(("before", "start", "stop"), [(1, 2, 3), (3, 4, 7), (2, 8, 9)])
+def test_second_order_step_is_exact_for_data_linear_in_log_snr(before, start, stop):
+    """Variation of constants: x = s'/s*x + s' * integral of e^l * x0(l) dl over l = log(a/s).
+
+    Where x0(l) is a straight line the midpoint form errs by O(h^3) and Euler by O(h^2).
+    """
+    x, slope, offset = latents()
+
+    def log_snr(i: float) -> float:
+        return math.log((1 - i) / i)
+
+    def errors(sigmas: list[float]) -> tuple[float, float]:
+        """Of Euler and of the second-order step, by sigmas of (before, start, stop)."""
+        older, here, there = (log_snr(s) for s in sigmas)
+        nodes = [here + (there - here) * (k + 0.5) / 4000 for k in range(4000)]
+        width = (there - here) / 4000
+        total = sum(math.exp(n) * width for n in nodes)
+        moment = sum(math.exp(n) * n * width for n in nodes)
+        exact = sigmas[2] / sigmas[1] * x + sigmas[2] * (offset * total + slope * moment)
+        grid = (1.0, *sigmas, 0.0)
+        v = (x - (offset + slope * here)) / sigmas[1]
+        second = dpm2_mean(x, v, grid, 2, 3, 1, offset + slope * older)
+        euler = dpm2_mean(x, v, grid, 2, 3, 0, offset + slope * older)  # nothing useful behind
+        torch.testing.assert_close(euler, x + v * (sigmas[2] - sigmas[1]))
+        return float((euler - exact).abs().max()), float((second - exact).abs().max())
+
+    wide = [GRID[before], GRID[start], GRID[stop]]
+    middle = wide[1]
+    near = [middle + (s - middle) / 8 for s in wide]
+    first_wide, second_wide = errors(wide)
+    first_near, second_near = errors(near)
+    assert 32 < first_wide / first_near < 128  # error of a step of order 1: h^2, a factor of 64
+    assert second_wide / second_near > 200  # of order 2: h^3, a factor of 512
+    assert second_near < first_near / 8

@@ -12,9 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from egrpo.core.executor import Rollout, execute
-from egrpo.core.methods import branches, chains, egrpo, flow_grpo
+from egrpo.core.executor import execute
+from egrpo.core.methods import (
+    branches,
+    branchgrpo,
+    chains,
+    dancegrpo,
+    egrpo,
+    flow_grpo,
+    forward_process,
+    g2rpo,
+    tempflow_grpo,
+    windowed,
+)
+from egrpo.core.noise import NOISING
 from egrpo.core.plan import make_plan
+from egrpo.core.rollout import Rollout
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.seeds import normal, seed_of
 from egrpo.core.transitions import transition
@@ -43,7 +56,7 @@ def mixed_tree() -> Tree:
     """All dynamics, two roots, trained and untrained edges, two spans from one latent."""
     builder = TreeBuilder(6)
     first, second = builder.root(), builder.root(sample=1)
-    anchor = builder.ode(first, [1, 2])
+    anchor = builder.through(first, [1, 2])
     for sample in range(2):
         builder.finish(builder.edge(anchor, 3, "flow_sde", sample=sample, trained=True))
         builder.finish(builder.edge(anchor, 5, "flow_sde", sample=sample, trained=True, group=1))
@@ -52,13 +65,39 @@ def mixed_tree() -> Tree:
     return builder.build()
 
 
+def windows(steps: int, dynamics: str, noise: str, **suffix: Any) -> list[Tree]:
+    """A window of stochastic steps at another place for each of two prompts."""
+    return [
+        windowed(steps, 3, dynamics, start=start, size=size, noise=noise, **suffix)
+        for start, size in ((2, 3), (0, 2))
+    ]
+
+
 FORESTS = {
     "egrpo": [egrpo(SMALL, 3)] * 3,
+    "g2rpo": [g2rpo(8, 3, "flow_sde", active=[0, 2, 4], anchors=2, granularities=[1, 2])] * 2,
+    "g2rpo, second order": [
+        g2rpo(9, 2, "flow_sde", active=[0, 3], granularities=[1, 2, 3], suffix="dpm2")
+    ],
+    "tempflow_grpo": [
+        tempflow_grpo(SMALL.sigmas, 2, "flow_sde", LEVEL, active=range(7), anchors=2)
+    ],
     "flow_grpo": [flow_grpo(8, 3, "flow_sde", 0.99)] * 2,
+    "flow_grpo_fast": windows(8, "cps", "shared"),
+    "dancegrpo": [
+        dancegrpo(6, 3, "dance_sde", [(0, 2), (1, 4), (0, 3)]),
+        dancegrpo(6, 3, "dance_sde", [(3, 4), (0, 1), (2, 4)]),
+    ],
+    "mixgrpo": windows(8, "flow_sde", "same"),
+    "mixgrpo_flash": windows(12, "flow_sde", "same", suffix="dpm2", suffix_ratio=0.6),
+    "branchgrpo": [branchgrpo(6, [0, 2, 3], "dance_sde", untrained=[4])] * 2,
+    "diffusion_nft": [forward_process(6, 4, [(0, 2), (1, 5), (2, 3), (0, 4)], "dpm2")] * 2,
+    "awm": [forward_process(6, 2, [(0, 1, 3), (1, 3, 4)], "ode")] * 3,
     "binary": [binary_tree()] * 2,
     "mixed": [mixed_tree(), mixed_tree()],
     "plain ode": [chains(8, 4)] * 2,
 }
+TRAINED = sorted(set(FORESTS) - {"plain ode"})
 
 
 class PerRow:
@@ -126,22 +165,57 @@ def step_by_hand(
     return x + (v - scale2 / 2 * score) * (end - t) + math.sqrt(scale2 * (t - end)) * eps
 
 
+def solver_by_hand(
+    x: Tensor, data: Tensor, before: Tensor | None, sigmas: Sequence[float], indices: Sequence[int]
+) -> Tensor:
+    """DPM-Solver++(2M), Algorithm 2 of arXiv 2211.01095, with alpha = 1 - sigma.
+
+    ``indices`` are those of (``before``, ``data``, the result); before is None: first order.
+    """
+
+    def half_log_snr(index: int) -> float:
+        sigma = sigmas[index]
+        return -math.inf if sigma == 1 else math.inf if sigma == 0 else math.log(1 / sigma - 1)
+
+    i, j = indices[-2:]
+    h = half_log_snr(j) - half_log_snr(i)
+    if before is not None and sigmas[j] > 0:
+        r = (half_log_snr(i) - half_log_snr(indices[0])) / h
+        data = data + (data - before) / (2 * r)
+    return sigmas[j] / sigmas[i] * x - (1 - sigmas[j]) * math.expm1(-h) * data
+
+
 def latents_by_hand(tree: Tree, prompt: int) -> list[Tensor]:
     """Every latent of a tree, each from its parent's, one row at a time."""
-    sigmas, velocity, noise = shifted_sigmas(tree.steps, 3.0), PerRow(), Noise()
+    sigmas, noise = shifted_sigmas(tree.steps, 3.0), Noise()
     out: list[Tensor] = []
+    predictions: dict[int, Tensor] = {}
     for node in tree.nodes:
         if node.parent == ROOT:
             out.append(noise(prompt, -1, node.sample))
             continue
-        x, start = out[node.parent], tree.nodes[node.parent].index
-        v = velocity(x[None], sigmas[start], torch.tensor([prompt]))[0]
+        x, parent = out[node.parent], tree.nodes[node.parent]
+        start, t = parent.index, sigmas[parent.index]
+        if node.dynamics == NOISING:
+            eps = noise(prompt, -2 - node.index, node.sample)
+            out.append((1 - sigmas[node.index]) * x + sigmas[node.index] * eps)
+            continue
+        v = PerRow()(x[None], t, torch.tensor([prompt]))[0]
+        if node.dynamics == "dpm2":
+            predictions[node.parent] = x - t * v
+            older = parent.parent if parent.dynamics == "dpm2" else None
+            before = None if older is None else predictions[older]
+            indices = [start if older is None else tree.nodes[older].index, start, node.index]
+            out.append(solver_by_hand(x, x - t * v, before, sigmas, indices))
+            continue
         eps = noise(prompt, start, node.sample)
         out.append(step_by_hand(x, v, sigmas, node, start, eps))
     return out
 
 
 # --- trees ---------------------------------------------------------------------------------------
+
+LEAF = [Node(ROOT, 0), Node(0, 4, "ode")]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +231,14 @@ def latents_by_hand(tree: Tree, prompt: int) -> list[Tensor]:
         ([Node(ROOT, 0), Node(0, 5, "ode")], "node 1: edge 0 -> 5 must go forward"),
         ([Node(ROOT, 0), Node(0, 4, "sde")], "node 1: unknown dynamics 'sde'"),
         ([Node(ROOT, 0), Node(0, 4, "ode", trained=True)], "node 1: an ODE edge has no log-prob"),
+        ([Node(ROOT, 0), Node(0, 4, "dpm2", trained=True)], "node 1: an ODE edge has no log-prob"),
+        ([*LEAF, Node(1, 2, NOISING)], "node 2: a noising edge is trained and leads from a leaf"),
+        ([*LEAF, Node(0, 2, NOISING, trained=True)], "node 2: a noising edge .* not 0 -> 2"),
+        ([*LEAF, Node(1, 4, NOISING, trained=True)], "node 2: a noising edge .* not 4 -> 4"),
+        (
+            [*LEAF, Node(1, 2, NOISING, trained=True), Node(2, 4, "ode")],
+            "node 2: nothing follows a noising edge",
+        ),
         ([Node(ROOT, 0)], "node 0: the branch ends at index 0, not at sigma 0"),
         ([Node(ROOT, 0), Node(0, 3, "ode")], "node 1: the branch ends at index 3"),
     ],
@@ -191,6 +273,7 @@ def test_egrpo_branches_share_anchors_and_go_on_from_the_end_of_the_span():
         assert [(n.index, n.dynamics) for n in after] == [(node.index + 1, "ode")]
     sources = {tree.nodes[k].parent for k in tree.trained}
     assert len(sources) == 8
+    assert tree.sources == sources
     assert {tree.nodes[s].dynamics for s in sources} == {"", "ode"}
 
 
@@ -243,15 +326,24 @@ def test_recorded_edges_equal_those_walked_one_by_one(name):
             t, k = rollout.edges[e]
             node = trees[t].nodes[k]
             assert (seg.dynamics, seg.stop, int(batch.tree[row])) == (node.dynamics, node.index, t)
-            assert batch.start == trees[t].nodes[node.parent].index
-            torch.testing.assert_close(batch.x[row], latents[t][node.parent])
+            noising = node.dynamics == NOISING
+            x = latents[t][k if noising else node.parent]
+            assert batch.start == (node.index if noising else trees[t].nodes[node.parent].index)
+            torch.testing.assert_close(batch.x[row], x)
+            v = PerRow()(x[None], sigmas[batch.start], torch.tensor([t]))[0]
+            torch.testing.assert_close(batch.v[row], v)
+            if noising:
+                eps = Noise()(t, -2 - node.index, node.sample)
+                torch.testing.assert_close(x_next, eps - latents[t][node.parent])
+                torch.testing.assert_close(log_prob, -((v - x_next) ** 2).mean())
+                continue
             torch.testing.assert_close(x_next, latents[t][k])
             zero = torch.zeros(2, 3, dtype=torch.float64)
-            x = latents[t][node.parent]
-            v = PerRow()(x[None], sigmas[batch.start], torch.tensor([t]))[0]
             mean = step_by_hand(x, v, sigmas, node, batch.start, zero)
             one = step_by_hand(x, v, sigmas, node, batch.start, zero + 1) - mean
             density = torch.distributions.Normal(mean, one).log_prob(latents[t][k]).mean()
+            if node.dynamics == "cps":
+                density = -((latents[t][k] - mean) ** 2).mean()
             torch.testing.assert_close(log_prob, density)
 
 
@@ -281,7 +373,7 @@ def test_branches_share_the_velocity_of_their_anchor():
 
 
 def test_merged_step_skips_the_grid_points_inside_it():
-    tree = branches(8, [(2, 3)], 1, "flow_sde", trained=True)
+    tree = branches(8, ((2, 3),), 1, "flow_sde", trained=True)
     rollout, velocity, _ = run([tree])
     sigmas = shifted_sigmas(8, 3.0)
     assert [sigma for sigma, _ in velocity.calls] == [sigmas[i] for i in (0, 1, 2, 5, 6, 7)]
@@ -305,7 +397,7 @@ def test_result_does_not_depend_on_micro_batch(name, micro_batch):
     assert by_edge(parts) == pytest.approx(by_edge(whole))
 
 
-@pytest.mark.parametrize("name", ["egrpo", "flow_grpo", "mixed"])
+@pytest.mark.parametrize("name", FORESTS)
 def test_prompts_together_equal_each_prompt_alone(name):
     tree = FORESTS[name][0]
     prompts = [4, 0, 9]
@@ -330,15 +422,19 @@ def test_noise_is_asked_once_for_every_stochastic_edge(name):
     for t, tree in enumerate(trees):
         for node in tree.nodes:
             start = -1 if node.parent == ROOT else tree.nodes[node.parent].index
-            if node.dynamics != "ode":
+            if node.dynamics == NOISING:
+                start = -2 - node.index
+            if node.dynamics not in ("ode", "dpm2"):
                 expected[t, start, node.sample] += 1
     assert Counter(noise.asked) == expected
-    if name in ("egrpo", "flow_grpo"):
-        assert len(set(noise.asked)) == len(noise.asked)
+    repeated = {start for (_, start, _), count in Counter(noise.asked).items() if count > 1}
+    if name != "mixed":  # its two spans share noise
+        same = name in ("dancegrpo", "mixgrpo", "mixgrpo_flash")  # from the same initial noise
+        assert repeated == ({-1} if same else set())
 
 
 def test_spans_of_one_start_share_noise_and_nothing_else_does():
-    _, _, noise = run([branches(8, [(1, 1), (1, 3), (2, 1)], 4, "flow_sde", trained=True)])
+    _, _, noise = run([branches(8, ((1, 1), (1, 3), (2, 1)), 4, "flow_sde", trained=True)])
     counts = Counter(noise.asked)
     assert counts == {
         (0, -1, 0): 1,
@@ -409,29 +505,40 @@ class Network(torch.nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("train_micro_batch", [1, 2, 16])
-@pytest.mark.parametrize("name", ["egrpo", "flow_grpo", "binary", "mixed"])
-def test_on_policy_ratio_is_exactly_one(name, dtype, train_micro_batch):
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("name", TRAINED)
+def test_on_policy_ratio_is_exactly_one(name, parts, dtype, train_micro_batch):
     trees, network = FORESTS[name], Network(dtype)
     sigmas = shifted_sigmas(trees[0].steps, 3.0)
+
+    def crowded(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
+        """Other numbers in a batch of another size: only equal batches give equal numbers."""
+        return network(x, sigma, tree) * (1 + len(x) / 8)
+
     rollout = execute(
         trees,
         sigmas,
-        network,
+        crowded,
         Noise(),
         noise_level=LEVEL,
         micro_batch=5,
         train_micro_batch=train_micro_batch,
         dtype=dtype,
+        parts=parts,
     )
     assert rollout.leaves.dtype == dtype
-    assert len(rollout.edges) > 0
-    for batch in rollout.batches:
-        v = network(batch.x, sigmas[batch.start], batch.tree)  # with gradients this time
+    updates = list(rollout.updates())
+    assert 1 <= len(updates) <= parts
+    assert sorted(e for u in updates for b in u for e in b.edges) == list(range(len(rollout.edges)))
+    for batch in (batch for update in updates for batch in update):
+        assert len(batch.x) <= train_micro_batch
+        v = crowded(batch.x, sigmas[batch.start], batch.tree)  # with gradients this time
+        assert torch.equal(v, batch.v)
         new = batch.log_probs(v, sigmas, LEVEL)
         assert new.requires_grad
         assert new.dtype == torch.float32
         assert torch.equal(new, batch.log_prob)
-        assert torch.equal(torch.exp(new - batch.log_prob), torch.ones_like(new))
+        assert torch.equal(batch.log_ratio(v, sigmas, LEVEL).exp(), torch.ones_like(new))
 
 
 def test_latents_are_stored_rounded_before_their_log_probability():
@@ -549,7 +656,7 @@ def assert_has_the_targets_moments(leaves: Tensor, bias: float) -> None:
 
 @pytest.mark.parametrize("dynamics", ["flow_sde", "dance_sde"])
 def test_branches_keep_the_marginal_at_200_steps(dynamics):
-    spans = [(40, 1), (40, 5), (100, 1), (100, 8), (150, 20)]
+    spans = ((40, 1), (40, 5), (100, 1), (100, 8), (150, 20))
     assert_has_the_targets_moments(
         simulate(branches(200, spans, 1, dynamics, trained=False)), bias=0.03
     )
@@ -562,11 +669,11 @@ def test_sde_chains_keep_the_marginal_at_200_steps():
 def test_mixed_trajectory_keeps_the_marginal_and_coarse_steps_do_not():
     def mixed(steps: int, span: int) -> Tree:
         builder = TreeBuilder(steps)
-        node = builder.ode(builder.root(), range(1, steps // 8 + 1))
+        node = builder.through(builder.root(), range(1, steps // 8 + 1))
         for sample in range(3):
             begin = builder.nodes[node].index
             node = builder.edge(node, begin + span, "flow_sde", sample=sample)
-            node = builder.ode(node, range(begin + span + 1, begin + 2 * span + 1))
+            node = builder.through(node, range(begin + span + 1, begin + 2 * span + 1))
         builder.finish(node)
         return builder.build()
 

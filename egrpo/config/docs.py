@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -45,6 +45,13 @@ def section(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def named(field: FieldInfo) -> type[BaseModel] | None:
+    """The settings model of the values of a field that maps names to sections."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) is dict else ()
+    kind = kinds[1] if kinds else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
 def lines(model: type[BaseModel], indent: int = 0, skip: tuple[str, ...] = ()) -> Iterator[str]:
     """YAML lines of one settings model, comments above the keys."""
     pad = "  " * indent
@@ -58,6 +65,12 @@ def lines(model: type[BaseModel], indent: int = 0, skip: tuple[str, ...] = ()) -
             yield from lines(below, indent + 1)
             continue
         yield f"{pad}# {about(field)}"
+        entry = named(field)
+        if entry is not None:
+            yield f"{pad}{name}:"
+            yield f"{pad}  <name>:"
+            yield from lines(entry, indent + 2)
+            continue
         value = "..." if field.is_required() else _scalar(field.default)
         yield f"{pad}{name}: {value}"
 
@@ -70,13 +83,7 @@ def reference_yaml() -> str:
     """The commented reference of all settings."""
     out = [HEAD.rstrip(), ""]
     out += lines(StudyConfig, skip=("methods",))
-    out += lines(RunConfig, skip=("run", "method", "rewards"))
-    out += [
-        "# Reward models by name; the name is what train.rewards and the tables use.",
-        "rewards:",
-    ]
-    reward = RunConfig.model_fields["rewards"].annotation
-    out += ["  <name>:", *lines(reward.__args__[1], indent=2)]  # type: ignore[union-attr]
+    out += lines(RunConfig, skip=("run", "arm", "method"))
     out += [
         "# Settings by method; a run chooses its method with the column method.name of the runs",
         "# table, and overrides single settings by columns such as method.threshold.",
@@ -85,7 +92,7 @@ def reference_yaml() -> str:
     for name, method in METHOD_MODELS.items():
         out += [f"  # {(method.__doc__ or '').strip().splitlines()[0]}", f"  {name}:"]
         out += lines(method, indent=2, skip=("name",))
-        out += ["    # set for this method elsewhere, by its own paper or code:"]
+        out += [f"    # set for this method elsewhere ({method.source}):"]
         out += [f"    #   {key}: {_scalar(value)}" for key, value in method.recipe.items()]
     return "\n".join(out) + "\n"
 
@@ -108,9 +115,11 @@ def settings_page() -> str:
 
     def walk(model: type[BaseModel], prefix: str) -> None:
         for name, field in model.model_fields.items():
-            below = section(field)
+            below, entry = section(field), named(field)
             if below is not None:
                 walk(below, f"{prefix}{name}.")
+            elif entry is not None:
+                walk(entry, f"{prefix}{name}.<name>.")
             elif name != "method":
                 default = "required" if field.is_required() else f"`{_scalar(field.default)}`"
                 out.append(f"| `{prefix}{name}` | {default} | {about(field)} |")
@@ -120,7 +129,7 @@ def settings_page() -> str:
     for name, method in METHOD_MODELS.items():
         walk(method, f"methods.{name}.")
         out.extend(
-            f"| `{key}` ({name}) | `{_scalar(value)}` | set by the method's own recipe |"
+            f"| `{key}` ({name}) | `{_scalar(value)}` | the method's recipe ({method.source}) |"
             for key, value in method.recipe.items()
         )
     return "\n".join(out) + "\n"

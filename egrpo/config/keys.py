@@ -75,20 +75,35 @@ def plan_key(run: RunConfig) -> str:
             "run": run.run,
             "schedule": run.schedule.model_dump(),
             "method": run.method.model_dump(),
+            "rewards": run.train.rewards,  # whose spread the plan may depend on
         }
     )
 
 
 def run_key(run: RunConfig) -> str:
     """Names what a training run computes; how it is evaluated and tracked does not matter."""
-    settings = run.model_dump(exclude={"tracking", "evaluate", "profile"})
-    return digest({**settings, "monitor_steps": run.evaluate.steps})
+    beside: Any = {
+        **dict.fromkeys(("tracking", "evaluate", "profile", "arm"), True),
+        "train": {"snapshots"},
+    }
+    return digest({**run.model_dump(exclude=beside), "monitor_steps": run.evaluate.steps})
+
+
+def training_key(run: RunConfig) -> str:
+    """Names what a training job leaves behind: the run, and the weights kept on its way."""
+    return digest({"run": run_key(run), "snapshots": run.train.snapshots})
 
 
 def scoring_key(run: RunConfig) -> str:
     """Names how a trained run is evaluated."""
-    model = run.model.model_dump(include={"tuning", "lora"})
-    return digest({"run": run.run, "model": model, "evaluation": evaluation_key(run)})
+    return digest(
+        {
+            "run": run.run,
+            "model": run.model.model_dump(include={"tuning", "lora"}),
+            "evaluation": evaluation_key(run),
+            "snapshots": run.train.snapshots,
+        }
+    )
 
 
 def tracking_key(run: RunConfig) -> str:
@@ -101,7 +116,7 @@ KEYS: dict[str, Callable[[RunConfig], str]] = {
     "embed": embedding_key,
     "profile": profile_key,
     "plan": plan_key,
-    "train": run_key,
+    "train": training_key,
     "evaluate": scoring_key,
     "base": evaluation_key,
     "track": tracking_key,

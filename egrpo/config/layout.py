@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from egrpo.config.keys import KEYS, embedding_key, evaluation_key, profile_key
+from egrpo.config.keys import KEYS, digest, embedding_key, evaluation_key, profile_key
 from egrpo.config.load import Study
 
 
@@ -52,8 +52,13 @@ class Layout:
 
     @property
     def comparison(self) -> Path:
-        """The table of all runs against their base."""
+        """The table of the default runs against their base."""
         return self.root / "tables" / "comparison.parquet"
+
+    def target_settings(self, name: str) -> Path:
+        """What a table or figure is made by, named by its digest."""
+        spec = self.study.tables.get(name) or self.study.figures[name]
+        return self.root / "settings" / f"{name}-{digest(spec.model_dump())}.yaml"
 
     @property
     def figures(self) -> Path:

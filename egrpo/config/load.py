@@ -9,17 +9,17 @@ from __future__ import annotations
 import csv
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from egrpo.config.methods import AnyMethod, Method
-from egrpo.config.models import RunConfig, StudyConfig
+from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
 from egrpo.errors import UserError
 
 Tree = dict[str, Any]
@@ -28,6 +28,28 @@ METHOD_MODELS: dict[str, type[Method]] = {
     model.model_fields["name"].default: model for model in get_args(get_args(AnyMethod)[0])
 }
 """Settings model of each method, by name."""
+
+RESERVED = (
+    "all",
+    "all_runs",
+    "base",
+    "before_after",
+    "comparison",
+    "curves",
+    "embed",
+    "entropy",
+    "evaluate",
+    "figures",
+    "paper",
+    "plan",
+    "plans",
+    "profile",
+    "publish",
+    "settings",
+    "spread",
+    "train",
+)
+"""Names of rules and files that a table or figure of a study must not take."""
 
 _UNION_MEMBERS = ("int", "list[int]")
 
@@ -41,6 +63,10 @@ class Study:
     name: str
     results: str
     runs: dict[str, RunConfig]
+    default_runs: tuple[str, ...] = ()
+    paper: tuple[str, ...] = ()
+    tables: Mapping[str, TableSpec] = field(default_factory=dict)
+    figures: Mapping[str, FigureSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,7 +190,9 @@ def resolve(data: Tree, source: str) -> Study:
     data = numbers(data)
     study_keys = set(StudyConfig.model_fields)
     try:
-        study = StudyConfig.model_validate({k: v for k, v in data.items() if k in study_keys})
+        study = StudyConfig.model_validate(  # null takes away what a file below has set
+            {k: v for k, v in data.items() if k in study_keys and v is not None}
+        )
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error, StudyConfig)}") from None
     unknown = sorted(set(study.methods) - set(METHOD_MODELS))
@@ -173,24 +201,107 @@ def resolve(data: Tree, source: str) -> Study:
             f"{source}: methods.{unknown[0]}: unknown method; known: {', '.join(METHOD_MODELS)}"
         )
     shared = {k: v for k, v in data.items() if k not in study_keys}
-    for key in ("run", "method"):
+    for key in ("run", "arm", "method"):
         if key in shared:
             raise UserError(
                 f"{source}: {key}: belongs in the runs table (method.name, method.…) or under "
                 "`methods`, not at the top of a study"
             )
-    runs = {
-        row.run: resolve_run(shared, study.methods, row, source, study.runs)
-        for row in read_runs(study.runs)
-    }
+    runs: dict[str, RunConfig] = {}
+    for row in read_runs(study.runs):
+        for arm, one in seeded(row, study):
+            runs[one.run] = resolve_run(shared, study.methods, one, source, study.runs, arm)
     names = {run.study for run in runs.values()}
     if len(names) > 1:
         raise UserError(f"{study.runs}: column study: all runs of a table share one study")
-    return Study(names.pop(), study.results, runs)
+    check_targets(study, runs, source)
+    return Study(
+        names.pop(),
+        study.results,
+        with_snapshots(runs, study.tables.values()),
+        tuple(runs if study.default_runs is None else study.default_runs),
+        tuple((*study.tables, *study.figures) if study.paper is None else study.paper),
+        study.tables,
+        study.figures,
+    )
+
+
+def seeded(row: Row, study: StudyConfig) -> Iterator[tuple[str, Row]]:
+    """(arm, row) of each run that a line of the runs table stands for."""
+    if study.seeds is None:
+        yield row.run, row
+        return
+    if "seed" in row.overrides:
+        raise UserError(
+            f"{study.runs}: run {row.run!r}, column seed: the study's `seeds` give every run its "
+            "seed; leave one of them out"
+        )
+    for seed in study.seeds:
+        yield row.run, Row(f"{row.run}-s{seed}", {**row.overrides, "seed": seed})
+
+
+def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig], source: str) -> None:
+    """Refuse tables, figures and default runs that name what the study does not have.
+
+    Raises:
+        UserError: naming file and key.
+    """
+    arms = list(dict.fromkeys(run.arm for run in runs.values()))
+    rewards = list(dict.fromkeys(name for run in runs.values() for name in run.rewards))
+
+    def known(key: str, what: str, wanted: Iterable[str], there: Iterable[str]) -> None:
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            near = difflib.get_close_matches(missing[0], list(there), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{source}: {key}: no {what} {missing[0]!r}{hint}")
+
+    if study.seeds is not None and (
+        not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0
+    ):
+        raise UserError(f"{source}: seeds: distinct numbers of at least 0 are needed")
+    known("default_runs", "run", study.default_runs or (), runs)
+    known("paper", "table or figure", study.paper or (), (*study.tables, *study.figures))
+    both = sorted(set(study.tables) & set(study.figures))
+    if both:
+        raise UserError(f"{source}: figures.{both[0]}: a table has that name")
+    for name in (*study.tables, *study.figures):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
+            raise UserError(
+                f"{source}: tables, figures: {name!r} cannot be a target; use small letters, "
+                f"digits and _, and none of {', '.join(RESERVED)}"
+            )
+    for name, table in study.tables.items():
+        known(f"tables.{name}.sections", "line of the runs table", table.arms, arms)
+        known(f"tables.{name}.rewards", "reward", table.rewards, rewards)
+    for name, figure in study.figures.items():
+        known(f"figures.{name}.arms", "line of the runs table", figure.arms, arms)
+        known(f"figures.{name}.rewards", "reward", figure.rewards, rewards)
+
+
+def with_snapshots(
+    runs: Mapping[str, RunConfig], tables: Iterable[TableSpec]
+) -> dict[str, RunConfig]:
+    """Runs that keep their weights at the evaluations that tables compare them at."""
+    wanted: dict[str, set[int]] = {}
+    for table in tables:
+        for arm in table.arms if table.evaluations else ():
+            wanted.setdefault(arm, set()).add(table.evaluations or 0)
+    out = {}
+    for name, run in runs.items():
+        snapshots = sorted({*run.train.snapshots, *wanted.get(run.arm, ())})
+        train = run.train.model_copy(update={"snapshots": snapshots})
+        out[name] = run.model_copy(update={"train": train})
+    return out
 
 
 def resolve_run(
-    shared: Tree, methods: Mapping[str, Tree], row: Row, source: str, table: str
+    shared: Tree,
+    methods: Mapping[str, Tree],
+    row: Row,
+    source: str,
+    table: str,
+    arm: str | None = None,
 ) -> RunConfig:
     """One run: its method's recipe, the study's settings, then its own overrides."""
     name = row.overrides.get("method.name", "egrpo")
@@ -203,7 +314,8 @@ def resolve_run(
     for key, value in METHOD_MODELS[name].recipe.items():
         put(tree, key, value)
     tree = overlay(tree, shared)
-    base = overlay(tree, {"run": row.run, "method": {"name": name, **methods.get(name, {})}})
+    own = {"run": row.run, "arm": arm or row.run}
+    base = overlay(tree, {**own, "method": {"name": name, **methods.get(name, {})}})
     tree = base
     for key, value in row.overrides.items():
         section: Tree = {}
@@ -225,9 +337,12 @@ def resolve_run(
     return run
 
 
-def load_study(path: str | Path) -> Study:
-    """Read and resolve a study's YAML file."""
-    return resolve(read_yaml(path), str(path))
+def load_study(*paths: str | Path) -> Study:
+    """Read and resolve a study's YAML; later files are laid over the first."""
+    data: Tree = {}
+    for path in paths:
+        data = overlay(data, read_yaml(path))
+    return resolve(data, ", ".join(map(str, paths)))
 
 
 def check_files(study: Study, source: str) -> None:
@@ -269,12 +384,26 @@ def load_run(path: str | Path) -> RunConfig:
     """Read the resolved settings of one run, as the workflow wrote them."""
     data = read_yaml(path)
     settings = numbers(data)
-    if "run" in data:
-        settings["run"] = data["run"]  # a run may be called 1e-4
+    for key in ("run", "arm"):
+        if key in data:
+            settings[key] = data[key]  # a run may be called 1e-4
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, RunConfig)}") from None
+
+
+Target = TypeVar("Target", TableSpec, FigureSpec)
+
+
+def load_target(path: str | Path, model: type[Target]) -> tuple[str, Target]:
+    """Name and settings of a table or figure, as the workflow wrote them."""
+    data = read_yaml(path)
+    name = str(data.pop("name", ""))
+    try:
+        return name, model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, model)}") from None
 
 
 def first_problem(error: ValidationError) -> ErrorDetails:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from egrpo.config.base import PAPER, Settings, setting
+from egrpo.config.base import CHOICE, PAPER, Settings, setting
 
 DANCE = "DanceGRPO, arXiv 2505.07818 and its public code"
 FLOW = "Flow-GRPO, arXiv 2505.05470 and its public code"
@@ -37,6 +37,8 @@ class Method(Settings):
     """What every method has."""
 
     recipe: ClassVar[dict[str, Any]] = {}
+    source: ClassVar[str] = CHOICE
+    """Where the recipe comes from."""
     losses: ClassVar[tuple[Loss, ...]] = ("clipped", "guarded")
     """Values of ``train.loss`` that the method's edges allow."""
 
@@ -119,6 +121,7 @@ class Branching(Method):
 class Egrpo(Branching):
     """E-GRPO: consecutive low-entropy steps merged into one SDE step by a threshold."""
 
+    source: ClassVar[str] = PAPER
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 2e-6,
         "train.learning_rate_lora": 6e-5,
@@ -178,6 +181,7 @@ class Egrpo(Branching):
 class G2rpo(Branching):
     """Granular-GRPO: single SDE steps from an anchor, rewards at several granularities."""
 
+    source: ClassVar[str] = GRANULAR
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 2e-6,
         "train.learning_rate_lora": 6e-5,
@@ -200,6 +204,7 @@ class G2rpo(Branching):
 class TempflowGrpo(Branching):
     """TempFlow-GRPO: single SDE steps from anchors, loss weighted by their noise."""
 
+    source: ClassVar[str] = TEMPFLOW
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
         "train.learning_rate_lora": 3e-4,
@@ -228,6 +233,7 @@ class TempflowGrpo(Branching):
 class FlowGrpo(Method):
     """Flow-GRPO: SDE on all steps of independent trajectories."""
 
+    source: ClassVar[str] = FLOW
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
         "train.learning_rate_lora": 3e-4,
@@ -271,6 +277,7 @@ class Windowed(Method):
 class FlowGrpoFast(Windowed):
     """Flow-GRPO-Fast: a shared ODE prefix, a random window of SDE steps, ODE."""
 
+    source: ClassVar[str] = FLOW
     recipe: ClassVar[dict[str, Any]] = {
         **FlowGrpo.recipe,
         "train.clip_range": 1e-5,
@@ -309,6 +316,7 @@ class FlowGrpoFast(Windowed):
 class DanceGrpo(Method):
     """DanceGRPO: SDE of constant noise on all steps, a random part of each sample's trains."""
 
+    source: ClassVar[str] = DANCE
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 1e-5,
         "train.learning_rate_lora": 3e-4,
@@ -334,6 +342,7 @@ class DanceGrpo(Method):
 class MixGrpo(Windowed):
     """MixGRPO: SDE in a window that slides over the schedule, ODE elsewhere."""
 
+    source: ClassVar[str] = MIX
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 1e-5,
         "train.learning_rate_lora": 3e-4,  # 30 times the full one, the ratio of DanceGRPO's recipes
@@ -372,6 +381,7 @@ class MixGrpoFlash(MixGrpo):
 class BranchGrpo(Method):
     """BranchGRPO: a binary tree of SDE steps; an edge is worth the mean of its leaves."""
 
+    source: ClassVar[str] = BRANCH
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 1e-5,
         "train.learning_rate_lora": 3e-4,  # 30 times the full one, the ratio of DanceGRPO's recipes
@@ -475,6 +485,7 @@ class DiffusionNft(ForwardProcess):
     """DiffusionNFT: forward-process objective with positive and negative velocity mixtures."""
 
     losses: ClassVar[tuple[Loss, ...]] = ("negative_aware",)
+    source: ClassVar[str] = NFT
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
         "train.learning_rate_lora": 3e-4,
@@ -499,6 +510,7 @@ class Awm(ForwardProcess):
     """AWM: clipped policy gradient whose log-probability is the matching error."""
 
     losses: ClassVar[tuple[Loss, ...]] = ("clipped",)
+    source: ClassVar[str] = AWM
     recipe: ClassVar[dict[str, Any]] = {
         "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
         "train.learning_rate_lora": 3e-4,

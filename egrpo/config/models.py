@@ -292,7 +292,9 @@ class RunConfig(Settings):
     prompts: Prompts
     schedule: Schedule = Schedule()
     method: AnyMethod = Egrpo()
-    rewards: dict[str, Reward] = setting(..., "Reward models: name -> settings.")
+    rewards: dict[str, Reward] = setting(
+        ..., "Reward models by name; the name is what train.rewards and the tables use."
+    )
     advantage: Advantage = Advantage()
     train: Train
     profile: Profile = Profile()
@@ -401,6 +403,9 @@ class StudyConfig(Settings):
     )
     default_runs: list[str] | None = setting(
         None, "Runs that `snakemake` makes without a target; null: all."
+    )
+    paper: list[str] | None = setting(
+        None, "Tables and figures that the target `paper` makes; null: all."
     )
     tables: dict[str, TableSpec] = setting({}, "Tables by name; the name is the target.")
     figures: dict[str, FigureSpec] = setting({}, "Figures by name; the name is the target.")

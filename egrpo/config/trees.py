@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -237,6 +237,30 @@ def prompt_ids(run: RunConfig, iteration: int, count: int) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _epoch(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     return shuffled(range(count), seed, "prompts", epoch)
+
+
+def check_trees(runs: Mapping[str, RunConfig]) -> None:
+    """Refuse runs whose trees cannot be grown or cut into optimizer steps, before any training.
+
+    Of runs that differ in seed alone the first is looked at; a plan that waits for its profile
+    is looked at when it is made.
+
+    Raises:
+        UserError: naming run and key.
+    """
+    seen: set[str] = set()
+    for name, run in runs.items():
+        method, parts = run.method, run.train.updates
+        if run.arm in seen or (isinstance(method, Egrpo) and method.reads_profile):
+            continue
+        seen.add(run.arm)
+        plan = plan_of(run, training_sigmas(run)) if isinstance(method, Egrpo) else None
+        filled = len(set(tree_of(run, plan).parts(parts).values()))
+        if filled < parts:
+            raise UserError(
+                f"run {name}: train.updates: the trained steps of method {method.name} can be cut "
+                f"into {filled} parts only, not {parts}"
+            )
 
 
 # -- cost --------------------------------------------------------------------------------------

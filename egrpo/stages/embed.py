@@ -6,7 +6,8 @@ from pathlib import Path
 
 from egrpo.config.models import RunConfig
 from egrpo.models import load_model
-from egrpo.models.conditioning import read_prompts, save_conditioning
+from egrpo.config.prompts import read_prompts
+from egrpo.models.conditioning import save_conditioning
 
 
 def embed(run: RunConfig, output: Path) -> None:

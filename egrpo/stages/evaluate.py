@@ -1,9 +1,11 @@
-"""Evaluation of one model, base or trained: all rewards and all images in one job."""
+"""Evaluation of models, base or trained: all rewards and all images in one job."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from egrpo.config.keys import evaluation_key, scoring_key
 from egrpo.config.models import RunConfig
@@ -11,15 +13,76 @@ from egrpo.models import load_model
 from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
 from egrpo.stages.progress import Progress
-from egrpo.stages.sampling import sample_images
-from egrpo.store.tables import IMAGES, SCORES, write_table
+from egrpo.stages.sampling import png_of, sample_images
+from egrpo.store.files import read_json
+from egrpo.store.tables import IMAGES, SCORES, SNAPSHOTS, write_table
 
 PROMPTS_AT_ONCE = 32
 """Bounds memory; noise depends on prompt and sample alone, so it changes no image's noise."""
 
+Row = dict[str, Any]
+
+
+class Evaluator:
+    """Held-out prompts and rewards, loaded once for all models of a run."""
+
+    def __init__(self, run: RunConfig, embeddings: Path) -> None:
+        self.run = run
+        self.texts, self.conditioning = load_conditioning(embeddings, "heldout")
+        self.rewards: dict[str, Any] | None = None
+
+    def score(self, adapter: Path | None, what: str) -> tuple[list[Row], list[tuple[Row, Tensor]]]:
+        """Sample and score one model: the base (None), or what training wrote to ``adapter``.
+
+        Returns:
+            Rows of scores, and (head of a row, uint8 [3, h, w]) of every image.
+        """
+        run, e = self.run, self.run.evaluate
+        model = load_model(run.model)
+        if adapter is not None:
+            model.load(adapter)
+        conditioning = self.conditioning.to(model.device)
+        if self.rewards is None:
+            self.rewards = load_rewards(run.rewards, str(model.device))
+        ids = list(range(min(e.prompts or len(self.texts), len(self.texts))))
+        rows: list[Row] = []
+        found: list[tuple[Row, Tensor]] = []
+        with Progress(len(ids), f"evaluate {what}", unit="prompt") as progress:
+            for begin in range(0, len(ids), PROMPTS_AT_ONCE):
+                part = ids[begin : begin + PROMPTS_AT_ONCE]
+                images, _ = sample_images(
+                    model,
+                    conditioning,
+                    part,
+                    steps=e.steps,
+                    shift=run.schedule.shift,
+                    samples=e.samples,
+                    micro_batch=e.micro_batch,
+                )
+                heads = [
+                    {"prompt_id": i, "prompt": self.texts[i], "sample": s}
+                    for i in part
+                    for s in range(e.samples)
+                ]
+                scores = score_all(self.rewards, images, [str(head["prompt"]) for head in heads])
+                for n, (head, pixels) in enumerate(zip(heads, images, strict=True)):
+                    found.append((head, pixels))
+                    rows += [
+                        {**head, "reward": reward, "value": values[n]}
+                        for reward, values in scores.items()
+                    ]
+                progress.step(count=len(part))
+        return rows, found
+
 
 def evaluate(
-    run: RunConfig, embeddings: Path, adapter: Path | None, scores_path: Path, images_path: Path
+    run: RunConfig,
+    embeddings: Path,
+    adapter: Path | None,
+    scores_path: Path,
+    images_path: Path,
+    snapshots: Path | None = None,
+    snapshots_path: Path | None = None,
 ) -> None:
     """Sample the held-out prompts and score them.
 
@@ -27,46 +90,29 @@ def evaluate(
         run: settings; of the run that the base is compared with where ``adapter`` is None.
         adapter: folder that training wrote; None evaluates the base model as run ``base``.
         scores_path, images_path: the two Parquet files to write.
+        snapshots: folder of the weights that training kept on its way; their scores go to
+            ``snapshots_path``.
 
     Raises:
         UserError: for missing or wrong weights or embeddings.
     """
-    from PIL import Image
-
-    texts, conditioning = load_conditioning(embeddings, "heldout")
-    model = load_model(run.model)
-    if adapter is not None:
-        model.load(adapter)
-    conditioning = conditioning.to(model.device)
-    rewards = load_rewards(run.rewards, str(model.device))
-    e, name = run.evaluate, run.run if adapter is not None else "base"
-    ids = list(range(min(e.prompts or len(texts), len(texts))))
-    score_rows, image_rows = [], []
-    with Progress(len(ids), f"evaluate {name}", unit="prompt") as progress:
-        for begin in range(0, len(ids), PROMPTS_AT_ONCE):
-            part = ids[begin : begin + PROMPTS_AT_ONCE]
-            images, _ = sample_images(
-                model,
-                conditioning,
-                part,
-                steps=e.steps,
-                shift=run.schedule.shift,
-                samples=e.samples,
-                micro_batch=e.micro_batch,
-            )
-            heads = [
-                {"run": name, "prompt_id": i, "prompt": texts[i], "sample": s}
-                for i in part
-                for s in range(e.samples)
-            ]
-            scores = score_all(rewards, images, [str(head["prompt"]) for head in heads])
-            for row, (head, pixels) in enumerate(zip(heads, images, strict=True)):
-                buffer = io.BytesIO()
-                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
-                image_rows.append({**head, "png": buffer.getvalue()})
-                for reward, values in scores.items():
-                    score_rows.append({**head, "reward": reward, "value": values[row]})
-            progress.step(count=len(part))
+    name = run.run if adapter is not None else "base"
     key = evaluation_key(run) if adapter is None else scoring_key(run)
-    write_table(scores_path, SCORES, score_rows, metadata={"config_hash": key})
-    write_table(images_path, IMAGES, image_rows, metadata={"config_hash": key})
+    evaluator = Evaluator(run, embeddings)
+    rows, images = evaluator.score(adapter, name)
+    write_table(
+        scores_path, SCORES, [{"run": name, **row} for row in rows], metadata={"config_hash": key}
+    )
+    pictures = [{"run": name, **head, "png": png_of(pixels)} for head, pixels in images]
+    write_table(images_path, IMAGES, pictures, metadata={"config_hash": key})
+    if snapshots is None or snapshots_path is None:
+        return
+    kept: list[Row] = []
+    for limit in run.train.snapshots:
+        record = read_json(snapshots / str(limit) / "snapshot.json")
+        spent = {key: record[key] for key in ("nfe", "iteration", "seconds")}
+        head = {"run": name, "evaluations": limit, **spent}
+        same = record["iteration"] == run.train.iterations  # the model just scored
+        found = rows if same else evaluator.score(snapshots / str(limit), f"{name} at {limit}")[0]
+        kept += [{**head, **row} for row in found]
+    write_table(snapshots_path, SNAPSHOTS, kept, metadata={"config_hash": key})

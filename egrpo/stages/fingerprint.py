@@ -14,6 +14,7 @@ SAMPLING_CODE = (
     "core/executor.py",
     "core/methods.py",
     "core/noise.py",
+    "core/rollout.py",
     "core/schedule.py",
     "core/seeds.py",
     "core/transitions.py",
@@ -30,6 +31,7 @@ SAMPLING_CODE = (
 
 TRAINING_CODE = (
     *SAMPLING_CODE,
+    "config/methods.py",
     "config/trees.py",
     "core/advantage.py",
     "core/loss.py",

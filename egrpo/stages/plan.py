@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from egrpo.config.keys import plan_key
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import plan_of
-from egrpo.core.entropy import step_entropy
+from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.plan import Plan
 from egrpo.core.schedule import check_sigmas
+from egrpo.core.spread import Spread
 from egrpo.errors import UserError
 from egrpo.store.files import read_json, write_json
 from egrpo.store.tables import ENTROPY_PROFILE, MERGE_PLAN, read_table, write_table
@@ -25,7 +28,8 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
     its own plan. Steps that cannot reach the threshold are said on stderr.
     """
     metadata = read_table(profile, ENTROPY_PROFILE).schema.metadata
-    made = plan_of(run, check_sigmas(json.loads(metadata[b"sigmas"])))
+    sigmas = check_sigmas(json.loads(metadata[b"sigmas"]))
+    made = plan_of(run, sigmas, measured_spread(profile, run.train.rewards))
     for warning in made.warnings:
         print(f"{run.run}: {warning}", file=sys.stderr)
     write_json(output, made.to_dict())
@@ -60,6 +64,34 @@ def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
         }
         for start, span in zip(made.active, made.spans, strict=True)
     ]
+
+
+def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[Spread]:
+    """Spread of the rewards by step and span, from a profile.
+
+    Per reward the mean over prompts of the spread within groups, over that of the yardstick; of
+    several rewards the mean by weight.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    groups: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
+    entropy: dict[tuple[int, int], dict[str, float]] = {}
+    for row in read_table(profile, ENTROPY_PROFILE).to_pylist():
+        at, reward = (row["step"], row["span"]), row["quantity"].removeprefix("reward:")
+        entropy[at] = {measure: row[measure] for measure in MEASURES}
+        pair = row["spread"], row["yardstick"]
+        if row["quantity"].startswith("reward:") and reward in rewards and None not in pair:
+            groups.setdefault(at, {}).setdefault(reward, []).append(pair)
+    out = []
+    for at, found in sorted(groups.items()):
+        total = 0.0
+        for reward, pairs in found.items():
+            spread, yardstick = (sum(values) for values in zip(*pairs, strict=True))
+            total += abs(rewards[reward]) * (spread / yardstick if yardstick > 0 else math.inf)
+        weight = sum(abs(rewards[reward]) for reward in found)
+        out.append(Spread(*at, entropy[at], total / weight))
+    return out
 
 
 def load_plan(path: str | Path) -> Plan:

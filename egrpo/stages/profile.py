@@ -25,13 +25,15 @@ from egrpo.core.noise import STD
 from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import normal
 from egrpo.models import load_model
-from egrpo.models.conditioning import load_conditioning
+from egrpo.models.conditioning import Conditioning, load_conditioning
 from egrpo.models.sd3 import SD3
 from egrpo.rewards import RewardModel, load_rewards, score_all
 from egrpo.stages.progress import Progress
-from egrpo.store.tables import ENTROPY_PROFILE, write_table
+from egrpo.stages.sampling import png_of
+from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, write_table
 
 Spread = dict[str, float]
+Groups = dict[tuple[int, int], Tensor]
 
 
 def candidates(steps: int, spans: list[int]) -> list[tuple[int, int]]:
@@ -58,18 +60,14 @@ def spread_of(
     return out
 
 
-def yardstick_of(
-    model: SD3,
-    leaf: Tensor,
-    prompt: str,
-    rewards: dict[str, RewardModel],
-    run: RunConfig,
-    prompt_id: int,
-) -> Spread:
-    """The same spreads for K copies of one final sample, each with its own 10% noise.
+def noisy_copies(model: SD3, leaf: Tensor, run: RunConfig, prompt_id: int) -> tuple[Tensor, Tensor]:
+    """The yardstick: K copies of one final sample, each with its own 10% noise.
 
     Noise goes on the final image (and, for ``latent_variance``, on the final latent), in a share
     of ``noise_fraction``: (1 - f) * x + f * noise, with noise of the data's unit scale.
+
+    Returns:
+        Images uint8 [K, 3, h, w] and latents [K, ...].
     """
     f, k = run.profile.noise_fraction, run.profile.samples
     latents = torch.stack(
@@ -85,12 +83,11 @@ def yardstick_of(
             for n in range(k)
         ]
     )
-    pixels = noisy.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return spread_of(latents, pixels, prompt, rewards)
+    return noisy.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8), latents
 
 
-def profile(run: RunConfig, embeddings: Path, output: Path) -> None:
-    """Measure and write ``entropy_profile.parquet``.
+def profile(run: RunConfig, embeddings: Path, output: Path, branches_path: Path) -> None:
+    """Measure and write ``entropy_profile.parquet``, and the images of some of its groups.
 
     Raises:
         UserError: for missing weights or embeddings.
@@ -99,66 +96,100 @@ def profile(run: RunConfig, embeddings: Path, output: Path) -> None:
     model = load_model(run.model)
     rewards = load_rewards(run.rewards, str(model.device))
     conditioning = conditioning.to(model.device)
-    sigmas = training_sigmas(run)
+    measured = _Profile(run, model, rewards)
     ids = list(range(min(run.profile.prompts, len(texts))))
     rows: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
     with Progress(len(ids), "profile", unit="prompt") as progress:
         for prompt_id in ids:
             prompt = conditioning.rows(torch.tensor([prompt_id], device=model.device))
-            rows += _one_prompt(run, model, rewards, sigmas, prompt, prompt_id, texts[prompt_id])
+            images, found = measured.prompt(prompt, prompt_id, texts[prompt_id])
+            rows += found
+            if prompt_id < run.profile.shown_prompts:
+                shown += measured.shown(images, prompt_id, texts[prompt_id])
             progress.step()
+    head = {"config_hash": profile_key(run)}
+    write_table(branches_path, BRANCHES, shown, metadata=head)
     write_table(
         output,
         ENTROPY_PROFILE,
         rows,
         metadata={
-            "config_hash": profile_key(run),
-            "sigmas": json.dumps(sigmas),
+            **head,
+            "sigmas": json.dumps(measured.sigmas),
             "dynamics": run.method.dynamics,
             "noise_level": str(run.method.noise_level),
         },
     )
 
 
-def _one_prompt(
-    run: RunConfig,
-    model: SD3,
-    rewards: dict[str, RewardModel],
-    sigmas: Sigmas,
-    prompt: Any,
-    prompt_id: int,
-    text: str,
-) -> list[dict[str, Any]]:
-    pairs = candidates(run.method.steps, run.profile.spans)
-    k = run.profile.samples
-    tree = branches(run.method.steps, tuple(pairs), k, run.method.dynamics, trained=False)
-    zero = torch.zeros(1, dtype=torch.int64, device=model.device)
+class _Profile:
+    """The branches of one run's profile and what is measured on them."""
 
-    def noise(tree: int, start: int, sample: int) -> Tensor:
-        return normal(model.image_shape, "profile", prompt_id, start, sample)
+    def __init__(self, run: RunConfig, model: SD3, rewards: dict[str, RewardModel]) -> None:
+        self.run, self.model, self.rewards = run, model, rewards
+        self.sigmas = training_sigmas(run)
+        self.pairs = candidates(run.method.steps, run.profile.spans)
+        self.tree = branches(
+            run.method.steps,
+            tuple(self.pairs),
+            run.profile.samples,
+            run.method.dynamics,
+            trained=False,
+        )
 
-    rollout = execute(
-        [tree],
-        sigmas,
-        lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(zero.expand(len(x)))),
-        noise,
-        noise_level=run.method.noise_level,
-        micro_batch=run.train.micro_batch,
-        dtype=model.dtype,
-        device=model.device,
-    )
-    images = model.decode(rollout.leaves, run.train.decode_batch)
-    yardstick = yardstick_of(model, rollout.leaves[0], text, rewards, run, prompt_id)
-    rows = []
-    for group, (start, span) in enumerate(pairs):
-        members = slice(group * k, (group + 1) * k)
-        spread = spread_of(rollout.leaves[members], images[members], text, rewards)
-        head = closed_form(run, sigmas, start, span) | {"prompt_id": prompt_id}
-        rows += [
-            {**head, "quantity": q, "spread": value, "yardstick": yardstick[q]}
-            for q, value in spread.items()
+    def prompt(
+        self, prompt: Conditioning, prompt_id: int, text: str
+    ) -> tuple[Groups, list[dict[str, Any]]]:
+        """Images uint8 [K, 3, h, w] by (step, span), the yardstick's by (-1, 0), and rows."""
+        run, model, k = self.run, self.model, self.run.profile.samples
+        zero = torch.zeros(1, dtype=torch.int64, device=model.device)
+
+        def noise(tree: int, start: int, sample: int) -> Tensor:
+            return normal(model.image_shape, "profile", prompt_id, start, sample)
+
+        rollout = execute(
+            [self.tree],
+            self.sigmas,
+            lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(zero.expand(len(x)))),
+            noise,
+            noise_level=run.method.noise_level,
+            micro_batch=run.train.micro_batch,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        images = model.decode(rollout.leaves, run.train.decode_batch)
+        noisy, noisy_latents = noisy_copies(model, rollout.leaves[0], run, prompt_id)
+        yardstick = spread_of(noisy_latents, noisy, text, self.rewards)
+        groups = {(-1, 0): noisy}
+        rows = []
+        for group, (start, span) in enumerate(self.pairs):
+            members = slice(group * k, (group + 1) * k)
+            groups[start, span] = images[members]
+            spread = spread_of(rollout.leaves[members], images[members], text, self.rewards)
+            head = closed_form(run, self.sigmas, start, span) | {"prompt_id": prompt_id}
+            rows += [
+                {**head, "quantity": q, "spread": value, "yardstick": yardstick[q]}
+                for q, value in spread.items()
+            ]
+        return groups, rows
+
+    def shown(self, groups: Groups, prompt_id: int, text: str) -> list[dict[str, Any]]:
+        """Rows of the groups whose images are kept, the yardstick's first."""
+        wanted = [(-1, 0), *((step, span) for step, span in self.run.profile.shown)]
+        return [
+            {
+                "prompt_id": prompt_id,
+                "prompt": text,
+                "step": step,
+                "span": span,
+                "sample": sample,
+                "png": png_of(pixels),
+            }
+            for step, span in wanted
+            if (step, span) in groups
+            for sample, pixels in enumerate(groups[step, span])
         ]
-    return rows
 
 
 def closed_form(run: RunConfig, sigmas: Sigmas, start: int, span: int) -> dict[str, Any]:

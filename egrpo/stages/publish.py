@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def publish(study: Study, store: Path, output: Path) -> None:
+def publish(study: Study, store: Path, table: Path, output: Path) -> None:
     """Deliver what is missing of every run, its evaluation, and the study's tables and figures.
 
     Args:
         study: its results are expected as in ``docs/architecture.md``.
         store: JSON file written by ``prepare``.
+        table: comparison of the study's runs with their base.
         output: JSON file: run id -> MLflow's run id, and ``uri``, ``experiment_id``.
 
     Raises:
@@ -50,7 +51,7 @@ def publish(study: Study, store: Path, output: Path) -> None:
 
     client = tracking.open_client(uri, timeout=60, retries=3)
     root = Path(study.results) / study.name
-    comparison = read_table(root / "tables" / "comparison.parquet", COMPARISON).to_pylist()
+    comparison = read_table(table, COMPARISON).to_pylist()
     found: dict[str, Any] = {}
     try:
         for name, run in study.runs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import torch
@@ -54,3 +55,12 @@ def sample_images(
     )
     images = model.decode(rollout.leaves, micro_batch).cpu()
     return images, rollout.forward * model.evaluations_per_velocity
+
+
+def png_of(image: Tensor) -> bytes:
+    """A PNG file of one image uint8 [3, h, w]."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -63,12 +63,12 @@ class RunFiles:
         )
 
 
-def make_comparison(runs: Mapping[str, RunFiles], output_dir: str | Path) -> None:
-    """Write ``comparison.parquet``, ``comparison.csv`` and ``comparison.md``.
+def make_comparison(runs: Mapping[str, RunFiles], output: str | Path) -> None:
+    """Write the comparison as Parquet to ``output``, and CSV and Markdown beside it.
 
     Args:
         runs: files by run id; rows keep this order in CSV and Markdown.
-        output_dir: folder, made if missing.
+        output: the Parquet file; its folder is made if missing.
 
     Raises:
         UserError: if a file is missing or damaged, or if trained and base results are not of the
@@ -77,12 +77,12 @@ def make_comparison(runs: Mapping[str, RunFiles], output_dir: str | Path) -> Non
     if not runs:
         raise UserError("comparison: no run is given; the runs table needs at least one")
     rows = [row for run, files in runs.items() for row in compare_run(run, files)]
-    folder = Path(output_dir)
+    path = Path(output)
     settings = {run: run_key(files.config) for run, files in runs.items()}
     metadata = {"config_hash": digest(settings), "interval_level": "0.95"}
-    write_table(folder / "comparison.parquet", COMPARISON, rows, metadata=metadata)
-    write_text(folder / "comparison.csv", _csv(rows))
-    write_text(folder / "comparison.md", markdown(rows))
+    write_table(path, COMPARISON, rows, metadata=metadata)
+    write_text(path.with_suffix(".csv"), _csv(rows))
+    write_text(path.with_suffix(".md"), markdown(rows))
 
 
 def compare_run(run: str, files: RunFiles) -> list[Row]:

@@ -1,22 +1,24 @@
 # The study, resolved and validated once; paths and helpers that the rules share.
 
 import functools
+import json
 from pathlib import Path
 
-import yaml
 from snakemake.exceptions import WorkflowError
 
 from egrpo.config import keys, load
 from egrpo.config.layout import Layout
-from egrpo.config.trees import needs_plan
+from egrpo.config.trees import check_trees, needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE
+from egrpo.store.files import write_json
 
 CONFIG_FILES = ", ".join(str(f) for f in workflow.overwrite_configfiles) or "config/config.yaml"
 
 try:
     study = load.resolve(config, CONFIG_FILES)
     load.check_files(study, CONFIG_FILES)
+    check_trees(study.runs)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -29,11 +31,38 @@ wildcard_constraints:
     run="|".join(re.escape(name) for name in RUNS),
     stage="|".join(keys.KEYS),
     key="[0-9a-f]+",
+    set="comparison|paper_runs|all_runs",
+    table="|".join(study.tables) or "(?!)",
+    figure="|".join(study.figures) or "(?!)",
+
+
+@functools.cache
+def owners():
+    """(stage, key) -> the first run that has it: shared artifacts are made with its settings."""
+    found = {}
+    for stage, key in keys.KEYS.items():
+        for name, run in RUNS.items():
+            found.setdefault((stage, key(run)), name)
+    return found
 
 
 def owner(stage, key):
-    """The first run whose settings have this key: shared artifacts are made with its settings."""
-    return next(name for name, run in RUNS.items() if keys.KEYS[stage](run) == key)
+    """The run whose settings stand for a key."""
+    return owners()[stage, key]
+
+
+@functools.cache
+def settings_store():
+    """A JSON file with the settings of every stage, run and target; its name holds its digest."""
+    entries = {f"{stage}-{key}": RUNS[run] for (stage, key), run in owners().items()}
+    entries |= {f"run {name}": run for name, run in RUNS.items()}
+    data = {name: run.model_dump() for name, run in entries.items()}
+    for name, spec in {**study.tables, **study.figures}.items():
+        data[f"target {name}"] = {"name": name, **spec.model_dump()}
+    path = Path(".snakemake", "egrpo", f"settings-{keys.digest(data)}.json")
+    if not path.exists():
+        write_json(path, data)
+    return str(path)
 
 
 @functools.cache
@@ -60,17 +89,78 @@ def sources(*parts):
 
 
 MODEL_CODE = sources(*SAMPLING_CODE)
-RUN_CONFIGS = [at.config(run) for run in RUNS]
+
+
+def configs(runs):
+    """Resolved settings of runs."""
+    return [at.config(run) for run in runs]
+
+
+def plans(runs):
+    """Merge plans of those runs that merge."""
+    return [at.run(run) / "plan.json" for run in runs if needs_plan(RUNS[run])]
+
+
+def profiles(runs):
+    """Entropy profiles that those plans are made from."""
+    return sorted({at.profile(run) for run in runs if needs_plan(RUNS[run])})
+
+
+def results(runs, *names):
+    """Files of runs by name, and of the base model where it has them too."""
+    shared = ("scores.parquet", "images.parquet")
+    of_runs = [at.run(run) / name for run in runs for name in names]
+    of_base = [at.base(run) / name for run in runs for name in names if name in shared]
+    return list(dict.fromkeys(of_runs + of_base))
 
 
 def plan_input(wc):
     """The merge plan, for methods that merge."""
-    return at.run(wc.run) / "plan.json" if needs_plan(RUNS[wc.run]) else []
+    return plans([wc.run])
 
 
-def write_settings(path, run):
-    """The resolved settings of a run, as every stage reads them."""
-    Path(path).write_text(yaml.safe_dump(RUNS[run].model_dump(), sort_keys=False), encoding="utf-8")
+def runs_of(arms):
+    """Runs of some arms, by seed."""
+    return [run for arm in arms for run in at.arm(arm)]
+
+
+def run_set(name):
+    """Runs that are compared and delivered together."""
+    paper = [study.tables.get(n) or study.figures[n] for n in study.paper]
+    return {
+        "comparison": list(study.default_runs),
+        "paper_runs": list(dict.fromkeys(runs_of([a for spec in paper for a in spec.arms]))),
+        "all_runs": list(RUNS),
+    }[name]
+
+
+def targets(set):
+    """Tables and figures that are delivered with a set of runs."""
+    names = {"comparison": (), "paper_runs": study.paper}
+    return [target(n) for n in names.get(set, (*study.tables, *study.figures))]
+
+
+def table_inputs(wc):
+    """What a table of results is made from."""
+    runs = runs_of(study.tables[wc.table].arms)
+    return results(runs, "scores.parquet", "snapshots.parquet", "train.json")
+
+
+def figure_inputs(wc):
+    """What a figure is made from."""
+    spec = study.figures[wc.figure]
+    runs = runs_of(spec.arms)
+    if spec.kind == "curves":
+        return results(runs, "train_metrics.parquet")
+    if spec.kind == "images":
+        return results(runs, "images.parquet")
+    shown = [at.branches(run) for run in runs[:1]] if spec.kind == "branches" else []
+    return profiles(runs) + plans(runs) + shown
+
+
+def target(name):
+    """The file that a table or figure is."""
+    return at.table(name) if name in study.tables else at.figure(name)
 
 
 def figure(name, category):

@@ -29,10 +29,12 @@ rule evaluate:
         embeddings=lambda wc: at.embeddings(wc.run),
         weights=lambda wc: weights(wc.run),
         adapter=f"{STUDY}/runs/{{run}}/adapter",
+        snapshots=f"{STUDY}/runs/{{run}}/snapshots",
         code=MODEL_CODE + sources("stages/evaluate.py"),
     output:
         scores=f"{STUDY}/runs/{{run}}/scores.parquet",
         images=f"{STUDY}/runs/{{run}}/images.parquet",
+        snapshots=f"{STUDY}/runs/{{run}}/snapshots.parquet",
     log:
         f"{STUDY}/logs/evaluate/{{run}}.log",
     benchmark:
@@ -43,4 +45,5 @@ rule evaluate:
     shell:
         "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.settings:q}"
         " --embeddings {input.embeddings:q} --adapter {input.adapter:q} --scores {output.scores:q}"
-        " --images {output.images:q} --threads {threads} 3>&2 2> {log:q}"
+        " --images {output.images:q} --snapshots {input.snapshots:q}"
+        " --snapshot-scores {output.snapshots:q} --threads {threads} 3>&2 2> {log:q}"

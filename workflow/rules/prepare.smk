@@ -1,9 +1,17 @@
 # Resolved settings, the tracking store, prompt embeddings.
 
 
+os.environ["EGRPO_SETTINGS"] = settings_store()  # not a parameter: those are remembered
+
+
+envvars:
+    "EGRPO_SETTINGS",
+
+
 localrules:
     run_config,
     settings,
+    target_settings,
     prepare_store,
 
 
@@ -12,10 +20,13 @@ rule run_config:
         config=f"{STUDY}/runs/{{run}}/config.yaml",
     log:
         f"{STUDY}/logs/run_config/{{run}}.log",
+    conda:
+        "../../envs/egrpo.yaml"
     params:
-        settings=lambda wc: yaml.safe_dump(RUNS[wc.run].model_dump(), sort_keys=False),
-    run:
-        write_settings(output.config, wildcards.run)
+        settings=lambda wc: keys.digest(RUNS[wc.run].model_dump()),  # so that an edit is noticed
+    shell:
+        "python workflow/scripts/write_settings.py \"$EGRPO_SETTINGS\" 'run {wildcards.run}'"
+        " {output.config:q} 2> {log:q}"
 
 
 # What one stage reads. The name holds a digest of all settings that matter to the stage, so an
@@ -27,8 +38,26 @@ rule settings:
         settings=f"{STUDY}/settings/{{stage}}-{{key}}.yaml",
     log:
         f"{STUDY}/logs/settings/{{stage}}-{{key}}.log",
-    run:
-        write_settings(output.settings, owner(wildcards.stage, wildcards.key))
+    conda:
+        "../../envs/egrpo.yaml"
+    shell:
+        'python workflow/scripts/write_settings.py "$EGRPO_SETTINGS"'
+        " {wildcards.stage}-{wildcards.key} {output.settings:q} 2> {log:q}"
+
+
+# What a table or figure is made by; named by a digest for the same reason.
+rule target_settings:
+    output:
+        settings=f"{STUDY}/settings/{{target}}-{{key}}.yaml",
+    log:
+        f"{STUDY}/logs/settings/{{target}}-{{key}}.log",
+    wildcard_constraints:
+        target="|".join((*study.tables, *study.figures)) or "(?!)",
+    conda:
+        "../../envs/egrpo.yaml"
+    shell:
+        'python workflow/scripts/write_settings.py "$EGRPO_SETTINGS"'
+        " 'target {wildcards.target}' {output.settings:q} 2> {log:q}"
 
 
 rule prepare_store:

@@ -9,6 +9,7 @@ rule profile:
         code=MODEL_CODE + sources("stages/profile.py"),
     output:
         profile=f"{STUDY}/profiles/{{key}}/entropy_profile.parquet",
+        branches=f"{STUDY}/profiles/{{key}}/branches.parquet",
     log:
         f"{STUDY}/logs/profile/{{key}}.log",
     benchmark:
@@ -18,8 +19,8 @@ rule profile:
     threads: 1
     shell:
         "EGRPO_PROGRESS_FD=3 python -m egrpo profile --run-config {input.settings:q}"
-        " --embeddings {input.embeddings:q} --output {output.profile:q} --threads {threads}"
-        " 3>&2 2> {log:q}"
+        " --embeddings {input.embeddings:q} --output {output.profile:q}"
+        " --branches {output.branches:q} --threads {threads} 3>&2 2> {log:q}"
 
 
 rule plan:
@@ -31,6 +32,7 @@ rule plan:
             "core/noise.py",
             "core/plan.py",
             "core/schedule.py",
+            "core/spread.py",
             "stages/plan.py",
         ),
     output:

@@ -1,55 +1,50 @@
-# Tables and figures over all runs, and their delivery to MLflow.
+# Tables and figures over runs, and their delivery to MLflow.
 
-PLANS = [at.run(run) / "plan.json" for run in RUNS if needs_plan(RUNS[run])]
-PROFILES = sorted({at.profile(run) for run in RUNS if needs_plan(RUNS[run])})
-CURVES = [at.run(run) / "train_metrics.parquet" for run in RUNS]
-SCORES = [
-    folder / name
-    for run in RUNS
-    for folder in (at.run(run), at.base(run))
-    for name in ("scores.parquet", "images.parquet")
-]
-FIGURES = ["curves", "before_after"] + (["entropy", "spread"] if PROFILES else [])
+PROFILED = bool(profiles(study.default_runs))
+FIGURES = ["curves", "before_after"] + (["entropy", "spread"] if PROFILED else [])
 
 
 rule comparison:
     input:
-        configs=RUN_CONFIGS,
-        scores=SCORES,
-        summaries=[at.run(run) / "train.json" for run in RUNS],
+        configs=lambda wc: configs(run_set(wc.set)),
+        scores=lambda wc: results(run_set(wc.set), "scores.parquet", "images.parquet"),
+        summaries=lambda wc: results(run_set(wc.set), "train.json"),
         code=sources("core/bootstrap.py", "stages/tables.py", "store/tables.py"),
     output:
-        table=at.comparison,
-        csv=at.comparison.with_suffix(".csv"),
+        table=f"{STUDY}/tables/{{set}}.parquet",
+        csv=f"{STUDY}/tables/{{set}}.csv",
         markdown=report(
-            at.comparison.with_suffix(".md"),
+            f"{STUDY}/tables/{{set}}.md",
             caption="../report/comparison.rst",
             category="Results",
-            labels={"table": "comparison", "study": study.name},
+            labels={"table": "{set}", "study": study.name},
         ),
     log:
-        f"{STUDY}/logs/comparison.log",
+        f"{STUDY}/logs/{{set}}.log",
     conda:
         "../../envs/egrpo.yaml"
     params:
         results=lambda wc, output: Path(output.table).parents[2],
     shell:
-        "python -m egrpo tables --results {params.results:q} {input.configs:q}"
-        " 3>&2 2> >(tee {log:q} >&3)"
+        "python -m egrpo tables --results {params.results:q} --output {output.table:q}"
+        " {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
 
 
 rule figures:
     input:
-        configs=RUN_CONFIGS,
-        plans=PLANS,
-        profiles=PROFILES,
-        curves=CURVES,
-        scores=SCORES,
+        configs=configs(study.default_runs),
+        plans=plans(study.default_runs),
+        profiles=profiles(study.default_runs),
+        scores=results(study.default_runs, "train_metrics.parquet", "images.parquet"),
         code=sources(
-            "stages/draw.py", "stages/figures.py", "stages/image_grid.py", "store/tables.py"
+            "stages/curves.py",
+            "stages/draw.py",
+            "stages/figures.py",
+            "stages/image_grid.py",
+            "store/tables.py",
         ),
     output:
-        **({n: figure(n, "Entropy") for n in ("entropy", "spread")} if PROFILES else {}),
+        **({n: figure(n, "Entropy") for n in ("entropy", "spread")} if PROFILED else {}),
         curves=figure("curves", "Training"),
         before_after=figure("before_after", "Results"),
     log:
@@ -63,22 +58,112 @@ rule figures:
         " 3>&2 2> >(tee {log:q} >&3)"
 
 
+rule result_table:
+    input:
+        settings=lambda wc: at.target_settings(wc.table),
+        configs=lambda wc: configs(runs_of(study.tables[wc.table].arms)),
+        results=table_inputs,
+        code=sources("core/intervals.py", "stages/results.py", "store/tables.py"),
+    output:
+        table=f"{STUDY}/tables/{{table}}.parquet",
+        csv=f"{STUDY}/tables/{{table}}.csv",
+        markdown=report(
+            f"{STUDY}/tables/{{table}}.md",
+            caption="../report/result_table.rst",
+            category="Paper",
+            labels={"table": "{table}", "study": study.name},
+        ),
+    log:
+        f"{STUDY}/logs/{{table}}.log",
+    conda:
+        "../../envs/egrpo.yaml"
+    params:
+        results=lambda wc, output: Path(output.table).parents[2],
+    shell:
+        "python -m egrpo table --results {params.results:q} --settings {input.settings:q}"
+        " {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
+
+
+rule result_figure:
+    input:
+        settings=lambda wc: at.target_settings(wc.figure),
+        configs=lambda wc: configs(runs_of(study.figures[wc.figure].arms)),
+        results=figure_inputs,
+        code=sources(
+            "core/spread.py",
+            "stages/branches.py",
+            "stages/curves.py",
+            "stages/draw.py",
+            "stages/figures.py",
+            "stages/image_grid.py",
+            "stages/threshold_figure.py",
+            "store/tables.py",
+        ),
+    output:
+        png=report(
+            f"{STUDY}/figures/{{figure}}.png",
+            caption="../report/result_figure.rst",
+            category="Paper",
+            labels={"figure": "{figure}", "study": study.name},
+        ),
+        svg=f"{STUDY}/figures/{{figure}}.svg",
+    log:
+        f"{STUDY}/logs/{{figure}}.log",
+    conda:
+        "../../envs/egrpo.yaml"
+    params:
+        results=lambda wc, output: Path(output.png).parents[2],
+    shell:
+        "python -m egrpo figure --results {params.results:q} --settings {input.settings:q}"
+        " {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
+
+
 rule publish:
     input:
-        configs=RUN_CONFIGS,
+        configs=lambda wc: configs(run_set(wc.set)),
         store=at.store,
-        table=at.comparison,
-        figures=[at.figures / f"{name}.png" for name in FIGURES],
-        curves=CURVES,
+        table=f"{STUDY}/tables/{{set}}.parquet",
+        figures=lambda wc: [at.figures / f"{name}.png" for name in FIGURES],
+        targets=lambda wc: targets(wc.set),
+        curves=lambda wc: results(run_set(wc.set), "train_metrics.parquet"),
         code=sources("stages/publish.py", "store/tracking.py"),
     output:
-        published=f"{STUDY}/published.json",
+        published=f"{STUDY}/published-{{set}}.json",
     log:
-        f"{STUDY}/logs/publish.log",
+        f"{STUDY}/logs/publish-{{set}}.log",
     conda:
         "../../envs/egrpo.yaml"
     params:
         results=lambda wc, output: Path(output.published).parents[1],
     shell:
         "python -m egrpo publish --results {params.results:q} --store {input.store:q}"
-        " --output {output.published:q} {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
+        " --table {input.table:q} --output {output.published:q} {input.configs:q}"
+        " 3>&2 2> >(tee {log:q} >&3)"
+
+
+# Every table and figure of the study is a target by its name.
+for name in (*study.tables, *study.figures):
+
+    rule:
+        name:
+            name
+        input:
+            target(name),
+
+
+rule plans:
+    input:
+        plans(RUNS),
+        profiles(RUNS),
+
+
+rule paper:
+    input:
+        targets("paper_runs"),
+        f"{STUDY}/published-paper_runs.json",
+
+
+rule everything:
+    input:
+        targets("all_runs"),
+        f"{STUDY}/published-all_runs.json",

@@ -12,6 +12,7 @@ rule train:
     output:
         adapter=directory(f"{STUDY}/runs/{{run}}/adapter"),
         monitor=directory(f"{STUDY}/runs/{{run}}/monitor"),
+        snapshots=directory(f"{STUDY}/runs/{{run}}/snapshots"),
         summary=f"{STUDY}/runs/{{run}}/train.json",
         metrics=f"{STUDY}/runs/{{run}}/train_metrics.parquet",
         rollouts=f"{STUDY}/runs/{{run}}/rollouts.parquet",

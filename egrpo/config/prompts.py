@@ -1,0 +1,53 @@
+"""Prompt files. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from egrpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file; its id is its row."""
+
+    text: str
+    negative: str = ""
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """A .txt file (one prompt a line) or .jsonl file (`prompt`, optional `negative_prompt`).
+
+    Empty lines are left out, so ids count prompts.
+
+    Raises:
+        UserError: if the file is missing, empty, or a line cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such prompt file (prompts.train, prompts.heldout)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: prompt file cannot be read as UTF-8: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if Path(path).suffix != ".jsonl":
+            prompts.append(Prompt(line.strip()))
+            continue
+        try:
+            record = json.loads(line)
+            found = Prompt(record["prompt"], record.get("negative_prompt") or "")
+            if not (isinstance(found.text, str) and isinstance(found.negative, str)):
+                raise TypeError
+            prompts.append(found)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f'{path}, line {number}: expected a JSON object whose "prompt" is text'
+            ) from None
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt")
+    return prompts

@@ -1,0 +1,143 @@
+"""What all figures share: colours, markers, units, texts that wrap, columns, files.
+
+Artists that carry a finding have a ``gid`` ("threshold", "yardstick", …), which is also their id
+in the SVG. Colour is never the only cue: every series has its own marker or dashes too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+
+from egrpo.store.files import replacing
+from egrpo.store.tables import Table, read_table
+
+Real = npt.NDArray[np.float64]
+
+# Okabe and Ito, "Color Universal Design" (2008); yellow is left out, too pale for lines on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+INK = "#444444"
+MARKERS = "os^DvPX<>p*"
+# Four dashes do not divide the seven colours: 28 series have a pair of their own.
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (6, 1.5, 1.2, 1.5)), (0, (1.6, 1.1)))
+DPI = 150
+FINE = 300
+"""Dots per inch of figures that hold images."""
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "figure.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "egrpo",
+}
+ENTROPY_UNITS = {
+    "exp_per_dim": r"entropy $e^{h/d}$ (latent units)",
+    "nats_per_dim": "entropy $h/d$ (nats per dimension)",
+    "variance": r"variance $(\mathrm{std}/a)^2$",
+}
+
+
+def look(series: int) -> dict[str, Any]:
+    """Colour and marker of the n-th series, as arguments of ``Axes.plot``."""
+    return {
+        "color": PALETTE[series % len(PALETTE)],
+        "marker": MARKERS[series % len(MARKERS)],
+    }
+
+
+def by_span(spans: Iterable[Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Spans, ascending and each once, with the look that they have in every figure of a profile."""
+    return [(int(span), look(i)) for i, span in enumerate(np.unique(list(spans)))]
+
+
+def span_label(span: int) -> str:
+    """What a legend says of a span."""
+    return "1 step" if span == 1 else f"{span} steps merged"
+
+
+def finite(values: Real) -> Real:
+    """The values that are neither NaN nor infinite."""
+    return values[np.isfinite(values)]
+
+
+def columns(path: str | Path, table: Table) -> dict[str, npt.NDArray[Any]]:
+    """Columns as arrays; null numbers become NaN.
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds another table.
+    """
+    data = read_table(path, table)
+    return {name: data[name].to_numpy() for name in data.column_names}
+
+
+def inches(size: float, weight: str = "normal") -> Callable[[str], float]:
+    """How wide a text of this font is printed."""
+    font = FontProperties(size=size, weight=weight)  # type: ignore[arg-type]
+
+    def width(text: str) -> float:
+        points, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+        return float(points) / 72.0
+
+    return width
+
+
+def wrap(
+    text: str,
+    width: float,
+    lines: int | None = None,
+    measure: Callable[[str], float] = len,
+) -> str:
+    """Text in lines of ``width``; names break after ``_ - .`` before within a word.
+
+    Args:
+        text: a name or a prompt.
+        width: most that a line may measure.
+        lines: most lines, at least 1; an ellipsis stands for the rest. None: all lines.
+        measure: width of a line; by default its characters.
+    """
+    done = [""]
+    for part in re.findall(r"\s+|[^\s_.-]*[_.-]+|[^\s_.-]+", text.strip()):
+        piece = " " if part.isspace() else part
+        if measure(done[-1] + piece) <= width:
+            done[-1] += piece
+        elif piece != " ":
+            done.append("")
+            for letter in piece:
+                if done[-1] and measure(done[-1] + letter) > width:
+                    done.append("")
+                done[-1] += letter
+    done = [line.strip() for line in done if line.strip()]
+    if lines is not None and len(done) > lines:
+        kept = done[lines - 1]
+        while len(kept) > 1 and measure(kept + "…") > width:
+            kept = kept.rpartition(" ")[0] or kept[:-1]
+        done = [*done[: lines - 1], kept + "…"]
+    return "\n".join(done)
+
+
+def save_figure(
+    figure: Figure, stem: str | Path, endings: Sequence[str] = ("png", "svg"), dpi: int = DPI
+) -> Figure:
+    """Write ``<stem>.<ending>`` atomically; the same data gives the same bytes."""
+    for ending in endings:
+        metadata = {"Date": None} if ending == "svg" else None
+        with replacing(f"{stem}.{ending}") as temporary:
+            figure.savefig(temporary, format=ending, dpi=dpi, metadata=metadata)
+    return figure

@@ -1,0 +1,302 @@
+"""The automatic threshold and the allocation of samples, against brute force and hand numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import small_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from egrpo.config.trees import plan_of, training_sigmas, tree_of
+from egrpo.core.entropy import step_entropy
+from egrpo.core.methods import egrpo
+from egrpo.core.plan import Plan, make_plan
+from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.spread import Spread, allocate, choose_threshold
+from egrpo.core.tree import Cost
+from egrpo.errors import UserError
+
+MEASURES = ("exp_per_dim", "nats_per_dim", "variance")
+
+
+def curve(points: Sequence[tuple[float, float]]) -> list[Spread]:
+    """Spreads of (entropy, value); the other measures are other monotone functions of entropy."""
+    return [
+        Spread(n, 1, {"exp_per_dim": e, "nats_per_dim": math.log(e), "variance": e * e / 10}, value)
+        for n, (e, value) in enumerate(points)
+    ]
+
+
+def pool_adjacent_violators(values: Sequence[float]) -> list[float]:
+    """Isotonic regression by merging neighbours that fall, until none does."""
+    blocks = [[value] for value in values]
+    n = 0
+    while n + 1 < len(blocks):
+        left, right = (sum(block) / len(block) for block in blocks[n : n + 2])
+        if left > right:
+            blocks[n : n + 2] = [blocks[n] + blocks[n + 1]]
+            n = max(n - 1, 0)
+        else:
+            n += 1
+    return [sum(block) / len(block) for block in blocks for _ in block]
+
+
+# --- threshold ------------------------------------------------------------------------------------
+
+
+def test_threshold_is_the_first_entropy_whose_fit_exceeds_the_factor():
+    spreads = curve([(3.0, 5.0), (1.0, 0.2), (2.5, 1.5), (1.5, 0.9), (2.0, 0.5)])  # in any order
+    choice = choose_threshold(spreads, "exp_per_dim", 1.0)
+    assert choice.entropy.tolist() == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert choice.fitted.tolist() == pytest.approx([0.2, 0.7, 0.7, 1.5, 5.0])
+    assert choice.threshold == 2.5
+    assert choose_threshold(spreads, "exp_per_dim", 0.69).threshold == 1.5
+    assert choose_threshold(spreads, "exp_per_dim", 0.71).threshold == 2.5
+    assert choose_threshold(spreads, "exp_per_dim", 4.9).threshold == 3.0
+
+
+def test_reaching_the_factor_is_not_exceeding_it():
+    spreads = curve([(1.0, 1.0), (2.0, 1.0), (3.0, 2.0)])
+    assert choose_threshold(spreads, "exp_per_dim", 1.0).threshold == 3.0
+
+
+def test_a_lucky_step_of_little_entropy_does_not_set_the_threshold():
+    spreads = curve([(1.0, 3.0), (1.5, 0.1), (2.0, 0.2), (2.5, 0.3), (3.0, 4.0)])
+    choice = choose_threshold(spreads, "exp_per_dim", 1.0)
+    assert choice.fitted[:4].tolist() == pytest.approx([0.9] * 4)
+    assert choice.threshold == 3.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 60).map(lambda n: n / 16), min_size=1, max_size=14),
+    st.sampled_from([0.5, 1.0, 2.03]),
+)
+def test_threshold_by_brute_force(values, factor):
+    entropy = [1.0 + n / 8 for n in range(len(values))]
+    fitted = pool_adjacent_violators(values)
+    spreads = curve(list(zip(entropy, values, strict=True)))[::-1]
+    above = [e for e, f in zip(entropy, fitted, strict=True) if f > factor + 1e-9]
+    near = any(abs(f - factor) < 1e-9 for f in fitted)
+    if above and not near:
+        choice = choose_threshold(spreads, "exp_per_dim", factor)
+        assert choice.threshold == above[0]
+        np.testing.assert_allclose(choice.fitted, fitted)
+    elif not above and not near:
+        with pytest.raises(ValueError, match="threshold auto"):
+            choose_threshold(spreads, "exp_per_dim", factor)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_threshold_is_in_the_measure_asked_for_and_rounded_down(measure):
+    spreads = curve([(0.3, 0.5), (0.98765, 2.0), (2.0, 3.0)])
+    exact = spreads[1].entropy[measure]
+    threshold = choose_threshold(spreads, measure, 1.0).threshold
+    assert threshold == math.floor(exact * 10_000) / 10_000
+    assert threshold < exact < threshold + 1e-4  # nats are negative here: down, not toward 0
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_plan_with_the_threshold_leaves_the_step_that_set_it_single(measure):
+    """Rounding up would ask that very step for more entropy than it has, and merge it."""
+    sigmas, level = shifted_sigmas(16, 3.0), 0.7
+
+    def entropy(step: int, span: int) -> dict[str, float]:
+        how = {"noise_level": level, "dynamics": "flow_sde"}
+        return {m: step_entropy(sigmas, step, span, measure=m, **how) for m in MEASURES}
+
+    for chosen in range(1, 9):
+        spreads = [
+            Spread(step, 1, entropy(step, 1), 2.0 if step <= chosen else 0.5) for step in range(15)
+        ]
+        tau = choose_threshold(spreads, measure, 1.0).threshold
+        plan = make_plan(sigmas, range(1, 10), threshold=tau, noise_level=level, measure=measure)
+        spans = dict(zip(plan.active, plan.spans, strict=True))
+        assert [step for step, span in spans.items() if span == 1] == list(range(1, chosen + 1))
+
+
+def test_a_curve_that_never_exceeds_the_factor_is_refused():
+    spreads = curve([(1.0, 0.2), (2.0, 0.9), (3.0, 0.5)])
+    with pytest.raises(ValueError, match=r"more than 1 times the yardstick \(at most 0\.7\)"):
+        choose_threshold(spreads, "exp_per_dim", 1.0)
+
+
+def test_unmeasured_spread_is_left_out():
+    spreads = curve([(1.0, math.nan), (2.0, 1.5), (3.0, math.inf), (0.5, 0.1)])
+    choice = choose_threshold(spreads, "exp_per_dim", 1.0)
+    assert choice.entropy.tolist() == [0.5, 2.0]
+    assert choice.threshold == 2.0
+    for nothing in ([], curve([(1.0, math.nan)])):
+        with pytest.raises(ValueError, match="holds no measured spread"):
+            choose_threshold(nothing, "exp_per_dim", 1.0)
+
+
+# --- allocation -----------------------------------------------------------------------------------
+
+GRID = shifted_sigmas(16, 3.0)
+
+
+def plan_with(spans: Sequence[int]) -> Plan:
+    """A plan of the first steps with these spans."""
+    made = make_plan(GRID, range(len(spans)), span=1, noise_level=0.7)
+    return replace(made, spans=tuple(spans))
+
+
+def measured(values: dict[tuple[int, int], float]) -> list[Spread]:
+    return [Spread(step, span, {}, value) for (step, span), value in values.items()]
+
+
+def test_samples_are_in_proportion_to_spread():
+    plan = plan_with([1, 1, 1, 1])
+    spreads = measured({(0, 1): 4.0, (1, 1): 3.0, (2, 1): 2.0, (3, 1): 1.0})
+    assert allocate(plan, spreads, 12) == (2 + 16, 2 + 12, 2 + 8, 2 + 4)
+    assert allocate(plan, spreads, 2) == (2, 2, 2, 2)
+
+
+def test_what_rounding_leaves_goes_to_the_largest_remainders():
+    plan = plan_with([1, 1, 1])
+    spreads = measured({(0, 1): 0.5, (1, 1): 0.3, (2, 1): 0.2})
+    assert allocate(plan, spreads, 5) == (2 + 4, 2 + 3, 2 + 2)  # of 9: 4.5, 2.7, 1.8
+    assert allocate(plan, spreads, 4) == (2 + 3, 2 + 2, 2 + 1)  # of 6: 3, 1.8, 1.2
+
+
+@pytest.mark.parametrize(
+    ("spans", "values"), [((2, 1), (2.0, 1.0)), ((3, 1), (3.0, 1.0)), ((6, 1), (5.0, 1.0))]
+)
+def test_spread_between_measured_spans_is_interpolated(spans, values):
+    """Step 0 was measured at spans 1, 2 and 4; beyond the last its value stays."""
+    spreads = measured({(0, 4): 5.0 if spans[0] > 4 else 4.0, (0, 1): 1.0, (0, 2): 2.0, (1, 1): 1})
+    free = 10 * 2
+    first = free * values[0] / sum(values)
+    samples = allocate(plan_with(spans), spreads, 12)
+    assert sum(samples) == 24
+    assert abs(samples[0] - 2 - first) < 1
+
+
+def test_steps_without_any_spread_share_alike_and_unmeasured_ones_are_refused():
+    zeros = measured({(0, 1): 0.0, (1, 1): 0.0})
+    assert allocate(plan_with([1, 1]), zeros, 7) == (7, 7)
+    with pytest.raises(ValueError, match="no measured spread at step 1"):
+        allocate(plan_with([1, 1]), zeros[:1], 7)
+    with pytest.raises(ValueError, match="no measured spread at step 1"):
+        allocate(plan_with([1, 1]), [*zeros[:1], Spread(1, 1, {}, math.nan)], 7)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(0, 100, allow_subnormal=False), min_size=1, max_size=8),
+    st.integers(2, 40),
+)
+def test_allocation_keeps_the_sum_the_least_and_the_order(values, group_size):
+    n = len(values)
+    spreads = measured({(step, 1): value for step, value in enumerate(values)})
+    samples = allocate(plan_with([1] * n), spreads, group_size)
+    assert sum(samples) == group_size * n
+    assert min(samples) >= 2
+    total = sum(values)
+    if total > 1e-6:
+        wanted = [(group_size - 2) * n * value / total for value in values]
+        assert all(abs(s - 2 - w) < 1 + 1e-9 for s, w in zip(samples, wanted, strict=True))
+    order = np.argsort(values, kind="stable")
+    ranked = [samples[k] for k in order]
+    steps = [values[k] for k in order]
+    for a in range(n - 1):
+        assert ranked[a] <= ranked[a + 1] or steps[a] == steps[a + 1]
+
+
+# --- what a run makes of it -----------------------------------------------------------------------
+
+SPANS = (1, 1, 2, 2, 2, 3, 3, 3)
+SAMPLES = (30, 20, 16, 10, 8, 6, 4, 2)
+
+
+def allocated() -> Plan:
+    made = make_plan(GRID, range(8), threshold=2.2, noise_level=0.7)
+    assert made.spans == SPANS
+    return replace(made, samples=SAMPLES)
+
+
+@pytest.mark.parametrize("anchors", [1, 2])
+def test_a_tree_takes_its_samples_from_the_plan(anchors):
+    tree = egrpo(allocated(), 12, anchors=anchors)
+    groups = Counter(tree.nodes[k].group for k in tree.trained)
+    assert groups == {8 * a + i: SAMPLES[i] for a in range(anchors) for i in range(8)}
+    suffix = sum(
+        n * (16 - i - span) for i, (n, span) in enumerate(zip(SAMPLES, SPANS, strict=True))
+    )
+    assert tree.cost == Cost(anchors * (8 + suffix), anchors * 8)
+    drawn = [(tree.nodes[tree.nodes[k].parent].index, tree.nodes[k].sample) for k in tree.trained]
+    assert len(set(drawn)) == len(drawn)  # no two branches share noise
+    some = egrpo(allocated(), 12, active=[1, 4])
+    assert Counter(some.nodes[k].group for k in some.trained) == {0: 20, 1: 8}
+
+
+def test_parts_of_an_allocated_plan_are_its_steps():
+    """As the setting train.updates says: n parts give one optimizer step after each of n steps."""
+    tree = egrpo(allocated(), 12)
+    parts = tree.parts(8)
+    by_step = {tree.nodes[source].index: part for source, part in parts.items()}
+    assert by_step == {i: i for i in range(8)}
+
+
+def profile_of(run) -> list[Spread]:
+    """Made-up spread that falls with the step and grows with the span."""
+    sigmas, m = training_sigmas(run), run.method
+    return [
+        Spread(
+            step,
+            span,
+            {
+                measure: step_entropy(
+                    sigmas,
+                    step,
+                    span,
+                    noise_level=m.noise_level,
+                    dynamics=m.dynamics,
+                    measure=measure,
+                )
+                for measure in MEASURES
+            },
+            span * (2.0 - step / 4),
+        )
+        for step in range(8)
+        for span in (1, 2, 4)
+    ]
+
+
+def test_auto_threshold_and_allocation_through_a_runs_settings():
+    run = small_run(
+        **{
+            "method.threshold": "auto",
+            "method.allocation": "profile",
+            "method.active": 8,
+            "method.group_size": 12,
+        }
+    )
+    spreads = profile_of(run)
+    plan = plan_of(run, training_sigmas(run), spreads)
+    points = sorted((s.entropy["exp_per_dim"], s.value) for s in spreads)
+    fitted = pool_adjacent_violators([value for _, value in points])
+    tau = next(e for (e, _), f in zip(points, fitted, strict=True) if f > 1.0)
+    assert plan.threshold == math.floor(tau * 1e4) / 1e4
+    assert sum(plan.samples) == 12 * 8
+    tree = tree_of(run, plan)
+    assert Counter(tree.nodes[k].group for k in tree.trained) == dict(enumerate(plan.samples))
+    with pytest.raises(UserError, match=r"run egrpo: .*need the measured profile"):
+        plan_of(run, training_sigmas(run))
+
+
+def test_an_auto_threshold_out_of_reach_is_refused_in_one_line():
+    run = small_run(**{"method.threshold": "auto", "method.spread_factor": 1000.0})
+    with pytest.raises(UserError) as caught:
+        plan_of(run, training_sigmas(run), profile_of(run))
+    text = str(caught.value)
+    assert text.startswith("run egrpo: method.threshold")
+    assert "lower method.spread_factor" in text
+    assert "\n" not in text
