@@ -242,7 +242,7 @@ def test_eleven_columns_fit_a_page(size: tuple[int, int], tmp_path: Path) -> Non
     assert figure.get_figwidth() < 10.1
     assert_readable(figure)
     assert "…" in texts(figure)  # the prompt does not run into the next row
-    boxes = {round(axes.get_window_extent().width * 3) for axes in figure.axes}  # at 300 dpi
+    boxes = {round(axes.get_window_extent().width) for axes in figure.axes}
     if size[0] == 32:
         assert boxes == {192}
     embedded = (tmp_path / "grid.svg").stat().st_size

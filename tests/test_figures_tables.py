@@ -110,7 +110,7 @@ def files(tmp_path: Path, config: RunConfig) -> RunFiles:
 
 
 def comparison(files: RunFiles, folder: Path) -> dict[str, dict[str, Any]]:
-    make_comparison({"one": files}, folder)
+    make_comparison({"one": files}, folder / "comparison.parquet")
     rows = read_table(folder / "comparison.parquet", COMPARISON).to_pylist()
     return {row["reward"]: row for row in rows}
 
@@ -231,7 +231,7 @@ def test_damaged_inputs_are_one_line(files: RunFiles, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged image"):
         tables.decode_png(b"no png", tmp_path)
     with pytest.raises(UserError, match="no run"):
-        make_comparison({}, tmp_path)
+        make_comparison({}, tmp_path / "comparison.parquet")
 
 
 def test_csv_and_markdown_say_the_same(files: RunFiles, tmp_path: Path) -> None:

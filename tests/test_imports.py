@@ -16,6 +16,7 @@ LIGHT_CORE = [
     "egrpo.core.methods",
     "egrpo.core.advantage",
     "egrpo.core.seeds",
+    "egrpo.core.intervals",
     "egrpo.core.spread",
 ]
 TORCH_CORE = [

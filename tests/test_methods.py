@@ -68,6 +68,35 @@ def chi_square(counts: Iterable[int], options: int) -> float:
     return sum((n - expected) ** 2 / expected for n in values)
 
 
+# --- recipes --------------------------------------------------------------------------------------
+
+RECIPES = {  # T, G, dynamics, level, clip range, KL weight, LoRA rate, optimizer steps, std of
+    "egrpo": (16, 12, "flow_sde", 0.7, 1e-4, 0.0, 6e-5, 1, "group"),
+    "g2rpo": (16, 12, "flow_sde", 0.7, 1e-4, 0.0, 6e-5, 1, "group"),
+    "tempflow_grpo": (10, 6, "flow_sde", 0.7, 1e-4, 0.004, 3e-4, 2, "group"),
+    "flow_grpo": (10, 24, "flow_sde", 0.7, 1e-4, 0.04, 3e-4, 2, "batch"),
+    "flow_grpo_fast": (10, 24, "cps", 0.8, 1e-5, 0.0, 3e-4, 2, "batch"),
+    "dancegrpo": (16, 12, "dance_sde", 0.3, 1e-4, 0.0, 3e-4, 3, "group"),
+    "mixgrpo": (25, 12, "flow_sde", 0.7, 1e-4, 0.0, 3e-4, 4, "group"),
+    "mixgrpo_flash": (25, 12, "flow_sde", 0.7, 1e-4, 0.0, 3e-4, 4, "group"),
+    "branchgrpo": (20, 16, "dance_sde", 0.3, 1e-3, 0.0, 3e-4, 16, "group"),
+    "diffusion_nft": (10, 24, None, None, None, 1e-4, 3e-4, 1, "batch"),
+    "awm": (14, 24, None, None, 1.0, 1e-4, 3e-4, 1, "batch"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_are_those_of_the_methods_papers_and_codes(name):
+    run = paper(name)
+    m, t = run.method, run.train
+    got = (m.steps, m.group_size, m.dynamics, m.noise_level, t.clip_range, t.kl_weight)
+    got += (t.learning_rate_lora, t.updates, run.advantage.std)
+    for value, wanted in zip(got, RECIPES[name], strict=True):
+        assert wanted is None or value == wanted
+    unbiased = name in ("egrpo", "g2rpo", "dancegrpo", "branchgrpo") or name.startswith("mixgrpo")
+    assert (run.advantage.ddof, run.advantage.eps) == ((1, 1e-8) if unbiased else (0, 1e-4))
+
+
 # --- which edges train ----------------------------------------------------------------------------
 
 

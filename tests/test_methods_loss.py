@@ -364,6 +364,8 @@ def test_a_pruned_batch_is_the_batch_without_its_other_edges(name, parts):
         assert abs(float(a)) > 0
         seen += [e for batch in update for e in batch.edges]
     assert sorted(seen) == sorted(kept)
+    needed = {(t, trees[t].source(k)) for t, k in (rollout.edges[e] for e in kept)}
+    assert sum(len(batch.x) for update in pruned for batch in update) == len(needed)
     for batch in rollout.batches:
         small = batch.only(kept)
         at = [n for n, e in enumerate(batch.edges) if e in kept]

@@ -209,17 +209,19 @@ def test_automatic_threshold_is_the_least_entropy_with_enough_spread(tmp_path: P
     assert wanted - 1e-4 < plan.threshold <= wanted
     with pytest.raises(UserError, match=r"run auto: method\.threshold: auto .* need the measured"):
         plan_of(run, training_sigmas(run))
-    with pytest.raises(UserError, match="lower method.spread_factor"):
-        hard = auto(**{"method.spread_factor": 50.0})
-        plan_of(hard, training_sigmas(run), measured_spread(path, run.train.rewards))
+    hard, spreads = auto(**{"method.spread_factor": 50.0}), measured_spread(path, {"verifier": 1.0})
+    with pytest.raises(UserError, match=r"lower method\.spread_factor"):
+        plan_of(hard, training_sigmas(run), spreads)
 
 
 def test_samples_follow_measured_spread(tmp_path: Path) -> None:
-    run = small_run("alloc", **{"method.allocation": "profile", "method.active": 8})
+    run = small_run(
+        "alloc", **{"method.allocation": "profile", "method.active": 8, "method.group_size": 9}
+    )
     flat = [Spread(i, 1, {"exp_per_dim": 1.0}, 1.0 + (i == 0)) for i in range(8)]
     plan = plan_of(run, training_sigmas(run), flat)
     assert plan.samples is not None
-    assert sum(plan.samples) == 3 * 8
+    assert sum(plan.samples) == 9 * 8
     assert min(plan.samples) >= 2
     assert plan.samples[0] == max(plan.samples) > plan.samples[1]
 

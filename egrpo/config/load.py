@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from egrpo.config.methods import AnyMethod, Method
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
+from egrpo.config.targets import check_targets, with_snapshots
 from egrpo.errors import UserError
 
 Tree = dict[str, Any]
@@ -28,28 +29,6 @@ METHOD_MODELS: dict[str, type[Method]] = {
     model.model_fields["name"].default: model for model in get_args(get_args(AnyMethod)[0])
 }
 """Settings model of each method, by name."""
-
-RESERVED = (
-    "all",
-    "all_runs",
-    "base",
-    "before_after",
-    "comparison",
-    "curves",
-    "embed",
-    "entropy",
-    "evaluate",
-    "figures",
-    "paper",
-    "plan",
-    "plans",
-    "profile",
-    "publish",
-    "settings",
-    "spread",
-    "train",
-)
-"""Names of rules and files that a table or figure of a study must not take."""
 
 _UNION_MEMBERS = ("int", "list[int]")
 
@@ -238,61 +217,6 @@ def seeded(row: Row, study: StudyConfig) -> Iterator[tuple[str, Row]]:
         )
     for seed in study.seeds:
         yield row.run, Row(f"{row.run}-s{seed}", {**row.overrides, "seed": seed})
-
-
-def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig], source: str) -> None:
-    """Refuse tables, figures and default runs that name what the study does not have.
-
-    Raises:
-        UserError: naming file and key.
-    """
-    arms = list(dict.fromkeys(run.arm for run in runs.values()))
-    rewards = list(dict.fromkeys(name for run in runs.values() for name in run.rewards))
-
-    def known(key: str, what: str, wanted: Iterable[str], there: Iterable[str]) -> None:
-        missing = [name for name in wanted if name not in there]
-        if missing:
-            near = difflib.get_close_matches(missing[0], list(there), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{source}: {key}: no {what} {missing[0]!r}{hint}")
-
-    if study.seeds is not None and (
-        not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0
-    ):
-        raise UserError(f"{source}: seeds: distinct numbers of at least 0 are needed")
-    known("default_runs", "run", study.default_runs or (), runs)
-    known("paper", "table or figure", study.paper or (), (*study.tables, *study.figures))
-    both = sorted(set(study.tables) & set(study.figures))
-    if both:
-        raise UserError(f"{source}: figures.{both[0]}: a table has that name")
-    for name in (*study.tables, *study.figures):
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
-            raise UserError(
-                f"{source}: tables, figures: {name!r} cannot be a target; use small letters, "
-                f"digits and _, and none of {', '.join(RESERVED)}"
-            )
-    for name, table in study.tables.items():
-        known(f"tables.{name}.sections", "line of the runs table", table.arms, arms)
-        known(f"tables.{name}.rewards", "reward", table.rewards, rewards)
-    for name, figure in study.figures.items():
-        known(f"figures.{name}.arms", "line of the runs table", figure.arms, arms)
-        known(f"figures.{name}.rewards", "reward", figure.rewards, rewards)
-
-
-def with_snapshots(
-    runs: Mapping[str, RunConfig], tables: Iterable[TableSpec]
-) -> dict[str, RunConfig]:
-    """Runs that keep their weights at the evaluations that tables compare them at."""
-    wanted: dict[str, set[int]] = {}
-    for table in tables:
-        for arm in table.arms if table.evaluations else ():
-            wanted.setdefault(arm, set()).add(table.evaluations or 0)
-    out = {}
-    for name, run in runs.items():
-        snapshots = sorted({*run.train.snapshots, *wanted.get(run.arm, ())})
-        train = run.train.model_copy(update={"snapshots": snapshots})
-        out[name] = run.model_copy(update={"train": train})
-    return out
 
 
 def resolve_run(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from egrpo.config.load import is_hub_id
 from egrpo.config.models import Model
-from egrpo.errors import UserError
 from egrpo.config.prompts import Prompt
+from egrpo.errors import UserError
 from egrpo.models.conditioning import Conditioning
 
 LORA_TARGETS = [

@@ -186,7 +186,7 @@ def _draw(blocks: Sequence[Block], labels: Sequence[str], path: Path) -> Figure:
     across = cell_width(first, int(room * FINE))
     width, pitch = across / FINE + GAP, height_of(first, across) / FINE + GAP
     tall = PROMPT + len(labels) * pitch + TICKS
-    canvas = Canvas.of(beside + count * width, HEAD + len(blocks) * tall + FOOT)
+    canvas = Canvas.of(beside + count * width, HEAD + len(blocks) * tall + FOOT, FINE)
     head = {"fontsize": 8, "va": "baseline", "linespacing": 1.1}
     canvas.text(MARGIN, 0.24, "What a branch changes", va="bottom", fontsize=10.5, weight="bold")
     canvas.text(MARGIN + LEFT, HEAD - 0.07, "samples of one group", **head)
@@ -215,7 +215,7 @@ def _draw_images(
     canvas: Canvas, block: Block, labels: Sequence[str], y: float, across: int, path: Path
 ) -> None:
     """The prompt and, below it, the rows of images; the block begins at height ``y``."""
-    prompt = wrap(block.prompt, canvas.width - 2 * MARGIN, 1, inches(8))
+    prompt = wrap(block.prompt, canvas.width - 2 * MARGIN, 1, inches(8, style="italic"))
     canvas.text(MARGIN, y + PROMPT - 0.05, prompt, va="bottom", fontsize=8, style="italic")
     y += PROMPT
     for label, row in zip(labels, block.rows, strict=True):
@@ -223,7 +223,7 @@ def _draw_images(
         for sample, png in enumerate(row):
             image: Pixels = decode_png(png, path)
             x = MARGIN + LEFT + sample * (across / FINE + GAP)
-            canvas.image(image, x, y, across, FINE)
+            canvas.image(image, x, y, across)
             height = height_of(image, across) / FINE
         canvas.text(MARGIN, y + height / 2, label, va="center", fontsize=8)
         y += height + GAP

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from egrpo.config.models import RunConfig
-from egrpo.models import load_model
 from egrpo.config.prompts import read_prompts
+from egrpo.models import load_model
 from egrpo.models.conditioning import save_conditioning
 
 

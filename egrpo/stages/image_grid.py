@@ -14,16 +14,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from egrpo.errors import UserError
-from egrpo.stages.style import DPI, FINE, STYLE, save_figure, wrap
+from egrpo.stages.style import DPI, FINE, STYLE, inches, save_figure, wrap
 from egrpo.stages.tables import Key, Pixels, decode_png, read_images
 
 CANVAS_STYLE = STYLE | {"figure.constrained_layout.use": False}
 """For figures laid out by :class:`Canvas`."""
 PAGE, MARGIN, GAP, LEFT = 10.0, 0.12, 0.06, 1.3
 """Inches: width of a page, its edge, between images, of the prompts beside them."""
-CHARACTER = 0.6
-"""Mean width of a character, in font sizes; bold is wider by BOLD."""
-BOLD = 1.15
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,12 @@ class Canvas:
     figure: Figure
     width: float
     height: float
+    dpi: int
 
     @classmethod
-    def of(cls, width: float, height: float) -> Canvas:
-        """An empty figure of this size, inches."""
-        return cls(Figure(figsize=(width, height)), width, height)
+    def of(cls, width: float, height: float, dpi: int) -> Canvas:
+        """An empty figure of this size in inches, for a file of ``dpi``."""
+        return cls(Figure(figsize=(width, height), dpi=dpi), width, height, dpi)
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Axes whose upper left corner is at (x, y)."""
@@ -45,10 +43,10 @@ class Canvas:
         box = x / self.width, bottom / self.height, width / self.width, height / self.height
         return self.figure.add_axes(box)
 
-    def image(self, pixels: Pixels, x: float, y: float, across: int, dpi: int) -> Axes:
+    def image(self, pixels: Pixels, x: float, y: float, across: int) -> Axes:
         """An image ``across`` output pixels wide, its upper left corner at (x, y)."""
         down = height_of(pixels, across)
-        axes = self.axes(x, y, across / dpi, down / dpi)
+        axes = self.axes(x, y, across / self.dpi, down / self.dpi)
         axes.imshow(fitted(pixels, across), interpolation="nearest")
         axes.set_axis_off()
         return axes
@@ -80,11 +78,6 @@ def fitted(pixels: Pixels, across: int) -> Pixels:
     image = Image.fromarray(np.rint(pixels * 255.0).astype(np.uint8))
     size = across, height_of(pixels, across)
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32) / np.float32(255.0)
-
-
-def characters(width: float, size: float) -> int:
-    """Characters of font ``size`` that fit in ``width`` inches."""
-    return max(1, int(width * 72.0 / (size * CHARACTER)))
 
 
 def before_after(
@@ -169,11 +162,13 @@ def _image_grid(
     width, height = across / dpi, height_of(first, across) / dpi
     small = width < 1.0
     size = 7.5 if small else 10.0
-    heads = [wrap(name, characters(width + GAP, size * BOLD)) for name, *_ in columns]
+    heads = [
+        wrap(name, width + GAP / 2, measure=inches(size, weight="bold")) for name, *_ in columns
+    ]
     top = MARGIN + GAP + max(head.count("\n") + 1 for head in heads) * size * 1.25 / 72.0
     total = LEFT + len(columns) * (width + GAP) + 2 * MARGIN - GAP
     with rc_context(CANVAS_STYLE):
-        canvas = Canvas.of(total, top + len(keys) * (height + GAP) + MARGIN - GAP)
+        canvas = Canvas.of(total, top + len(keys) * (height + GAP) + MARGIN - GAP, dpi)
         for column, head in enumerate(heads):
             middle = MARGIN + LEFT + column * (width + GAP) + width / 2
             style = {"ha": "center", "va": "baseline", "fontsize": size, "weight": "bold"}
@@ -182,9 +177,9 @@ def _image_grid(
             y = top + row * (height + GAP)
             font = 7.5 if small else 9.0
             lines = max(1, int(height * 72.0 / (font * 1.25)))
-            text = wrap(key[2], characters(LEFT - GAP, font), lines)
+            text = wrap(key[2], LEFT - GAP, lines, inches(font))
             canvas.text(MARGIN, y + height / 2, text, va="center", fontsize=font)
             for column, (_, path, images) in enumerate(columns):
                 x = MARGIN + LEFT + column * (width + GAP)
-                canvas.image(decode_png(images[key], path), x, y, across, dpi)
+                canvas.image(decode_png(images[key], path), x, y, across)
         return save_figure(canvas.figure, stem, endings, dpi)

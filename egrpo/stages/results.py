@@ -7,8 +7,6 @@ differences support it (:func:`marks`). Every reward is better when higher.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +20,14 @@ import pyarrow.compute as pc
 from egrpo.config.keys import digest, run_key
 from egrpo.config.layout import Layout
 from egrpo.config.models import TableSpec
+from egrpo.config.targets import BASE, check_table
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
-from egrpo.stages.tables import Key, Row, _same_keys, _train_record, read_scores, readable
+from egrpo.stages.results_text import markdown
+from egrpo.stages.tables import Key, Row, read_scores, same_keys, scores_of, train_record
 from egrpo.store.files import write_text
-from egrpo.store.tables import RESULTS, SNAPSHOTS, read_table, write_table
+from egrpo.store.tables import RESULTS, SNAPSHOTS, csv_text, read_table, write_table
 
-BASE = "base"
 LEVEL = 0.95
 Matrix = npt.NDArray[np.float64]
 Scores = dict[str, dict[Key, float]]
@@ -67,7 +66,7 @@ def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
         "interval_level": str(LEVEL),
     }
     path = at.table(name)
-    texts = {".csv": _csv(rows), ".md": markdown(name, spec, rows)}
+    texts = {".csv": csv_text(RESULTS, rows), ".md": markdown(name, spec, rows)}
     write_table(path, RESULTS, rows, metadata=metadata)
     for ending, text in texts.items():
         write_text(path.with_suffix(ending), text)
@@ -85,7 +84,7 @@ def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:
         UserError: one line, for an arm or reward that the study lacks, a missing or damaged file,
             weights not kept at ``spec.evaluations``, or scores of different prompts.
     """
-    _check(name, spec, at)
+    check_table(name, spec, at.study.runs)
     ends = {arm: [_at_end(run, at) for run in at.arm(arm)] for arm in spec.arms}
     times = {"end": ends}
     if spec.evaluations is not None:
@@ -143,37 +142,6 @@ def marks(cells: Mapping[str, Matrix], level: float = LEVEL) -> dict[str, str]:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _check(name: str, spec: TableSpec, at: Layout) -> None:
-    """Refuse a table that the study cannot fill, before any file is read."""
-    runs = at.study.runs
-    if not spec.rewards:
-        raise UserError(f"tables.{name}.rewards: no reward is given")
-    if not spec.sections or not all(spec.sections.values()):
-        raise UserError(f"tables.{name}.sections: a section, and an arm in each, is needed")
-    for heading, members in spec.sections.items():
-        key = f"tables.{name}.sections.{heading}"
-        for arm in members:
-            if arm == BASE:
-                raise UserError(f"{key}: the base model is always there; leave {arm!r} out")
-            if members.count(arm) > 1:
-                raise UserError(f"{key}: arm {arm!r} occurs twice")
-            if not at.arm(arm):
-                known = ", ".join(dict.fromkeys(run.arm for run in runs.values()))
-                raise UserError(f"{key}: no arm {arm!r} in the runs table; there are {known}")
-            config = runs[at.arm(arm)[0]]
-            for reward in spec.rewards:
-                if reward not in config.rewards:
-                    raise UserError(
-                        f"tables.{name}.rewards: arm {arm!r} is not evaluated with {reward!r}; "
-                        f"its rewards are {', '.join(config.rewards)}"
-                    )
-            if at.base(at.arm(arm)[0]) != at.base(at.arm(members[0])[0]):
-                raise UserError(
-                    f"{key}: arms {members[0]!r} and {arm!r} have different base models or "
-                    "evaluations; they cannot be compared"
-                )
-
-
 def _base_paths(spec: TableSpec, at: Layout) -> dict[str, Path]:
     """Scores of the base model by section."""
     return {
@@ -185,7 +153,7 @@ def _base_paths(spec: TableSpec, at: Layout) -> dict[str, Path]:
 def _at_end(run: str, at: Layout) -> Model:
     """The model at the end of its training."""
     folder = at.run(run)
-    train = _train_record(folder / "train.json")
+    train = train_record(folder / "train.json")
     path = folder / "scores.parquet"
     return Model(
         path=path,
@@ -213,22 +181,7 @@ def _at_budget(name: str, budget: int, folder: Path, end: Model) -> Model:
             f"{path}: {budget} evaluations stand for different weights; delete it and run again"
         )
     iteration, nfe, seconds = spent.pop()
-    return Model(path, _by_reward(path, rows), iteration, nfe, seconds, end.peak_memory_mib)
-
-
-def _by_reward(path: Path, rows: Iterable[Row]) -> Scores:
-    """Rows that hold the columns of SCORES, as :func:`egrpo.stages.tables.read_scores` does."""
-    out: Scores = {}
-    for row in rows:
-        scores = out.setdefault(row["reward"], {})
-        key = (row["prompt_id"], row["sample"], row["prompt"])
-        if key in scores:
-            raise UserError(
-                f"{path}: prompt {key[0]}, sample {key[1]}, reward {row['reward']!r} occurs twice; "
-                "delete the file and run again"
-            )
-        scores[key] = math.nan if row["value"] is None else row["value"]
-    return out
+    return Model(path, scores_of(rows, path), iteration, nfe, seconds, end.peak_memory_mib)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -283,7 +236,7 @@ def _by_prompt(model: Model, base: Model, reward: str) -> tuple[list[float], lis
             raise UserError(f"{side.path}: has no reward {reward!r}; delete it and evaluate again")
     scores = model.scores[reward]
     values: dict[int, list[float]] = {}
-    for key in _same_keys(base.scores[reward], scores, base.path, model.path):
+    for key in same_keys(base.scores[reward], scores, base.path, model.path):
         found = values.setdefault(key[0], [])
         if math.isfinite(scores[key]):
             found.append(scores[key])
@@ -295,95 +248,3 @@ def _mean(values: Iterable[float | None]) -> float | None:
     """Mean of what is known."""
     known = [v for v in values if v is not None]
     return math.fsum(known) / len(known) if known else None
-
-
-# --- text -----------------------------------------------------------------------------------------
-
-
-def markdown(name: str, spec: TableSpec, rows: Sequence[Row]) -> str:
-    """The table in Markdown, below its caption and what a reader must know."""
-    lines = [f"# {name}", "", _line(spec.caption), "", _how_to_read(rows)]
-    titles = {"end": "## At the end of training"}
-    if spec.evaluations is not None:
-        titles["evaluations"] = f"## At equal network evaluations ({spec.evaluations:,})"
-    for when, title in titles.items():
-        lines += ["", title]
-        if when == "evaluations":
-            lines += [
-                "",
-                f"The last weights within {spec.evaluations:,} network evaluations of training; "
-                "an arm whose training ended before shows its own, smaller cost.",
-            ]
-        for heading in spec.sections:
-            found = [row for row in rows if (row["at"], row["section"]) == (when, heading)]
-            lines += ["", f"### {_line(heading)}", "", *_pipes(found, spec.rewards)]
-    return "\n".join(lines) + "\n"
-
-
-def _how_to_read(rows: Sequence[Row]) -> str:
-    counts = sorted({row["seeds"] for row in rows if row["arm"] != BASE})
-    number = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    if counts[-1] == 1:
-        over = "held-out prompts"
-        seeds = (
-            "Each arm was trained once: intervals and marks hold for these trained models; how "
-            "much another training seed would differ is not known."
-        )
-    else:
-        over = "training seeds and held-out prompts"
-        seeds = f"Training seeds of an arm: {number}."
-        if counts[0] == 1:
-            seeds += " Where it is 1, the interval covers other prompts, not other seeds."
-    return (
-        f"Mean reward over {over}, higher is better; in brackets its 95% interval, over the same. "
-        f"{seeds} `{BASE}` is the untrained model. **Bold**: shown to be better than every other "
-        "row of its section; <u>underlined</u>: than every other row but one (differences paired "
-        "by prompt, 95% for all rows together, Bonferroni). Without a mark, the data do not "
-        "show it. Rows share their prompts: a difference may be clear where intervals overlap. "
-        "\\*: the arm was trained on this reward. Iterations, network evaluations and seconds of "
-        "training are means over seeds, peak memory is the largest."
-    )
-
-
-def _pipes(rows: Sequence[Row], rewards: Sequence[str]) -> list[str]:
-    """Pipe table of one section, and a line on failures where there are any."""
-    costs = ("iterations", "nfe", "seconds", "peak_memory_mib")
-    heads = ("iterations", "network evaluations", "seconds", "peak memory (MiB)")
-    lines = [
-        "| " + " | ".join(["arm", "method", *map(_line, rewards), *heads]) + " |",
-        "|---|---|" + "--:|" * (len(rewards) + len(heads)),
-    ]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        of_arm = {row["reward"]: row for row in rows if row["arm"] == arm}
-        first = of_arm[rewards[0]]
-        cells = [arm, first["method"] or "-", *(_cell(of_arm[reward]) for reward in rewards)]
-        cells += ["-" if first[key] is None else f"{first[key]:,.0f}" for key in costs]
-        lines.append("| " + " | ".join(cells) + " |")
-    failed = [f"{r['arm']}, {_line(r['reward'])}: {r['invalid']}" for r in rows if r["invalid"]]
-    if failed:
-        lines += ["", f"Images left out because scoring failed: {'; '.join(failed)}."]
-    return lines
-
-
-def _cell(row: Row) -> str:
-    """``mean [low, high]``, rounded to two digits of the width, with its marks."""
-    number = {"base": row["mean"], "trained": None, "difference": None, "nfe": 0, "seconds": 0}
-    text = readable({**number, "low": row["low"], "high": row["high"]})
-    mean = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[row["mark"]].format(text["base"])
-    star = "\\*" if row["trained_on"] else ""
-    if row["low"] is None:
-        return mean + star
-    return f"{mean} {text['interval'].replace('+', '')}{star}"
-
-
-def _line(text: str) -> str:
-    """Text as one line that may stand in a pipe table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _csv(rows: Iterable[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [name for name, *_ in RESULTS.columns], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

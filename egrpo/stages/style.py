@@ -87,12 +87,12 @@ def columns(path: str | Path, table: Table) -> dict[str, npt.NDArray[Any]]:
     return {name: data[name].to_numpy() for name in data.column_names}
 
 
-def inches(size: float, weight: str = "normal") -> Callable[[str], float]:
-    """How wide a text of this font is printed."""
-    font = FontProperties(size=size, weight=weight)  # type: ignore[arg-type]
+def inches(size: float, **font: Any) -> Callable[[str], float]:
+    """How wide a text is printed; ``font`` as in ``FontProperties``."""
+    properties = FontProperties(size=size, **font)
 
     def width(text: str) -> float:
-        points, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+        points, _, _ = text_to_path.get_text_width_height_descent(text, properties, ismath=False)
         return float(points) / 72.0
 
     return width

@@ -7,7 +7,6 @@ hacking: ``diversity`` and ``distance_to_base``.
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from egrpo.config.models import RunConfig
 from egrpo.core.bootstrap import paired_interval
 from egrpo.errors import UserError
 from egrpo.store.files import read_json, write_text
-from egrpo.store.tables import COMPARISON, IMAGES, SCORES, read_table, write_table
+from egrpo.store.tables import COMPARISON, IMAGES, SCORES, csv_text, read_table, write_table
 
 Row = dict[str, Any]
 Key = tuple[int, int, str]
@@ -81,14 +80,14 @@ def make_comparison(runs: Mapping[str, RunFiles], output: str | Path) -> None:
     settings = {run: run_key(files.config) for run, files in runs.items()}
     metadata = {"config_hash": digest(settings), "interval_level": "0.95"}
     write_table(path, COMPARISON, rows, metadata=metadata)
-    write_text(path.with_suffix(".csv"), _csv(rows))
+    write_text(path.with_suffix(".csv"), csv_text(COMPARISON, rows))
     write_text(path.with_suffix(".md"), markdown(rows))
 
 
 def compare_run(run: str, files: RunFiles) -> list[Row]:
     """Rows of COMPARISON of one run: trained rewards, other rewards, then the measured rows."""
     config = files.config
-    train = _train_record(files.train)
+    train = train_record(files.train)
     common = {
         "run": run,
         "method": config.method.name,
@@ -126,7 +125,7 @@ def _paired_scores(files: RunFiles) -> Paired:
         )
     out: Paired = {}
     for reward, values in trained.items():
-        keys = _same_keys(base[reward], values, files.base_scores, files.scores)
+        keys = same_keys(base[reward], values, files.base_scores, files.scores)
         before = base[reward]
         out[reward] = [before[k] for k in keys], [values[k] for k in keys], [k[0] for k in keys]
     return out
@@ -134,8 +133,16 @@ def _paired_scores(files: RunFiles) -> Paired:
 
 def read_scores(path: Path) -> dict[str, dict[Key, float]]:
     """Scores by reward and by (prompt id, sample, prompt); NaN where scoring failed."""
+    out = scores_of(read_table(path, SCORES).to_pylist(), path)
+    if not out:
+        raise UserError(f"{path}: holds no score; delete it and run again")
+    return out
+
+
+def scores_of(rows: Iterable[Row], path: Path) -> dict[str, dict[Key, float]]:
+    """Scores by reward and key from rows with the columns of SCORES; ``path`` for messages."""
     out: dict[str, dict[Key, float]] = {}
-    for row in read_table(path, SCORES).to_pylist():
+    for row in rows:
         scores = out.setdefault(row["reward"], {})
         key = (row["prompt_id"], row["sample"], row["prompt"])
         if key in scores:
@@ -144,12 +151,10 @@ def read_scores(path: Path) -> dict[str, dict[Key, float]]:
                 "delete the file and run again"
             )
         scores[key] = math.nan if row["value"] is None else row["value"]
-    if not out:
-        raise UserError(f"{path}: holds no score; delete it and run again")
     return out
 
 
-def _same_keys(base: Iterable[Key], trained: Iterable[Key], at: Path, other: Path) -> list[Key]:
+def same_keys(base: Iterable[Key], trained: Iterable[Key], at: Path, other: Path) -> list[Key]:
     """Sorted keys that both sides have; UserError where one side has another."""
     mine, theirs = set(base), set(trained)
     different = sorted(mine ^ theirs)
@@ -166,7 +171,7 @@ def _same_keys(base: Iterable[Key], trained: Iterable[Key], at: Path, other: Pat
 def _paired_images(files: RunFiles) -> Paired:
     """``diversity``, one pair a prompt, and ``distance_to_base``, one pair an image."""
     base, trained = read_images(files.base_images), read_images(files.images)
-    keys = _same_keys(base, trained, files.base_images, files.images)
+    keys = same_keys(base, trained, files.base_images, files.images)
     by_prompt: dict[int, list[Key]] = {}
     for key in keys:
         by_prompt.setdefault(key[0], []).append(key)
@@ -218,7 +223,8 @@ def diversity(images: Sequence[Pixels]) -> float:
     return float(np.mean([rms(a, b) for a, b in combinations(images, 2)]))
 
 
-def _train_record(path: Path) -> Mapping[str, Any]:
+def train_record(path: Path) -> Mapping[str, Any]:
+    """What training spent, from ``train.json``."""
     record = read_json(path)
     missing = [key for key in TRAIN_KEYS if key not in record]
     if missing:
@@ -226,12 +232,10 @@ def _train_record(path: Path) -> Mapping[str, Any]:
     return record
 
 
-def _csv(rows: Iterable[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [name for name, *_ in COMPARISON.columns], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def decimals(low: float | None, high: float | None) -> int:
+    """Decimals that show two digits of an interval's width; 4 where there is none."""
+    width = 0.0 if low is None or high is None else high - low
+    return min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 4
 
 
 def readable(row: Row) -> Row:
@@ -242,11 +246,10 @@ def readable(row: Row) -> Row:
         number is missing.
     """
     low, high = row["low"], row["high"]
-    width = 0.0 if low is None else high - low
-    decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 4
+    digits = decimals(low, high)
 
     def text(value: float | None, sign: str = "") -> str:
-        return "-" if value is None else f"{value:{sign}.{decimals}f}"
+        return "-" if value is None else f"{value:{sign}.{digits}f}"
 
     return {
         "base": text(row["base"]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -293,6 +295,15 @@ def write_table(
     strings = [f.name for f in schema if f.type == TEXT]
     with replacing(path) as temporary:
         pq.write_table(data, temporary, compression="zstd", use_dictionary=strings)
+
+
+def csv_text(table: Table, rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of a table as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [name for name, *_ in table.columns], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_table(path: str | Path, table: Table) -> pa.Table:

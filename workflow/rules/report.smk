@@ -63,7 +63,13 @@ rule result_table:
         settings=lambda wc: at.target_settings(wc.table),
         configs=lambda wc: configs(runs_of(study.tables[wc.table].arms)),
         results=table_inputs,
-        code=sources("core/intervals.py", "stages/results.py", "store/tables.py"),
+        code=sources(
+            "core/intervals.py",
+            "stages/results.py",
+            "stages/results_text.py",
+            "stages/tables.py",
+            "store/tables.py",
+        ),
     output:
         table=f"{STUDY}/tables/{{table}}.parquet",
         csv=f"{STUDY}/tables/{{table}}.csv",

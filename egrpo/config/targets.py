@@ -1,0 +1,132 @@
+"""Tables and figures of a study: what they may ask for, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from egrpo.config.keys import evaluation_key
+from egrpo.config.models import RunConfig, StudyConfig, TableSpec
+from egrpo.errors import UserError
+
+BASE = "base"
+"""The untrained model, in the place of an arm."""
+
+RESERVED = (
+    "all",
+    "all_runs",
+    "base",
+    "before_after",
+    "comparison",
+    "curves",
+    "embed",
+    "entropy",
+    "evaluate",
+    "figures",
+    "paper",
+    "plan",
+    "plans",
+    "profile",
+    "publish",
+    "settings",
+    "spread",
+    "train",
+)
+"""Names of rules and files that a table or figure of a study must not take."""
+
+
+def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig], source: str) -> None:
+    """Refuse tables, figures and default runs that name what the study does not have.
+
+    Raises:
+        UserError: naming file and key.
+    """
+    arms = list(dict.fromkeys(run.arm for run in runs.values()))
+    rewards = list(dict.fromkeys(name for run in runs.values() for name in run.rewards))
+
+    def known(key: str, what: str, wanted: Iterable[str], there: Iterable[str]) -> None:
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            near = difflib.get_close_matches(missing[0], list(there), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{source}: {key}: no {what} {missing[0]!r}{hint}")
+
+    if study.seeds is not None and (
+        not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0
+    ):
+        raise UserError(f"{source}: seeds: distinct numbers of at least 0 are needed")
+    known("default_runs", "run", study.default_runs or (), runs)
+    known("paper", "table or figure", study.paper or (), (*study.tables, *study.figures))
+    both = sorted(set(study.tables) & set(study.figures))
+    if both:
+        raise UserError(f"{source}: figures.{both[0]}: a table has that name")
+    for name in (*study.tables, *study.figures):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
+            raise UserError(
+                f"{source}: tables, figures: {name!r} cannot be a target; use small letters, "
+                f"digits and _, and none of {', '.join(RESERVED)}"
+            )
+    for name, table in study.tables.items():
+        known(f"tables.{name}.sections", "line of the runs table", table.arms, arms)
+        known(f"tables.{name}.rewards", "reward", table.rewards, rewards)
+        try:
+            check_table(name, table, runs)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+    for name, figure in study.figures.items():
+        known(f"figures.{name}.arms", "line of the runs table", figure.arms, arms)
+        known(f"figures.{name}.rewards", "reward", figure.rewards, rewards)
+
+
+def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> None:
+    """Refuse a table that the runs cannot fill.
+
+    Raises:
+        UserError: naming the key.
+    """
+    firsts: dict[str, RunConfig] = {}
+    for run in runs.values():
+        firsts.setdefault(run.arm, run)
+    if not spec.rewards:
+        raise UserError(f"tables.{name}.rewards: no reward is given")
+    if not spec.sections or not all(spec.sections.values()):
+        raise UserError(f"tables.{name}.sections: a section, and an arm in each, is needed")
+    for heading, members in spec.sections.items():
+        key = f"tables.{name}.sections.{heading}"
+        for arm in members:
+            if arm == BASE:
+                raise UserError(f"{key}: the base model is always there; leave {arm!r} out")
+            if members.count(arm) > 1:
+                raise UserError(f"{key}: arm {arm!r} occurs twice")
+            if arm not in firsts:
+                raise UserError(
+                    f"{key}: no arm {arm!r} in the runs table; there are {', '.join(firsts)}"
+                )
+            for reward in spec.rewards:
+                if reward not in firsts[arm].rewards:
+                    raise UserError(
+                        f"tables.{name}.rewards: arm {arm!r} is not evaluated with {reward!r}; "
+                        f"its rewards are {', '.join(firsts[arm].rewards)}"
+                    )
+            if evaluation_key(firsts[arm]) != evaluation_key(firsts[members[0]]):
+                raise UserError(
+                    f"{key}: arms {members[0]!r} and {arm!r} have different base models or "
+                    "evaluations; they cannot be compared"
+                )
+
+
+def with_snapshots(
+    runs: Mapping[str, RunConfig], tables: Iterable[TableSpec]
+) -> dict[str, RunConfig]:
+    """Runs that keep their weights at the evaluations that tables compare them at."""
+    wanted: dict[str, set[int]] = {}
+    for table in tables:
+        for arm in table.arms if table.evaluations else ():
+            wanted.setdefault(arm, set()).add(table.evaluations or 0)
+    out = {}
+    for name, run in runs.items():
+        snapshots = sorted({*run.train.snapshots, *wanted.get(run.arm, ())})
+        train = run.train.model_copy(update={"snapshots": snapshots})
+        out[name] = run.model_copy(update={"train": train})
+    return out
