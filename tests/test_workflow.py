@@ -18,16 +18,21 @@ from conftest import ROOT
 from egrpo.config.load import overlay, read_yaml
 from egrpo.store.tables import TABLES
 
-TABLE = "run\tmethod.name\ttrain.learning_rate_scale\n"
-RUNS = TABLE + "one\tegrpo\t\ntwo\tflow_grpo\t\n"
+TABLE = "run\tmethod.name\ttrain.learning_rate_scale\tmethod.threshold\n"
+RUNS = TABLE + "one\tegrpo\t\ntwo\tflow_grpo\t\nthree\tegrpo\t\tauto\n"
+EVALUATIONS = 60
+KINDS = ("branches", "entropy", "spread", "threshold", "curves", "images")
 
 SMALL: dict[str, Any] = {
     "study": "small",
+    "seeds": [0, 1],
+    "default_runs": ["one-s0", "two-s0"],
+    "paper": ["scores_of_all", *(f"the_{kind}" for kind in KINDS)],
     "methods": {
-        "egrpo": {"group_size": 3, "active": 4},
+        "egrpo": {"group_size": 3, "active": 4, "spread_factor": 0.01},
         "flow_grpo": {"group_size": 4, "steps": 5},
     },
-    "profile": {"prompts": 2, "samples": 3, "spans": [1, 2]},
+    "profile": {"prompts": 2, "samples": 3, "spans": [1, 2], "shown": [[2, 1], [3, 2]]},
     "train": {
         "iterations": 3,
         "prompts_per_iteration": 2,
@@ -44,6 +49,25 @@ def study(folder: Path, runs: str = RUNS, **changes: Any) -> Path:
     """A small study's YAML and runs table in ``folder``, results there too."""
     settings = overlay(read_yaml(ROOT / "config/config.yaml"), SMALL)
     settings |= {"results": str(folder / "results"), "runs": str(folder / "runs.tsv")}
+    settings["tables"] = {
+        "scores_of_all": {
+            "caption": "All arms.",
+            "sections": {"first": ["one", "two"], "second": ["three"]},
+            "rewards": ["verifier", "clip"],
+            "evaluations": EVALUATIONS,
+        }
+    }
+    settings["figures"] = {
+        f"the_{kind}": {
+            "kind": kind,
+            "caption": f"The {kind}.",
+            "arms": ["three"] if kind in ("spread", "threshold") else ["one", "three"],
+            "pairs": [[2, 1], [3, 2]],
+            "spans": [1, 2],
+            "prompts": 2,
+        }
+        for kind in KINDS
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         settings = overlay(settings, {section: {name: value}} if name else {section: value})
@@ -104,7 +128,11 @@ def test_recipe_of_the_toy_weights_is_a_rule() -> None:
         (RUNS, {"train__iterations": "many"}, ["config.yaml", "train.iterations", "'many'"]),
         (RUNS, {"train__iterations": 0}, ["train.iterations", "greater than or equal to 1"]),
         (RUNS + "one\tegrpo\t\n", {}, ["runs.tsv", "'one' occurs twice"]),
-        (TABLE + "x\tegrpo\t-1\n", {}, ["runs.tsv", "'x'", "train.learning_rate_scale"]),
+        (TABLE + "x\tegrpo\t-1\n", {}, ["runs.tsv", "'x-s0'", "train.learning_rate_scale"]),
+        (RUNS, {"default_runs": ["one"]}, ["config.yaml: default_runs: no run 'one'; did you"]),
+        (RUNS, {"train__updates": 5}, ["run one-s0: train.updates", "into 4 parts only, not 5"]),
+        (RUNS, {"train__loss": "negative_aware"}, ["train.loss: negative_aware is not for method"]),
+        (RUNS, {"methods__flow_grpo": {"dynamics": "cps", "noise_level": 2.0}}, ["(0, 1]"]),
         (TABLE + "x\tppo\t\n", {}, ["runs.tsv", "unknown method 'ppo'"]),
         (RUNS, {"methods__egrpo": {"group_size": 1}}, ["methods.egrpo.group_size", "to 2"]),
         (RUNS, {"methods__egrpo": {"active": 16}}, ["methods.egrpo.active", "beyond the schedule"]),
@@ -148,6 +176,7 @@ def test_whole_study_gives_every_result(finished: Path) -> None:
     at = results(finished)
     for name in ("curves", "before_after", "entropy", "spread"):
         assert (at / f"figures/{name}.png").stat().st_size > 5000
+    assert {p.name for p in (at / "runs").iterdir()} == {"one-s0", "two-s0"}, "default runs only"
     found = {}
     for path in sorted(at.rglob("*.parquet")):
         schema = pq.read_schema(path)
@@ -156,8 +185,8 @@ def test_whole_study_gives_every_result(finished: Path) -> None:
         assert schema.metadata[b"schema_version"].decode() == str(TABLES[name].version)
         for field in schema:
             assert {b"unit", b"description"} <= set(field.metadata)
-    assert set(found) == set(TABLES)
-    for run in ("one", "two"):
+    assert set(found) == set(TABLES) - {"results"}
+    for run in ("one-s0", "two-s0"):
         summary = json.loads((at / f"runs/{run}/train.json").read_text())
         assert summary["iterations"] == 3
         assert (at / f"runs/{run}/adapter/pytorch_lora_weights.safetensors").exists()
@@ -168,10 +197,12 @@ def test_whole_study_gives_every_result(finished: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    for run, cost in json.loads(costs).items():
+    costs = json.loads(costs)
+    assert costs["three-s0"] is None, "its profile is there, its plan is not"
+    for run in ("one-s0", "two-s0"):
         summary = json.loads((at / f"runs/{run}/train.json").read_text())
-        assert summary["nfe_forward"] == cost["forward"]
-        assert summary["nfe_train"] == cost["train"]
+        for name in ("forward", "train", "reference"):
+            assert summary[f"nfe_{name}"] == costs[run]["run"][name]
     report = subprocess.run(
         [sys.executable, "-m", "egrpo", "report", "--config", str(finished)],
         cwd=ROOT,
@@ -188,9 +219,9 @@ def test_mlflow_holds_every_metric_once(finished: Path) -> None:
     import mlflow
 
     at = results(finished)
-    published = json.loads((at / "published.json").read_text())
+    published = json.loads((at / "published-comparison.json").read_text())
     client = mlflow.MlflowClient(published["uri"])
-    for run in ("one", "two"):
+    for run in ("one-s0", "two-s0"):
         run_id = published[run]
         data = client.get_run(run_id)
         assert data.info.status == "FINISHED"
@@ -218,7 +249,11 @@ def test_running_again_does_nothing_and_edits_rerun_only_what_they_touch(finishe
     assert not {"train", "profile", "embed", "plan"} & set(jobs)
     study(folder, RUNS.replace("two\tflow_grpo\t", "two\tflow_grpo\t2.0"))
     assert planned(finished)["train"] == 1
-    study(folder, TABLE + "zero\tegrpo\t0.5\n" + RUNS.removeprefix(TABLE))
+    study(
+        folder,
+        TABLE + "zero\tegrpo\t0.5\n" + RUNS.removeprefix(TABLE),
+        default_runs=["zero-s0", "one-s0", "two-s0"],
+    )
     assert planned(finished)["train"] == 1
     study(folder, train__rewards={"verifier": 1.0, "clip": 0.5})
     jobs = planned(finished)
@@ -232,13 +267,13 @@ def test_running_again_does_nothing_and_edits_rerun_only_what_they_touch(finishe
 def test_a_lost_result_is_made_again_from_the_state(finished: Path) -> None:
     """Outputs deleted, state kept: the job resumes at the end and trains nothing twice."""
     at = results(finished)
-    before = (at / "runs/one/adapter/pytorch_lora_weights.safetensors").read_bytes()
-    (at / "runs/one/train.json").unlink()
+    before = (at / "runs/one-s0/adapter/pytorch_lora_weights.safetensors").read_bytes()
+    (at / "runs/one-s0/train.json").unlink()
     done = snakemake(finished)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    log = (at / "logs/train/one.log").read_text()
+    log = (at / "logs/train/one-s0.log").read_text()
     assert "going on after iteration 3" in log
-    assert (at / "runs/one/adapter/pytorch_lora_weights.safetensors").read_bytes() == before
+    assert (at / "runs/one-s0/adapter/pytorch_lora_weights.safetensors").read_bytes() == before
 
 
 def test_settings_of_the_default_study_do_not_leak_into_another(tmp_path: Path) -> None:
@@ -251,6 +286,38 @@ def test_settings_of_the_default_study_do_not_leak_into_another(tmp_path: Path) 
     done = snakemake(without, "--dry-run")
     assert done.returncode != 0
     assert "without.yaml: model: is missing" in done.stdout + done.stderr
-    assert snakemake(config, f"{tmp_path}/results/small/runs/one/config.yaml").returncode == 0
-    resolved = yaml.safe_load((tmp_path / "results/small/runs/one/config.yaml").read_text())
+    assert snakemake(config, f"{tmp_path}/results/small/runs/one-s0/config.yaml").returncode == 0
+    resolved = yaml.safe_load((tmp_path / "results/small/runs/one-s0/config.yaml").read_text())
     assert "clip" not in resolved["rewards"]
+
+
+@pytest.mark.slow
+def test_paper_makes_every_table_and_figure_and_trains_shared_runs_once(finished: Path) -> None:
+    at = results(finished)
+    jobs = planned(finished, "paper")
+    assert jobs["train"] == 4, "two of the six runs are there"
+    assert planned(finished, "the_threshold").get("train", 0) == 0, "a plan needs no training"
+    done = snakemake(finished, "paper")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    for kind in KINDS:
+        assert (at / f"figures/the_{kind}.png").stat().st_size > 5000
+        assert (at / f"figures/the_{kind}.svg").read_text().startswith("<?xml")
+    rows = pq.read_table(at / "tables/scores_of_all.parquet").to_pylist()
+    assert {(r["at"], r["arm"]) for r in rows} == {
+        (when, arm) for when in ("end", "evaluations") for arm in ("base", "one", "two", "three")
+    }
+    for row in rows:
+        assert row["low"] <= row["mean"] <= row["high"]
+        if row["arm"] != "base":
+            assert row["seeds"] == 2
+            assert (row["nfe"] <= EVALUATIONS) == (row["at"] == "evaluations")
+            assert row["peak_memory_mib"] > 100
+    text = (at / "tables/scores_of_all.md").read_text()
+    assert "## At equal network evaluations (60)" in text
+    assert (at / "tables/scores_of_all.csv").read_text().count("\n") == len(rows) + 1
+    published = json.loads((at / "published-paper_runs.json").read_text())
+    assert {f"{arm}-s{seed}" for arm in ("one", "two", "three") for seed in (0, 1)} <= set(
+        published
+    )
+    assert planned(finished, "paper") == {}
+    assert planned(finished) == {}

@@ -386,9 +386,13 @@ class FigureSpec(Settings):
     arms: list[str] = setting(..., "Arms that it shows, or whose profile it shows.")
     rewards: list[str] = setting([], "Rewards of curves; empty: the trained ones.")
     pairs: list[list[int]] = setting(
-        [[2, 1], [6, 1], [6, 4]], "Branches shown: [step, span].", f"{PAPER}, Fig. 1a"
+        [[2, 1], [6, 1], [6, 4]],
+        "Branches shown, of those that profile.shown keeps: [step, span].",
+        f"{PAPER}, Fig. 1a",
     )
-    spans: list[int] = setting([1, 2, 4, 6], "Spans whose entropy is drawn.", f"{PAPER}, Fig. 1b")
+    spans: list[int] = setting(
+        [1, 2, 4, 6], "Spans whose entropy is drawn, of profile.spans.", f"{PAPER}, Fig. 1b"
+    )
     prompts: int = setting(6, "Prompts of an image grid, or of branches.", ge=1)
 
 

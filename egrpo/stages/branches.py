@@ -255,7 +255,7 @@ def _draw_spread(axes: Axes, block: Block, reward: str, limit: float) -> None:
         axes.annotate(
             "no score" if failed else _number(value),
             (place * limit, i),
-            xytext=(0, 4.5),
+            xytext=(2 if place < 0.2 else 0, 4.5),
             textcoords="offset points",
             ha="left" if place < 0.2 else "right" if place > 0.8 else "center",
             fontsize=7,

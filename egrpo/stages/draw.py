@@ -80,9 +80,13 @@ def _threshold(spec: FigureSpec, at: Layout, stem: Path) -> None:
     if not isinstance(method, Egrpo) or method.threshold != "auto":
         raise UserError(f"run {run.run}: method.threshold: its figure needs auto")
     spreads = measured_spread(at.profile(run.run), run.train.rewards)
+    try:
+        choice = choose_threshold(spreads, method.measure, method.spread_factor)
+    except ValueError as error:
+        raise UserError(f"run {run.run}: {error}") from None
     threshold_figure(
         spreads,
-        choose_threshold(spreads, method.measure, method.spread_factor),
+        choice,
         load_plan(at.run(run.run) / "plan.json"),
         method.spread_factor,
         ", ".join(run.train.rewards),
@@ -94,8 +98,9 @@ def _curves(spec: FigureSpec, at: Layout, stem: Path) -> None:
     groups = {
         arm: [at.run(run) / "train_metrics.parquet" for run in at.arm(arm)] for arm in spec.arms
     }
-    trained = [name for run in at.study.runs.values() for name in run.train.rewards]
-    arm_curves_figure(groups, spec.rewards or list(dict.fromkeys(trained)), stem)
+    runs = (at.study.runs[run] for arm in spec.arms for run in at.arm(arm))
+    trained = dict.fromkeys(name for run in runs for name in run.train.rewards)
+    arm_curves_figure(groups, spec.rewards or list(trained), stem)
 
 
 def _images(spec: FigureSpec, at: Layout, stem: Path) -> None:

@@ -137,16 +137,18 @@ def _read(
     keys = list(first.values())[: max(0, prompts)]
     if not keys:
         raise UserError(f"{base_images}: no image to show; at least 1 prompt is needed")
-    columns = [("base", Path(base_images), base)]
-    columns += [(run, Path(path), read_images(Path(path))) for run, path in runs]
-    for run, path, images in columns:
+    columns: list[Column] = [("base", Path(base_images), {key: base[key] for key in keys})]
+    base.clear()  # one table at a time: hundreds of large images each, of which few are shown
+    for run, path in runs:
+        images = read_images(Path(path))
         lacking = [key for key in keys if key not in images]
         if lacking:
             raise UserError(
                 f"{path}: run {run!r} has no image of prompt {lacking[0][0]} "
                 f"({lacking[0][2]!r}), sample {lacking[0][1]}; evaluate it on the base's prompts"
             )
-    return keys, columns, decode_png(base[keys[0]], Path(base_images))
+        columns.append((run, Path(path), {key: images[key] for key in keys}))
+    return keys, columns, decode_png(columns[0][2][keys[0]], Path(base_images))
 
 
 def _image_grid(
@@ -177,7 +179,7 @@ def _image_grid(
             y = top + row * (height + GAP)
             font = 7.5 if small else 9.0
             lines = max(1, int(height * 72.0 / (font * 1.25)))
-            text = wrap(key[2], LEFT - GAP, lines, inches(font))
+            text = wrap(key[2], LEFT - 2 * GAP, lines, inches(font))
             canvas.text(MARGIN, y + height / 2, text, va="center", fontsize=font)
             for column, (_, path, images) in enumerate(columns):
                 x = MARGIN + LEFT + column * (width + GAP)

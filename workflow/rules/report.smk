@@ -41,6 +41,7 @@ rule figures:
             "stages/draw.py",
             "stages/figures.py",
             "stages/image_grid.py",
+            "stages/style.py",
             "store/tables.py",
         ),
     output:
@@ -102,6 +103,7 @@ rule result_figure:
             "stages/draw.py",
             "stages/figures.py",
             "stages/image_grid.py",
+            "stages/style.py",
             "stages/threshold_figure.py",
             "store/tables.py",
         ),
