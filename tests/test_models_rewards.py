@@ -13,13 +13,13 @@ from conftest import small_run
 from PIL import Image
 
 from egrpo.config.models import Reward
+from egrpo.config.prompts import read_prompts
 from egrpo.core.executor import execute
 from egrpo.core.methods import chains
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
 from egrpo.models import load_model
-from egrpo.config.prompts import read_prompts
 from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
 from egrpo.rewards.clip import Clip

@@ -280,7 +280,8 @@ def test_egrpo_branches_share_anchors_and_go_on_from_the_end_of_the_span():
 def test_flow_grpo_trains_all_but_the_last_step_of_independent_trajectories():
     tree = flow_grpo(10, 24, "flow_sde", 0.99)
     assert [n.sample for n in tree.nodes if n.parent == ROOT] == list(range(24))
-    assert group_sizes(tree) == dict.fromkeys(range(9), 24)
+    assert group_sizes(tree) == {0: 9 * 24}, "samples are compared, not steps"
+    assert {tree.nodes[tree.nodes[k].parent].index for k in tree.trained} == set(range(9))
     assert {n.dynamics for n in tree.nodes if n.parent != ROOT} == {"flow_sde"}
 
 
@@ -530,6 +531,11 @@ def test_on_policy_ratio_is_exactly_one(name, parts, dtype, train_micro_batch):
     updates = list(rollout.updates())
     assert 1 <= len(updates) <= parts
     assert sorted(e for u in updates for b in u for e in b.edges) == list(range(len(rollout.edges)))
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for batch in rollout.batches:
+        sizes.setdefault((batch.start, batch.part), []).append(len(batch.x))
+    for here in sizes.values():  # no more batches than are needed
+        assert len(here) == math.ceil(sum(here) / train_micro_batch)
     for batch in (batch for update in updates for batch in update):
         assert len(batch.x) <= train_micro_batch
         v = crowded(batch.x, sigmas[batch.start], batch.tree)  # with gradients this time

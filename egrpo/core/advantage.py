@@ -69,7 +69,7 @@ def best_leaves(
     total = np.zeros(len(owner))
     for name, weight in weights.items():
         values = finite(rewards[name])
-        total += weight * normalise(values, owner)[0]
+        total += weight * np.nan_to_num(normalise(values, owner)[0])
         total[np.isnan(values)] = -np.inf
     best = []
     for t in range(len(trees)):
@@ -118,9 +118,9 @@ def normalise(
         eps: added to the std.
 
     Returns:
-        Advantages [E] (0 where masked or invalid), number of groups, number of masked groups.
+        Advantages [E] (NaN where masked or invalid), number of groups, number of masked groups.
     """
-    out = np.zeros_like(values)
+    out = np.full_like(values, np.nan)
     valid = ~np.isnan(values)
     spread = np.std(values[valid], ddof=ddof) if valid.sum() > ddof else 0.0
     numbers = np.unique(groups)
@@ -160,7 +160,8 @@ def advantages(
         std, ddof, eps: see :func:`normalise`.
         clamp: bound of the absolute advantage.
     """
-    keys = [(t, trees[t].nodes[node].group) for t, node in edges]
+    units, unit = comparison_units(trees, edges)
+    keys = [(t, trees[t].nodes[node].group) for t, node in units]
     numbering = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     groups = np.array([numbering[key] for key in keys], dtype=np.int64)
     raw = {name: finite(rewards[name]) for name in weights}
@@ -169,16 +170,35 @@ def advantages(
         raw = {"sum": np.sum([weights[name] * r for name, r in raw.items()], axis=0)}
         weights = {"sum": 1.0}
     labels = leaf_labels(trees)
-    total = np.zeros(len(edges))
+    total, said = np.zeros(len(units)), np.zeros(len(units), dtype=bool)
     count = masked = 0
     for name, reward in raw.items():
         for label in np.unique(labels):
-            values = edge_values(np.where(labels == label, reward, np.nan), trees, edges)
+            values = edge_values(np.where(labels == label, reward, np.nan), trees, units)
             normal, n, m = normalise(values, groups, std=std, ddof=ddof, eps=eps)
-            total += weights[name] * normal
+            total += weights[name] * np.nan_to_num(normal)
+            said |= ~np.isnan(normal)
             count, masked = count + n, masked + m
-    if combine == "gdpo":
-        said = total != 0.0  # what hygiene silenced stays silent
-        if said.sum() > ddof:
-            total[said] = (total[said] - total[said].mean()) / (total[said].std(ddof=ddof) + eps)
-    return Advantages(np.clip(total, -clamp, clamp), count, masked, invalid)
+    if combine == "gdpo" and said.sum() > ddof:  # what hygiene silenced stays silent
+        total[said] = (total[said] - total[said].mean()) / (total[said].std(ddof=ddof) + eps)
+    return Advantages(np.clip(total, -clamp, clamp)[unit], count, masked, invalid)
+
+
+def comparison_units(
+    trees: Sequence[Tree], edges: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[int, int]], Ints]:
+    """The first edge of each (tree, group, leaves), and for each edge [E] its place among them.
+
+    The trained steps of one trajectory share its reward; as one they enter mean and std once,
+    however many of them there are.
+    """
+    places: dict[tuple[int, int, tuple[int, ...]], int] = {}
+    units: list[tuple[int, int]] = []
+    unit = np.empty(len(edges), dtype=np.int64)
+    for e, (t, node) in enumerate(edges):
+        key = (t, trees[t].nodes[node].group, trees[t].leaves_below[node])
+        if key not in places:
+            places[key] = len(units)
+            units.append((t, node))
+        unit[e] = places[key]
+    return units, unit

@@ -124,7 +124,8 @@ def chains(
 ) -> Tree:
     """``samples`` trajectories, stochastic in a part of the steps, with all, some or none trained.
 
-    Group = step, so that a step's edges are compared over the samples of the prompt.
+    All edges are one group: a sample is compared with all samples of its prompt, whichever of its
+    steps train.
 
     Args:
         steps: T.
@@ -148,7 +149,7 @@ def chains(
             node = builder.through(root, range(1, first + 1))
         chosen = trained[sample] if trained else ()
         for i in window:
-            node = builder.edge(node, i + 1, dynamics, sample=sample, trained=i in chosen, group=i)
+            node = builder.edge(node, i + 1, dynamics, sample=sample, trained=i in chosen)
         builder.through(node, stops, after)
     return builder.build()
 

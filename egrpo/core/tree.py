@@ -30,7 +30,8 @@ class Node:
         sample: which noise to draw: seeds are functions of (step, sample), so that two edges
             with the same start and sample share their noise.
         trained: whether the edge's log-probability enters the loss.
-        group: trained edges of one prompt with equal group are compared with each other.
+        group: trained edges of one prompt with equal group are compared with each other; those
+            that share their leaves count once.
         weight: factor of the edge's loss.
         label: of a leaf: rewards are normalised among leaves of one label, and an edge's
             advantages are summed over the labels below it.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from egrpo.core.advantage import Advantages, edge_values
+from egrpo.core.advantage import Advantages, comparison_units, edge_values
 from egrpo.core.rollout import Rollout
 from egrpo.core.tree import Tree
 from egrpo.store import journal
@@ -26,12 +26,13 @@ def reward_metrics(
         "samples_invalid": advantage.samples_invalid,
         "advantage_abs_mean": float(np.abs(advantage.values).mean()),
     }
-    groups = [(t, trees[t].nodes[node].group) for t, node in rollout.edges]
+    units, _ = comparison_units(trees, rollout.edges)
+    groups = [(t, trees[t].nodes[node].group) for t, node in units]
     for name, values in scores.items():
         valid = values[~np.isnan(values)]
         metrics[f"reward/{name}"] = float(valid.mean()) if valid.size else float("nan")
         within: dict[tuple[int, int], list[float]] = {}
-        for group, value in zip(groups, edge_values(values, trees, rollout.edges), strict=True):
+        for group, value in zip(groups, edge_values(values, trees, units), strict=True):
             if not np.isnan(value):
                 within.setdefault(group, []).append(value)
         spreads = [np.std(x, ddof=1) for x in within.values() if len(x) > 1]
