@@ -135,6 +135,24 @@ def profile_command(
     profile(load_run(run_config), embeddings, output, branches)
 
 
+@main.command("suffixes")
+@click.option("--run-config", type=EXISTING, required=True, help="Resolved settings of a run.")
+@click.option("--plan", "plan_path", type=EXISTING, required=True, help="Its merge plan.")
+@click.option("--embeddings", type=EXISTING, required=True, help="Prompt embeddings.")
+@click.option("--output", type=FILE, required=True, help="Parquet file; CSV and Markdown beside.")
+@click.option("--threads", type=int, help="CPU threads.")
+def suffixes_command(
+    run_config: Path, plan_path: Path, embeddings: Path, output: Path, threads: int | None
+) -> None:
+    """Compare cheaper suffixes of the branches with the exact one, on the base model."""
+    from egrpo.config.load import load_run
+    from egrpo.stages.plan import load_plan
+    from egrpo.stages.suffixes import suffixes
+
+    _threads(threads)
+    suffixes(load_run(run_config), load_plan(plan_path), embeddings, output)
+
+
 @main.command("train")
 @click.option("--run-config", type=EXISTING, required=True, help="Resolved settings of a run.")
 @click.option("--embeddings", type=EXISTING, required=True, help="Prompt embeddings.")

@@ -476,7 +476,7 @@ def test_negative_aware_objective_in_data_space():
 
         positive = error(beta * v[k] + (1 - beta) * v_old[k])
         negative = error((1 + beta) * v_old[k] - beta * v[k])
-        total = total + weight[k] * (r * positive / beta + (1 - r) * negative / beta)
+        total = total + most * weight[k] * (r * positive / beta + (1 - r) * negative / beta)
     (expected,) = torch.autograd.grad(total, v)
     result = negative_aware_objective(v, v_old, eps - x0, sigma, advantage, weight, beta, most)
     torch.testing.assert_close(result.loss, total)

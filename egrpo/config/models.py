@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from egrpo.config.base import PAPER, Settings, setting
-from egrpo.config.methods import FLOW, GUARD, NFT, AnyMethod, Egrpo, ForwardProcess, Loss
+from egrpo.config.methods import FLOW, GUARD, NFT, AnyMethod, Egrpo, ForwardProcess, Loss, Solver
 
 
 class Lora(Settings):
@@ -181,7 +181,8 @@ class Train(Settings):
     updates: int = setting(
         1,
         "Optimizer steps of an iteration: samples are cut into this many parts. Of a method that "
-        "branches at n steps, n parts give one optimizer step after each (as E-GRPO's code does).",
+        "branches at n steps of one anchor, n parts give one optimizer step after each (as the code "
+        "of E-GRPO does).",
         ge=1,
         le=1024,
     )
@@ -244,6 +245,10 @@ class Profile(Settings):
         "Branches whose images are kept: [step, span]; those off the schedule are left out.",
         f"{PAPER}, Fig. 1a",
     )
+    strides: list[int] = setting(
+        [1, 2, 4], "Strides of the suffixes that `snakemake suffixes` compares with the exact one."
+    )
+    solvers: list[Solver] = setting(["ode", "dpm2"], "Their solvers; each stride with each solver.")
     shown_prompts: int = setting(2, "First prompts whose images are kept.", ge=0)
 
     @model_validator(mode="after")

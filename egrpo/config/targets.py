@@ -31,6 +31,7 @@ RESERVED = (
     "publish",
     "settings",
     "spread",
+    "suffixes",
     "train",
 )
 """Names of rules and files that a table or figure of a study must not take."""

@@ -49,9 +49,10 @@ def negative_aware_objective(
 ) -> Objective:
     """DiffusionNFT's loss of E noised samples (arXiv 2509.16117, eq. 5 and its public code).
 
-    ``r*|x0(v+) - x0|^2 + (1-r)*|x0(v-) - x0|^2`` with ``v+ = (1-beta)*v_old + beta*v``,
-    ``v- = (1+beta)*v_old - beta*v`` and ``r = (clip(A/scale, -1, 1) + 1) / 2``; each square is
-    divided by the mean absolute error of its own prediction, detached (adaptive weighting).
+    ``scale/beta * (r*|x0(v+) - x0|^2 + (1-r)*|x0(v-) - x0|^2)`` with
+    ``v+ = (1-beta)*v_old + beta*v``, ``v- = (1+beta)*v_old - beta*v`` and
+    ``r = (clip(A/scale, -1, 1) + 1) / 2``; each square is divided by the mean absolute error of
+    its own prediction, detached (adaptive weighting).
 
     Args:
         v, v_old, target: [E, ...], velocities of the network, of the weights that sampled, and
@@ -71,7 +72,8 @@ def negative_aware_objective(
 
     positive = error((1.0 - beta) * v_old + beta * v)
     negative = error((1.0 + beta) * v_old - beta * v)
-    loss = (weight * (share * positive + (1.0 - share) * negative) / beta).sum()
+    both = share * positive + (1.0 - share) * negative
+    loss = advantage_scale / beta * (weight * both).sum()
     ones = torch.ones_like(advantage)
     return Objective(loss, ones, torch.zeros_like(ones, dtype=torch.bool))
 

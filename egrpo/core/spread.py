@@ -61,11 +61,15 @@ def choose_threshold(spreads: Sequence[Spread], measure: str, factor: float) -> 
     """
     from scipy.optimize import isotonic_regression
 
-    points = sorted((s.entropy[measure], s.value) for s in spreads if math.isfinite(s.value))
-    if not points:
+    at: dict[float, list[float]] = {}
+    for s in spreads:
+        if math.isfinite(s.value):
+            at.setdefault(s.entropy[measure], []).append(s.value)
+    if not at:
         raise ValueError("the profile holds no measured spread of the trained rewards")
-    entropy, values = np.array(points).T
-    fitted = np.asarray(isotonic_regression(values).x)
+    entropy = np.array(sorted(at))
+    values = np.array([np.mean(at[e]) for e in entropy])
+    fitted = np.asarray(isotonic_regression(values, weights=[len(at[e]) for e in entropy]).x)
     enough = np.flatnonzero(fitted > factor)
     if not len(enough):
         raise ValueError(

@@ -150,16 +150,17 @@ class Tree:
     def parts(self, count: int) -> dict[int, int]:
         """Part 0..count-1 of each source: the optimizer step of an iteration that it belongs to.
 
-        Leaves are cut into ``count`` parts of equal size, in order; a source goes with the first
-        leaf below its trained edges. Independent trajectories are cut by sample, the branches of
-        one anchor by step.
+        A source goes with the first leaf below its trained edges; the sources of one first leaf
+        stay together, and these sets, in order of leaf, are cut into ``count`` parts of equal
+        number. So independent trajectories are cut by sample, the branches of an anchor by step.
         """
         first: dict[int, int] = {}
         for k in self.trained:
             source = self.source(k)
             leaf = self.leaves_below[k][0]
             first[source] = min(leaf, first.get(source, leaf))
-        return {source: leaf * count // len(self.leaves) for source, leaf in first.items()}
+        order = {leaf: n for n, leaf in enumerate(sorted(set(first.values())))}
+        return {source: order[leaf] * count // len(order) for source, leaf in first.items()}
 
     @cached_property
     def cost(self) -> Cost:

@@ -176,6 +176,28 @@ BRANCHES = Table(
     ("prompt_id", "step", "span", "sample"),
 )
 
+SUFFIXES = Table(
+    "suffixes",
+    1,
+    "Cheaper suffixes against the exact one, from the same branches of the base model.",
+    (
+        ("run", TEXT, "", "run whose plan was used"),
+        ("granularity", INT, "grid intervals", "stride of the suffix"),
+        ("solver", TEXT, "", "ode (Euler) or dpm2 (second-order DPM-Solver++)"),
+        ("reward", TEXT, "", "name of the reward"),
+        ("rank_correlation", REAL, "1", "Spearman's, with the exact suffix, mean over groups"),
+        ("low", REAL, "1", "lower end of its 95% interval over prompts"),
+        ("high", REAL, "1", "upper end"),
+        ("spread", REAL, "see reward", "std within groups, mean"),
+        ("spread_exact", REAL, "see reward", "the same of the exact suffix"),
+        ("nfe", REAL, "network evaluations", "of one prompt's rollout"),
+        ("nfe_exact", REAL, "network evaluations", "of the exact one"),
+        ("groups", INT, "", "groups with a rank correlation"),
+        ("groups_equal", INT, "", "groups without, because one side's rewards are equal"),
+    ),
+    ("run", "granularity", "solver", "reward"),
+)
+
 RESULTS = Table(
     "results",
     1,
@@ -256,6 +278,7 @@ TABLES = {
         SNAPSHOTS,
         COMPARISON,
         RESULTS,
+        SUFFIXES,
     )
 }
 

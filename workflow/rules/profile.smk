@@ -45,3 +45,28 @@ rule plan:
     shell:
         "python -m egrpo plan --run-config {input.settings:q} --profile {input.profile:q}"
         " --output {output.plan:q} --table {output.table:q} 3>&2 2> >(tee {log:q} >&3)"
+
+
+# How well cheaper suffixes rank the samples of a group, by the plan of one run.
+rule suffix_quality:
+    input:
+        settings=lambda wc: at.settings("profile", wc.run),
+        plan=f"{STUDY}/runs/{{run}}/plan.json",
+        embeddings=lambda wc: at.embeddings(wc.run),
+        weights=lambda wc: weights(wc.run),
+        code=MODEL_CODE + sources("core/intervals.py", "stages/suffixes.py"),
+    output:
+        table=f"{STUDY}/runs/{{run}}/suffixes.parquet",
+        csv=f"{STUDY}/runs/{{run}}/suffixes.csv",
+        markdown=f"{STUDY}/runs/{{run}}/suffixes.md",
+    log:
+        f"{STUDY}/logs/suffixes/{{run}}.log",
+    benchmark:
+        f"{STUDY}/benchmarks/suffixes/{{run}}.tsv"
+    conda:
+        "../../envs/egrpo.yaml"
+    threads: 1
+    shell:
+        "EGRPO_PROGRESS_FD=3 python -m egrpo suffixes --run-config {input.settings:q}"
+        " --plan {input.plan:q} --embeddings {input.embeddings:q} --output {output.table:q}"
+        " --threads {threads} 3>&2 2> {log:q}"

@@ -165,6 +165,13 @@ rule plans:
         profiles(RUNS),
 
 
+rule suffixes:
+    input:
+        [at.run(run) / "suffixes.parquet" for run in study.default_runs if needs_plan(RUNS[run])][
+            :1
+        ],
+
+
 rule paper:
     input:
         targets("paper_runs"),
