@@ -318,6 +318,24 @@ def test_pruned_leaves_need_no_training(embeddings: Path) -> None:
     assert metrics["on_policy_ratio_deviation"] < 1e-5  # smaller chunks round otherwise
 
 
+def test_guarded_loss_is_divided_by_the_length_of_its_step(embeddings: Path) -> None:
+    """GRPO-Guard: normalised ratio, clipped, times 1/|dt| (public code of arXiv 2510.22319)."""
+    trainer = trainer_for(
+        embeddings,
+        **{"method.name": "flow_grpo", "train.loss": "guarded", "train.clip_range": 0.2},
+    )
+    ids, trees = trainer.trees(1)
+    batch = trainer.rollout(1, ids, trees).batches[1]
+    advantage = torch.linspace(-1, 1, len(batch.edges))
+    v = batch.v + 0.01 * torch.randn_like(batch.v)
+    found = trainer.objective(batch, v, advantage, torch.ones_like(advantage))
+    ratio = torch.exp(batch.guarded_log_ratio(v, trainer.sigmas, 0.7))
+    plain = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).sum()
+    length = trainer.sigmas[batch.start] - trainer.sigmas[batch.start + 1]
+    torch.testing.assert_close(found.loss, plain / length)
+    assert not torch.allclose(ratio, torch.ones_like(ratio), atol=1e-4)
+
+
 def test_averaged_weights_sample_where_asked(embeddings: Path) -> None:
     """DiffusionNFT's slow policy: after an update its velocities differ from the trained ones."""
     trainer = trainer_for(

@@ -181,8 +181,8 @@ class Train(Settings):
     updates: int = setting(
         1,
         "Optimizer steps of an iteration: samples are cut into this many parts. Of a method that "
-        "branches at n steps of one anchor, n parts give one optimizer step after each (as the code "
-        "of E-GRPO does).",
+        "branches at n steps of one anchor, n parts give one optimizer step after each, as in the "
+        "code of E-GRPO.",
         ge=1,
         le=1024,
     )

@@ -1,0 +1,56 @@
+"""Cheaper suffixes compared with the exact one, on the shipped toy model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import small_run
+from scipy.stats import spearmanr
+
+from egrpo.config.trees import plan_of, training_sigmas
+from egrpo.stages.suffixes import rank_correlation, suffixes
+
+
+def test_rank_correlation_is_spearmans_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, 30), rng.normal(size=30)
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert rank_correlation(a, a**3) == pytest.approx(1.0)
+    assert math.isnan(rank_correlation([1.0, 1.0], [0.0, 2.0]))
+
+
+def test_exact_suffix_agrees_with_itself_and_others_cost_less(
+    embeddings: Path, tmp_path: Path
+) -> None:
+    run = small_run(
+        "s",
+        **{
+            "profile.prompts": 2,
+            "profile.samples": 4,
+            "profile.strides": [1, 3],
+            "profile.solvers": ["ode", "dpm2"],
+        },
+    )
+    out = tmp_path / "suffixes.parquet"
+    suffixes(run, plan_of(run, training_sigmas(run)), embeddings, out)
+    rows = {
+        (r["granularity"], r["solver"]): r
+        for r in pq.read_table(out).to_pylist()
+        if r["reward"] == "clip"
+    }
+    assert set(rows) == {(1, "ode"), (3, "ode"), (1, "dpm2"), (3, "dpm2")}
+    exact = rows[1, "ode"]
+    assert exact["rank_correlation"] == pytest.approx(1.0)
+    assert exact["spread"] == exact["spread_exact"] > 0
+    assert exact["nfe"] == exact["nfe_exact"] == rows[1, "dpm2"]["nfe"]
+    for solver in ("ode", "dpm2"):
+        assert rows[3, solver]["nfe"] < 0.6 * exact["nfe"]
+        assert rows[3, solver]["rank_correlation"] <= 1.0
+    assert rows[3, "ode"]["spread"] != rows[3, "dpm2"]["spread"] != exact["spread"]
+    text = out.with_suffix(".md").read_text()
+    assert "| 3 | dpm2 | clip |" in text
+    assert out.with_suffix(".csv").read_text().startswith("run,granularity,solver,reward,")
