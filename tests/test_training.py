@@ -327,7 +327,8 @@ def test_guarded_loss_is_divided_by_the_length_of_its_step(embeddings: Path) -> 
     ids, trees = trainer.trees(1)
     batch = trainer.rollout(1, ids, trees).batches[1]
     advantage = torch.linspace(-1, 1, len(batch.edges))
-    v = batch.v + 0.01 * torch.randn_like(batch.v)
+    noise = torch.randn(batch.v.shape, generator=torch.Generator().manual_seed(0))
+    v = batch.v + 0.5 * noise
     found = trainer.objective(batch, v, advantage, torch.ones_like(advantage))
     ratio = torch.exp(batch.guarded_log_ratio(v, trainer.sigmas, 0.7))
     plain = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).sum()
