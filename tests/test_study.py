@@ -47,6 +47,15 @@ def test_null_takes_away_what_a_file_below_has_set(study: Folder, tmp_path: Path
     study.load(TWO, seeds=[0, 7], default_runs=["a-s0"])
     (tmp_path / "top.yaml").write_text("seeds: null\ndefault_runs: null\n")
     assert list(load_study(study.yaml, tmp_path / "top.yaml").runs) == ["a", "b"]
+    study.load(TWO, tables={"t": TABLE, "u": TABLE})
+    (tmp_path / "top.yaml").write_text(
+        "rewards: {verifier: null}\ntrain: {rewards: {verifier: null, jpeg: 1.0}}\n"
+        "tables: {t: null, u: {rewards: [jpeg]}}\n"
+    )
+    made = load_study(study.yaml, tmp_path / "top.yaml")
+    assert made.runs["a"].train.rewards == {"jpeg": 1.0}
+    assert list(made.runs["a"].rewards) == ["jpeg"]
+    assert list(made.tables) == ["u"]
 
 
 def test_tables_at_equal_evaluations_ask_their_arms_for_snapshots(study: Folder) -> None:

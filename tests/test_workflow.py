@@ -117,6 +117,36 @@ def test_dry_run_of_the_default_study_lists_the_jobs() -> None:
     }
 
 
+def test_another_model_gets_the_same_targets_by_a_config(tmp_path: Path) -> None:
+    """Model, prompts and rewards change; arms, tables and figures stay."""
+    wanted = planned(None, "--forceall", "paper")
+    assert wanted["train"] == wanted["evaluate"] == 72
+    (tmp_path / "rows.txt").write_text("a cat\na dog\n" * 8)
+    rewards = {"verifier": None, "verifier_exact": None, "preference": None}
+    settings = {
+        "study": "other",
+        "results": str(tmp_path / "results"),
+        "model": {"dtype": "bfloat16", "merge_lora_for_sampling": False},
+        "prompts": {"train": str(tmp_path / "rows.txt"), "heldout": str(tmp_path / "rows.txt")},
+        "rewards": {
+            **rewards,
+            "hps": {"kind": "preference", "path": "assets/toy/preference.safetensors"},
+        },
+        "train": {"rewards": {"verifier": None, "hps": 1.0}, "learning_rate_scale": 1.0},
+        "tables": {
+            **dict.fromkeys(("more_methods", "combination", "equal_cost")),
+            **{f"table{n}": {"rewards": ["hps", "clip", "jpeg"]} for n in (1, 2, 3, 4)},
+        },
+        "figures": {"fig4": {"rewards": ["hps", "clip"]}, "fig_cost": None},
+    }
+    top = tmp_path / "top.yaml"
+    top.write_text(yaml.safe_dump(settings))
+    done = snakemake(None, "--dry-run", "paper", "--configfile", "config/config.yaml", str(top))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rule, count in wanted.items():
+        assert f"{rule} {count}" in " ".join(done.stdout.split())
+
+
 def test_recipe_of_the_toy_weights_is_a_rule() -> None:
     assert planned(None, "--forceall", "toy_world") == {"toy_world": 1}
 
@@ -279,7 +309,7 @@ def test_a_lost_result_is_made_again_from_the_state(finished: Path) -> None:
 def test_settings_of_the_default_study_do_not_leak_into_another(tmp_path: Path) -> None:
     config = study(tmp_path)
     settings = yaml.safe_load(config.read_text())
-    del settings["rewards"]["clip"]
+    del settings["rewards"]["preference"]
     config.write_text(yaml.safe_dump(settings))
     without = tmp_path / "without.yaml"
     without.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "model"}))
@@ -288,7 +318,7 @@ def test_settings_of_the_default_study_do_not_leak_into_another(tmp_path: Path) 
     assert "without.yaml: model: is missing" in done.stdout + done.stderr
     assert snakemake(config, f"{tmp_path}/results/small/runs/one-s0/config.yaml").returncode == 0
     resolved = yaml.safe_load((tmp_path / "results/small/runs/one-s0/config.yaml").read_text())
-    assert "clip" not in resolved["rewards"]
+    assert "preference" not in resolved["rewards"]
 
 
 @pytest.mark.slow

@@ -86,6 +86,26 @@ def read_yaml(path: str | Path) -> Tree:
     return data
 
 
+def without_nulls(data: Tree) -> Tree:
+    """``null`` takes away what a file below has set: a study's key, a reward, a table, a figure.
+
+    Elsewhere null is a value like others (``train.ema_decay: null``).
+    """
+    out = {k: v for k, v in data.items() if v is not None or k not in StudyConfig.model_fields}
+    for key in ("rewards", "tables", "figures", "train.rewards", "train.bounds"):
+        *sections, last = key.split(".")
+        at: Any = out
+        for section in sections:
+            at = at.get(section) if isinstance(at, dict) else None
+        if isinstance(at, dict) and isinstance(at.get(last), dict):
+            kept = {name: value for name, value in at[last].items() if value is not None}
+            if sections:
+                out[sections[0]] = {**out[sections[0]], last: kept}
+            else:
+                out[last] = kept
+    return out
+
+
 def read_runs(path: str | Path) -> list[Row]:
     """The runs table: tab-separated, column ``run`` and one column per overridden dotted key.
 
@@ -166,12 +186,10 @@ def resolve(data: Tree, source: str) -> Study:
     Raises:
         UserError: one line naming file, key and remedy.
     """
-    data = numbers(data)
+    data = without_nulls(numbers(data))
     study_keys = set(StudyConfig.model_fields)
     try:
-        study = StudyConfig.model_validate(  # null takes away what a file below has set
-            {k: v for k, v in data.items() if k in study_keys and v is not None}
-        )
+        study = StudyConfig.model_validate({k: v for k, v in data.items() if k in study_keys})
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error, StudyConfig)}") from None
     unknown = sorted(set(study.methods) - set(METHOD_MODELS))
