@@ -215,7 +215,7 @@ def test_whole_study_gives_every_result(finished: Path) -> None:
         assert schema.metadata[b"schema_version"].decode() == str(TABLES[name].version)
         for field in schema:
             assert {b"unit", b"description"} <= set(field.metadata)
-    assert set(found) == set(TABLES) - {"results"}
+    assert set(found) == set(TABLES) - {"results", "suffixes"}
     for run in ("one-s0", "two-s0"):
         summary = json.loads((at / f"runs/{run}/train.json").read_text())
         assert summary["iterations"] == 3
@@ -327,7 +327,7 @@ def test_paper_makes_every_table_and_figure_and_trains_shared_runs_once(finished
     jobs = planned(finished, "paper")
     assert jobs["train"] == 4, "two of the six runs are there"
     assert planned(finished, "the_threshold").get("train", 0) == 0, "a plan needs no training"
-    done = snakemake(finished, "paper")
+    done = snakemake(finished, "paper", "suffixes")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     for kind in KINDS:
         assert (at / f"figures/the_{kind}.png").stat().st_size > 5000
@@ -342,6 +342,7 @@ def test_paper_makes_every_table_and_figure_and_trains_shared_runs_once(finished
             assert row["seeds"] == 2
             assert (row["nfe"] <= EVALUATIONS) == (row["at"] == "evaluations")
             assert row["peak_memory_mib"] > 100
+    assert pq.read_table(at / "runs/one-s0/suffixes.parquet").num_rows
     text = (at / "tables/scores_of_all.md").read_text()
     assert "## At equal network evaluations (60)" in text
     assert (at / "tables/scores_of_all.csv").read_text().count("\n") == len(rows) + 1
