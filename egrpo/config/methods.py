@@ -33,6 +33,25 @@ NOISE_TEXT = (
 SUFFIX_TEXT = "Solver of the deterministic suffix: Euler, or second-order DPM-Solver++."
 
 
+COMMON = {"train.weight_decay": 1e-4, "train.clip_range": 1e-4, "train.max_grad_norm": 1.0}
+"""What the public codes of all these methods set alike."""
+
+
+def rates(*, full: float = 0.0, lora: float = 0.0) -> dict[str, float]:
+    """Learning rates; the one that a method does not give is 1/30, or 30 times, of the other.
+
+    30 is the ratio of DanceGRPO's two recipes (1e-5 for all weights, 3e-4 for LoRA).
+    """
+    return {
+        "train.learning_rate_full": full or round(lora / 30, 12),
+        "train.learning_rate_lora": lora or round(full * 30, 12),
+    }
+
+
+BATCH_STD = {"advantage.std": "batch", "advantage.ddof": 0, "advantage.eps": 1e-4}
+"""Flow-GRPO's advantages: the prompt's mean, the population std of the whole batch."""
+
+
 class Method(Settings):
     """What every method has."""
 
@@ -123,11 +142,8 @@ class Egrpo(Branching):
 
     source: ClassVar[str] = PAPER
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 2e-6,
-        "train.learning_rate_lora": 6e-5,
-        "train.weight_decay": 1e-4,
-        "train.clip_range": 1e-4,
-        "train.max_grad_norm": 1.0,
+        **rates(full=2e-6),
+        **COMMON,
     }
 
     name: Literal["egrpo"] = setting("egrpo", "Name of the method.")
@@ -183,11 +199,8 @@ class G2rpo(Branching):
 
     source: ClassVar[str] = GRANULAR
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 2e-6,
-        "train.learning_rate_lora": 6e-5,
-        "train.weight_decay": 1e-4,
-        "train.clip_range": 1e-4,
-        "train.max_grad_norm": 1.0,
+        **rates(full=2e-6),
+        **COMMON,
     }
 
     name: Literal["g2rpo"] = setting("g2rpo", "Name of the method.")
@@ -206,11 +219,8 @@ class TempflowGrpo(Branching):
 
     source: ClassVar[str] = TEMPFLOW
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
-        "train.learning_rate_lora": 3e-4,
-        "train.weight_decay": 1e-4,
-        "train.clip_range": 1e-4,
-        "train.max_grad_norm": 1.0,
+        **rates(lora=3e-4),
+        **COMMON,
         "train.kl_weight": 0.004,
         "train.kl": "divergence",
         "train.ema_decay": 0.9,
@@ -235,18 +245,13 @@ class FlowGrpo(Method):
 
     source: ClassVar[str] = FLOW
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
-        "train.learning_rate_lora": 3e-4,
-        "train.weight_decay": 1e-4,
-        "train.clip_range": 1e-4,
-        "train.max_grad_norm": 1.0,
+        **rates(lora=3e-4),
+        **COMMON,
         "train.kl_weight": 0.04,
         "train.kl": "transition",
         "train.ema_decay": 0.9,
         "train.updates": 2,
-        "advantage.std": "batch",
-        "advantage.ddof": 0,
-        "advantage.eps": 1e-4,
+        **BATCH_STD,
     }
 
     name: Literal["flow_grpo"] = setting("flow_grpo", "Name of the method.")
@@ -318,11 +323,8 @@ class DanceGrpo(Method):
 
     source: ClassVar[str] = DANCE
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 1e-5,
-        "train.learning_rate_lora": 3e-4,
-        "train.weight_decay": 1e-4,
-        "train.clip_range": 1e-4,
-        "train.max_grad_norm": 1.0,
+        **rates(full=1e-5, lora=3e-4),
+        **COMMON,
         "train.updates": 3,
     }
 
@@ -344,11 +346,8 @@ class MixGrpo(Windowed):
 
     source: ClassVar[str] = MIX
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 1e-5,
-        "train.learning_rate_lora": 3e-4,  # 30 times the full one, the ratio of DanceGRPO's recipes
-        "train.weight_decay": 1e-4,
-        "train.clip_range": 1e-4,
-        "train.max_grad_norm": 1.0,
+        **rates(full=1e-5),
+        **COMMON,
         "train.updates": 4,
     }
 
@@ -383,11 +382,9 @@ class BranchGrpo(Method):
 
     source: ClassVar[str] = BRANCH
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 1e-5,
-        "train.learning_rate_lora": 3e-4,  # 30 times the full one, the ratio of DanceGRPO's recipes
-        "train.weight_decay": 1e-4,
+        **rates(full=1e-5),
+        **COMMON,
         "train.clip_range": 1e-3,
-        "train.max_grad_norm": 1.0,
         "train.updates": 16,  # its code: one step every 12 edges, 37 of two trees
     }
 
@@ -487,18 +484,14 @@ class DiffusionNft(ForwardProcess):
     losses: ClassVar[tuple[Loss, ...]] = ("negative_aware",)
     source: ClassVar[str] = NFT
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
-        "train.learning_rate_lora": 3e-4,
-        "train.weight_decay": 1e-4,
-        "train.max_grad_norm": 1.0,
+        **rates(lora=3e-4),
+        **COMMON,
         "train.loss": "negative_aware",
         "train.kl_weight": 1e-4,
         "train.ema_decay": 0.5,
         "train.ema_ramp": 0.001,
         "train.sample_average": True,
-        "advantage.std": "batch",
-        "advantage.ddof": 0,
-        "advantage.eps": 1e-4,
+        **BATCH_STD,
     }
 
     name: Literal["diffusion_nft"] = setting("diffusion_nft", "Name of the method.")
@@ -512,15 +505,11 @@ class Awm(ForwardProcess):
     losses: ClassVar[tuple[Loss, ...]] = ("clipped",)
     source: ClassVar[str] = AWM
     recipe: ClassVar[dict[str, Any]] = {
-        "train.learning_rate_full": 1e-5,  # 1/30 of its LoRA rate, the ratio of DanceGRPO's recipes
-        "train.learning_rate_lora": 3e-4,
-        "train.weight_decay": 1e-4,
+        **rates(lora=3e-4),
+        **COMMON,
         "train.clip_range": 1.0,
-        "train.max_grad_norm": 1.0,
         "train.kl_weight": 1e-4,
-        "advantage.std": "batch",
-        "advantage.ddof": 0,
-        "advantage.eps": 1e-4,
+        **BATCH_STD,
     }
 
     name: Literal["awm"] = setting("awm", "Name of the method.")

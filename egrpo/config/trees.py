@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from egrpo.config.methods import (
     Awm,
     BranchGrpo,
+    Branching,
     DanceGrpo,
     DiffusionNft,
     Egrpo,
@@ -118,47 +119,30 @@ class Occasion:
     choose: Choose
 
 
-def _active(m: Any, at: Occasion) -> tuple[int, ...]:
-    """The active steps of this iteration and prompt."""
+def _branching(m: Branching, at: Occasion) -> dict[str, Any]:
+    """Arguments that the methods share which branch from an anchor."""
     steps = m.active_steps if at.plan is None else at.plan.active
     count = m.active_per_iteration or len(steps)
-    return tuple(steps) if count >= len(steps) else at.choose(steps, count, "active")
+    return {
+        "active": steps if count >= len(steps) else at.choose(steps, count, "active"),
+        "anchors": m.anchors,
+        "granularities": m.granularities,
+        "suffix": m.suffix,
+    }
 
 
 def _egrpo(m: Egrpo, at: Occasion) -> Tree:
     assert at.plan is not None
-    return methods.egrpo(
-        at.plan,
-        m.group_size,
-        active=_active(m, at),
-        anchors=m.anchors,
-        granularities=m.granularities,
-        suffix=m.suffix,
-    )
+    return methods.egrpo(at.plan, m.group_size, **_branching(m, at))
 
 
 def _g2rpo(m: G2rpo, at: Occasion) -> Tree:
-    return methods.g2rpo(
-        m.steps,
-        m.group_size,
-        m.dynamics,
-        active=_active(m, at),
-        anchors=m.anchors,
-        granularities=m.granularities,
-        suffix=m.suffix,
-    )
+    return methods.g2rpo(m.steps, m.group_size, m.dynamics, **_branching(m, at))
 
 
 def _tempflow_grpo(m: TempflowGrpo, at: Occasion) -> Tree:
     return methods.tempflow_grpo(
-        at.sigmas,
-        m.group_size,
-        m.dynamics,
-        m.noise_level,
-        active=_active(m, at),
-        anchors=m.anchors,
-        granularities=m.granularities,
-        suffix=m.suffix,
+        at.sigmas, m.group_size, m.dynamics, m.noise_level, **_branching(m, at)
     )
 
 
