@@ -23,8 +23,10 @@ from typing import Any
 import pytest
 
 from egrpo.config.keys import evaluation_key, profile_key
+from egrpo.config.layout import Layout
 from egrpo.config.load import Study
-from egrpo.config.models import Egrpo, Model, Prompts, Reward, RunConfig, Tracking, Train
+from egrpo.config.methods import Egrpo
+from egrpo.config.models import Model, Prompts, Reward, RunConfig, Tracking, Train
 from egrpo.errors import UserError
 from egrpo.stages.prepare import prepare
 from egrpo.stages.publish import publish
@@ -553,9 +555,9 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
     study, out = results_of(tmp_path, run), tmp_path / "published.json"
     client, live = new_run(store, prompts=prompts)
     deliver(client, live, [line(0), line(1)])  # what a live tracker got through
-    publish(study, store, out)
+    publish(study, store, Layout(study).comparison, out)
     ids, first = read_json(out), everything(client, read_json(store)["experiment_id"])
-    publish(study, store, out)
+    publish(study, store, Layout(study).comparison, out)
     assert everything(client, ids["experiment_id"]) == first
     assert (
         read_json(out)
@@ -591,7 +593,9 @@ def test_publish_says_that_results_are_kept(tmp_path: Path) -> None:
     study = results_of(tmp_path, run_config(uri=uri))
     prepare(study, tmp_path / "store.json")
     with pytest.raises(UserError, match="all results are on disk, running again delivers") as error:
-        publish(study, tmp_path / "store.json", tmp_path / "published.json")
+        publish(
+            study, tmp_path / "store.json", Layout(study).comparison, tmp_path / "published.json"
+        )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "published.json").exists()
 

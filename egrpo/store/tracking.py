@@ -194,6 +194,7 @@ def run_tags(run: RunConfig, parent: str | None) -> dict[str, str]:
     tags = {
         "egrpo.run": run.run,
         "egrpo.method": run.method.name,
+        "egrpo.arm": run.arm,
         "egrpo.seed": str(run.seed),
         "egrpo.rewards": ",".join(sorted(run.train.rewards)),
         "egrpo.git_commit": commit.removesuffix("+dirty"),
