@@ -425,6 +425,10 @@ def test_markdown_of_a_small_table(at: Layout) -> None:
     half = stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
     high, low = (f"[{m - half:.3f}, {m + half:.3f}]" for m in (3.01, 2.01))
     head, body = text.split("\n## ", 1)
+    body, origin = body.rsplit("\n\n", 1)
+    body += "\n"
+    assert origin.startswith(f"Study {at.study.name}, scored at ")
+    assert origin.rstrip()[-11:-1].isalnum()  # the digest of the settings
     assert head.splitlines()[:3] == ["# main", "", "Three arms."]
     assert "Training seeds of an arm: 3." in head
     columns = "arm | method | quality | iterations | network evaluations | seconds"

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from egrpo import __version__
 from egrpo.config.keys import digest, run_key
 from egrpo.config.layout import Layout
 from egrpo.config.models import TableSpec
@@ -26,7 +27,7 @@ from egrpo.errors import UserError
 from egrpo.stages.results_text import markdown
 from egrpo.stages.tables import Key, Row, read_scores, same_keys, scores_of, train_record
 from egrpo.store.files import write_text
-from egrpo.store.tables import RESULTS, SNAPSHOTS, csv_text, read_table, write_table
+from egrpo.store.tables import RESULTS, SCORES, SNAPSHOTS, csv_text, read_table, write_table
 
 LEVEL = 0.95
 Matrix = npt.NDArray[np.float64]
@@ -65,8 +66,16 @@ def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
         "caption": spec.caption,
         "interval_level": str(LEVEL),
     }
+    commits = [
+        (read_table(at.run(run) / "scores.parquet", SCORES).schema.metadata or {}).get(
+            b"git_commit", b""
+        )
+        for run in runs
+    ]
+    source = ", ".join(sorted({c.decode() or f"egrpo {__version__}" for c in commits}))
+    origin = f"Study {at.study.name}, scored at {source}, settings {metadata['config_hash']}."
     path = at.table(name)
-    texts = {".csv": csv_text(RESULTS, rows), ".md": markdown(name, spec, rows)}
+    texts = {".csv": csv_text(RESULTS, rows), ".md": markdown(name, spec, rows, origin)}
     write_table(path, RESULTS, rows, metadata=metadata)
     for ending, text in texts.items():
         write_text(path.with_suffix(ending), text)

@@ -9,8 +9,11 @@ from egrpo.config.targets import BASE
 from egrpo.stages.tables import Row, decimals
 
 
-def markdown(name: str, spec: TableSpec, rows: Sequence[Row]) -> str:
-    """The table in Markdown, below its caption and what a reader must know."""
+def markdown(name: str, spec: TableSpec, rows: Sequence[Row], origin: str = "") -> str:
+    """The table in Markdown, below its caption and what a reader must know.
+
+    ``origin`` says where the numbers come from, one sentence for the end.
+    """
     lines = [f"# {name}", "", _line(spec.caption), "", _how_to_read(rows)]
     titles = {"end": "## At the end of training"}
     if spec.evaluations is not None:
@@ -26,6 +29,7 @@ def markdown(name: str, spec: TableSpec, rows: Sequence[Row]) -> str:
         for heading in spec.sections:
             found = [row for row in rows if (row["at"], row["section"]) == (when, heading)]
             lines += ["", f"### {_line(heading)}", "", *_pipes(found, spec.rewards)]
+    lines += ["", origin] if origin else []
     return "\n".join(lines) + "\n"
 
 
