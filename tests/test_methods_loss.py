@@ -165,7 +165,7 @@ def test_branchgrpo_averages_leaves_upward_and_normalises_per_depth():
     expected = {
         (t, i, n): a
         for t in range(2)
-        for i in range(20)
+        for i in range(19)
         for n, a in enumerate(within(rewards[t].reshape(nodes[i], -1).mean(1).tolist()))
     }
     assert {(t, i, n): a for t, i, n, a in result} == pytest.approx(expected)
@@ -176,7 +176,7 @@ def test_branchgrpo_averages_the_leaves_that_were_scored():
     rewards = drawn(8)
     rewards[[1, 4, 5]] = NAN  # the last two are all that is below one edge
     result = labelled([tree(run)], numbers(run, [tree(run)], [rewards]))
-    for i, width in enumerate((2, 2, 4, 8, 8, 8)):
+    for i, width in enumerate((2, 2, 4, 8, 8)):
         means = [
             statistics.mean(valid) if (valid := [r for r in part if not math.isnan(r)]) else NAN
             for part in rewards.reshape(width, -1).tolist()
@@ -269,7 +269,7 @@ def test_width_pruning_keeps_the_best_half_after_the_last_split():
         if start <= 9 or place in order[:8]:  # after the last split a place is a leaf
             expected.add(e)
     assert kept == expected
-    assert len(kept) == 2 * (218 - 10 * 8)
+    assert len(kept) == 2 * (202 - 9 * 8)
     assert all(5 not in leaves for leaves in best[1:])
 
 

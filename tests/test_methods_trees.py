@@ -151,7 +151,10 @@ def chain(
 
 
 def split(run: RunConfig) -> list[Tensor]:
-    """SDE on all steps; a leaf's number in binary tells which way it goes at each split."""
+    """SDE on all steps but the last; a leaf's number in binary says where it goes at a split.
+
+    The last step predicts the data, as what the public code decodes.
+    """
     walk, m = Walk(run), run.method
     out = []
     for leaf in range(m.group_size):
@@ -160,7 +163,8 @@ def split(run: RunConfig) -> list[Tensor]:
             if i in m.splits:
                 passed += 1
                 place = 2 * place + (leaf >> (len(m.splits) - passed) & 1)
-            x = walk.sde(x, i, i + 1, place)
+            last = i == m.steps - 1
+            x = walk.ode(x, range(i, i + 2)) if last else walk.sde(x, i, i + 1, place)
         out.append(x)
     return out
 
@@ -183,7 +187,7 @@ WALKS: dict[str, Callable[[RunConfig, Tree], list[Tensor]]] = {
     "g2rpo": lambda run, grown: branching(run, [1] * 8),
     "tempflow_grpo": lambda run, grown: branching(run, [1] * 9),
     "flow_grpo": lambda run, grown: chain(run, range(10)),
-    "dancegrpo": lambda run, grown: chain(run, range(16)),
+    "dancegrpo": lambda run, grown: chain(run, range(15)),  # decodes the last prediction of data
     "flow_grpo_fast": lambda run, grown: chain(run, starts(grown)),
     "mixgrpo": lambda run, grown: chain(run, starts(grown)),
     "mixgrpo_flash": lambda run, grown: chain(

@@ -24,6 +24,7 @@ from egrpo.stages.plan import measured_spread
 from egrpo.store.tables import ENTROPY_PROFILE, write_table
 
 TWO = "run\tmethod.name\na\tegrpo\nb\tflow_grpo\n"
+TRAIN = {"rewards": {"verifier": 1.0}}
 TABLE = {"caption": "x", "sections": {"s": ["a", "b"]}, "rewards": ["verifier"]}
 
 
@@ -60,23 +61,71 @@ def test_null_takes_away_what_a_file_below_has_set(study: Folder, tmp_path: Path
 
 def test_tables_at_equal_evaluations_ask_their_arms_for_snapshots(study: Folder) -> None:
     tables = {
-        "one": {**TABLE, "evaluations": 500},
-        "two": {**TABLE, "sections": {"s": ["a"]}, "evaluations": 300},
+        "one": {**TABLE, "evaluations": 20000},
+        "two": {**TABLE, "sections": {"s": ["a"]}, "evaluations": 9000},
         "three": TABLE,
     }
     runs = study.load(
         TWO, tables=tables, train={"rewards": {"verifier": 1.0}, "snapshots": [9]}
     ).runs
-    assert runs["a"].train.snapshots == [9, 300, 500]
-    assert runs["b"].train.snapshots == [9, 500]
+    assert runs["a"].train.snapshots == [9, 9000, 20000]
+    assert runs["b"].train.snapshots == [9, 20000]
     plain = study.load(TWO).runs
     assert run_key(runs["a"]) == run_key(plain["a"]), "a table must not train a run anew"
     assert training_key(runs["a"]) != training_key(plain["a"])
 
 
+def test_cheapest_is_what_the_cheapest_arm_spends(study: Folder) -> None:
+    made = study.load(TWO, tables={"t": {**TABLE, "evaluations": "cheapest"}})
+    flow = 300 * 8 * (240 + 216 + 216)  # forward, train, reference, at the papers' settings
+    assert made.tables["t"].evaluations == flow
+    assert made.runs["a"].train.snapshots == [flow]
+    said = study.refusal(TWO, tables={"t": {**TABLE, "evaluations": 8000}})
+    assert "tables.t.evaluations: 8000 is less than one iteration of arm 'a' (8096)" in said
+
+
+def test_a_cell_may_leave_a_reward_out(study: Folder) -> None:
+    both = {"rewards": {"verifier": 1.0, "jpeg": 0.5}}
+    table = "run\ttrain.rewards.verifier\na\tnull\nb\t\n"
+    runs = study.load(table, train=both).runs
+    assert runs["a"].train.rewards == {"jpeg": 0.5}
+    assert runs["b"].train.rewards == both["rewards"]
+    assert "has weight 0 and trains nothing" in study.refusal(
+        table.replace("null", "0.0"), train=both
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"figures": {"f": {"kind": "spread", "caption": "x", "arms": ["b"]}}},
+            "figures.f.arms: spread shows a profile, and arm 'b' (flow_grpo) has none",
+        ),
+        (
+            {"figures": {"f": {"kind": "threshold", "caption": "x", "arms": ["a"]}}},
+            "the threshold of arm 'a' is not auto",
+        ),
+        (
+            {"figures": {"f": {"kind": "entropy", "caption": "x", "arms": ["a"], "spans": [5]}}},
+            "figures.f.spans: 5 is not in profile.spans",
+        ),
+        (
+            {
+                "figures": {
+                    "f": {"kind": "branches", "caption": "x", "arms": ["a"], "pairs": [[1, 1]]}
+                }
+            },
+            "figures.f.pairs: [1, 1] is not in profile.shown",
+        ),
+        ({"figures": {"f": {"kind": "curves", "caption": "x", "arms": []}}}, "no arm is given"),
+        ({"tables": {"paper_runs": TABLE}}, "'paper_runs' cannot be a target"),
+        ({"tables": {"track": TABLE}}, "'track' cannot be a target"),
+        ({"methods": {"egrpo": {"threshold": "high"}}}, "methods.egrpo.threshold: Input should be"),
+        (
+            {"train": {**TRAIN, "monitor_samples": 1, "bounds": {"diversity": {"least": 0.1}}}},
+            "train.bounds: diversity needs train.monitor_samples",
+        ),
         ({"seeds": []}, "seeds: distinct numbers of at least 0"),
         ({"seeds": [1, 1]}, "seeds: distinct numbers of at least 0"),
         ({"default_runs": ["c"]}, "default_runs: no run 'c'"),

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from egrpo.config.load import METHOD_MODELS
+from egrpo.config.methods import Method
 from egrpo.config.models import RunConfig, StudyConfig
 
 HEAD = """\
@@ -23,8 +24,11 @@ HEAD = """\
 """
 
 
-def about(field: FieldInfo) -> str:
-    """A setting's sentence with the bounds and the source of its default."""
+def about(field: FieldInfo, source: str | None = None) -> str:
+    """A setting's sentence with the bounds and the source of its default.
+
+    ``source`` takes the place of the field's own: a method's, for what it inherits.
+    """
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     marks = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
     bounds = [
@@ -35,7 +39,7 @@ def about(field: FieldInfo) -> str:
     text = field.description or ""
     if bounds:
         text += f" [{', '.join(bounds)}]"
-    source = extra.get("source")
+    source = source or str(extra.get("source", ""))
     return f"{text} ({source})" if source and not field.is_required() else text
 
 
@@ -52,6 +56,12 @@ def named(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def inherited(model: type[BaseModel], name: str) -> str | None:
+    """The source of a method's settings, for a field that the method did not write itself."""
+    own = name in vars(model).get("__annotations__", {})
+    return None if own or not issubclass(model, Method) else model.source
+
+
 def lines(model: type[BaseModel], indent: int = 0, skip: tuple[str, ...] = ()) -> Iterator[str]:
     """YAML lines of one settings model, comments above the keys."""
     pad = "  " * indent
@@ -64,7 +74,7 @@ def lines(model: type[BaseModel], indent: int = 0, skip: tuple[str, ...] = ()) -
             yield f"{pad}{name}:"
             yield from lines(below, indent + 1)
             continue
-        yield f"{pad}# {about(field)}"
+        yield f"{pad}# {about(field, inherited(model, name))}"
         entry = named(field)
         if entry is not None:
             yield f"{pad}{name}:"
@@ -107,7 +117,8 @@ def settings_page() -> str:
     out = [
         "# Settings",
         "",
-        "Generated from `egrpo/config/models.py` by `python -m egrpo.config.docs`.",
+        "Generated from `egrpo/config/models.py` and `methods.py` by "
+        "`python -m egrpo.config.docs`.",
         "",
         "| setting | default | what it is |",
         "|---|---|---|",
@@ -122,7 +133,8 @@ def settings_page() -> str:
                 walk(entry, f"{prefix}{name}.<name>.")
             elif name != "method":
                 default = "required" if field.is_required() else f"`{_scalar(field.default)}`"
-                out.append(f"| `{prefix}{name}` | {default} | {about(field)} |")
+                text = about(field, inherited(model, name))
+                out.append(f"| `{prefix}{name}` | {default} | {text} |")
 
     walk(StudyConfig, "")
     walk(RunConfig, "")

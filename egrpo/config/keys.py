@@ -49,7 +49,7 @@ def profile_key(run: RunConfig) -> str:
             "dynamics": method.dynamics,
             "noise_level": method.noise_level,
             "rewards": {k: r.model_dump() for k, r in run.rewards.items()},
-            "profile": run.profile.model_dump(),
+            "profile": run.profile.model_dump(exclude={"strides", "solvers"}),
             "prompts": run.prompts.train,
         }
     )
@@ -90,8 +90,14 @@ def run_key(run: RunConfig) -> str:
 
 
 def training_key(run: RunConfig) -> str:
-    """Names what a training job leaves behind: the run, and the weights kept on its way."""
-    return digest({"run": run_key(run), "snapshots": run.train.snapshots})
+    """Names what a training job does: the run, the weights kept on its way, live tracking."""
+    return digest(
+        {
+            "run": run_key(run),
+            "snapshots": run.train.snapshots,
+            "tracking": run.tracking.model_dump(exclude={"uri"}),
+        }
+    )
 
 
 def scoring_key(run: RunConfig) -> str:
@@ -102,8 +108,15 @@ def scoring_key(run: RunConfig) -> str:
             "model": run.model.model_dump(include={"tuning", "lora"}),
             "evaluation": evaluation_key(run),
             "snapshots": run.train.snapshots,
+            "iterations": run.train.iterations,  # a snapshot may be the last iteration's
         }
     )
+
+
+def suffixes_key(run: RunConfig) -> str:
+    """Names how a run's suffixes are compared."""
+    profile = run.profile.model_dump()
+    return digest({"run": run.run, "profile": profile_key(run), "settings": profile})
 
 
 def tracking_key(run: RunConfig) -> str:
@@ -115,6 +128,7 @@ def tracking_key(run: RunConfig) -> str:
 KEYS: dict[str, Callable[[RunConfig], str]] = {
     "embed": embedding_key,
     "profile": profile_key,
+    "suffixes": suffixes_key,
     "plan": plan_key,
     "train": training_key,
     "evaluate": scoring_key,

@@ -20,7 +20,8 @@ from pydantic_core import ErrorDetails
 
 from egrpo.config.methods import AnyMethod, Method
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
-from egrpo.config.targets import check_targets, with_snapshots
+from egrpo.config.prompts import read_prompts
+from egrpo.config.targets import check_targets, resolve_budgets, with_snapshots
 from egrpo.errors import UserError
 
 Tree = dict[str, Any]
@@ -30,7 +31,7 @@ METHOD_MODELS: dict[str, type[Method]] = {
 }
 """Settings model of each method, by name."""
 
-_UNION_MEMBERS = ("int", "list[int]")
+_UNION_MEMBERS = ("int", "float", "list[int]", "constrained-int")
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 
@@ -212,13 +213,17 @@ def resolve(data: Tree, source: str) -> Study:
     if len(names) > 1:
         raise UserError(f"{study.runs}: column study: all runs of a table share one study")
     check_targets(study, runs, source)
+    try:
+        tables = resolve_budgets(study.tables, runs)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     return Study(
         names.pop(),
         study.results,
-        with_snapshots(runs, study.tables.values()),
+        with_snapshots(runs, tables.values()),
         tuple(runs if study.default_runs is None else study.default_runs),
         tuple((*study.tables, *study.figures) if study.paper is None else study.paper),
-        study.tables,
+        tables,
         study.figures,
     )
 
@@ -263,6 +268,7 @@ def resolve_run(
         section: Tree = {}
         put(section, key, value)
         tree = overlay(tree, section)
+    tree = without_nulls(tree)
     try:
         run = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -294,6 +300,7 @@ def check_files(study: Study, source: str) -> None:
         UserError: naming the key and the file.
     """
     seen: set[tuple[str, str]] = set()
+    prompts: dict[str, int] = {}
     for name, run in study.runs.items():
         files = {
             "prompts.train": run.prompts.train,
@@ -304,6 +311,14 @@ def check_files(study: Study, source: str) -> None:
             if (key, path) not in seen and not Path(path).is_file():
                 raise UserError(f"{source}: {key}: {path}: no such file (run {name})")
             seen.add((key, path))
+        path, size = run.prompts.train, run.train.prompts_per_iteration
+        if path not in prompts:
+            prompts[path] = len(read_prompts(path))
+        if size > prompts[path]:
+            raise UserError(
+                f"{source}: train.prompts_per_iteration: {size} prompts, but {path} has "
+                f"{prompts[path]} (run {name})"
+            )
         if not is_hub_id(run.model.path) and not Path(run.model.path).is_dir():
             raise UserError(
                 f"{source}: model.path: {run.model.path}: no such folder, and not a hub id "

@@ -64,12 +64,17 @@ class Method(Settings):
     steps: int = setting(
         16, "Sampling steps T in training.", f"{PAPER}, experiments", ge=3, le=1000
     )
+    group_size: int = setting(
+        12, "Samples G that share a group.", f"{PAPER}, experiments", ge=2, le=1024
+    )
+
+
+class Stochastic(Method):
+    """What the methods with stochastic steps share."""
+
     dynamics: Dynamics = setting("flow_sde", "Transition of the stochastic steps.", PAPER)
     noise_level: float = setting(
         0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER, gt=0.0, le=5.0
-    )
-    group_size: int = setting(
-        12, "Samples G that share a group.", f"{PAPER}, experiments", ge=2, le=1024
     )
 
     @model_validator(mode="after")
@@ -79,7 +84,7 @@ class Method(Settings):
         return self
 
 
-class Branching(Method):
+class Branching(Stochastic):
     """What the methods that branch from one anchor share."""
 
     active: int | list[int] = setting(
@@ -240,7 +245,7 @@ class TempflowGrpo(Branching):
     )
 
 
-class FlowGrpo(Method):
+class FlowGrpo(Stochastic):
     """Flow-GRPO: SDE on all steps of independent trajectories."""
 
     source: ClassVar[str] = FLOW
@@ -263,7 +268,7 @@ class FlowGrpo(Method):
     initial_noise: InitialNoise = setting("own", NOISE_TEXT, FLOW)
 
 
-class Windowed(Method):
+class Windowed(Stochastic):
     """What the methods with a window of stochastic steps share."""
 
     window_size: int = setting(4, "Stochastic steps, all of them trained.", MIX, ge=1)
@@ -318,7 +323,7 @@ class FlowGrpoFast(Windowed):
         return self
 
 
-class DanceGrpo(Method):
+class DanceGrpo(Stochastic):
     """DanceGRPO: SDE of constant noise on all steps, a random part of each sample's trains."""
 
     source: ClassVar[str] = DANCE
@@ -377,7 +382,7 @@ class MixGrpoFlash(MixGrpo):
     )
 
 
-class BranchGrpo(Method):
+class BranchGrpo(Stochastic):
     """BranchGRPO: a binary tree of SDE steps; an edge is worth the mean of its leaves."""
 
     source: ClassVar[str] = BRANCH
@@ -426,10 +431,10 @@ class BranchGrpo(Method):
     def _splits_on_grid(self) -> Self:
         if not self.splits or self.splits != sorted(set(self.splits)) or self.splits[0] < 0:
             raise ValueError("splits: grid indices must be distinct, ascending and not negative")
-        if self.splits[-1] > self.steps - 1:
+        if self.splits[-1] > self.steps - 2:
             raise ValueError(
-                f"splits: {self.splits[-1]} lies beyond the last step; steps: {self.steps} "
-                f"allows 0..{self.steps - 1}"
+                f"splits: {self.splits[-1]} lies beyond the last stochastic step; steps: "
+                f"{self.steps} allows 0..{self.steps - 2}"
             )
         if self.group_size != 2 ** len(self.splits):
             raise ValueError(
@@ -452,7 +457,10 @@ class BranchGrpo(Method):
 
 
 class ForwardProcess(Method):
-    """What the methods that train on noised samples share."""
+    """What the methods that train on noised samples share: their samples are deterministic."""
+
+    dynamics: ClassVar[str] = "ode"
+    noise_level: ClassVar[float] = 0.0
 
     group_size: int = setting(24, "Samples G per prompt.", NFT, ge=2, le=1024)
     times_per_sample: int = setting(
@@ -521,6 +529,9 @@ class Awm(ForwardProcess):
         0.9, "They are drawn from this first part of the schedule.", AWM, gt=0.0, le=1.0
     )
     solver: Solver = setting("ode", "Solver of the samples: Euler, or DPM-Solver++.", AWM)
+    weight: float = setting(
+        0.2, "Factor of the loss: advantages, clamped at 5, count within 1.", AWM, gt=0.0
+    )
 
 
 AnyMethod = Annotated[

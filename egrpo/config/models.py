@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 
 from egrpo.config.base import PAPER, Settings, setting
 from egrpo.config.methods import FLOW, GUARD, NFT, AnyMethod, Egrpo, ForwardProcess, Loss, Solver
@@ -240,6 +240,8 @@ class Profile(Settings):
         gt=0.0,
         lt=1.0,
     )
+    micro_batch: int = setting(96, "Most latents in one evaluation.", ge=1)
+    decode_batch: int = setting(96, "Most latents decoded at once.", ge=1)
     shown: list[list[int]] = setting(
         [[2, 1], [6, 1], [6, 4]],
         "Branches whose images are kept: [step, span]; those off the schedule are left out.",
@@ -348,6 +350,13 @@ class RunConfig(Settings):
             )
         if t.bounds and not t.monitor_every:
             raise ValueError("train.bounds: nothing is monitored; set train.monitor_every")
+        if "diversity" in t.bounds and t.monitor_samples < 2:
+            raise ValueError("train.bounds: diversity needs train.monitor_samples of at least 2")
+        zero = [name for name, weight in t.rewards.items() if weight == 0]
+        if zero:
+            raise ValueError(
+                f"train.rewards: {zero[0]!r} has weight 0 and trains nothing; null leaves it out"
+            )
         if t.snapshots != sorted(set(t.snapshots)) or min(t.snapshots, default=1) < 1:
             raise ValueError(
                 "train.snapshots: distinct, ascending numbers of at least 1 are needed"
@@ -365,11 +374,10 @@ class TableSpec(Settings):
         ..., "Heading -> arms (rows of the runs table) below it; best and second are marked within."
     )
     rewards: list[str] = setting(..., "Columns: names of rewards.")
-    evaluations: int | None = setting(
+    evaluations: PositiveInt | Literal["cheapest"] | None = setting(
         None,
-        "Network evaluations of training at which the arms are also compared; null: only at the "
-        "end.",
-        ge=1,
+        "Network evaluations of training at which the arms are also compared; cheapest: what the "
+        "cheapest of them spends in all; null: only at the end.",
     )
 
     @property

@@ -6,33 +6,21 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-from egrpo.config.keys import evaluation_key
-from egrpo.config.models import RunConfig, StudyConfig, TableSpec
+from egrpo.config.keys import KEYS, evaluation_key
+from egrpo.config.methods import Egrpo
+from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
+from egrpo.config.trees import cost_of, plan_of, training_sigmas, tree_of
 from egrpo.errors import UserError
 
 BASE = "base"
 """The untrained model, in the place of an arm."""
 
 RESERVED = (
-    "all",
-    "all_runs",
-    "base",
-    "before_after",
-    "comparison",
-    "curves",
-    "embed",
-    "entropy",
-    "evaluate",
-    "figures",
-    "paper",
-    "plan",
-    "plans",
-    "profile",
-    "publish",
-    "settings",
-    "spread",
-    "suffixes",
-    "train",
+    *KEYS,
+    *("all", "everything", "paper", "plans", "publish", "settings"),
+    *("comparison", "paper_runs", "all_runs", "before_after", "curves", "entropy", "spread"),
+    *("evaluate_base", "figures", "prepare_store", "result_figure", "result_table", "run_config"),
+    *("suffix_quality", "target_settings", "toy_world"),
 )
 """Names of rules and files that a table or figure of a study must not take."""
 
@@ -78,6 +66,10 @@ def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig], source: str
     for name, figure in study.figures.items():
         known(f"figures.{name}.arms", "line of the runs table", figure.arms, arms)
         known(f"figures.{name}.rewards", "reward", figure.rewards, rewards)
+        try:
+            check_figure(name, figure, runs)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
 
 def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> None:
@@ -117,6 +109,73 @@ def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> No
                 )
 
 
+def check_figure(name: str, spec: FigureSpec, runs: Mapping[str, RunConfig]) -> None:
+    """Refuse a figure that the runs cannot fill.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if not spec.arms:
+        raise UserError(f"figures.{name}.arms: no arm is given")
+    if spec.kind in ("curves", "images"):
+        return
+    first = next(run for run in runs.values() if run.arm == spec.arms[0])
+    method, profile = first.method, first.profile
+    if not isinstance(method, Egrpo):
+        raise UserError(
+            f"figures.{name}.arms: {spec.kind} shows a profile, and arm {spec.arms[0]!r} "
+            f"({method.name}) has none"
+        )
+    if spec.kind == "threshold" and (method.threshold != "auto" or method.span is not None):
+        raise UserError(f"figures.{name}.arms: the threshold of arm {spec.arms[0]!r} is not auto")
+    lacking = [span for span in spec.spans if span not in profile.spans]
+    if spec.kind == "entropy" and lacking:
+        raise UserError(f"figures.{name}.spans: {lacking[0]} is not in profile.spans")
+    missing = [pair for pair in spec.pairs if pair not in profile.shown]
+    if spec.kind == "branches" and missing:
+        raise UserError(f"figures.{name}.pairs: {missing[0]} is not in profile.shown")
+
+
+def resolve_budgets(
+    tables: Mapping[str, TableSpec], runs: Mapping[str, RunConfig]
+) -> dict[str, TableSpec]:
+    """Tables with numbers in the place of ``evaluations: cheapest``.
+
+    A run's cost is taken from its first iteration; arms whose plan waits for a profile do not
+    count.
+
+    Raises:
+        UserError: if an arm spends more than a table's evaluations in one iteration, so that only
+            its untrained model could be compared.
+    """
+    each: dict[str, tuple[int, int]] = {}  # of one iteration, and of the run
+    for run in runs.values():
+        waits = isinstance(run.method, Egrpo) and run.method.reads_profile
+        if run.arm not in each and not waits:
+            plan = plan_of(run, training_sigmas(run)) if isinstance(run.method, Egrpo) else None
+            size = run.train.prompts_per_iteration
+            one = cost_of(run, [tree_of(run, plan)] * size).total
+            each[run.arm] = one, one * run.train.iterations
+    out = {}
+    for name, spec in tables.items():
+        costs = {arm: each[arm] for arm in spec.arms if arm in each}
+        budget = spec.evaluations
+        if budget == "cheapest":
+            if not costs:
+                raise UserError(
+                    f"tables.{name}.evaluations: cheapest is not known yet; give a number"
+                )
+            budget = min(whole for _, whole in costs.values())
+        for arm, (one, _) in costs.items():
+            if budget is not None and one > budget:
+                raise UserError(
+                    f"tables.{name}.evaluations: {budget} is less than one iteration of arm "
+                    f"{arm!r} ({one})"
+                )
+        out[name] = spec.model_copy(update={"evaluations": budget})
+    return out
+
+
 def with_snapshots(
     runs: Mapping[str, RunConfig], tables: Iterable[TableSpec]
 ) -> dict[str, RunConfig]:
@@ -124,7 +183,7 @@ def with_snapshots(
     wanted: dict[str, set[int]] = {}
     for table in tables:
         for arm in table.arms if table.evaluations else ():
-            wanted.setdefault(arm, set()).add(table.evaluations or 0)
+            wanted.setdefault(arm, set()).add(int(table.evaluations or 0))
     out = {}
     for name, run in runs.items():
         snapshots = sorted({*run.train.snapshots, *wanted.get(run.arm, ())})

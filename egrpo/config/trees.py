@@ -184,7 +184,8 @@ def _branchgrpo(m: BranchGrpo, at: Occasion) -> Tree:
 
 def _forward_process(m: ForwardProcess, at: Occasion) -> Tree:
     times = [at.choose(m.times, m.times_per_sample, "times", k) for k in range(m.group_size)]
-    return methods.forward_process(m.steps, m.group_size, times, m.solver)
+    weight = m.weight if isinstance(m, Awm) else 1.0
+    return methods.forward_process(m.steps, m.group_size, times, m.solver, weight)
 
 
 TREES: dict[type[Any], Callable[[Any, Occasion], Tree]] = {
@@ -233,18 +234,24 @@ def check_trees(runs: Mapping[str, RunConfig]) -> None:
         UserError: naming run and key.
     """
     seen: set[str] = set()
-    for name, run in runs.items():
-        method, parts = run.method, run.train.updates
+    for run in runs.values():
+        method = run.method
         if run.arm in seen or (isinstance(method, Egrpo) and method.reads_profile):
             continue
         seen.add(run.arm)
         plan = plan_of(run, training_sigmas(run)) if isinstance(method, Egrpo) else None
-        filled = len(set(tree_of(run, plan).parts(parts).values()))
-        if filled < parts:
-            raise UserError(
-                f"run {name}: train.updates: the trained steps of method {method.name} can be cut "
-                f"into {filled} parts only, not {parts}"
-            )
+        check_parts(run, plan)
+
+
+def check_parts(run: RunConfig, plan: Plan | None) -> None:
+    """Raise UserError if a run's tree has fewer parts than ``train.updates`` asks for."""
+    parts = run.train.updates
+    filled = len(set(tree_of(run, plan).parts(parts).values()))
+    if filled < parts:
+        raise UserError(
+            f"run {run.run}: train.updates: the trained steps of method {run.method.name} can be "
+            f"cut into {filled} parts only, not {parts}"
+        )
 
 
 # -- cost --------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 A method takes keyword arguments that are data (grid, plan, sizes, drawn choices) and returns a
 :class:`~egrpo.core.tree.Tree`. The executor, the advantage, the loss and the trainer are shared.
-Three shapes serve all: :func:`branches` from an anchor, :func:`chains` of independent samples, and
-:func:`split_tree`. Equal arguments give the very same tree.
+Four shapes serve all: :func:`branches` from an anchor, :func:`chains` of independent samples,
+:func:`split_tree`, and :func:`noised` samples. Equal arguments give the very same tree.
 """
 
 from __future__ import annotations
@@ -158,22 +158,33 @@ def chains(
 def split_tree(steps: int, splits: Steps, dynamics: str, trained: Steps) -> Tree:
     """One noise; every latent at an index in ``splits`` has two successors, all others one.
 
-    All edges are stochastic; those that start at an index in ``trained`` train. Group = start, so
-    that the edges of one depth are compared.
+    All edges are stochastic but the last of each branch, which is Euler's and leaves no noise in
+    the image; those that start at an index in ``trained`` train. Group = start, so that the edges
+    of one depth are compared.
     """
     builder = TreeBuilder(steps)
     level = [builder.root()]
     for i in range(steps):
         parents = [p for p in level for _ in range(2 if i in splits else 1)]
+        last = i == steps - 1
         level = [
-            builder.edge(p, i + 1, dynamics, sample=n, trained=i in trained, group=i)
+            builder.edge(
+                p,
+                i + 1,
+                "ode" if last else dynamics,
+                sample=n,
+                trained=i in trained and not last,
+                group=i,
+            )
             for n, p in enumerate(parents)
         ]
     return builder.build()
 
 
 @lru_cache(maxsize=1024)
-def noised(steps: int, samples: int, times: tuple[Steps, ...], suffix: str = "ode") -> Tree:
+def noised(
+    steps: int, samples: int, times: tuple[Steps, ...], suffix: str = "ode", weight: float = 1.0
+) -> Tree:
     """Deterministic samples from own noise; sample k is noised to the indices ``times[k]``.
 
     The noising edges are what trains; group 0, since all of a prompt's samples are compared.
@@ -182,7 +193,7 @@ def noised(steps: int, samples: int, times: tuple[Steps, ...], suffix: str = "od
     for sample in range(samples):
         leaf = builder.through(builder.root(sample), range(1, steps + 1), suffix)
         for index in times[sample]:
-            builder.edge(leaf, index, NOISING, sample=sample, trained=True)
+            builder.edge(leaf, index, NOISING, sample=sample, trained=True, weight=weight)
     return builder.build()
 
 
@@ -206,7 +217,8 @@ def egrpo(
     allocates samples overrides ``group_size``.
 
     Departs from the authors' public code, where it departs from their paper: every sample of a
-    group is drawn, and the ODE restarts at the end of the merged step, not at i + 1.
+    group is drawn, and the ODE restarts at the end of the merged step, not at i + 1. It takes one
+    optimizer step an iteration, the code one after each active step (``train.updates``).
     """
     wanted = set(plan.active if active is None else active)
     sizes = plan.samples or (group_size,) * len(plan.active)
@@ -271,7 +283,7 @@ def tempflow_grpo(
     standard deviation over the mean of those that branch.
 
     Departs from the public code: a random part of the steps (``active``) keeps the weights'
-    mean at 1.
+    mean at 1; weights of the network are averaged at every optimizer step, not every eighth.
     """
     starts = tuple(active)
     std = [STD[dynamics](sigmas, i, i + 1, noise_level) for i in starts]
@@ -297,7 +309,8 @@ def flow_grpo(
     As in its public code, each sample starts from its own noise, and the last step adds noise
     like every other one but does not train (fraction 0.99).
 
-    Departs from the public code: weights are averaged at every optimizer step, not every eighth.
+    Departs from the public code: weights are averaged at every optimizer step, not every eighth;
+    groups of equal rewards have zero advantage but stay in the penalty.
     """
     first = tuple(range(max(1, int(steps * trained_fraction))))
     return chains(steps, group_size, dynamics, trained=(first,) * group_size, noise=noise)
@@ -321,9 +334,12 @@ def windowed(
     from the same noise. Its Flash variant goes on by second-order DPM-Solver++ over
     ``suffix_ratio`` of the grid.
 
-    Departs from the public codes. Fast: the window is drawn per prompt, not per batch. MixGRPO:
-    the window does not shrink at its end but returns to 0. Flash: the steps after the window are
-    indices of the training grid, and the first of them is Euler's, since noise came before it.
+    Departs from the public codes. Fast: the window is drawn per prompt, not per batch; the prefix
+    is shared, as its description and first version have it, the current one does not; weights are
+    averaged at every optimizer step. MixGRPO: the window does not shrink at its end but returns to
+    0; weights of several rewards are those of the settings, not of sum 1. Flash: the steps after
+    the window are indices of the training grid, and the first of them is Euler's, since noise came
+    before it.
     """
     window = tuple(range(start, start + size))
     return chains(
@@ -342,12 +358,20 @@ def dancegrpo(
 ) -> Tree:
     """DanceGRPO (arXiv 2505.07818): SDE on all steps; of each sample a random part trains.
 
-    ``trained`` names the steps of each sample, drawn from all but the last.
+    ``trained`` names the steps of each sample, drawn from all but the last. The last step is
+    Euler's: the public code decodes its prediction of the data, which no noise reaches.
 
     Departs from the public code: initial noise is shared within a prompt, not by all prompts of a
     process.
     """
-    return chains(steps, group_size, dynamics, trained=tuple(trained), noise=noise)
+    return chains(
+        steps,
+        group_size,
+        dynamics,
+        stochastic=tuple(range(steps - 1)),
+        trained=tuple(trained),
+        noise=noise,
+    )
 
 
 def branchgrpo(
@@ -359,8 +383,10 @@ def branchgrpo(
     on rewards and comes after the rollout (:func:`egrpo.core.advantage.prune`).
 
     Departs from the public code: noise at a split is not scaled (the code's log-probability does
-    not know of its factor 4); edges are cut into optimizer steps by leaf, 16 at most, not shuffled
-    by twelves; width pruning keeps the best leaves of the whole tree.
+    not know of its factor 4); the last step is Euler's and does not train (the code trains it, but
+    decodes the prediction of the data, so that its noise reaches no reward); edges are cut into
+    optimizer steps by leaf, 16 at most, not shuffled by twelves; width pruning keeps the best
+    leaves of the whole tree.
     """
     out = set(untrained)
     return split_tree(
@@ -368,7 +394,9 @@ def branchgrpo(
     )
 
 
-def forward_process(steps: int, group_size: int, times: Sequence[Steps], suffix: str) -> Tree:
+def forward_process(
+    steps: int, group_size: int, times: Sequence[Steps], suffix: str, weight: float = 1.0
+) -> Tree:
     """DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050): ODE samples, noised to train.
 
     ``times`` names the grid indices that each sample is noised to.
@@ -376,6 +404,7 @@ def forward_process(steps: int, group_size: int, times: Sequence[Steps], suffix:
     Departs from the public codes. NFT: what is evaluated is the average that samples, not a second
     one. AWM: the log-probability surrogate is -mean((v - target)^2) without a power or a time
     weight; times are drawn without strata; Euler's ODE in the place of SA-Solver; no average of
-    weights, neither for evaluation (0.99 an epoch there) nor for a second penalty.
+    weights, neither for evaluation (0.99 an epoch there) nor for a second penalty; training
+    starts with the first iteration, not the third.
     """
-    return noised(steps, group_size, tuple(times), suffix)
+    return noised(steps, group_size, tuple(times), suffix, weight)

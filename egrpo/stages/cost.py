@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from egrpo.config.keys import plan_key
 from egrpo.config.layout import Layout
 from egrpo.config.load import Study
 from egrpo.config.methods import BranchGrpo, Egrpo
@@ -14,6 +15,7 @@ from egrpo.config.prompts import read_prompts
 from egrpo.config.trees import cost_of, plan_of, prompt_ids, run_cost, training_sigmas, tree_of
 from egrpo.core.plan import Plan
 from egrpo.stages.plan import load_plan
+from egrpo.store.tables import MERGE_PLAN, read_table
 
 COLUMNS = (
     ("forward/prompt", "prompt", "forward"),
@@ -69,8 +71,11 @@ def known_plan(run: RunConfig, at: Layout) -> Plan | None:
         return None
     if not run.method.reads_profile:
         return plan_of(run, training_sigmas(run))
-    path = at.run(run.run) / "plan.json"
-    return load_plan(path) if path.exists() else None
+    path, table = (at.run(run.run) / name for name in ("plan.json", "merge_plan.parquet"))
+    if not (path.exists() and table.exists()):
+        return None
+    made_for = (read_table(table, MERGE_PLAN).schema.metadata or {}).get(b"config_hash", b"")
+    return load_plan(path) if made_for.decode() == plan_key(run) else None
 
 
 def cost_table(study: Study) -> str:

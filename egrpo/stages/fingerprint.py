@@ -36,6 +36,8 @@ TRAINING_CODE = (
     "core/advantage.py",
     "core/loss.py",
     "core/plan.py",
+    "stages/monitor.py",
+    "stages/records.py",
     "stages/train.py",
 )
 """Sources that decide what training computes. The workflow lists the same ones as inputs."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from egrpo.config.keys import plan_key
+from egrpo.config.methods import Egrpo
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import plan_of
+from egrpo.config.trees import check_parts, plan_of
 from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.plan import Plan
 from egrpo.core.schedule import check_sigmas
@@ -29,7 +29,10 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
     """
     metadata = read_table(profile, ENTROPY_PROFILE).schema.metadata
     sigmas = check_sigmas(json.loads(metadata[b"sigmas"]))
-    made = plan_of(run, sigmas, measured_spread(profile, run.train.rewards))
+    method = run.method
+    reads = isinstance(method, Egrpo) and method.reads_profile
+    made = plan_of(run, sigmas, measured_spread(profile, run.train.rewards) if reads else ())
+    check_parts(run, made)
     for warning in made.warnings:
         print(f"{run.run}: {warning}", file=sys.stderr)
     write_json(output, made.to_dict())
@@ -73,7 +76,7 @@ def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[S
     several rewards the mean by weight.
 
     Raises:
-        UserError: if the file is missing or damaged.
+        UserError: if the file is missing or damaged, or a yardstick is 0.
     """
     groups: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
     entropy: dict[tuple[int, int], dict[str, float]] = {}
@@ -88,7 +91,12 @@ def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[S
         total = 0.0
         for reward, pairs in found.items():
             spread, yardstick = (sum(values) for values in zip(*pairs, strict=True))
-            total += abs(rewards[reward]) * (spread / yardstick if yardstick > 0 else math.inf)
+            if yardstick == 0:
+                raise UserError(
+                    f"{profile}: noise on the image does not move reward {reward!r}: its yardstick "
+                    "is 0, and no spread can be compared with it; plan by another reward"
+                )
+            total += abs(rewards[reward]) * spread / yardstick
         weight = sum(abs(rewards[reward]) for reward in found)
         out.append(Spread(*at, entropy[at], total / weight))
     return out

@@ -154,11 +154,11 @@ class _Profile:
             lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(zero.expand(len(x)))),
             noise,
             noise_level=run.method.noise_level,
-            micro_batch=run.train.micro_batch,
+            micro_batch=run.profile.micro_batch,
             dtype=model.dtype,
             device=model.device,
         )
-        images = model.decode(rollout.leaves, run.train.decode_batch)
+        images = model.decode(rollout.leaves, run.profile.decode_batch)
         noisy, noisy_latents = noisy_copies(model, rollout.leaves[0], run, prompt_id)
         yardstick = spread_of(noisy_latents, noisy, text, self.rewards)
         groups = {(-1, 0): noisy}

@@ -99,7 +99,7 @@ def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:
     if spec.evaluations is not None:
         times["evaluations"] = {
             arm: [
-                _at_budget(name, spec.evaluations, at.run(run), end)
+                _at_budget(name, int(spec.evaluations), at.run(run), end)
                 for run, end in zip(at.arm(arm), models, strict=True)
             ]
             for arm, models in ends.items()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from egrpo.config.keys import profile_key
+from egrpo.config.keys import suffixes_key
 from egrpo.config.models import RunConfig
 from egrpo.core.executor import execute
 from egrpo.core.intervals import crossed_interval
@@ -82,7 +82,7 @@ def suffixes(run: RunConfig, plan: Plan, embeddings: Path, output: Path) -> None
         for key in wanted
         for row in _rows(run.run, key, found[key], found[EXACT], len(plan.active))
     ]
-    write_table(output, SUFFIXES, rows, metadata={"config_hash": profile_key(run)})
+    write_table(output, SUFFIXES, rows, metadata={"config_hash": suffixes_key(run)})
     write_text(output.with_suffix(".csv"), csv_text(SUFFIXES, rows))
     write_text(output.with_suffix(".md"), _markdown(run, len(ids), rows))
 
@@ -111,11 +111,11 @@ def _finish(
         lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(zero.expand(len(x)))),
         noise,
         noise_level=plan.noise_level,
-        micro_batch=run.train.micro_batch,
+        micro_batch=run.profile.micro_batch,
         dtype=model.dtype,
         device=model.device,
     )
-    images = model.decode(rollout.leaves, run.train.decode_batch)
+    images = model.decode(rollout.leaves, run.profile.decode_batch)
     scores = score_all(rewards, images, [text] * len(images))
     return {name: v.reshape(-1, samples) for name, v in scores.items()}, rollout.forward
 

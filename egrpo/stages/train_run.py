@@ -81,30 +81,26 @@ def _resume_and_train(
     run = trainer.run
     log = folder / "journal.jsonl"
     found = checkpoints.latest(folder)
-    if found is not None and _snapshot_missed(run, folder, found, log):
+    if found is not None and _snapshot_missed(run, folder, found):
         print(f"{run.run}: starting over for a snapshot that it passed", file=sys.stderr)
         checkpoints.remove(folder)
+        shutil.rmtree(folder / "snapshots", ignore_errors=True)  # of one trajectory, all of them
         found = None
     if found is not None:
         trainer.restore(found)
         print(f"{run.run}: going on after iteration {found.iteration}", file=sys.stderr)
     journal.rewind(log, trainer.iteration if found else -1)
     with _live(run, key, store, log, folder / "monitor"):
-        stopped = _loop(trainer, folder, log)
+        stopped = _loop(trainer, folder, log, fresh=found is None)
     _write_outputs(trainer, key, folder, log, output, stopped)
 
 
-def _snapshot_missed(run: RunConfig, folder: Path, found: Checkpoint, log: Path) -> bool:
+def _snapshot_missed(run: RunConfig, folder: Path, found: Checkpoint) -> bool:
     """Whether a snapshot asked for now lies before the checkpoint and was not kept."""
     used = found.numbers["counts"]
     spent = sum(used[name] for name in EVALUATIONS)
-    stopped = _stops(run, _beyond_bounds(run, _monitors(log)))
-    done = found.iteration == run.train.iterations or bool(stopped)
-    return any(
-        not (folder / "snapshots" / str(limit)).is_dir()
-        for limit in run.train.snapshots
-        if limit < spent or done
-    )
+    kept = folder / "snapshots"
+    return any(limit < spent and not (kept / str(limit)).is_dir() for limit in run.train.snapshots)
 
 
 def _live(
@@ -117,11 +113,11 @@ def _live(
     return LiveTracker(run, key, store, log, images)
 
 
-def _loop(trainer: Trainer, folder: Path, log: Path) -> dict[str, str]:
+def _loop(trainer: Trainer, folder: Path, log: Path, *, fresh: bool) -> dict[str, str]:
     """Train to the last iteration, or until a bound stops it; returns what stopped it."""
     run, t = trainer.run, trainer.run.train
     first = folder / "monitor" / "iteration-000000.png"
-    if trainer.iteration == 0 and t.monitor_every:
+    if fresh and t.monitor_every:
         metrics, images = trainer.monitor()
         save_grid(first, images, t.monitor_samples)
         _record(trainer, log, metrics, {})

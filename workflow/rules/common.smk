@@ -140,6 +140,28 @@ def targets(set):
     return [target(n) for n in names.get(set, (*study.tables, *study.figures))]
 
 
+def some_targets(set):
+    """The targets of a set; a study without any has no paper."""
+    found = targets(set)
+    if not found:
+        raise WorkflowError(f"{CONFIG_FILES}: the study names no tables and figures to make")
+    return found
+
+
+def default_figures():
+    """Pictures of the default runs."""
+    planned = ["entropy", "spread"] if profiles(study.default_runs) else []
+    return [at.figures / f"{name}.png" for name in ["curves", "before_after", *planned]]
+
+
+def first_planned():
+    """Folder of the first default run with a merge plan."""
+    for run in study.default_runs:
+        if needs_plan(RUNS[run]):
+            return at.run(run)
+    raise WorkflowError(f"{CONFIG_FILES}: none of the default runs merges steps")
+
+
 def table_inputs(wc):
     """What a table of results is made from."""
     runs = runs_of(study.tables[wc.table].arms)

@@ -6,7 +6,7 @@ rule profile:
         settings=f"{STUDY}/settings/profile-{{key}}.yaml",
         embeddings=lambda wc: at.embeddings(owner("profile", wc.key)),
         weights=lambda wc: weights(owner("profile", wc.key)),
-        code=MODEL_CODE + sources("stages/profile.py"),
+        code=MODEL_CODE + sources("core/entropy.py", "stages/profile.py"),
     output:
         profile=f"{STUDY}/profiles/{{key}}/entropy_profile.parquet",
         branches=f"{STUDY}/profiles/{{key}}/branches.parquet",
@@ -28,6 +28,8 @@ rule plan:
         settings=lambda wc: at.settings("plan", wc.run),
         profile=lambda wc: at.profile(wc.run),
         code=sources(
+            "config/methods.py",
+            "config/trees.py",
             "core/entropy.py",
             "core/noise.py",
             "core/plan.py",
@@ -50,7 +52,7 @@ rule plan:
 # How well cheaper suffixes rank the samples of a group, by the plan of one run.
 rule suffix_quality:
     input:
-        settings=lambda wc: at.settings("profile", wc.run),
+        settings=lambda wc: at.settings("suffixes", wc.run),
         plan=f"{STUDY}/runs/{{run}}/plan.json",
         embeddings=lambda wc: at.embeddings(wc.run),
         weights=lambda wc: weights(wc.run),

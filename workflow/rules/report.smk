@@ -1,7 +1,6 @@
 # Tables and figures over runs, and their delivery to MLflow.
 
 PROFILED = bool(profiles(study.default_runs))
-FIGURES = ["curves", "before_after"] + (["entropy", "spread"] if PROFILED else [])
 
 
 rule comparison:
@@ -37,11 +36,15 @@ rule figures:
         profiles=profiles(study.default_runs),
         scores=results(study.default_runs, "train_metrics.parquet", "images.parquet"),
         code=sources(
+            "core/entropy.py",
+            "core/plan.py",
             "stages/curves.py",
             "stages/draw.py",
             "stages/figures.py",
             "stages/image_grid.py",
+            "stages/plan.py",
             "stages/style.py",
+            "stages/tables.py",
             "store/tables.py",
         ),
     output:
@@ -78,7 +81,7 @@ rule result_table:
             f"{STUDY}/tables/{{table}}.md",
             caption="../report/result_table.rst",
             category="Paper",
-            labels={"table": "{table}", "study": study.name},
+            labels=lambda wc: {"table": wc.table, "shows": study.tables[wc.table].caption},
         ),
     log:
         f"{STUDY}/logs/{{table}}.log",
@@ -97,13 +100,17 @@ rule result_figure:
         configs=lambda wc: configs(runs_of(study.figures[wc.figure].arms)),
         results=figure_inputs,
         code=sources(
+            "core/entropy.py",
+            "core/plan.py",
             "core/spread.py",
             "stages/branches.py",
             "stages/curves.py",
             "stages/draw.py",
             "stages/figures.py",
             "stages/image_grid.py",
+            "stages/plan.py",
             "stages/style.py",
+            "stages/tables.py",
             "stages/threshold_figure.py",
             "store/tables.py",
         ),
@@ -112,7 +119,7 @@ rule result_figure:
             f"{STUDY}/figures/{{figure}}.png",
             caption="../report/result_figure.rst",
             category="Paper",
-            labels={"figure": "{figure}", "study": study.name},
+            labels=lambda wc: {"figure": wc.figure, "shows": study.figures[wc.figure].caption},
         ),
         svg=f"{STUDY}/figures/{{figure}}.svg",
     log:
@@ -131,7 +138,7 @@ rule publish:
         configs=lambda wc: configs(run_set(wc.set)),
         store=at.store,
         table=f"{STUDY}/tables/{{set}}.parquet",
-        figures=lambda wc: [at.figures / f"{name}.png" for name in FIGURES],
+        figures=lambda wc: default_figures() if wc.set == "comparison" else [],
         targets=lambda wc: targets(wc.set),
         curves=lambda wc: results(run_set(wc.set), "train_metrics.parquet"),
         code=sources("stages/publish.py", "store/tracking.py"),
@@ -167,14 +174,12 @@ rule plans:
 
 rule suffixes:
     input:
-        [at.run(run) / "suffixes.parquet" for run in study.default_runs if needs_plan(RUNS[run])][
-            :1
-        ],
+        lambda wc: first_planned() / "suffixes.parquet",
 
 
 rule paper:
     input:
-        targets("paper_runs"),
+        lambda wc: some_targets("paper_runs"),
         f"{STUDY}/published-paper_runs.json",
 
 
