@@ -273,7 +273,7 @@ def test_killed_and_started_again_ends_bit_identical(
     rng = random.Random(f"{method} kills")
     codes = [
         kill_after_checkpoint(killed, tmp_path / "state-killed", count, rng.uniform(0, 0.4))
-        for count in (2, 4)
+        for count in (0, 2, 4)
     ]
     assert -signal.SIGKILL in codes
     subprocess.run(killed, cwd=ROOT, check=True, capture_output=True)
@@ -313,8 +313,8 @@ def test_pruned_leaves_need_no_training(embeddings: Path) -> None:
     )
     most = iteration_cost(trainer.run, trainer.plan, 1, len(trainer.texts))
     metrics, _ = trainer.step()
-    # per prompt: 1 + 2 sources up to the last split, then 2 of 4 leaves for the 4 steps after it
-    assert trainer.counts["train"] == 2 * (1 + 2 + 2 * 4) < most.train == 2 * (1 + 2 + 4 * 4)
+    # per prompt: 1 + 2 sources up to the last split, then 2 of 4 leaves for the 3 steps after it
+    assert trainer.counts["train"] == 2 * (1 + 2 + 2 * 3) < most.train == 2 * (1 + 2 + 4 * 3)
     assert metrics["on_policy_ratio_deviation"] < 1e-5  # smaller chunks round otherwise
 
 
@@ -399,8 +399,10 @@ def test_a_snapshot_asked_for_later_is_made_by_starting_over(
     assert "starting over for a snapshot that it passed" in capsys.readouterr().err
     assert (out / "snapshots/1/snapshot.json").exists()
     assert (out / "adapter/pytorch_lora_weights.safetensors").read_bytes() == first
-    run_in_process(small_run("snap", **{"train.snapshots": [1]}), embeddings, tmp_path)
+    beyond = small_run("snap", **{"train.snapshots": [1, 10**9]})  # the last weights are these
+    out = run_in_process(beyond, embeddings, tmp_path)
     assert "starting over" not in capsys.readouterr().err
+    assert json.loads((out / f"snapshots/{10**9}/snapshot.json").read_text())["iteration"] == 4
 
 
 def test_a_bound_stops_the_run_and_keeps_what_it_made(
@@ -419,6 +421,27 @@ def test_a_bound_stops_the_run_and_keeps_what_it_made(
     assert json.loads((out / f"snapshots/{10**9}/snapshot.json").read_text())["iteration"] == 2
     again = json.loads((run_in_process(run, embeddings, tmp_path) / "train.json").read_text())
     assert again == record  # it does not go on when it is started again
+
+
+def test_a_bound_does_not_stop_the_untrained_model(embeddings: Path, tmp_path: Path) -> None:
+    """Started again from the checkpoint of iteration 0, a run goes on as if never stopped."""
+    bounds = {"reward/verifier": {"least": 2.0, "action": "stop"}}
+    run = small_run("zero", **{"train.bounds": bounds, "train.checkpoint_every": 3})
+    state = tmp_path / "state"
+    straight = run_in_process(run, embeddings, tmp_path)
+    first = read_table(straight / "train_metrics.parquet", TRAIN_METRICS).to_pylist()
+    (folder,) = state.iterdir()
+    for path in folder.glob("checkpoint-*.safetensors"):
+        if int(path.stem.split("-")[1]):
+            path.unlink()
+    again = run_in_process(run, embeddings, tmp_path)
+    second = read_table(again / "train_metrics.parquet", TRAIN_METRICS).to_pylist()
+
+    def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in rows if not row["metric"].startswith("time/")]
+
+    assert plain(first) == plain(second)
+    assert json.loads((again / "train.json").read_text())["iterations"] == 2
 
 
 def test_a_fall_is_measured_from_the_untrained_model() -> None:
