@@ -1,5 +1,5 @@
 # make demo   the whole study on this machine, then its table
-# make paper  every table and figure of the paper at laptop scale, in less than three hours
+# make paper  every table and figure of the paper at laptop scale; hours, resumable
 # make test   all tests
 # make ui     browse the results in MLflow
 # PYTHON=python3.12 make …  chooses the interpreter that .venv is made with

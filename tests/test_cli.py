@@ -107,7 +107,7 @@ def test_cost_shows_the_arms_side_by_side() -> None:
     assert "<=" in pruned
     assert "egrpo-s1" not in text
     assert "of several seeds the first is shown" in text
-    assert "needs its profile; `snakemake plans` makes it" in text
+    assert "needs its profile; `snakemake --cores all plans` makes it" in text
 
 
 def test_generated_documents_are_in_step() -> None:

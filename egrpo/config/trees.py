@@ -66,7 +66,7 @@ def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> P
     if method.reads_profile and not spreads:
         raise UserError(
             f"run {run.run}: method.threshold: auto and method.allocation: profile need the "
-            "measured profile; `snakemake plans` makes it, without training anything"
+            "measured profile; `snakemake --cores all plans` makes it, without training anything"
         )
     try:
         tau = method.threshold

@@ -88,7 +88,7 @@ def cost_table(study: Study) -> str:
     for name in firsts.values():
         cost = costs[name]
         if cost is None:
-            cells = ["needs its profile; `snakemake plans` makes it"]
+            cells = ["needs its profile; `snakemake --cores all plans` makes it"]
             rows.append([name, study.runs[name].method.name, *cells])
             continue
         most = "<=" if cost["train_at_most"] else ""

@@ -101,7 +101,7 @@ def _threshold(text: str, profile: Path | None, rewards: str, measure: str, fact
     if profile is None:
         raise UserError(
             "--threshold: auto needs --profile, the entropy_profile.parquet of a model; "
-            "`snakemake plans` measures it, without training anything"
+            "`snakemake --cores all plans` measures it, without training anything"
         )
     from egrpo.stages.plan import measured_spread
     from egrpo.store.tables import ENTROPY_PROFILE, read_table

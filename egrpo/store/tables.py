@@ -338,7 +338,7 @@ def read_table(path: str | Path, table: Table) -> pa.Table:
     try:
         data = pq.read_table(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `snakemake {path}` makes it") from None
+        raise UserError(f"{path}: no such file; `snakemake --cores all {path}` makes it") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: damaged Parquet ({error}); delete it and run again") from None
     found = (data.schema.metadata or {}).get(b"schema", b"").decode()
