@@ -121,30 +121,25 @@ def test_another_model_gets_the_same_targets_by_a_config(tmp_path: Path) -> None
     """Model, prompts and rewards change; arms, tables and figures stay."""
     wanted = planned(None, "--forceall", "paper")
     assert wanted["train"] == wanted["evaluate"] == 72
-    (tmp_path / "rows.txt").write_text("a cat\na dog\n" * 8)
-    rewards = {"verifier": None, "verifier_exact": None, "preference": None}
-    settings = {
-        "study": "other",
+    mine = read_yaml(ROOT / "config/my_model.yaml")
+    for path in (mine["model"]["path"], mine["prompts"]["train"], mine["rewards"]["clip"]["path"]):
+        assert not (ROOT / path).exists(), "files that a user brings"
+    rows = tmp_path / "rows.txt"
+    rows.write_text("a cat\na dog\n" * 8)
+    there = {
         "results": str(tmp_path / "results"),
-        "model": {"dtype": "bfloat16", "merge_lora_for_sampling": False},
-        "prompts": {"train": str(tmp_path / "rows.txt"), "heldout": str(tmp_path / "rows.txt")},
-        "rewards": {
-            **rewards,
-            "hps": {"kind": "preference", "path": "assets/toy/preference.safetensors"},
-        },
-        "train": {"rewards": {"verifier": None, "hps": 1.0}, "learning_rate_scale": 1.0},
-        "tables": {
-            **dict.fromkeys(("more_methods", "combination", "equal_cost")),
-            **{f"table{n}": {"rewards": ["hps", "clip", "jpeg"]} for n in (1, 2, 3, 4)},
-        },
-        "figures": {"fig4": {"rewards": ["hps", "clip"]}, "fig_cost": None},
+        "model": {"path": "assets/toy/pipeline"},
+        "prompts": {"train": str(rows), "heldout": str(rows)},
+        "rewards": {"clip": {"path": "assets/toy/clip.pt"}},
     }
-    top = tmp_path / "top.yaml"
-    top.write_text(yaml.safe_dump(settings))
-    done = snakemake(None, "--dry-run", "paper", "--configfile", "config/config.yaml", str(top))
+    (tmp_path / "there.yaml").write_text(yaml.safe_dump(there))
+    files = ["config/config.yaml", "config/my_model.yaml", str(tmp_path / "there.yaml")]
+    done = snakemake(None, "--dry-run", "paper", "--configfile", *files)
     assert done.returncode == 0, done.stdout + done.stderr
-    for rule, count in wanted.items():
-        assert f"{rule} {count}" in " ".join(done.stdout.split())
+    for rule in ("train", "evaluate", "plan", "result_table", "result_figure"):
+        assert f"{rule} {wanted[rule]} " in " ".join(done.stdout.split())
+    refused = snakemake(None, "--dry-run", "paper", "--configfile", *files[:2])
+    assert "prompts.train: data/train.txt: no such file" in refused.stdout + refused.stderr
 
 
 def test_recipe_of_the_toy_weights_is_a_rule() -> None:
