@@ -146,8 +146,8 @@ def _rows(
                 "solver": key[1],
                 "reward": reward,
                 "rank_correlation": none_for_nan(interval.mean),
-                "low": none_for_nan(interval.low),
-                "high": none_for_nan(interval.high),
+                "low": none_for_nan(max(interval.low, -1.0)),  # a correlation ends there
+                "high": none_for_nan(min(interval.high, 1.0)),
                 "spread": float(np.mean(spread)),
                 "spread_exact": float(np.mean(wanted)),
                 "nfe": float(np.mean([n for _, n in found])),
