@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from egrpo.config.load import load_study
+from egrpo.config.models import RunConfig
 from egrpo.config.trees import plan_of, training_sigmas
 from egrpo.core.advantage import Advantages
 from egrpo.core.executor import Rollout
@@ -36,7 +37,7 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def bare_forwards(trainer: Trainer, ids: list[int]) -> tuple[Callable[[], None], int]:
+def bare_forwards(trainer: Trainer) -> tuple[Callable[[], None], int]:
     """Replays exactly the batches of one rollout through the network, and nothing else."""
     calls: list[tuple[torch.Tensor, float, Any, Any]] = []
     original = trainer.model.velocity
@@ -46,7 +47,7 @@ def bare_forwards(trainer: Trainer, ids: list[int]) -> tuple[Callable[[], None],
         return original(x, sigma, prompts, module)
 
     trainer.model.velocity = record  # type: ignore[method-assign]
-    trainer.rollout(1, ids)
+    trainer.rollout(1, *trainer.trees(1))
     trainer.model.velocity = original  # type: ignore[method-assign]
 
     @torch.no_grad()
@@ -63,7 +64,7 @@ def bare_forwards(trainer: Trainer, ids: list[int]) -> tuple[Callable[[], None],
     return replay, sum(len(x) for x, *_ in calls)
 
 
-def one_by_one(trainer: Trainer, iteration: int, ids: list[int]) -> None:
+def one_by_one(trainer: Trainer, iteration: int) -> None:
     """The same iteration as public reference code does it: one sample at a time, all through.
 
     Every latent is evaluated alone, every image decoded and scored alone, and every sample has a
@@ -74,14 +75,15 @@ def one_by_one(trainer: Trainer, iteration: int, ids: list[int]) -> None:
         update={"train": run.train.model_copy(update={"micro_batch": 1, "train_micro_batch": 1})}
     )
     trainer.run = narrow
-    rollout = trainer.rollout(iteration, ids)
+    ids, trees = trainer.trees(iteration)
+    rollout = trainer.rollout(iteration, ids, trees)
     scores: dict[str, list[float]] = {name: [] for name in trainer.rewards}
     for latent, tree in zip(rollout.leaves, rollout.leaf_tree, strict=True):
         image = trainer.model.decode(latent[None], 1)
         for name, value in score_all(trainer.rewards, image, [trainer.texts[ids[tree]]]).items():
             scores[name].append(float(value[0]))
     arrays = {name: torch.tensor(v, dtype=torch.float64).numpy() for name, v in scores.items()}
-    separate_backward(trainer, rollout, ids, trainer.advantages(arrays, rollout, len(ids)))
+    separate_backward(trainer, rollout, ids, trainer.advantages(arrays, rollout, trees))
     trainer.run = run
 
 
@@ -96,9 +98,8 @@ def separate_backward(
             v = trainer.model.velocity(batch.x, trainer.sigmas[batch.start], prompts)
             new = batch.log_probs(v, trainer.sigmas, trainer.run.method.noise_level)[edge]
             value = torch.tensor([advantage.values[batch.edges[edge]]], dtype=torch.float32)
-            objective = clipped_objective(
-                new[None], batch.log_prob[edge][None], value, torch.ones(1), 1e-4
-            )
+            ratio = (new - batch.log_prob[edge])[None]
+            objective = clipped_objective(ratio, value, torch.ones(1), 1e-4)
             (objective.loss / len(rollout.edges)).backward()
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
@@ -122,16 +123,14 @@ def machine() -> str:
     )
 
 
-def measure(threads: int, repeats: int) -> list[tuple[str, str, str]]:
-    """Rows of the table: (what, measured, target)."""
+def measure(run: RunConfig, threads: int, repeats: int) -> list[tuple[str, str, str]]:
+    """Rows of the table of one E-GRPO run: (what, measured, target)."""
     torch.set_num_threads(threads)
-    run = load_study("config/config.yaml").runs["egrpo"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "embeddings.safetensors"
         embed(run, path)
         trainer = Trainer(run, plan_of(run, training_sigmas(run)), path)
-    ids = trainer.prompt_ids(1)
-    replay, evaluations = bare_forwards(trainer, ids)
+    replay, evaluations = bare_forwards(trainer)
     parts: dict[str, float] = {"time/iteration": float("inf")}
 
     def iteration() -> None:
@@ -140,14 +139,14 @@ def measure(threads: int, repeats: int) -> list[tuple[str, str, str]]:
             parts.update({k: v for k, v in metrics.items() if k.startswith("time/")})
 
     # by turns, so that a slow moment of the machine hits all; the overhead is the median's
-    works = (lambda: trainer.rollout(1, ids), replay, iteration)
+    works = (lambda: trainer.rollout(1, *trainer.trees(1)), replay, iteration)
     for work in works:
         work()
     turns = [[timed(work) for work in works] for _ in range(repeats)]
     rollout, bare, seconds = (min(turn[k] for turn in turns) for k in range(3))
     overhead = statistics.median(turn[0] / turn[1] for turn in turns) - 1
     memory = peak_memory_mib()
-    alone = min(timed(lambda: one_by_one(trainer, 1, ids)) for _ in range(2))
+    alone = min(timed(lambda: one_by_one(trainer, 1)) for _ in range(2))
     return [
         ("network evaluations of one rollout", f"{evaluations:,}", ""),
         ("bare forward of the same batches", f"{1e3 * bare / evaluations:.3f} ms each", ""),
@@ -176,8 +175,9 @@ def main() -> None:
         "G = 12, 8 active steps,\nT = 16, threshold 2.2, LoRA. Best of "
         f"{args.repeats} repeats.\n\nMachine: {machine()}.\n"
     )
+    run = load_study("config/config.yaml").runs["egrpo-s0"]
     for threads in args.threads:
-        rows = measure(threads, args.repeats)
+        rows = measure(run, threads, args.repeats)
         text += (
             f"\n## {threads} thread{'s' if threads > 1 else ''}\n\n| what | measured | target |\n"
         )

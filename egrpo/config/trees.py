@@ -293,14 +293,9 @@ def iteration_cost(run: RunConfig, plan: Plan | None, iteration: int, count: int
     return cost_of(run, (tree_of(run, plan, iteration, prompt) for prompt in ids))
 
 
-def run_cost(
-    run: RunConfig, plan: Plan | None, count: int, iterations: int | None = None
-) -> RunCost:
-    """Cost of the first ``iterations`` of a run (None: all) with ``count`` training prompts."""
-    each = [
-        iteration_cost(run, plan, n, count)
-        for n in range(1, (iterations or run.train.iterations) + 1)
-    ]
+def run_cost(run: RunConfig, plan: Plan | None, count: int) -> RunCost:
+    """Cost of a run with ``count`` training prompts."""
+    each = [iteration_cost(run, plan, n, count) for n in range(1, run.train.iterations + 1)]
     return RunCost(
         sum(c.forward for c in each), sum(c.train for c in each), sum(c.reference for c in each)
     )

@@ -129,7 +129,8 @@ def _loop(trainer: Trainer, folder: Path, log: Path, *, fresh: bool) -> dict[str
     reasons = _stops(run, _beyond_bounds(run, monitors))
     with Progress(t.iterations, run.run, trainer.iteration) as progress:
         while trainer.iteration < t.iterations and not reasons:
-            _keep_snapshots(trainer, folder, trainer.cost(trainer.iteration + 1).total)
+            if t.snapshots:
+                _keep_snapshots(trainer, folder, trainer.cost(trainer.iteration + 1).total)
             metrics, rows = trainer.step()
             n = trainer.iteration
             last = n == t.iterations
