@@ -43,8 +43,16 @@ def test_plan_json_contract() -> None:
     assert round(plan["entropy"][0], 4) == 2.8929
 
 
-def test_plan_and_cost_import_no_torch() -> None:
-    for words in (["plan", "--json"], ["cost", "config/config.yaml", "--json"]):
+@pytest.fixture
+def default_study(tmp_path: Path) -> list[str]:
+    """The default study's files, with results that nobody has made yet."""
+    top = tmp_path / "top.yaml"
+    top.write_text(f"results: {tmp_path / 'results'}\n")
+    return ["config/config.yaml", str(top)]
+
+
+def test_plan_and_cost_import_no_torch(default_study: list[str]) -> None:
+    for words in (["plan", "--json"], ["cost", *default_study, "--json"]):
         code = (
             "import sys\nfrom egrpo.cli import main\n"
             f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
@@ -86,8 +94,8 @@ def test_unreachable_threshold_is_said_and_capped() -> None:
     assert json.loads(done.stdout)["spans"][-1] == 8
 
 
-def test_cost_of_the_default_study() -> None:
-    costs = json.loads(egrpo("cost", "config/config.yaml", "--json").stdout)
+def test_cost_of_the_default_study(default_study: list[str]) -> None:
+    costs = json.loads(egrpo("cost", *default_study, "--json").stdout)
     per_prompt = {
         run: (cost["prompt"]["forward"], cost["prompt"]["train"])
         for run, cost in costs.items()
@@ -101,8 +109,8 @@ def test_cost_of_the_default_study() -> None:
     assert costs["egrpo_auto-s0"] is None  # its profile is not measured
 
 
-def test_cost_shows_the_arms_side_by_side() -> None:
-    text = egrpo("cost", "config/config.yaml").stdout
+def test_cost_shows_the_arms_side_by_side(default_study: list[str]) -> None:
+    text = egrpo("cost", *default_study).stdout
     (pruned,) = [ln for ln in text.splitlines() if ln.startswith("branchgrpo_pruned")]
     assert "<=" in pruned
     assert "egrpo-s1" not in text

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from egrpo.config.keys import KEYS, evaluation_key
 from egrpo.config.methods import Egrpo
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
-from egrpo.config.trees import cost_of, plan_of, training_sigmas, tree_of
+from egrpo.config.trees import closed_form_plan, cost_of, reads_profile, tree_of
 from egrpo.errors import UserError
 
 BASE = "base"
@@ -150,11 +150,9 @@ def resolve_budgets(
     """
     each: dict[str, tuple[int, int]] = {}  # of one iteration, and of the run
     for run in runs.values():
-        waits = isinstance(run.method, Egrpo) and run.method.reads_profile
-        if run.arm not in each and not waits:
-            plan = plan_of(run, training_sigmas(run)) if isinstance(run.method, Egrpo) else None
-            size = run.train.prompts_per_iteration
-            one = cost_of(run, [tree_of(run, plan)] * size).total
+        if run.arm not in each and not reads_profile(run):
+            tree = tree_of(run, closed_form_plan(run))
+            one = cost_of(run, [tree] * run.train.prompts_per_iteration).total
             each[run.arm] = one, one * run.train.iterations
     out = {}
     for name, spec in tables.items():

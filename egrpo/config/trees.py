@@ -89,6 +89,16 @@ def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> P
     return made
 
 
+def reads_profile(run: RunConfig) -> bool:
+    """Whether the run's plan depends on measured spread."""
+    return isinstance(run.method, Egrpo) and run.method.reads_profile
+
+
+def closed_form_plan(run: RunConfig) -> Plan | None:
+    """The plan of a run that does not read its profile; None for a method without plans."""
+    return plan_of(run, training_sigmas(run)) if needs_plan(run) else None
+
+
 # -- one tree ----------------------------------------------------------------------------------
 
 
@@ -235,12 +245,9 @@ def check_trees(runs: Mapping[str, RunConfig]) -> None:
     """
     seen: set[str] = set()
     for run in runs.values():
-        method = run.method
-        if run.arm in seen or (isinstance(method, Egrpo) and method.reads_profile):
-            continue
-        seen.add(run.arm)
-        plan = plan_of(run, training_sigmas(run)) if isinstance(method, Egrpo) else None
-        check_parts(run, plan)
+        if run.arm not in seen and not reads_profile(run):
+            seen.add(run.arm)
+            check_parts(run, closed_form_plan(run))
 
 
 def check_parts(run: RunConfig, plan: Plan | None) -> None:

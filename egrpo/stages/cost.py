@@ -9,10 +9,18 @@ from typing import Any
 from egrpo.config.keys import plan_key
 from egrpo.config.layout import Layout
 from egrpo.config.load import Study
-from egrpo.config.methods import BranchGrpo, Egrpo
+from egrpo.config.methods import BranchGrpo
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
-from egrpo.config.trees import cost_of, plan_of, prompt_ids, run_cost, training_sigmas, tree_of
+from egrpo.config.trees import (
+    closed_form_plan,
+    cost_of,
+    needs_plan,
+    prompt_ids,
+    reads_profile,
+    run_cost,
+    tree_of,
+)
 from egrpo.core.plan import Plan
 from egrpo.stages.plan import load_plan
 from egrpo.store.tables import MERGE_PLAN, read_table
@@ -46,7 +54,7 @@ def study_cost(
     for name in names or study.runs:
         run = study.runs[name]
         plan = known_plan(run, at)
-        if plan is None and isinstance(run.method, Egrpo):
+        if plan is None and needs_plan(run):
             out[name] = None
             continue
         count = counts[run.prompts.train]
@@ -67,10 +75,8 @@ def study_cost(
 
 def known_plan(run: RunConfig, at: Layout) -> Plan | None:
     """The plan of a run: computed, or read where it was made from a profile; None for no plan."""
-    if not isinstance(run.method, Egrpo):
-        return None
-    if not run.method.reads_profile:
-        return plan_of(run, training_sigmas(run))
+    if not reads_profile(run):
+        return closed_form_plan(run)
     path, table = (at.run(run.run) / name for name in ("plan.json", "merge_plan.parquet"))
     if not (path.exists() and table.exists()):
         return None

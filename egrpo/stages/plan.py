@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from egrpo.config.keys import plan_key
-from egrpo.config.methods import Egrpo
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import check_parts, plan_of
+from egrpo.config.trees import check_parts, plan_of, reads_profile
 from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.plan import Plan
 from egrpo.core.schedule import check_sigmas
@@ -29,9 +28,8 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
     """
     metadata = read_table(profile, ENTROPY_PROFILE).schema.metadata
     sigmas = check_sigmas(json.loads(metadata[b"sigmas"]))
-    method = run.method
-    reads = isinstance(method, Egrpo) and method.reads_profile
-    made = plan_of(run, sigmas, measured_spread(profile, run.train.rewards) if reads else ())
+    spreads = measured_spread(profile, run.train.rewards) if reads_profile(run) else ()
+    made = plan_of(run, sigmas, spreads)
     check_parts(run, made)
     for warning in made.warnings:
         print(f"{run.run}: {warning}", file=sys.stderr)
