@@ -117,7 +117,7 @@ def arms(tmp_path: Path) -> dict[str, list[Path]]:
     return {"a": a, "b": [write_metrics(tmp_path / "b0", "b-s0", {0: 1.0, 10: 4.0}, 50)]}
 
 
-def test_arm_curves_show_mean_range_and_both_costs(
+def test_arm_curves_show_mean_interval_and_both_costs(
     arms: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     figure = arm_curves_figure(arms, ["quality"], tmp_path / "arms")
@@ -128,11 +128,14 @@ def test_arm_curves_show_mean_range_and_both_costs(
     for band in by_gid(figure, "band:a"):
         corners = band.get_paths()[0].vertices
         at = np.isclose(corners[:, 0], (10, 1000)[band.axes is right.axes])
-        assert sorted(set(corners[at, 1])) == [0.0, 10.0]
+        # seeds 0, 2, 10; 4.302653 is the 97.5% quantile of Student's t with 2 degrees of freedom
+        half = 4.302653 * np.std([0, 2, 10], ddof=1) / np.sqrt(3)
+        np.testing.assert_allclose(sorted(set(corners[at, 1])), [4 - half, 4 + half], rtol=1e-6)
+        assert band.axes.get_ylim() == pytest.approx((-0.5, 10.5))  # every seed, not every band
     assert len(by_gid(figure, "band:a")) == 2
     assert not by_gid(figure, "band:b")  # one seed
     assert not by_gid(figure, "training:a")
-    assert "mean of 1 to 3 seeds; band: lowest to highest seed" in texts(figure)
+    assert "mean of 1 to 3 seeds; band: its 95% interval over seeds" in texts(figure)
     assert_readable(figure)
     one = arm_curves_figure({"b": arms["b"]}, ["quality"], tmp_path / "one")
     assert "band" not in texts(one)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from egrpo.core.intervals import crossed_interval
 from egrpo.errors import UserError
 from egrpo.stages.style import LINES, STYLE, Real, columns, look, save_figure, wrap
 from egrpo.store.tables import TRAIN_METRICS
@@ -35,7 +36,7 @@ class Curve:
         name: run or arm.
         kind: "training" (samples) or "monitor" (fixed held-out prompts).
         iteration, nfe, value: [n] by iteration, finite.
-        band: lowest and highest seed, [n] each; None for a single run.
+        seeds: the values that ``value`` is the mean of, [seeds, n].
     """
 
     name: str
@@ -43,7 +44,12 @@ class Curve:
     iteration: npt.NDArray[Any]
     nfe: npt.NDArray[Any]
     value: Real
-    band: tuple[Real, Real] | None = None
+    seeds: Real
+
+    def band(self) -> tuple[Real, Real]:
+        """Ends of the 95% interval of the mean over seeds (Student's t), [n] each."""
+        each = [crossed_interval(self.seeds[None, :, i]) for i in range(len(self.value))]
+        return np.array([i.low for i in each]), np.array([i.high for i in each])
 
 
 def curves_figure(
@@ -82,10 +88,11 @@ def _run_curves(table: Columns, reward: str, window: int) -> Iterator[Curve]:
         part = {name: column[table["run"] == run] for name, column in table.items()}
         iteration, nfe, value = _series(part, f"reward/{reward}")
         if len(value):
-            yield Curve(run, "training", iteration, nfe, trailing_mean(value, window))
-        monitored = _series(part, f"monitor/reward/{reward}")
-        if len(monitored[2]):
-            yield Curve(run, "monitor", *monitored)
+            mean = trailing_mean(value, window)
+            yield Curve(run, "training", iteration, nfe, mean, mean[None])
+        iteration, nfe, value = _series(part, f"monitor/reward/{reward}")
+        if len(value):
+            yield Curve(run, "monitor", iteration, nfe, value, value[None])
 
 
 def arm_curves_figure(
@@ -93,10 +100,11 @@ def arm_curves_figure(
 ) -> Figure:
     """Fig. 1c and 4 of the paper: reward on fixed held-out prompts, arm by arm, over seeds.
 
-    Lines (gid "monitor:<arm>") are means over the seeds of an arm, bands (gid "band:<arm>") reach
-    from its lowest to its highest seed; an arm with one seed has none. Points are the iterations
-    at which every seed of the arm was measured. Left against iterations, right against the mean
-    network evaluations of the seeds; one row of panels a reward.
+    Lines (gid "monitor:<arm>") are means over the seeds of an arm, bands (gid "band:<arm>") the
+    95% intervals of these means over seeds (Student's t) on the same prompts; an arm with one seed
+    has none. The axes show every seed; with few seeds bands may leave them. Points are the
+    iterations at which every seed of the arm was measured. Left against iterations, right against
+    the mean network evaluations of the seeds; one row of panels a reward.
 
     Args:
         groups: ``train_metrics.parquet`` of each seed, by arm.
@@ -115,7 +123,7 @@ def arm_curves_figure(
     title = "Reward on fixed held-out prompts during training"
     if counts[-1] > 1:
         several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-        title += f" (line: mean of {several} seeds; band: lowest to highest seed)"
+        title += f" (line: mean of {several} seeds; band: its 95% interval over seeds)"
     return _draw(curves, title, stem)
 
 
@@ -136,7 +144,7 @@ def _seeds(arm: str, paths: Sequence[str | Path]) -> dict[str | Path, Columns]:
 
 
 def _arm_curve(arm: str, tables: Mapping[str | Path, Columns], reward: str) -> Curve:
-    """Mean and range over the seeds of an arm, where all of them were measured."""
+    """Mean over the seeds of an arm, where all of them were measured."""
     seeds = {path: _series(table, f"monitor/reward/{reward}") for path, table in tables.items()}
     for path, (_, _, value) in seeds.items():
         if not len(value):
@@ -150,8 +158,7 @@ def _arm_curve(arm: str, tables: Mapping[str | Path, Columns], reward: str) -> C
     at = [np.searchsorted(iteration, shared) for iteration, *_ in seeds.values()]
     nfe = np.array([s[1][i] for s, i in zip(seeds.values(), at, strict=True)], dtype=float)
     value = np.array([s[2][i] for s, i in zip(seeds.values(), at, strict=True)])
-    band = (value.min(0), value.max(0)) if len(seeds) > 1 else None
-    return Curve(arm, "monitor", shared, nfe.mean(0), value.mean(0), band)
+    return Curve(arm, "monitor", shared, nfe.mean(0), value.mean(0), value)
 
 
 def _series(table: Columns, metric: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any], Real]:
@@ -188,6 +195,8 @@ def _draw(curves: Mapping[str, Sequence[Curve]], title: str, stem: str | Path) -
                 _draw_curve(left, curve.iteration, curve, at)
                 _draw_curve(right, curve.nfe, curve, at)
             left.set_ylabel(f"reward: {reward}")
+            if found:
+                left.set_ylim(*_limits(found))
         grid[-1][0].set_xlabel("training iterations")
         grid[-1][1].set_xlabel("network evaluations (forward, forward-backward, reference)")
         grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -197,6 +206,14 @@ def _draw(curves: Mapping[str, Sequence[Curve]], title: str, stem: str | Path) -
         _legend(figure, names)
         figure.suptitle(title, fontsize=11)
         return save_figure(figure, stem)
+
+
+def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Ends of an axis that shows all seeds, with a margin."""
+    low = min(float(curve.seeds.min()) for curve in curves)
+    high = max(float(curve.seeds.max()) for curve in curves)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def _draw_curve(axes: Axes, x: npt.NDArray[Any], curve: Curve, at: int) -> None:
@@ -209,8 +226,8 @@ def _draw_curve(axes: Axes, x: npt.NDArray[Any], curve: Curve, at: int) -> None:
         style |= {"ls": LINES[at % len(LINES)], "markevery": (at % every, every)}
         style |= _marker(at) | {"zorder": 3}
     axes.plot(x, curve.value, **style)
-    if curve.band is not None:
-        low, high = curve.band
+    if len(curve.seeds) > 1:
+        low, high = curve.band()
         axes.fill_between(
             x, low, high, color=style["color"], alpha=0.13, lw=0, gid=f"band:{curve.name}"
         )

@@ -37,6 +37,7 @@ rule figures:
         scores=results(study.default_runs, "train_metrics.parquet", "images.parquet"),
         code=sources(
             "core/entropy.py",
+            "core/intervals.py",
             "core/plan.py",
             "stages/curves.py",
             "stages/draw.py",
@@ -101,6 +102,7 @@ rule result_figure:
         results=figure_inputs,
         code=sources(
             "core/entropy.py",
+            "core/intervals.py",
             "core/plan.py",
             "core/spread.py",
             "stages/branches.py",
