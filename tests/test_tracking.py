@@ -402,7 +402,7 @@ def server(tables_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     assert match, address
     yield int(match[1])
     job.send_signal(signal.SIGINT)
-    assert job.wait(timeout=20) == 0
+    assert job.wait(timeout=120) == 0
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(match[1])), timeout=2)
     assert not (folder / "mlruns").exists()
