@@ -391,7 +391,10 @@ def server(tables_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     shutil.copy(tables_file, folder / "results" / "mlflow.db")
     ids = {"uri": "sqlite:///results/mlflow.db", "experiment_id": "1", "parent_run_id": None}
     write_json(folder / "store.json", ids)
-    code = "from egrpo.stages.ui import serve; from pathlib import Path; serve(Path('store.json'))"
+    code = (  # nohup has the interrupt ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from egrpo.stages.ui import serve; from pathlib import Path; serve(Path('store.json'))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
