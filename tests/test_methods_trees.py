@@ -117,12 +117,16 @@ class Walk:
 # --- one function per shape, by the papers --------------------------------------------------------
 
 
-def branching(run: RunConfig, spans: Sequence[int]) -> list[Tensor]:
-    """Anchors by ODE; at each step of ``spans`` G single SDE steps; suffixes at granularities."""
+def branching(
+    run: RunConfig, spans: Sequence[int], steps: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Anchors by ODE; at each step, or at ``steps``, G SDE steps of its span; then suffixes."""
     walk, m = Walk(run), run.method
     out = []
     for anchor in range(m.anchors):
         for i, span in enumerate(spans):
+            if steps is not None and i not in steps:
+                continue
             for sample in range(m.group_size):
                 x = walk.ode(noise(-1, anchor), range(i + 1))
                 x = walk.sde(x, i, i + span, anchor * m.group_size + sample)
@@ -184,6 +188,7 @@ def flash_stops(run: RunConfig, start: int) -> list[int]:
 
 WALKS: dict[str, Callable[[RunConfig, Tree], list[Tensor]]] = {
     "egrpo": lambda run, grown: branching(run, PLAN_SPANS),
+    "egrpo_efficient": lambda run, grown: branching(run, PLAN_SPANS, starts(grown)),
     "g2rpo": lambda run, grown: branching(run, [1] * 8),
     "tempflow_grpo": lambda run, grown: branching(run, [1] * 9),
     "flow_grpo": lambda run, grown: chain(run, range(10)),

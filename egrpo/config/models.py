@@ -11,7 +11,17 @@ from typing import Any, Literal, Self
 from pydantic import PositiveInt, model_validator
 
 from egrpo.config.base import PAPER, Settings, setting
-from egrpo.config.methods import FLOW, GUARD, NFT, AnyMethod, Egrpo, ForwardProcess, Loss, Solver
+from egrpo.config.methods import (
+    FLOW,
+    GUARD,
+    NFT,
+    AnyMethod,
+    Egrpo,
+    ForwardProcess,
+    Loss,
+    Merging,
+    Solver,
+)
 
 
 class Lora(Settings):
@@ -361,7 +371,7 @@ class RunConfig(Settings):
             raise ValueError(
                 "train.snapshots: distinct, ascending numbers of at least 1 are needed"
             )
-        if isinstance(method, Egrpo) and method.reads_profile and 1 not in self.profile.spans:
+        if isinstance(method, Merging) and method.reads_profile and 1 not in self.profile.spans:
             raise ValueError("profile.spans: must hold 1 where the plan reads the profile")
         return self
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from egrpo.config.keys import KEYS, evaluation_key
-from egrpo.config.methods import Egrpo
+from egrpo.config.methods import Merging
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
 from egrpo.config.trees import closed_form_plan, cost_of, reads_profile, tree_of
 from egrpo.errors import UserError
@@ -121,7 +121,7 @@ def check_figure(name: str, spec: FigureSpec, runs: Mapping[str, RunConfig]) -> 
         return
     first = next(run for run in runs.values() if run.arm == spec.arms[0])
     method, profile = first.method, first.profile
-    if not isinstance(method, Egrpo):
+    if not isinstance(method, Merging):
         raise UserError(
             f"figures.{name}.arms: {spec.kind} shows a profile, and arm {spec.arms[0]!r} "
             f"({method.name}) has none"

@@ -14,10 +14,12 @@ from egrpo.config.methods import (
     DanceGrpo,
     DiffusionNft,
     Egrpo,
+    EgrpoEfficient,
     FlowGrpo,
     FlowGrpoFast,
     ForwardProcess,
     G2rpo,
+    Merging,
     MixGrpo,
     MixGrpoFlash,
     TempflowGrpo,
@@ -46,7 +48,7 @@ def learning_rate(run: RunConfig) -> float:
 
 def needs_plan(run: RunConfig) -> bool:
     """Whether the run's method merges steps."""
-    return isinstance(run.method, Egrpo)
+    return isinstance(run.method, Merging)
 
 
 def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> Plan:
@@ -62,7 +64,7 @@ def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> P
             depends on spread and none is given or enough.
     """
     method = run.method
-    assert isinstance(method, Egrpo)
+    assert isinstance(method, Merging)
     if method.reads_profile and not spreads:
         raise UserError(
             f"run {run.run}: method.threshold: auto and method.allocation: profile need the "
@@ -91,7 +93,7 @@ def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> P
 
 def reads_profile(run: RunConfig) -> bool:
     """Whether the run's plan depends on measured spread."""
-    return isinstance(run.method, Egrpo) and run.method.reads_profile
+    return isinstance(run.method, Merging) and run.method.reads_profile
 
 
 def closed_form_plan(run: RunConfig) -> Plan | None:
@@ -141,7 +143,7 @@ def _branching(m: Branching, at: Occasion) -> dict[str, Any]:
     }
 
 
-def _egrpo(m: Egrpo, at: Occasion) -> Tree:
+def _egrpo(m: Merging, at: Occasion) -> Tree:
     assert at.plan is not None
     return methods.egrpo(at.plan, m.group_size, **_branching(m, at))
 
@@ -200,6 +202,7 @@ def _forward_process(m: ForwardProcess, at: Occasion) -> Tree:
 
 TREES: dict[type[Any], Callable[[Any, Occasion], Tree]] = {
     Egrpo: _egrpo,
+    EgrpoEfficient: _egrpo,
     G2rpo: _g2rpo,
     TempflowGrpo: _tempflow_grpo,
     FlowGrpo: _flow_grpo,

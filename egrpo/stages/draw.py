@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from egrpo.config.layout import Layout
-from egrpo.config.methods import Egrpo
+from egrpo.config.methods import Merging
 from egrpo.config.models import FigureSpec
 from egrpo.config.trees import needs_plan
 from egrpo.core.spread import choose_threshold
@@ -77,7 +77,7 @@ def _spread(spec: FigureSpec, at: Layout, stem: Path) -> None:
 def _threshold(spec: FigureSpec, at: Layout, stem: Path) -> None:
     run = at.study.runs[at.arm(spec.arms[0])[0]]
     method = run.method
-    if not isinstance(method, Egrpo) or method.threshold != "auto":
+    if not isinstance(method, Merging) or method.threshold != "auto":
         raise UserError(f"run {run.run}: method.threshold: its figure needs auto")
     spreads = measured_spread(at.profile(run.run), run.train.rewards)
     try:
