@@ -42,9 +42,9 @@ def bare_forwards(trainer: Trainer) -> tuple[Callable[[], None], int]:
     calls: list[tuple[torch.Tensor, float, Any, Any]] = []
     original = trainer.model.velocity
 
-    def record(x: Any, sigma: float, prompts: Any, module: Any = None) -> Any:
+    def record(x: Any, sigma: float, prompts: Any, module: Any = None, paths: Any = None) -> Any:
         calls.append((x.clone(), sigma, prompts, module))
-        return original(x, sigma, prompts, module)
+        return original(x, sigma, prompts, module, paths)
 
     trainer.model.velocity = record  # type: ignore[method-assign]
     trainer.rollout(1, *trainer.trees(1))

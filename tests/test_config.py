@@ -12,6 +12,7 @@ from egrpo.config.keys import digest, embedding_key, evaluation_key, profile_key
 from egrpo.config.load import Study, load_run, load_study
 from egrpo.config.methods import Egrpo, FlowGrpo
 from egrpo.config.models import RunConfig
+from egrpo.config.prompts import train_prompts
 from egrpo.config.trees import learning_rate
 from egrpo.errors import UserError
 
@@ -150,7 +151,7 @@ REFUSED_IN_STUDY = [
     ),
     (
         {"rewards": {"verifier": {"kind": "verifier", "pth": "x"}}},
-        "rewards.verifier.pth: unknown setting; did you mean `path`?",
+        "rewards.verifier.pth: unknown setting; known here: kind",
     ),
     (
         {"methods": {"egrpo": {"treshold": 2}}},
@@ -189,7 +190,7 @@ REFUSED_IN_STUDY = [
     ),
     (
         {"rewards": {**BASE["rewards"], "c": {"kind": "clip"}}},
-        "rewards.c.path: a clip reward needs the file of its weights",
+        "rewards.c.path: is missing",
     ),
     (
         {"methods": {"egrpo": {"group_size": 1}}},
@@ -418,3 +419,15 @@ CHANGES = [  # setting, value, which of KEYS it changes
 def test_a_setting_changes_the_names_of_what_depends_on_it_only(study, key, value, changed):
     plain, other = study.run(), study.run(f"run\t{key}\nfirst\t{value}\n")
     assert "".join(str(int(k(plain) != k(other))) for k in KEYS) == changed
+
+
+def test_limit_draws_the_same_prompts_once(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("".join(f"prompt {n}\n" for n in range(50)))
+    everything = [p.text for p in train_prompts(path, None)]
+    some = [p.text for p in train_prompts(path, 10)]
+    assert len(set(some)) == 10
+    assert some == [text for text in everything if text in some]  # in the file's order
+    assert some != everything[:10]
+    assert some == [p.text for p in train_prompts(path, 10)]
+    assert everything == [p.text for p in train_prompts(path, 50)]

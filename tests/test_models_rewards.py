@@ -12,8 +12,8 @@ import torch
 from conftest import small_run
 from PIL import Image
 
-from egrpo.config.models import Reward
 from egrpo.config.prompts import read_prompts
+from egrpo.config.rewards import REWARD_MODELS
 from egrpo.core.executor import execute
 from egrpo.core.methods import chains
 from egrpo.core.schedule import shifted_sigmas
@@ -22,7 +22,6 @@ from egrpo.errors import UserError
 from egrpo.models import load_model
 from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
-from egrpo.rewards.clip import Clip
 from egrpo.rewards.jpeg import JpegCompressibility
 from egrpo.rewards.verifier import Verifier
 from egrpo.stages.sampling import sample_images
@@ -62,9 +61,9 @@ def test_ode_sampling_equals_the_stock_pipeline(pipe: Any, scale: float) -> None
     run = small_run("x", **{"model.guidance_scale": scale})
     model = load_model(run.model)
     prompts = read_prompts("assets/toy/prompts/heldout.txt")[:2]
-    conditioning = model.encode(prompts)
+    conditioning = model.encode(prompts, negative=scale > 1)
     ours, forward = sample_images(
-        model, conditioning, [0, 1], steps=8, shift=3.0, samples=1, micro_batch=3
+        model, conditioning, [0, 1], shifted_sigmas(8, 3.0), samples=1, micro_batch=3
     )
     assert forward == 2 * 8 * (2 if scale > 1 else 1)
     for i, prompt in enumerate(prompts):
@@ -90,7 +89,7 @@ def test_trained_lora_gives_the_same_image_in_the_stock_pipeline(
 
     def images(model: Any) -> torch.Tensor:
         return sample_images(
-            model, conditioning, [0], steps=8, shift=3.0, samples=1, micro_batch=8
+            model, conditioning, [0], shifted_sigmas(8, 3.0), samples=1, micro_batch=8
         )[0].float()
 
     live, ours, untrained = images(trainer.model), images(fused), images(base)
@@ -123,7 +122,7 @@ def test_fully_tuned_weights_load_again(embeddings: Path, tmp_path: Path) -> Non
 def test_cached_embeddings_equal_fresh_ones(embeddings: Path) -> None:
     texts, cached = load_conditioning(embeddings, "heldout")
     model = load_model(small_run().model)
-    fresh = model.encode(read_prompts("assets/toy/prompts/heldout.txt")[3:5])
+    fresh = model.encode(read_prompts("assets/toy/prompts/heldout.txt")[3:5], negative=False)
     assert texts[3] == read_prompts("assets/toy/prompts/heldout.txt")[3].text
     rows = cached.rows(torch.tensor([3, 4]))
     for name, tensor in fresh.tensors.items():
@@ -136,7 +135,7 @@ def test_images_do_not_depend_on_the_batch(embeddings: Path) -> None:
 
     def draw(ids: list[int], batch: int) -> torch.Tensor:
         return sample_images(
-            model, conditioning, ids, steps=4, shift=3.0, samples=2, micro_batch=batch
+            model, conditioning, ids, shifted_sigmas(4, 3.0), samples=2, micro_batch=batch
         )[0].float()
 
     together = draw([0, 1, 2], 6)
@@ -198,6 +197,16 @@ def test_prompt_files(tmp_path: Path) -> None:
 # -- rewards -------------------------------------------------------------------------------
 
 
+def reward(kind: str, path: str) -> Any:
+    """A reward made from its settings."""
+    settings = REWARD_MODELS[kind].model_validate({"kind": kind, "path": path})
+    return load_rewards({"r": settings}, "cpu")["r"]
+
+
+def clip_reward(path: str) -> Any:
+    return reward("clip", path)
+
+
 def pictures(n: int, height: int = 32, width: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
@@ -209,12 +218,12 @@ def test_clip_equals_clip_anytorch(size: tuple[int, int]) -> None:
 
     images = pictures(3, *size)
     prompts = ["a small red circle on the left", "", "猫 " * 200]
-    ours = Clip("assets/toy/clip.pt", "cpu")
+    ours = clip_reward("assets/toy/clip.pt")
     model, preprocess = clip.load("assets/toy/clip.pt", device="cpu", jit=False)
     reference = []
     for image, prompt in zip(images, prompts, strict=True):
         pixels = preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()))
-        assert torch.equal(ours._pixels(image[None])[0], pixels)  # bit for bit
+        assert torch.equal(ours.clip.pixels(image[None])[0], pixels)  # bit for bit
         with torch.no_grad():
             a = model.encode_image(pixels[None])
             b = model.encode_text(clip.tokenize([prompt], truncate=True))
@@ -234,16 +243,16 @@ def test_jpeg_is_minus_the_size_in_kilobytes() -> None:
 
 def test_verifier_refuses_prompts_outside_its_grammar() -> None:
     with pytest.raises(UserError, match="kind verifier"):
-        Verifier(exact=False).score(pictures(1), ["a photo of a horse"])
+        Verifier().score(pictures(1), ["a photo of a horse"])
 
 
 def test_missing_and_wrong_reward_files(tmp_path: Path) -> None:
     for kind in ("clip", "preference"):
         with pytest.raises(UserError, match=r"absent\.bin: no such file"):
-            load_rewards({"r": Reward(kind=kind, path=str(tmp_path / "absent.bin"))}, "cpu")
+            reward(kind, str(tmp_path / "absent.bin"))
         (tmp_path / "wrong.bin").write_bytes(b"not weights at all")
         with pytest.raises(UserError, match=r"wrong\.bin") as caught:
-            load_rewards({"r": Reward(kind=kind, path=str(tmp_path / "wrong.bin"))}, "cpu")
+            reward(kind, str(tmp_path / "wrong.bin"))
         assert "\n" not in str(caught.value)
 
 
@@ -259,7 +268,7 @@ def test_hostile_clip_file_runs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "hostile.pt"
     torch.save({"x": Hostile()}, path, pickle_module=pickle)
     with pytest.raises(UserError):
-        Clip(str(path), "cpu")
+        clip_reward(str(path))
     assert not (tmp_path / "owned").exists()
 
 
@@ -272,7 +281,7 @@ def test_scores_are_checked() -> None:
         def score(self, images: Any, prompts: Any) -> Any:
             return np.array([np.inf, 1.0])
 
-    with pytest.raises(RuntimeError, match="'r' returned shape"):
+    with pytest.raises(UserError, match=r"rewards\.r: returned"):
         score_all({"r": Wrong()}, pictures(2), ["", ""])
     found = score_all({"r": Infinite()}, pictures(2), ["", ""])["r"]
     assert np.isnan(found[0])

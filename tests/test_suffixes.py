@@ -33,15 +33,23 @@ def test_exact_suffix_agrees_with_itself_and_others_cost_less(
             "profile.samples": 4,
             "profile.strides": [1, 3],
             "profile.solvers": ["ode", "dpm2"],
+            "profile.features": [3],
         },
     )
     out = tmp_path / "suffixes.parquet"
     suffixes(run, plan_of(run, training_sigmas(run)), embeddings, out)
     rows = {
-        (r["granularity"], r["solver"]): r
+        (r["granularity"], r["solver"], r["network"]): r
         for r in pq.read_table(out).to_pylist()
         if r["reward"] == "clip"
     }
+    others = {n: rows.pop((1, "ode", n)) for n in ("features 3", "fp8")}
+    for row in others.values():  # as many evaluations, if not whole ones
+        assert row["nfe"] == row["nfe_exact"]
+        assert 0.3 < row["rank_correlation"] <= 1.0
+        assert row["spread"] != row["spread_exact"]
+        assert row["seconds"] > 0
+    rows = {key[:2]: row for key, row in rows.items()}
     assert set(rows) == {(1, "ode"), (3, "ode"), (1, "dpm2"), (3, "dpm2")}
     exact = rows[1, "ode"]
     assert exact["rank_correlation"] == pytest.approx(1.0)
@@ -52,5 +60,6 @@ def test_exact_suffix_agrees_with_itself_and_others_cost_less(
         assert rows[3, solver]["rank_correlation"] <= 1.0
     assert rows[3, "ode"]["spread"] != rows[3, "dpm2"]["spread"] != exact["spread"]
     text = out.with_suffix(".md").read_text()
-    assert "| 3 | dpm2 | clip |" in text
-    assert out.with_suffix(".csv").read_text().startswith("run,granularity,solver,reward,")
+    assert "| 3 | dpm2 | exact | clip |" in text
+    assert "| 1 | ode | fp8 | clip |" in text
+    assert out.with_suffix(".csv").read_text().startswith("run,granularity,solver,network,reward,")

@@ -26,7 +26,8 @@ from egrpo.config.keys import evaluation_key, profile_key
 from egrpo.config.layout import Layout
 from egrpo.config.load import Study
 from egrpo.config.methods import Egrpo
-from egrpo.config.models import Model, Prompts, Reward, RunConfig, Tracking, Train
+from egrpo.config.models import Model, Prompts, RunConfig, Tracking, Train
+from egrpo.config.rewards import Verifier
 from egrpo.errors import UserError
 from egrpo.stages.prepare import prepare
 from egrpo.stages.publish import publish
@@ -48,7 +49,7 @@ def run_config(run: str = "a", uri: str | None = None, **fields: Any) -> RunConf
         study="small",
         model=fields.pop("model", Model(path="weights")),
         prompts=fields.pop("prompts", Prompts(train="train.txt", heldout="heldout.txt")),
-        rewards={"verifier": Reward(kind="verifier")},
+        rewards={"verifier": Verifier(kind="verifier")},
         train=Train(rewards={"verifier": 1.0}, iterations=5),
         method=Egrpo(threshold=2.2),
         tracking=Tracking(uri=uri, every_seconds=0.05),

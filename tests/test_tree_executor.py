@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -448,6 +449,11 @@ def test_suffix_velocity_serves_only_latents_without_trained_edges():
     trees = [egrpo(SMALL, 3)] * 2 + [mixed_tree_of_eight()]
     sigmas = shifted_sigmas(8, 3.0)
     velocity, suffix = PerRow(), PerRow()
+
+    def cheaper(x, sigma, tree, paths):
+        assert len(paths) == len(set(paths)) == len(x)
+        return suffix(x, sigma, tree)
+
     rollout = execute(
         trees,
         sigmas,
@@ -457,7 +463,7 @@ def test_suffix_velocity_serves_only_latents_without_trained_edges():
         micro_batch=6,
         train_micro_batch=2,
         dtype=torch.float64,
-        suffix_velocity=suffix,
+        suffix_velocity=cheaper,
     )
     trained: Counter[float] = Counter()
     every: Counter[float] = Counter()
@@ -476,6 +482,40 @@ def test_suffix_velocity_serves_only_latents_without_trained_edges():
     assert max(n for _, n in suffix.calls) <= 6
     assert rollout.forward == velocity.rows() + suffix.rows()
     assert [len(b.x) for b in rollout.batches] == [n for _, n in velocity.calls]
+
+
+def test_paths_name_the_same_samples_from_step_to_step():
+    """Along a path every latent is the Euler step of the one before; branches begin new paths."""
+    trees = [egrpo(SMALL, 3), chains(8, 2), mixed_tree_of_eight()]
+    sigmas = shifted_sigmas(8, 3.0)
+    seen: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+
+    def suffix(x, sigma, tree, paths):
+        v = x.cos() * sigma
+        for path, *row in zip(paths, x, v, strict=True):
+            seen.setdefault(path, []).append((sigmas.index(sigma), *row))
+        return v
+
+    execute(
+        trees,
+        sigmas,
+        lambda x, sigma, tree: x.cos() * sigma,
+        Noise(),
+        noise_level=LEVEL,
+        micro_batch=4,
+        dtype=torch.float64,
+        suffix_velocity=suffix,
+    )
+    assert sum(len(steps) for steps in seen.values()) == sum(
+        bool(tree.children[k]) and not any(tree.nodes[c].trained for c in tree.children[k])
+        for tree in trees
+        for k in range(len(tree.nodes))
+    )
+    for steps in seen.values():
+        for (i, x, v), (j, after, _) in pairwise(steps):
+            assert torch.equal(after, x + v * (sigmas[j] - sigmas[i]))
+    # 9 branches, 2 samples, and the two trajectories before and after the stochastic step
+    assert len(seen) >= 9 + 2 + 2
 
 
 def mixed_tree_of_eight() -> Tree:

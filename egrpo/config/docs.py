@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from egrpo.config.load import METHOD_MODELS
 from egrpo.config.methods import Method
 from egrpo.config.models import RunConfig, StudyConfig
+from egrpo.config.rewards import REWARD_MODELS
 
 HEAD = """\
 # Every setting, its default and where that comes from. Generated: `python -m egrpo.config.docs`.
@@ -93,7 +94,14 @@ def reference_yaml() -> str:
     """The commented reference of all settings."""
     out = [HEAD.rstrip(), ""]
     out += lines(StudyConfig, skip=("methods",))
-    out += lines(RunConfig, skip=("run", "arm", "method"))
+    out += lines(RunConfig, skip=("run", "arm", "method", "rewards"))
+    out += [
+        "# Reward models by name; the name is what train.rewards and the tables use.",
+        "rewards:",
+    ]
+    for kind, reward in REWARD_MODELS.items():
+        out += [f"  # {(reward.__doc__ or '').strip().splitlines()[0]}", f"  <name of a {kind}>:"]
+        out += [f"    kind: {kind}", *lines(reward, indent=2, skip=("kind",))]
     out += [
         "# Settings by method; a run chooses its method with the column method.name of the runs",
         "# table, and overrides single settings by columns such as method.threshold.",
@@ -131,13 +139,18 @@ def settings_page() -> str:
                 walk(below, f"{prefix}{name}.")
             elif entry is not None:
                 walk(entry, f"{prefix}{name}.<name>.")
-            elif name != "method":
+            elif name not in ("method", "rewards", "kind"):
                 default = "required" if field.is_required() else f"`{_scalar(field.default)}`"
                 text = about(field, inherited(model, name))
                 out.append(f"| `{prefix}{name}` | {default} | {text} |")
 
     walk(StudyConfig, "")
     walk(RunConfig, "")
+    for kind, reward in REWARD_MODELS.items():
+        out.append(
+            f"| `rewards.<name>.kind: {kind}` | | {(reward.__doc__ or '').splitlines()[0]} |"
+        )
+        walk(reward, "rewards.<name>.")
     for name, method in METHOD_MODELS.items():
         walk(method, f"methods.{name}.")
         out.extend(

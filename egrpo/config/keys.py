@@ -19,7 +19,7 @@ def digest(value: Any) -> str:
 
 def base_model(run: RunConfig) -> dict[str, Any]:
     """The settings that say what the untrained model computes."""
-    tuned = {"tuning", "lora", "merge_lora_for_sampling"}
+    tuned = {"tuning", "lora", "merge_lora_for_sampling", "feature_cache"}
     return run.model.model_dump(exclude=tuned)
 
 
@@ -32,7 +32,7 @@ def embedding_key(run: RunConfig) -> str:
             "revision": model.revision,
             "dtype": model.dtype,
             "max_sequence_length": model.max_sequence_length,
-            "negative": model.guidance_scale > 1,
+            "negative": run.guided,
             "prompts": run.prompts.model_dump(),
         }
     )
@@ -49,8 +49,8 @@ def profile_key(run: RunConfig) -> str:
             "dynamics": method.dynamics,
             "noise_level": method.noise_level,
             "rewards": {k: r.model_dump() for k, r in run.rewards.items()},
-            "profile": run.profile.model_dump(exclude={"strides", "solvers"}),
-            "prompts": run.prompts.train,
+            "profile": run.profile.model_dump(exclude={"strides", "solvers", "features", "fp8"}),
+            "prompts": [run.prompts.train, run.prompts.limit],
         }
     )
 

@@ -20,7 +20,8 @@ from pydantic_core import ErrorDetails
 
 from egrpo.config.methods import AnyMethod, Method
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
-from egrpo.config.prompts import read_prompts
+from egrpo.config.prompts import train_prompts
+from egrpo.config.rewards import REWARD_MODELS
 from egrpo.config.targets import check_targets, resolve_budgets, with_snapshots
 from egrpo.errors import UserError
 
@@ -31,7 +32,10 @@ METHOD_MODELS: dict[str, type[Method]] = {
 }
 """Settings model of each method, by name."""
 
-_UNION_MEMBERS = ("int", "float", "list[int]", "constrained-int")
+TAGGED: dict[str, type[BaseModel]] = {**METHOD_MODELS, **REWARD_MODELS}
+"""What pydantic puts into the place of a setting whose name or kind chooses its model."""
+
+_UNION_MEMBERS = ("int", "float", "list[int]", "constrained-int", "constrained-float")
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 
@@ -300,35 +304,61 @@ def check_files(study: Study, source: str) -> None:
         UserError: naming the key and the file.
     """
     seen: set[tuple[str, str]] = set()
-    prompts: dict[str, int] = {}
+    prompts: dict[tuple[str, int | None], int] = {}
     for name, run in study.runs.items():
         files = {
             "prompts.train": run.prompts.train,
             "prompts.heldout": run.prompts.heldout,
-            **{f"rewards.{k}.path": r.path for k, r in run.rewards.items() if r.path},
         }
         for key, path in files.items():
             if (key, path) not in seen and not Path(path).is_file():
                 raise UserError(f"{source}: {key}: {path}: no such file (run {name})")
             seen.add((key, path))
-        path, size = run.prompts.train, run.train.prompts_per_iteration
-        if path not in prompts:
-            prompts[path] = len(read_prompts(path))
-        if size > prompts[path]:
+        for reward, settings in run.rewards.items():
+            for key, path in settings.files.items():
+                commit = settings.hub.get(key)
+                pinned = commit is not None and getattr(settings, commit) is not None
+                check_source(f"{source}: rewards.{reward}", key, path, commit, pinned, name)
+        of, size = (run.prompts.train, run.prompts.limit), run.train.prompts_per_iteration
+        if of not in prompts:
+            prompts[of] = len(train_prompts(*of))
+        if prompts[of] < size:
             raise UserError(
-                f"{source}: train.prompts_per_iteration: {size} prompts, but {path} has "
-                f"{prompts[path]} (run {name})"
+                f"{source}: train.prompts_per_iteration: {size} prompts, but {of[0]} has "
+                f"{prompts[of]} (run {name})"
             )
-        if not is_hub_id(run.model.path) and not Path(run.model.path).is_dir():
-            raise UserError(
-                f"{source}: model.path: {run.model.path}: no such folder, and not a hub id "
-                f"(owner/name) (run {name})"
-            )
-        if is_hub_id(run.model.path) and run.model.revision is None:
-            raise UserError(
-                f"{source}: model.revision: pin the commit of the hub id {run.model.path}, so that "
-                f"the run can be repeated (run {name})"
-            )
+        pinned = run.model.revision is not None
+        check_source(f"{source}: model", "path", run.model.path, "revision", pinned, name)
+
+
+def check_source(
+    section: str, key: str, path: str, commit: str | None, pinned: bool, run: str
+) -> None:
+    """Refuse a path that is not there, unless it is a hub id with its commit.
+
+    Args:
+        section: file and section for the message.
+        key, path: setting and its value.
+        commit: the setting of a hub id's commit; None where only files will do.
+        pinned: whether that is set.
+        run: for the message.
+
+    Raises:
+        UserError: naming the key and what it lacks.
+    """
+    if Path(path).exists():
+        return
+    if commit is None:
+        raise UserError(f"{section}.{key}: {path}: no such file (run {run})")
+    if not is_hub_id(path):
+        raise UserError(
+            f"{section}.{key}: {path}: no such folder, and not a hub id (owner/name) (run {run})"
+        )
+    if not pinned:
+        raise UserError(
+            f"{section}.{key}: {path}: no such folder; if it is a hub id, pin its commit by "
+            f"{commit}, so that the run can be repeated (run {run})"
+        )
 
 
 def is_hub_id(path: str) -> bool:
@@ -371,7 +401,8 @@ def first_problem(error: ValidationError) -> ErrorDetails:
 
 def key_of(loc: tuple[int | str, ...]) -> str:
     """The dotted key of a problem, without pydantic's names for members of a union."""
-    parts = loc[:1] + loc[2:] if loc[:1] == ("method",) else loc  # the tag of the method
+    tag = {"method": 1, "rewards": 2}.get(str(loc[0]) if loc else "")
+    parts = loc if tag is None else loc[:tag] + loc[tag + 1 :]
     return ".".join(str(p) for p in parts if p not in _UNION_MEMBERS)
 
 
@@ -412,11 +443,11 @@ def did_you_mean(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     """``; did you mean `x`?`` for a key that nearly exists, else the list of keys."""
     current: Any = model
     for part in loc[:-1]:
-        if part in METHOD_MODELS:
-            current = METHOD_MODELS[str(part)]
-            continue
         if get_origin(current) is dict:
             current = get_args(current)[1]
+            continue
+        if part in TAGGED:
+            current = TAGGED[str(part)]
             continue
         field = getattr(current, "model_fields", {}).get(part)
         if field is None:

@@ -6,9 +6,10 @@ settings page are generated from these classes (``egrpo.config.docs``).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from egrpo.config.base import PAPER, Settings, setting
 from egrpo.config.methods import (
@@ -22,6 +23,10 @@ from egrpo.config.methods import (
     Merging,
     Solver,
 )
+from egrpo.config.rewards import AnyReward
+
+TOKEN = 16
+"""Pixels of an image token's side: a latent has 8, a patch 2 of these."""
 
 
 class Lora(Settings):
@@ -34,10 +39,23 @@ class Lora(Settings):
     )
 
 
+class FeatureCache(Settings):
+    """TaylorSeer (arXiv 2503.06923), lite: predict some evaluations from those before."""
+
+    interval: int = setting(3, "Every so many steps the network is really evaluated.", ge=2)
+    warm_up: int = setting(
+        2, "First steps of a suffix on which it always is.", "diffusers: 3, for 50 steps", ge=1
+    )
+    order: int = setting(1, "Order of the Taylor series.", "diffusers", ge=0, le=3)
+
+
 class Model(Settings):
     """The base model: a local path or a hub id, in diffusers' format."""
 
-    family: Literal["sd3"] = setting("sd3", "Model family; chooses the adapter.")
+    family: Literal["sd3", "flux", "qwen_image", "z_image"] = setting(
+        "sd3",
+        "Model family; chooses the adapter: SD3 and SD3.5, FLUX.1, Qwen-Image, Z-Image.",
+    )
     path: str = setting(..., "Folder with the pipeline, or a hub id.")
     revision: str | None = setting(None, "Revision of a hub id.")
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
@@ -52,11 +70,24 @@ class Model(Settings):
     )
     guidance_scale: float = setting(
         1.0,
-        "Classifier-free guidance; 1 means one evaluation per velocity, more means two.",
+        "Classifier-free guidance, with `negative_prompt` where a prompt file has one, in sampling "
+        "and in training; 1 means one evaluation per velocity, more means two. (Z-Image's pipeline "
+        "counts from 0: its 5 is 6 here.)",
         ge=1.0,
     )
-    max_sequence_length: int = setting(
-        256, "T5 tokens appended to the CLIP tokens.", "diffusers' SD3 pipeline", ge=0, le=512
+    embedded_guidance: float = setting(
+        3.5,
+        "Guidance that distilled models (FLUX.1-dev) take as an input; others ignore it.",
+        f"{PAPER}, experiments",
+        ge=0.0,
+    )
+    max_sequence_length: int | None = setting(
+        None,
+        "Most text tokens (of SD3 and FLUX.1: of T5); null: what the family's pipeline takes, "
+        "sd3 256, flux, qwen_image and z_image 512.",
+        "diffusers' pipelines",
+        ge=0,
+        le=1024,
     )
     tuning: Literal["lora", "full"] = setting("lora", "What is trained.")
     lora: Lora = Lora()
@@ -67,6 +98,35 @@ class Model(Settings):
         "bfloat16 the merged weights round small updates away.",
     )
     channels_last: bool = setting(True, "Memory format of the VAE's convolutions.")
+    vae_tiling: bool = setting(False, "Decode large images in tiles: less memory, faint seams.")
+    vae_slicing: bool = setting(False, "Decode one image at a time inside the VAE: less memory.")
+    attention_backend: str | None = setting(
+        None,
+        "Attention of the transformer by diffusers' name (native, flash, _native_cudnn, sage ...); "
+        "null: torch's choice.",
+        "diffusers, attention_dispatch",
+    )
+    compile: bool = setting(
+        False, "torch.compile the transformer's blocks: the first evaluations take minutes."
+    )
+    feature_cache: FeatureCache | None = setting(
+        None,
+        "Evaluations of training's rollouts whose log-probability nobody needs reuse features of "
+        "the steps before: `interval`, `warm_up`, `order`; null: all are exact. Monitors and "
+        "evaluation are always exact.",
+    )
+    fp8_weights: bool = setting(
+        False,
+        "Store the frozen weights as float8 and compute in `dtype`: half the memory, rounded "
+        "weights.",
+        "diffusers, layerwise casting",
+    )
+
+    @model_validator(mode="after")
+    def _cache_is_offered(self) -> Self:
+        if self.feature_cache is not None and self.family == "z_image":
+            raise ValueError("feature_cache: diffusers offers none for z_image")
+        return self
 
     @model_validator(mode="after")
     def _full_tuning_in_float32(self) -> Self:
@@ -83,32 +143,52 @@ class Prompts(Settings):
 
     train: str = setting(..., "Prompts to train on.")
     heldout: str = setting(..., "Prompts to evaluate and monitor on.")
+    limit: int | None = setting(
+        None,
+        "So many of the prompts to train on are drawn once and used, in the file's order; null: "
+        "all. An embedded prompt takes 4 MiB of disk with FLUX.1.",
+        ge=1,
+    )
 
 
 class Schedule(Settings):
     """The sigma grid shared by training and evaluation."""
 
-    shift: float = setting(
-        3.0, "Timestep shift s of s*t/(1+(s-1)*t).", f"{PAPER}, experiments", gt=0.0
+    shift: PositiveFloat | Literal["dynamic"] = setting(
+        3.0,
+        "Timestep shift s of s*t/(1+(s-1)*t); dynamic: exp(mu), where mu grows with the number of "
+        "image tokens, by the four settings below.",
+        f"{PAPER}, experiments",
     )
-
-
-class Reward(Settings):
-    """One reward model."""
-
-    kind: Literal["verifier", "verifier_exact", "clip", "preference", "jpeg_compressibility"] = (
-        setting(..., "Which reward.")
+    base_shift: float = setting(0.5, "mu at base_tokens.", "FLUX.1-dev's scheduler")
+    max_shift: float = setting(
+        1.15, "mu at max_tokens.", "FLUX.1-dev's scheduler; Qwen-Image's is 0.9"
     )
-    path: str | None = setting(None, "File with its weights, where it has any.")
+    base_tokens: int = setting(256, "Image tokens of base_shift.", "FLUX.1-dev's scheduler", ge=1)
+    max_tokens: int = setting(
+        4096, "Image tokens of max_shift.", "FLUX.1-dev's scheduler; Qwen-Image's is 8192", ge=1
+    )
+    terminal: float | None = setting(
+        None,
+        "Stretch the grid so that its last step starts here; null: leave it.",
+        "Qwen-Image's scheduler has 0.02 (shift_terminal)",
+        gt=0.0,
+        lt=1.0,
+    )
 
     @model_validator(mode="after")
-    def _path_where_needed(self) -> Self:
-        weighted = self.kind in ("clip", "preference")
-        if weighted and self.path is None:
-            raise ValueError(f"path: a {self.kind} reward needs the file of its weights")
-        if not weighted and self.path is not None:
-            raise ValueError(f"path: a {self.kind} reward has no weights; leave it out")
+    def _two_points(self) -> Self:
+        if self.shift == "dynamic" and self.base_tokens == self.max_tokens:
+            raise ValueError("max_tokens: must differ from base_tokens")
         return self
+
+    def shift_at(self, height: int, width: int) -> float:
+        """The shift of images of this size in pixels."""
+        if self.shift != "dynamic":
+            return float(self.shift)
+        tokens = (height // TOKEN) * (width // TOKEN)
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return math.exp(self.base_shift + slope * (tokens - self.base_tokens))
 
 
 class Advantage(Settings):
@@ -261,6 +341,10 @@ class Profile(Settings):
         [1, 2, 4], "Strides of the suffixes that `snakemake suffixes` compares with the exact one."
     )
     solvers: list[Solver] = setting(["ode", "dpm2"], "Their solvers; each stride with each solver.")
+    features: list[int] = setting(
+        [2, 3], "Intervals of model.feature_cache that `snakemake suffixes` compares as well."
+    )
+    fp8: bool = setting(True, "Whether it compares float8 weights (model.fp8_weights) as well.")
     shown_prompts: int = setting(2, "First prompts whose images are kept.", ge=0)
 
     @model_validator(mode="after")
@@ -274,6 +358,15 @@ class Evaluate(Settings):
     """Evaluation on the held-out prompts."""
 
     steps: int = setting(50, "ODE steps.", f"{PAPER}, experiments", ge=1)
+    height: int | None = setting(
+        None, "Image height in pixels; null: as in training. The paper's is 1024.", PAPER, ge=8
+    )
+    width: int | None = setting(
+        None, "Image width in pixels; null: as in training. The paper's is 1024.", PAPER, ge=8
+    )
+    guidance_scale: float | None = setting(
+        None, "Classifier-free guidance; null: as in training.", ge=1.0
+    )
     samples: int = setting(1, "Images of each prompt.", f"{PAPER}, experiments", ge=1)
     prompts: int | None = setting(None, "First prompts that are used; null for all.", ge=1)
     micro_batch: int = setting(96, "Most latents in one evaluation.", ge=1)
@@ -309,7 +402,7 @@ class RunConfig(Settings):
     prompts: Prompts
     schedule: Schedule = Schedule()
     method: AnyMethod = Egrpo()
-    rewards: dict[str, Reward] = setting(
+    rewards: dict[str, AnyReward] = setting(
         ..., "Reward models by name; the name is what train.rewards and the tables use."
     )
     advantage: Advantage = Advantage()
@@ -317,6 +410,18 @@ class RunConfig(Settings):
     profile: Profile = Profile()
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
+
+    @property
+    def evaluation_model(self) -> Model:
+        """The model as evaluation samples from it."""
+        e = self.evaluate
+        changed = {"height": e.height, "width": e.width, "guidance_scale": e.guidance_scale}
+        return self.model.model_copy(update={k: v for k, v in changed.items() if v is not None})
+
+    @property
+    def guided(self) -> bool:
+        """Whether training or evaluation needs the negative prompts."""
+        return max(self.model.guidance_scale, self.evaluation_model.guidance_scale) > 1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from egrpo.core.seeds import shuffled
 from egrpo.errors import UserError
 
 
@@ -51,3 +52,15 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{path}: holds no prompt")
     return prompts
+
+
+def train_prompts(path: str | Path, limit: int | None) -> list[Prompt]:
+    """The prompts of a file that are trained on: ``limit`` of them, the same in every run.
+
+    Raises:
+        UserError: as :func:`read_prompts`.
+    """
+    found = read_prompts(path)
+    if limit is None or limit >= len(found):
+        return found
+    return [found[row] for row in sorted(shuffled(range(len(found)), "prompts", "limit")[:limit])]

@@ -24,7 +24,7 @@ from egrpo.config.methods import (
     MixGrpoFlash,
     TempflowGrpo,
 )
-from egrpo.config.models import RunConfig
+from egrpo.config.models import Model, RunConfig
 from egrpo.core import methods
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import Sigmas, shifted_sigmas
@@ -36,7 +36,23 @@ from egrpo.errors import UserError
 
 def training_sigmas(run: RunConfig) -> Sigmas:
     """The grid that a run samples on."""
-    return shifted_sigmas(run.method.steps, run.schedule.shift)
+    return grid_of(run, run.model, run.method.steps)
+
+
+def monitor_sigmas(run: RunConfig) -> Sigmas:
+    """The grid of the monitors: evaluation's steps at training's size."""
+    return grid_of(run, run.model, run.evaluate.steps)
+
+
+def evaluation_sigmas(run: RunConfig) -> Sigmas:
+    """The grid of the evaluation."""
+    return grid_of(run, run.evaluation_model, run.evaluate.steps)
+
+
+def grid_of(run: RunConfig, model: Model, steps: int) -> Sigmas:
+    """The run's schedule for images of the model's size."""
+    s = run.schedule
+    return shifted_sigmas(steps, s.shift_at(model.height, model.width), s.terminal)
 
 
 def learning_rate(run: RunConfig) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from egrpo.core.tree import ROOT, Node, Tree
 
 VelocityFn = Callable[[Tensor, float, Tensor], Tensor]
 """``velocity(x [B, ...], sigma, tree [B] int64) -> v [B, ...]``; ``tree`` selects the prompt."""
+
+SuffixFn = Callable[[Tensor, float, Tensor, tuple[int, ...]], Tensor]
+"""The same with the path [B] that each latent is on: along deterministic steps it stays the same,
+so that what was computed for a batch a step ago belongs to the batch with the same paths."""
 
 NoiseFn = Callable[[int, int, int], Tensor]
 """``noise(tree, start, sample)``: standard normal of one latent's shape. ``start`` is the grid
@@ -47,12 +51,14 @@ class _Executor:
         train_micro_batch: int,
         dtype: torch.dtype,
         device: torch.device,
-        suffix_velocity: VelocityFn,
+        suffix_velocity: SuffixFn | None,
         parts: int,
     ) -> None:
         self.trees, self.sigmas, self.noise = trees, sigmas, noise
         self.parts = [tree.parts(parts) for tree in trees]
         self.velocity, self.suffix_velocity = velocity, suffix_velocity
+        self.paths: dict[Key, int] = {}
+        self.new_path = count()
         self.noise_level = noise_level
         self.micro_batch, self.train_micro_batch = micro_batch, train_micro_batch
         self.dtype, self.device = dtype, device
@@ -81,6 +87,7 @@ class _Executor:
             for k, node in enumerate(tree.nodes)
             if node.parent == ROOT
         ]
+        self.paths |= {key: next(self.new_path) for key in keys}
         x = self.draw([(t, -1, self.trees[t].nodes[k].sample) for t, k in keys])
         self.waiting[0].append((keys, x.to(self.dtype)))
 
@@ -116,8 +123,11 @@ class _Executor:
         keys, x = self.arrived(index)
         for begin, end, part in self.chunks(keys):
             tree = torch.tensor([key[0] for key in keys[begin:end]], device=self.device)
-            evaluate = self.suffix_velocity if part is None else self.velocity
-            v = evaluate(x[begin:end], self.sigmas[index], tree)
+            of = x[begin:end], self.sigmas[index], tree
+            if part is None and self.suffix_velocity is not None:
+                v = self.suffix_velocity(*of, tuple(self.paths[key] for key in keys[begin:end]))
+            else:
+                v = self.velocity(*of)
             self.forward += end - begin
             self.branch(index, keys[begin:end], x[begin:end], v, tree, part or 0)
 
@@ -128,8 +138,12 @@ class _Executor:
         bundles: dict[tuple[str, int, bool, int], list[tuple[int, Key]]] = defaultdict(list)
         behind = {key: self.memory.pop(key) for key in keys if key in self.memory}
         for row, key in enumerate(keys):
-            for child in self.trees[key[0]].children[key[1]]:
+            path = self.paths.pop(key)
+            children_of = self.trees[key[0]].children[key[1]]
+            for child in children_of:
                 node = self.node((key[0], child))
+                alone = len(children_of) == 1 and node.dynamics in ("ode", "dpm2")
+                self.paths[key[0], child] = path if alone else next(self.new_path)
                 before = behind[key][0] if node.dynamics == "dpm2" and key in behind else -1
                 bundle = bundles[node.dynamics, node.index, node.trained, before]
                 bundle.append((row, (key[0], child)))
@@ -212,7 +226,7 @@ def execute(
     train_micro_batch: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    suffix_velocity: VelocityFn | None = None,
+    suffix_velocity: SuffixFn | None = None,
     parts: int = 1,
 ) -> Rollout:
     """Run a forest, one tree per prompt, without gradients.
@@ -228,7 +242,8 @@ def execute(
         dtype: storage type of latents; every latent is rounded to it before it is used.
         device: where latents live.
         suffix_velocity: the same model in a form that is cheaper to evaluate (LoRA merged into
-            the weights), for nodes whose log-probability nobody needs.
+            the weights, features kept from the step before), for nodes whose log-probability
+            nobody needs.
         parts: optimizer steps that the training pass is cut into (``Tree.parts``).
 
     Raises:
@@ -248,7 +263,7 @@ def execute(
         train_micro_batch or micro_batch,
         dtype,
         torch.device(device),
-        suffix_velocity or velocity,
+        suffix_velocity,
         parts,
     )
     run.plant()

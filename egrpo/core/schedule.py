@@ -13,22 +13,30 @@ Sigmas = tuple[float, ...]
 """``sigmas[i]``, i = 0..T, strictly falling from 1 (noise) to 0 (data)."""
 
 
-def shifted_sigmas(steps: int, shift: float) -> Sigmas:
+def shifted_sigmas(steps: int, shift: float, terminal: float | None = None) -> Sigmas:
     """Grid of ``steps`` + 1 flow times, ``s*t / (1 + (s-1)*t)`` over ``t = linspace(1, 0)``.
 
     Args:
         steps: number of network evaluations T of a plain ODE sampler, at least 1.
         shift: timestep shift s > 0; 1 leaves the grid uniform.
+        terminal: in (0, 1); 1 - sigma is scaled so that ``sigmas[-2]`` is this (``shift_terminal``
+            of diffusers' FlowMatchEulerDiscreteScheduler). None leaves the grid.
 
     Raises:
-        ValueError: if ``steps`` or ``shift`` is out of range.
+        ValueError: if an argument is out of range, or ``terminal`` is given for one step.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift must be a positive finite number, got {shift}")
     uniform = [1.0 - i / steps for i in range(steps + 1)]
-    return tuple(shift * t / (1.0 + (shift - 1.0) * t) for t in uniform)
+    grid = tuple(shift * t / (1.0 + (shift - 1.0) * t) for t in uniform)
+    if terminal is None:
+        return grid
+    if not 0.0 < terminal < 1.0 or steps < 2:
+        raise ValueError(f"terminal must lie in (0, 1), with 2 steps or more, got {terminal}")
+    scale = (1.0 - terminal) / (1.0 - grid[-2])
+    return (*(1.0 - (1.0 - s) * scale for s in grid[:-1]), 0.0)
 
 
 def check_sigmas(sigmas: Sequence[float]) -> Sigmas:

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from egrpo.config.models import Model
-    from egrpo.models.sd3 import SD3
+    from egrpo.models.base import FlowModel
 
 
-def load_model(settings: Model, device: str | None = None) -> SD3:
+def load_model(settings: Model, device: str | None = None) -> FlowModel:
     """The adapter of the settings' family with its weights on the device.
 
     Raises:
         UserError: if the weights are missing or not of this family.
     """
-    from egrpo.models.sd3 import SD3
+    from egrpo.models.families import FAMILIES
 
-    families = {"sd3": SD3}
-    return families[settings.family](settings, device)
+    return FAMILIES[settings.family](settings, device)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from egrpo.config.prompts import Prompt
 from egrpo.errors import UserError
 from egrpo.store.files import replacing
+
+if TYPE_CHECKING:
+    from egrpo.config.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Conditioning:
     """Embeddings of N prompts.
 
     Attributes:
-        tensors: name -> [N, ...]; the names are the family's own.
+        tensors: name -> [N, ...]: ``embeds`` [N, L, D], and what else the family has; ``lengths``
+            [N] where prompts differ in theirs.
         negative: the same names for the negative prompts; empty without guidance.
     """
 
@@ -36,12 +41,40 @@ class Conditioning:
             {k: v[index] for k, v in self.negative.items()},
         )
 
-    def to(self, device: torch.device) -> Conditioning:
-        """A copy on ``device``."""
+    def batch(self, ids: Sequence[int], device: torch.device) -> Conditioning:
+        """The prompts ``ids`` on ``device``, padded no further than the longest of them.
+
+        All prompts together stay on the CPU: FLUX.1's embeddings take 4 MiB each.
+        """
+        index = torch.tensor(list(ids))
         return Conditioning(
-            {k: v.to(device) for k, v in self.tensors.items()},
-            {k: v.to(device) for k, v in self.negative.items()},
+            *(
+                {
+                    k: v.to(device)
+                    for k, v in trimmed({k: v[index] for k, v in group.items()}).items()
+                }
+                for group in (self.tensors, self.negative)
+            )
         )
+
+
+def padded(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of all parts, one below the other; ``embeds`` [n, L, D] get zeros to the longest L."""
+    if not parts:
+        return {}
+    longest = max(part["embeds"].shape[1] for part in parts)
+    rows = {name: [part[name] for part in parts] for name in parts[0]}
+    rows["embeds"] = [
+        torch.nn.functional.pad(e, (0, 0, 0, longest - e.shape[1])) for e in rows["embeds"]
+    ]
+    return {name: torch.cat(tensors) for name, tensors in rows.items()}
+
+
+def trimmed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without padding that no prompt needs; nothing where prompts have no lengths."""
+    if "lengths" not in tensors:
+        return tensors
+    return tensors | {"embeds": tensors["embeds"][:, : int(tensors["lengths"].max())]}
 
 
 def save_conditioning(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from egrpo.rewards import clip, jpeg, preference, verifier
+from egrpo.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from egrpo.config.models import Reward
+    from egrpo.config.rewards import RewardSettings
 
 Scores = npt.NDArray[np.float32]
 
@@ -26,23 +27,41 @@ class RewardModel(Protocol):
         ...
 
 
-LOADERS: dict[str, Callable[[Reward, str], RewardModel]] = {
-    "verifier": lambda reward, device: verifier.Verifier(exact=False),
-    "verifier_exact": lambda reward, device: verifier.Verifier(exact=True),
-    "jpeg_compressibility": lambda reward, device: jpeg.JpegCompressibility(),
-    "clip": lambda reward, device: clip.Clip(str(reward.path), device),
-    "preference": lambda reward, device: preference.Preference(str(reward.path), device),
+LOADERS: dict[str, tuple[str, str]] = {
+    "verifier": ("verifier", "Verifier"),
+    "verifier_exact": ("verifier", "VerifierExact"),
+    "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
+    "preference": ("preference", "Preference"),
+    "clip": ("clip", "Clip"),
+    "open_clip": ("open_clip", "OpenClip"),
+    "hpsv2": ("open_clip", "Hps"),
+    "pickscore": ("pickscore", "PickScore"),
+    "imagereward": ("imagereward", "ImageReward"),
+    "aesthetic": ("clip", "Aesthetic"),
+    "unifiedreward": ("unifiedreward", "UnifiedReward"),
+    "custom": ("custom", "Custom"),
 }
-"""How each ``kind`` of reward is made from its settings."""
+"""Module and class of each ``kind``; imported when one is used, for some take seconds."""
 
 
-def load_rewards(settings: Mapping[str, Reward], device: str) -> dict[str, RewardModel]:
+def load_reward(settings: RewardSettings, device: str) -> RewardModel:
+    """The model of one reward; ``device`` is that of the base model.
+
+    Raises:
+        UserError: naming the file or setting that is missing or wrong.
+    """
+    module, name = LOADERS[settings.model_dump()["kind"]]
+    made = getattr(importlib.import_module(f"egrpo.rewards.{module}"), name)
+    return cast(RewardModel, made(settings, device))
+
+
+def load_rewards(settings: Mapping[str, RewardSettings], device: str) -> dict[str, RewardModel]:
     """All configured reward models, by name.
 
     Raises:
         UserError: naming the file that is missing or wrong.
     """
-    return {name: LOADERS[reward.kind](reward, device) for name, reward in settings.items()}
+    return {name: load_reward(reward, device) for name, reward in settings.items()}
 
 
 def score_all(
@@ -51,15 +70,16 @@ def score_all(
     """Every reward of every image: name -> [n] float64.
 
     Raises:
-        RuntimeError: if a reward returns the wrong number of scores. A crash is not caught: no
-            reward may turn into a number because its model failed.
+        UserError: if a reward returns the wrong number of scores. A crash is not caught: no reward
+            may turn into a number because its model failed.
     """
     out = {}
     for name, model in models.items():
         scores = np.asarray(model.score(images, prompts), dtype=np.float64)
         if scores.shape != (len(images),):
-            raise RuntimeError(
-                f"reward {name!r} returned shape {scores.shape} for {len(images)} images"
+            raise UserError(
+                f"rewards.{name}: returned {scores.size} numbers of shape {scores.shape} for "
+                f"{len(images)} images; it must return one number an image"
             )
         out[name] = np.where(np.isfinite(scores), scores, np.nan)
     return out

@@ -1,82 +1,99 @@
-"""CLIP score by clip-anytorch: the raw cosine of image and text, no logit scale."""
+"""OpenAI's CLIP models by clip-anytorch: the raw cosine, and LAION's aesthetic head on one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from egrpo.config.rewards import Aesthetic as AestheticSettings
+from egrpo.config.rewards import Clip as ClipSettings
 from egrpo.errors import UserError
+from egrpo.rewards.network import (
+    Cosine,
+    Network,
+    linear_head,
+    normalised,
+    pictures,
+    read_state,
+)
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-BATCH = 256
-
-
-class Clip:
-    """OpenAI's CLIP models from a local file in their own format (ViT-L/14 and kin).
+class OpenAIClip:
+    """A CLIP model from a local file in OpenAI's format (ViT-L/14 and kin).
 
     clip-anytorch rounds weights to float16 and builds width/64 heads: right for OpenAI's ViTs,
     wrong for ViT-H, so never load HPS or PickScore weights here.
+
+    Raises:
+        UserError: if the file is missing or holds something else.
     """
 
-    def __init__(self, path: str, device: str) -> None:
+    def __init__(self, path: str, device: torch.device, name: str) -> None:
         import clip
 
         if not Path(path).is_file():
-            raise UserError(
-                f"rewards, kind clip: {path}: no such file (OpenAI-format CLIP weights, .pt)"
-            )
+            raise UserError(f"{name}: {path}: no such file (OpenAI-format CLIP weights, .pt)")
         try:
-            self.model, self.preprocess = clip.load(path, device=device, jit=False)
+            self.model, self.preprocess = clip.load(path, device=str(device), jit=False)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"rewards, kind clip: {path}: not CLIP weights: {reason}") from None
+            raise UserError(f"{name}: {path}: not CLIP weights: {reason}") from None
         self.model.eval().requires_grad_(False)
         self.device = device
-        self.texts: dict[str, Any] = {}
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """[n] float32 cosines."""
-        import torch
-
-        with torch.no_grad():
-            self._embed_new(prompts)
-            text = torch.stack([self.texts[p] for p in prompts])
-            parts = [
-                self.model.encode_image(self._pixels(part).to(self.device)).float()
-                for part in images.split(BATCH)
-            ]
-            image = torch.nn.functional.normalize(torch.cat(parts), dim=-1)
-            return (image * text).sum(-1).cpu().numpy()
-
-    def _embed_new(self, prompts: Sequence[str]) -> None:
-        """Text features are computed once per prompt; over-long prompts are truncated."""
-        import clip
-        import torch
-
-        new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
-        if new:
-            tokens = clip.tokenize(new, truncate=True).to(self.device)
-            features = torch.nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
-            self.texts.update(zip(new, features, strict=True))
-
-    def _pixels(self, images: Tensor) -> Tensor:
-        """CLIP's own preprocessing, bit for bit.
-
-        At the model's resolution its resize and crop change nothing, so that only the scaling
-        and normalisation remain and the detour over PIL is saved.
-        """
-        import torch
-        from PIL import Image
-
+    def pixels(self, images: Tensor) -> Tensor:
+        """Input of the network for images uint8 [n, 3, h, w], bit for bit as CLIP makes it."""
         size = self.model.visual.input_resolution
         if images.shape[-2:] == (size, size):
-            normalise = self.preprocess.transforms[-1]
-            return normalise(images.to(torch.float32) / 255)
-        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-        return torch.stack([self.preprocess(Image.fromarray(p)) for p in pictures])
+            # its resize and crop change nothing here: the detour over PIL is saved
+            return self.preprocess.transforms[-1](images.to(torch.float32) / 255)
+        return torch.stack([self.preprocess(p) for p in pictures(images)])
+
+    def images(self, images: Tensor) -> Tensor:
+        """Features [n, D] of images uint8 [n, 3, h, w]."""
+        return self.model.encode_image(self.pixels(images).to(self.device))
+
+    def texts(self, prompts: list[str]) -> Tensor:
+        """Features [n, D]; over-long prompts are truncated."""
+        import clip
+
+        return self.model.encode_text(clip.tokenize(prompts, truncate=True).to(self.device))
+
+
+class Clip(Cosine):
+    """The raw cosine of image and text, no logit scale."""
+
+    def __init__(self, settings: ClipSettings, device: str) -> None:
+        super().__init__(settings, device)
+        self.clip = OpenAIClip(settings.path, self.device, self.name)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """See :class:`Cosine`."""
+        return self.clip.images(images)
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """See :class:`Cosine`."""
+        return self.clip.texts(prompts)
+
+
+class Aesthetic(Network):
+    """LAION's aesthetic score: a linear head on normalised image features; no prompt."""
+
+    def __init__(self, settings: AestheticSettings, device: str) -> None:
+        super().__init__(settings, device)
+        self.clip = OpenAIClip(settings.clip, self.device, self.name)
+        state: dict[str, Any] = read_state(settings.path, self.name)
+        self.head = self.place(linear_head(state, settings.path, self.name))
+        width = self.clip.model.visual.output_dim
+        if self.head[0].in_features != width:
+            raise UserError(
+                f"{self.name}: {settings.path} takes {self.head[0].in_features} features, but "
+                f"{settings.clip} gives {width}; the published head belongs to ViT-L-14.pt"
+            )
+
+    def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """[n], about 1 to 10."""
+        return self.head(normalised(self.clip.images(images)))[:, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 class JpegCompressibility:
     """Higher is smaller. The prompt does not matter."""
+
+    def __init__(self, settings: Any = None, device: str = "cpu") -> None:
+        pass
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[n] float32, in kB (1000 bytes), negative."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from egrpo.config.rewards import Preference as Settings
 from egrpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 class Preference:
     """Crisp, centred, saturated images score high; the prompt does not matter."""
 
-    def __init__(self, path: str, device: str) -> None:
+    def __init__(self, settings: Settings, device: str) -> None:
         from egrpo.world.preference import load_preference
 
+        path = settings.path
         if not Path(path).is_file():
             raise UserError(f"rewards, kind preference: {path}: no such file")
         try:

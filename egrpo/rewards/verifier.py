@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 
 
 class Verifier:
-    """Reads the attributes off the pixels (``egrpo.world.verifier``).
+    """Reads the attributes off the pixels (``egrpo.world.verifier``): a smooth score in [0, 1]."""
 
-    ``exact``: 1 if all four are right, else 0; otherwise the smooth score in [0, 1].
-    """
+    exact: ClassVar[bool] = False
 
-    def __init__(self, exact: bool) -> None:
-        self.exact = exact
+    def __init__(self, settings: Any = None, device: str = "cpu") -> None:
+        pass
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[n] float32.
@@ -37,3 +36,9 @@ class Verifier:
         except ValueError as error:
             raise UserError(f"reward of kind verifier: {error}") from None
         return (verdict.exact if self.exact else verdict.smooth).astype(np.float32)
+
+
+class VerifierExact(Verifier):
+    """1 if all four attributes are right, else 0."""
+
+    exact = True

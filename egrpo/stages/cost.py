@@ -11,7 +11,7 @@ from egrpo.config.layout import Layout
 from egrpo.config.load import Study
 from egrpo.config.methods import BranchGrpo
 from egrpo.config.models import RunConfig
-from egrpo.config.prompts import read_prompts
+from egrpo.config.prompts import train_prompts
 from egrpo.config.trees import (
     closed_form_plan,
     cost_of,
@@ -48,8 +48,8 @@ def study_cost(
         UserError: if a prompt file is missing or a plan damaged.
     """
     at = Layout(study)
-    files = {run.prompts.train for run in study.runs.values()}
-    counts = {path: len(read_prompts(path)) for path in files}
+    files = {(run.prompts.train, run.prompts.limit) for run in study.runs.values()}
+    counts = {of: len(train_prompts(*of)) for of in files}
     out: dict[str, dict[str, Any] | None] = {}
     for name in names or study.runs:
         run = study.runs[name]
@@ -57,7 +57,7 @@ def study_cost(
         if plan is None and needs_plan(run):
             out[name] = None
             continue
-        count = counts[run.prompts.train]
+        count = counts[run.prompts.train, run.prompts.limit]
         first = prompt_ids(run, 1, count)[0]
         prompt, whole = (
             cost_of(run, [tree_of(run, plan, 1, first)]),

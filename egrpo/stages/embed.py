@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from egrpo.config.models import RunConfig
-from egrpo.config.prompts import read_prompts
+from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.models import load_model
 from egrpo.models.conditioning import save_conditioning
 
@@ -16,6 +16,10 @@ def embed(run: RunConfig, output: Path) -> None:
     Raises:
         UserError: if a prompt file or the model is missing or wrong.
     """
-    sets = {"train": read_prompts(run.prompts.train), "heldout": read_prompts(run.prompts.heldout)}
+    sets = {
+        "train": train_prompts(run.prompts.train, run.prompts.limit),
+        "heldout": read_prompts(run.prompts.heldout),
+    }
     model = load_model(run.model)
-    save_conditioning(output, {name: (p, model.encode(p)) for name, p in sets.items()})
+    parts = {name: (p, model.encode(p, negative=run.guided)) for name, p in sets.items()}
+    save_conditioning(output, parts)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from egrpo.config.keys import evaluation_key, scoring_key
 from egrpo.config.models import RunConfig
+from egrpo.config.trees import evaluation_sigmas
 from egrpo.models import load_model
 from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
@@ -38,10 +39,9 @@ class Evaluator:
             Rows of scores, and (head of a row, uint8 [3, h, w]) of every image.
         """
         run, e = self.run, self.run.evaluate
-        model = load_model(run.model)
+        model = load_model(run.evaluation_model)
         if adapter is not None:
             model.load(adapter)
-        conditioning = self.conditioning.to(model.device)
         if self.rewards is None:
             self.rewards = load_rewards(run.rewards, str(model.device))
         ids = list(range(min(e.prompts or len(self.texts), len(self.texts))))
@@ -52,10 +52,9 @@ class Evaluator:
                 part = ids[begin : begin + PROMPTS_AT_ONCE]
                 images, _ = sample_images(
                     model,
-                    conditioning,
+                    self.conditioning,
                     part,
-                    steps=e.steps,
-                    shift=run.schedule.shift,
+                    evaluation_sigmas(run),
                     samples=e.samples,
                     micro_batch=e.micro_batch,
                 )

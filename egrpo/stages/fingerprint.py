@@ -81,7 +81,9 @@ def state_key(run: RunConfig, plan: Plan | None, embeddings: Path) -> str:
             "plan": plan.to_dict() if plan else None,
             "embeddings": file_identity(embeddings),
             "model": weights_identity(run.model.path),
-            "rewards": [weights_identity(r.path) for r in run.rewards.values() if r.path],
+            "rewards": [
+                weights_identity(path) for r in run.rewards.values() for path in r.files.values()
+            ],
             "code": [file_identity(f) for f in code_files()],
         }
     )

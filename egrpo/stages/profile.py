@@ -25,8 +25,8 @@ from egrpo.core.noise import STD
 from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import normal
 from egrpo.models import load_model
+from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning, load_conditioning
-from egrpo.models.sd3 import SD3
 from egrpo.rewards import RewardModel, load_rewards, score_all
 from egrpo.stages.progress import Progress
 from egrpo.stages.sampling import png_of
@@ -60,7 +60,9 @@ def spread_of(
     return out
 
 
-def noisy_copies(model: SD3, leaf: Tensor, run: RunConfig, prompt_id: int) -> tuple[Tensor, Tensor]:
+def noisy_copies(
+    model: FlowModel, leaf: Tensor, run: RunConfig, prompt_id: int
+) -> tuple[Tensor, Tensor]:
     """The yardstick: K copies of one final sample, each with its own 10% noise.
 
     Noise goes on the final image (and, for ``latent_variance``, on the final latent), in a share
@@ -95,14 +97,13 @@ def profile(run: RunConfig, embeddings: Path, output: Path, branches_path: Path)
     texts, conditioning = load_conditioning(embeddings, "train")
     model = load_model(run.model)
     rewards = load_rewards(run.rewards, str(model.device))
-    conditioning = conditioning.to(model.device)
     measured = _Profile(run, model, rewards)
     ids = list(range(min(run.profile.prompts, len(texts))))
     rows: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
     with Progress(len(ids), "profile", unit="prompt") as progress:
         for prompt_id in ids:
-            prompt = conditioning.rows(torch.tensor([prompt_id], device=model.device))
+            prompt = conditioning.batch([prompt_id], model.device)
             images, found = measured.prompt(prompt, prompt_id, texts[prompt_id])
             rows += found
             if prompt_id < run.profile.shown_prompts:
@@ -126,7 +127,7 @@ def profile(run: RunConfig, embeddings: Path, output: Path, branches_path: Path)
 class _Profile:
     """The branches of one run's profile and what is measured on them."""
 
-    def __init__(self, run: RunConfig, model: SD3, rewards: dict[str, RewardModel]) -> None:
+    def __init__(self, run: RunConfig, model: FlowModel, rewards: dict[str, RewardModel]) -> None:
         self.run, self.model, self.rewards = run, model, rewards
         self.sigmas = training_sigmas(run)
         self.pairs = candidates(run.method.steps, run.profile.spans)
@@ -143,7 +144,6 @@ class _Profile:
     ) -> tuple[Groups, list[dict[str, Any]]]:
         """Images uint8 [K, 3, h, w] by (step, span), the yardstick's by (-1, 0), and rows."""
         run, model, k = self.run, self.model, self.run.profile.samples
-        zero = torch.zeros(1, dtype=torch.int64, device=model.device)
 
         def noise(tree: int, start: int, sample: int) -> Tensor:
             return normal(model.image_shape, "profile", prompt_id, start, sample)
@@ -151,7 +151,7 @@ class _Profile:
         rollout = execute(
             [self.tree],
             self.sigmas,
-            lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(zero.expand(len(x)))),
+            lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(trees)),
             noise,
             noise_level=run.method.noise_level,
             micro_batch=run.profile.micro_batch,

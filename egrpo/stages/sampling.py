@@ -5,24 +5,24 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from egrpo.core.executor import execute
 from egrpo.core.methods import chains
-from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import normal
+from egrpo.errors import during
+from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
-from egrpo.models.sd3 import SD3
 
 
+@during("sampling")
 def sample_images(
-    model: SD3,
+    model: FlowModel,
     conditioning: Conditioning,
     prompt_ids: Sequence[int],
+    sigmas: Sigmas,
     *,
-    steps: int,
-    shift: float,
     samples: int,
     micro_batch: int,
 ) -> tuple[Tensor, int]:
@@ -34,17 +34,16 @@ def sample_images(
         uint8 [prompts * samples, 3, height, width], samples of a prompt together, on the CPU;
         and the number of network evaluations.
     """
-    sigmas = shifted_sigmas(steps, shift)
     shape = model.image_shape
-    rows = torch.tensor(list(prompt_ids))
-    module = model.sampler
+    prompts = conditioning.batch(prompt_ids, model.device)
+    exact = model.settings.feature_cache is None
+    module = model.sampler if exact else None
 
     def velocity(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
-        prompts = conditioning.rows(rows[tree.cpu()].to(x.device))
-        return model.velocity(x, sigma, prompts, module)
+        return model.velocity(x, sigma, prompts.rows(tree), module)
 
     rollout = execute(
-        [chains(steps, samples)] * len(prompt_ids),
+        [chains(len(sigmas) - 1, samples)] * len(prompt_ids),
         sigmas,
         velocity,
         lambda tree, start, sample: normal(shape, "evaluate", prompt_ids[tree], start, sample),

@@ -1,37 +1,63 @@
-"""Cheaper suffixes against the exact one: do they rank the samples of a group alike?
+"""Cheaper rollouts against the exact one: do they rank the samples of a group alike?
 
-From the same branches, with the same noise, each suffix finishes the samples; within every group
-the rewards it gives are compared with those of Euler at every grid index.
+From the same branches, with the same noise, each kind of suffix and each form of the network
+finishes the samples; within every group the rewards it gives are compared with those of the exact
+rollout: Euler at every grid index, the network as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from egrpo.config.keys import suffixes_key
-from egrpo.config.models import RunConfig
+from egrpo.config.models import FeatureCache, Model, RunConfig
 from egrpo.core.executor import execute
 from egrpo.core.intervals import crossed_interval
 from egrpo.core.methods import egrpo
 from egrpo.core.plan import Plan
 from egrpo.core.seeds import normal
 from egrpo.models import load_model
-from egrpo.models.conditioning import load_conditioning
-from egrpo.rewards import load_rewards, score_all
+from egrpo.models.base import FlowModel
+from egrpo.models.conditioning import Conditioning, load_conditioning
+from egrpo.rewards import RewardModel, load_rewards, score_all
 from egrpo.stages.progress import Progress
 from egrpo.store.files import write_text
 from egrpo.store.tables import SUFFIXES, csv_text, write_table
 
-EXACT = (1, "ode")
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to finish the samples.
+
+    Attributes:
+        granularity, solver: stride and solver of the suffix.
+        network: "exact", "features <n>" (really evaluated every n-th step), or "fp8" (weights).
+    """
+
+    granularity: int = 1
+    solver: str = "ode"
+    network: str = "exact"
+
+
+EXACT = Variant()
 Scores = dict[str, npt.NDArray[np.float64]]
+
+
+class Rollouts(NamedTuple):
+    """One prompt's rewards by name, [active steps, samples], network evaluations, and seconds."""
+
+    scores: Scores
+    forward: int
+    seconds: float
 
 
 def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
@@ -55,82 +81,100 @@ def suffixes(run: RunConfig, plan: Plan, embeddings: Path, output: Path) -> None
     texts, conditioning = load_conditioning(embeddings, "train")
     model = load_model(run.model)
     rewards = load_rewards(run.rewards, str(model.device))
-    conditioning = conditioning.to(model.device)
     ids = list(range(min(run.profile.prompts, len(texts))))
-    asked = product(run.profile.strides, run.profile.solvers)
-    wanted = list(dict.fromkeys([EXACT, *asked]))
-    found: dict[tuple[int, str], list[tuple[Scores, int]]] = {key: [] for key in wanted}
+    wanted = variants(run)
+    found: dict[Variant, list[Rollouts]] = {variant: [] for variant in wanted}
     with Progress(len(ids) * len(wanted), "suffixes", unit="rollout") as progress:
-        for prompt_id in ids:
-            prompt = conditioning.rows(torch.tensor([prompt_id], device=model.device))
-            for granularity, solver in wanted:
-                scores = _finish(
-                    run,
-                    model,
-                    rewards,
-                    plan,
-                    prompt,
-                    prompt_id,
-                    texts[prompt_id],
-                    granularity,
-                    solver,
+        for network, group in groupby(wanted, key=lambda v: v.network):
+            model = _network(run.model, network, model)
+            for variant, prompt_id in product(list(group), ids):
+                prompt = conditioning.batch([prompt_id], model.device)
+                finished = _finish(
+                    run, model, rewards, plan, prompt, prompt_id, texts[prompt_id], variant
                 )
-                found[granularity, solver].append(scores)
+                found[variant].append(finished)
                 progress.step()
     rows = [
         row
-        for key in wanted
-        for row in _rows(run.run, key, found[key], found[EXACT], len(plan.active))
+        for variant in wanted
+        for row in _rows(run.run, variant, found[variant], found[EXACT], len(plan.active))
     ]
     write_table(output, SUFFIXES, rows, metadata={"config_hash": suffixes_key(run)})
     write_text(output.with_suffix(".csv"), csv_text(SUFFIXES, rows))
     write_text(output.with_suffix(".md"), _markdown(run, len(ids), rows))
 
 
+def variants(run: RunConfig) -> list[Variant]:
+    """The exact rollout, and what ``profile`` asks for, by network."""
+    p = run.profile
+    networks = [f"features {n}" for n in p.features if run.model.family != "z_image"]
+    networks += ["fp8"] if p.fp8 else []
+    suffix = (Variant(stride, solver) for stride, solver in product(p.strides, p.solvers))
+    return list(dict.fromkeys([EXACT, *suffix, *(Variant(network=n) for n in networks)]))
+
+
+def _network(settings: Model, network: str, loaded: FlowModel) -> FlowModel:
+    """The base model in one of its forms; ``loaded`` where that is the exact one."""
+    if network == "exact":
+        return loaded
+    if network == "fp8":
+        return load_model(settings.model_copy(update={"fp8_weights": True}))
+    cache = FeatureCache(interval=int(network.split()[1]))
+    model = load_model(settings.model_copy(update={"feature_cache": cache}))
+    model.keep_features()
+    return model
+
+
 def _finish(
     run: RunConfig,
-    model: Any,
-    rewards: Any,
+    model: FlowModel,
+    rewards: Mapping[str, RewardModel],
     plan: Plan,
-    prompt: Any,
+    prompt: Conditioning,
     prompt_id: int,
     text: str,
-    granularity: int,
-    solver: str,
-) -> tuple[Scores, int]:
+    variant: Variant,
+) -> Rollouts:
     """Rewards [active steps, samples] of one prompt's branches with one suffix, and its cost."""
-    zero = torch.zeros(1, dtype=torch.int64, device=model.device)
     samples = run.profile.samples
 
     def noise(tree: int, start: int, sample: int) -> Tensor:
         return normal(model.image_shape, "suffix", prompt_id, start, sample)
 
+    begun = time.monotonic()
     rollout = execute(
-        [egrpo(plan, samples, granularities=(granularity,), suffix=solver)],
+        [egrpo(plan, samples, granularities=(variant.granularity,), suffix=variant.solver)],
         plan.sigmas,
-        lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(zero.expand(len(x)))),
+        lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(trees)),
         noise,
         noise_level=plan.noise_level,
         micro_batch=run.profile.micro_batch,
         dtype=model.dtype,
         device=model.device,
+        suffix_velocity=lambda x, sigma, trees, paths: model.velocity(
+            x, sigma, prompt.rows(trees), model.sampler, paths
+        ),
     )
+    model.forget_features()
+    seconds = time.monotonic() - begun
     images = model.decode(rollout.leaves, run.profile.decode_batch)
     scores = score_all(rewards, images, [text] * len(images))
-    return {name: v.reshape(-1, samples) for name, v in scores.items()}, rollout.forward
+    return Rollouts(
+        {name: v.reshape(-1, samples) for name, v in scores.items()}, rollout.forward, seconds
+    )
 
 
 def _rows(
     run: str,
-    key: tuple[int, str],
-    found: Sequence[tuple[Scores, int]],
-    exact: Sequence[tuple[Scores, int]],
+    variant: Variant,
+    found: Sequence[Rollouts],
+    exact: Sequence[Rollouts],
     groups: int,
 ) -> list[dict[str, Any]]:
     """One row a reward: means over the groups of a prompt, then over prompts, with intervals."""
     rows = []
-    for reward in found[0][0]:
-        pairs = [(f[reward], e[reward]) for (f, _), (e, _) in zip(found, exact, strict=True)]
+    for reward in found[0].scores:
+        pairs = [(f.scores[reward], e.scores[reward]) for f, e in zip(found, exact, strict=True)]
         ranks = [
             [rank_correlation(a, b) for a, b in zip(first, second, strict=True)]
             for first, second in pairs
@@ -142,16 +186,20 @@ def _rows(
         rows.append(
             {
                 "run": run,
-                "granularity": key[0],
-                "solver": key[1],
+                "granularity": variant.granularity,
+                "solver": variant.solver,
+                "network": variant.network,
                 "reward": reward,
                 "rank_correlation": none_for_nan(interval.mean),
                 "low": none_for_nan(max(interval.low, -1.0)),  # a correlation ends there
                 "high": none_for_nan(min(interval.high, 1.0)),
                 "spread": float(np.mean(spread)),
                 "spread_exact": float(np.mean(wanted)),
-                "nfe": float(np.mean([n for _, n in found])),
-                "nfe_exact": float(np.mean([n for _, n in exact])),
+                "nfe": float(np.mean([f.forward for f in found])),
+                "nfe_exact": float(np.mean([e.forward for e in exact])),
+                # the median: the first rollout of a network is slower
+                "seconds": float(np.median([f.seconds for f in found])),
+                "seconds_exact": float(np.median([e.seconds for e in exact])),
                 "groups": sum(map(len, known)),
                 "groups_equal": groups * len(found) - sum(map(len, known)),
             }
@@ -166,17 +214,18 @@ def none_for_nan(value: float) -> float | None:
 
 def _markdown(run: RunConfig, prompts: int, rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "# Cheaper suffixes",
+        "# Cheaper rollouts",
         "",
         f"Base model, plan of run {run.run}, {prompts} prompts, groups of {run.profile.samples} "
-        "samples. Rank correlation (Spearman) of a group's rewards with those of the exact suffix "
-        "from the same branches, mean over groups, 95% interval over prompts; spread: std of the "
-        "reward within a group, over that of the exact suffix; evaluations: of the rollout, over "
-        "those of the exact one.",
+        "samples. Network: exact; `features n`, really evaluated every n-th step of a suffix "
+        "(TaylorSeer); fp8, weights rounded to float8. Rank correlation (Spearman) of a group's "
+        "rewards with those of the exact rollout from the same branches, mean over groups, 95% "
+        "interval over prompts; spread: std of the reward within a group, evaluations and seconds "
+        "of the rollout, each over that of the exact one.",
         "",
-        "| stride | solver | reward | rank correlation | spread | evaluations | groups | without "
-        "spread |",
-        "|--:|---|---|--:|--:|--:|--:|--:|",
+        "| stride | solver | network | reward | rank correlation | spread | evaluations | seconds "
+        "| groups | without spread |",
+        "|--:|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for r in rows:
         ranks = "-"
@@ -186,7 +235,8 @@ def _markdown(run: RunConfig, prompts: int, rows: Sequence[dict[str, Any]]) -> s
                 ranks += f" [{r['low']:.3f}, {r['high']:.3f}]"
         spread = f"{r['spread'] / r['spread_exact']:.3f}" if r["spread_exact"] else "-"
         lines.append(
-            f"| {r['granularity']} | {r['solver']} | {r['reward']} | {ranks} | {spread} "
-            f"| {r['nfe'] / r['nfe_exact']:.3f} | {r['groups']} | {r['groups_equal']} |"
+            f"| {r['granularity']} | {r['solver']} | {r['network']} | {r['reward']} | {ranks} "
+            f"| {spread} | {r['nfe'] / r['nfe_exact']:.3f} "
+            f"| {r['seconds'] / r['seconds_exact']:.2f} | {r['groups']} | {r['groups_equal']} |"
         )
     return "\n".join(lines) + "\n"

@@ -27,6 +27,7 @@ from egrpo.config.trees import (
     cost_of,
     iteration_cost,
     learning_rate,
+    monitor_sigmas,
     prompt_ids,
     training_sigmas,
     tree_of,
@@ -43,9 +44,9 @@ from egrpo.core.plan import Plan
 from egrpo.core.rollout import Rollout, TrainBatch
 from egrpo.core.seeds import normal, seed_of
 from egrpo.core.tree import Tree
-from egrpo.errors import UserError
+from egrpo.errors import UserError, during
 from egrpo.models import load_model
-from egrpo.models.conditioning import load_conditioning
+from egrpo.models.conditioning import Conditioning, load_conditioning
 from egrpo.rewards import load_rewards, score_all
 from egrpo.stages.monitor import measure
 from egrpo.stages.records import Metrics, reward_metrics, rollout_rows
@@ -61,8 +62,8 @@ class Trainer:
 
         self.run, self.plan = run, plan
         self.sigmas = plan.sigmas if plan else training_sigmas(run)
-        self.texts, conditioning = load_conditioning(embeddings, "train")
-        self.heldout_texts, heldout = load_conditioning(embeddings, "heldout")
+        self.texts, self.conditioning = load_conditioning(embeddings, "train")
+        self.heldout_texts, self.heldout = load_conditioning(embeddings, "heldout")
         if run.train.prompts_per_iteration > len(self.texts):
             raise UserError(
                 f"run {run.run}: train.prompts_per_iteration: "
@@ -73,8 +74,6 @@ class Trainer:
         self.accelerator = Accelerator(cpu=self.model.device.type == "cpu")
         if self.accelerator.num_processes > 1:
             raise UserError("egrpo train runs in one process; start it without a launcher")
-        self.conditioning = conditioning.to(self.model.device)
-        self.heldout = heldout.to(self.model.device)
         self.rewards = load_rewards(run.rewards, str(self.model.device))
         self.parameters = self.model.prepare_training(
             seed_of(run.seed, "lora"), reference=run.train.kl_weight > 0
@@ -107,23 +106,23 @@ class Trainer:
         ids = list(prompt_ids(self.run, iteration, len(self.texts)))
         return ids, [tree_of(self.run, self.plan, iteration, prompt) for prompt in ids]
 
+    @during("sampling")
     def rollout(self, iteration: int, ids: list[int], trees: list[Tree]) -> Rollout:
         """Sample the trees of the prompts ``ids``."""
-        rows = torch.tensor(ids, device=self.model.device)
+        prompts = self.conditioning.batch(ids, self.model.device)
         shape, seed, t = self.model.image_shape, self.run.seed, self.run.train
 
         def velocity(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
-            return self.model.velocity(x, sigma, self.conditioning.rows(rows[tree]))
+            return self.model.velocity(x, sigma, prompts.rows(tree))
 
-        def merged(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
-            prompts = self.conditioning.rows(rows[tree])
-            return self.model.velocity(x, sigma, prompts, self.model.sampler)
+        def cheaper(x: Tensor, sigma: float, tree: Tensor, paths: tuple[int, ...]) -> Tensor:
+            return self.model.velocity(x, sigma, prompts.rows(tree), self.model.sampler, paths)
 
         def noise(tree: int, start: int, sample: int) -> Tensor:
             return normal(shape, seed, "rollout", iteration, ids[tree], start, sample)
 
         with self.averaged() if t.sample_average else nullcontext():
-            return execute(
+            rollout = execute(
                 trees,
                 self.sigmas,
                 velocity,
@@ -133,9 +132,11 @@ class Trainer:
                 train_micro_batch=t.train_micro_batch,
                 dtype=self.model.dtype,
                 device=self.model.device,
-                suffix_velocity=merged,
+                suffix_velocity=cheaper,
                 parts=t.updates,
             )
+        self.model.forget_features()
+        return rollout
 
     def advantages(self, scores: dict[str, Any], rollout: Rollout, trees: list[Tree]) -> Advantages:
         """Advantages of the rollout's edges; refuses an iteration without any valid reward."""
@@ -166,6 +167,7 @@ class Trainer:
         best = best_leaves(scores, self.run.train.rewards, trees, method.width_share)
         return prune(trees, rollout.edges, best, after=method.splits[-1])
 
+    @during("training")
     def optimise(
         self,
         rollout: Rollout,
@@ -176,7 +178,7 @@ class Trainer:
     ) -> Metrics:
         """Forward and backward through every source, and the optimizer step(s)."""
         device = self.model.device
-        rows = torch.tensor(ids, device=device)
+        prompts = self.conditioning.batch(ids, device)
         values = torch.tensor(advantage.values, dtype=torch.float32, device=device)
         weights = torch.tensor([trees[t].nodes[k].weight for t, k in rollout.edges], device=device)
         sums: Metrics = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
@@ -188,7 +190,7 @@ class Trainer:
             for batch in batches:
                 index = torch.tensor(batch.edges, device=device)
                 worst = self._backward(
-                    batch, rows, values[index], weights[index], edges, sources, sums
+                    batch, prompts, values[index], weights[index], edges, sources, sums
                 )
                 if number == 0:
                     deviation = max(deviation, worst)
@@ -209,7 +211,7 @@ class Trainer:
     def _backward(
         self,
         batch: TrainBatch,
-        rows: Tensor,
+        conditioning: Conditioning,
         advantage: Tensor,
         weight: Tensor,
         edges: int,
@@ -221,7 +223,7 @@ class Trainer:
         Adds to ``sums``; returns the largest deviation of a ratio from 1.
         """
         sigma, t = self.sigmas[batch.start], self.run.train
-        prompts = self.conditioning.rows(rows[batch.tree])
+        prompts = conditioning.rows(batch.tree)
         v = self.model.velocity(batch.x, sigma, prompts)
         self.counts["train"] += len(batch.x) * self.model.evaluations_per_velocity
         objective = self.objective(batch, v, advantage, weight)
@@ -337,8 +339,7 @@ class Trainer:
                 self.model,
                 self.heldout,
                 ids,
-                steps=self.run.evaluate.steps,
-                shift=self.run.schedule.shift,
+                monitor_sigmas(self.run),
                 samples=t.monitor_samples,
                 micro_batch=t.micro_batch,
             )

@@ -179,11 +179,12 @@ BRANCHES = Table(
 SUFFIXES = Table(
     "suffixes",
     1,
-    "Cheaper suffixes against the exact one, from the same branches of the base model.",
+    "Cheaper rollouts against the exact one, from the same branches of the base model.",
     (
         ("run", TEXT, "", "run whose plan was used"),
         ("granularity", INT, "grid intervals", "stride of the suffix"),
         ("solver", TEXT, "", "ode (Euler) or dpm2 (second-order DPM-Solver++)"),
+        ("network", TEXT, "", "exact, features <n> (evaluated every n-th step), or fp8"),
         ("reward", TEXT, "", "name of the reward"),
         ("rank_correlation", REAL, "1", "Spearman's, with the exact suffix, mean over groups"),
         ("low", REAL, "1", "lower end of its 95% interval over prompts"),
@@ -192,10 +193,12 @@ SUFFIXES = Table(
         ("spread_exact", REAL, "see reward", "the same of the exact suffix"),
         ("nfe", REAL, "network evaluations", "of one prompt's rollout"),
         ("nfe_exact", REAL, "network evaluations", "of the exact one"),
+        ("seconds", REAL, "s", "of one prompt's rollout, median"),
+        ("seconds_exact", REAL, "s", "of the exact one"),
         ("groups", INT, "", "groups with a rank correlation"),
         ("groups_equal", INT, "", "groups without, because one side's rewards are equal"),
     ),
-    ("run", "granularity", "solver", "reward"),
+    ("run", "granularity", "solver", "network", "reward"),
 )
 
 RESULTS = Table(

@@ -68,14 +68,24 @@ def settings_store():
 @functools.cache
 def files_under(path):
     """Weights and settings of a local model folder; nothing for a hub id, whose revision is pinned."""
-    return sorted(str(f) for e in ("safetensors", "json") for f in Path(path).glob(f"**/*.{e}"))
+    found = (str(f) for e in ("safetensors", "json") for f in Path(path).glob(f"**/*.{e}"))
+    return tuple(sorted(found))
 
 
 def weights(run):
     """Files of the base model and of the rewards: new weights make everything again."""
     settings = RUNS[run]
-    rewards = [reward.path for reward in settings.rewards.values() if reward.path]
-    return files_under(settings.model.path) + rewards
+    found = list(files_under(settings.model.path))
+    for reward in settings.rewards.values():
+        for path in reward.files.values():
+            found += [path] if Path(path).is_file() else files_under(path)
+    return found
+
+
+def prompt_files(run):
+    """Both prompt files of a run."""
+    prompts = RUNS[run].prompts
+    return [prompts.train, prompts.heldout]
 
 
 def sources(*parts):

@@ -79,7 +79,7 @@ rule prepare_store:
 rule embed:
     input:
         settings=f"{STUDY}/settings/embed-{{key}}.yaml",
-        prompts=lambda wc: list(RUNS[owner("embed", wc.key)].prompts.model_dump().values()),
+        prompts=lambda wc: prompt_files(owner("embed", wc.key)),
         weights=lambda wc: files_under(RUNS[owner("embed", wc.key)].model.path),
         code=sources("models", "stages/embed.py"),
     output:

@@ -1,0 +1,236 @@
+"""Settings of the rewards, one class each; ``egrpo.rewards`` computes them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from egrpo.config.base import Settings, setting
+
+HPS = "HPSv2, arXiv 2306.09341 and its public code"
+PICK = "PickScore, arXiv 2305.01569 and its model card"
+IMAGE_REWARD = "ImageReward, arXiv 2304.05977 and its public code"
+LAION = "LAION, improved-aesthetic-predictor"
+UNIFIED = "UnifiedReward, arXiv 2503.05236; asked as in Flow-GRPO's public code"
+
+
+class RewardSettings(Settings):
+    """What every reward has."""
+
+    sources: ClassVar[tuple[str, ...]] = ()
+    """Names of the settings that name a file or folder."""
+    hub: ClassVar[dict[str, str]] = {}
+    """Those of them that may be a hub id -> the setting of its commit."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Files and folders that the reward reads, by setting."""
+        named = {name: getattr(self, name) for name in self.sources}
+        return {name: path for name, path in named.items() if path is not None}
+
+
+class NetworkReward(RewardSettings):
+    """What every reward has that is a network."""
+
+    device: str | None = setting(
+        None, "torch device (cpu, cuda:1); null: the model's.", pattern=r"^[a-z]+(:\d+)?$"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "Type of the network's matrix products; weights and scores stay float32."
+    )
+    batch: int = setting(64, "Most images scored at once.", ge=1)
+
+
+class Verifier(RewardSettings):
+    """The toy world's verifier: mean log-score of what the prompt asks for."""
+
+    kind: Literal["verifier"]
+
+
+class VerifierExact(RewardSettings):
+    """The toy world's verifier: 1 where all that the prompt asks for is there, else 0."""
+
+    kind: Literal["verifier_exact"]
+
+
+class Jpeg(RewardSettings):
+    """Minus the size of the JPEG at quality 95, in kB (DDPO, arXiv 2305.13301)."""
+
+    kind: Literal["jpeg_compressibility"]
+
+
+class Preference(RewardSettings):
+    """The toy world's preference score."""
+
+    sources = ("path",)
+
+    kind: Literal["preference"]
+    path: str = setting(..., "File of its weights, safetensors.")
+
+
+class Clip(NetworkReward):
+    """Raw cosine of image and text by one of OpenAI's CLIP models (clip-anytorch)."""
+
+    sources = ("path",)
+
+    kind: Literal["clip"]
+    path: str = setting(..., "File of its weights in OpenAI's format, such as ViT-L-14.pt.")
+
+
+class OpenClip(NetworkReward):
+    """Raw cosine of image and text by a model of open_clip."""
+
+    sources = ("path",)
+
+    kind: Literal["open_clip"]
+    path: str = setting(..., "File of its weights, such as open_clip_pytorch_model.bin.")
+    architecture: str = setting(
+        "ViT-H-14-378-quickgelu",
+        "Name of the architecture in open_clip, or a .json file of open_clip's format.",
+        "the E-GRPO paper's CLIP is DFN5B ViT-H",
+    )
+    tag: str | None = setting(
+        "dfn5b",
+        "open_clip's name of the weights, which decides the preprocessing; null: the "
+        "architecture's own.",
+        "open_clip",
+    )
+
+
+class Hps(NetworkReward):
+    """HPSv2.1: raw cosine, about 0.31 for FLUX.1-dev; images are padded, not cropped."""
+
+    sources = ("path",)
+
+    kind: Literal["hpsv2"]
+    path: str = setting(..., "HPS_v2.1_compressed.pt (hub: xswu/HPSv2).")
+    architecture: str = setting(
+        "ViT-H-14",
+        "Name of the architecture in open_clip, or a .json file of open_clip's format.",
+        HPS,
+    )
+
+
+class PickScore(NetworkReward):
+    """PickScore: cosine times exp(logit_scale), about 23; the E-GRPO paper divides by 100."""
+
+    sources = ("path", "processor")
+    hub: ClassVar[dict[str, str]] = {"path": "revision", "processor": "processor_revision"}
+
+    kind: Literal["pickscore"]
+    path: str = setting(..., "Folder of the model, or a hub id (yuvalkirstain/PickScore_v1).")
+    revision: str | None = setting(None, "Commit of the hub id.")
+    processor: str | None = setting(
+        None,
+        "Folder or hub id of the processor (laion/CLIP-ViT-H-14-laion2B-s32B-b79K); null: `path`.",
+        PICK,
+    )
+    processor_revision: str | None = setting(None, "Commit of the processor's hub id.")
+    divide_by: float = setting(1.0, "The score is divided by this; the paper's tables: 100.", gt=0)
+
+
+class ImageReward(NetworkReward):
+    """ImageReward: BLIP with a linear head, normalised as published."""
+
+    sources = ("path", "tokenizer", "med_config")
+    hub: ClassVar[dict[str, str]] = {"tokenizer": "tokenizer_revision"}
+
+    kind: Literal["imagereward"]
+    path: str = setting(..., "ImageReward.pt (hub: THUDM/ImageReward).")
+    tokenizer: str = setting(..., "Folder of the tokenizer, or a hub id (bert-base-uncased).")
+    tokenizer_revision: str | None = setting(None, "Commit of the tokenizer's hub id.")
+    med_config: str | None = setting(
+        None, "med_config.json beside the weights; null: the published values.", IMAGE_REWARD
+    )
+
+
+class Aesthetic(NetworkReward):
+    """LAION's aesthetic score, about 1 to 10: a linear head on CLIP ViT-L/14."""
+
+    sources = ("path", "clip")
+
+    kind: Literal["aesthetic"]
+    path: str = setting(..., "sac+logos+ava1-l14-linearMSE.pth.", LAION)
+    clip: str = setting(..., "ViT-L-14.pt in OpenAI's format.", LAION)
+
+
+class UnifiedReward(RewardSettings):
+    """A vision-language model behind an OpenAI-style HTTP endpoint (vLLM, SGLang)."""
+
+    kind: Literal["unifiedreward"]
+    url: str = setting(
+        ..., "Address of the endpoint, such as http://127.0.0.1:17140/v1.", pattern=r"^https?://.+"
+    )
+    model: str = setting("UnifiedReward-7b-v1.5", "Name of the model there.", UNIFIED)
+    question: str | None = setting(
+        None, "What is asked, with {prompt}; null: UnifiedReward's published question.", UNIFIED
+    )
+    pattern: str = setting(
+        r"Final Score:\s*([1-5](?:\.\d+)?)", "Where the answer has the score.", UNIFIED
+    )
+    divide_by: float = setting(5.0, "The score is divided by this.", UNIFIED, gt=0.0)
+    side: int = setting(512, "Images are resized to this many pixels square.", UNIFIED, ge=16)
+    seconds: float = setting(120.0, "Time-out of one request, seconds.", UNIFIED, gt=0.0)
+    attempts: int = setting(5, "Tries of one image; after them its score is NaN.", ge=1)
+    concurrency: int = setting(16, "Requests at once.", ge=1)
+    token_file: str | None = setting(None, "File with the token of the service.")
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"pattern: not a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError("pattern: needs one group in brackets, the score")
+        if self.question is not None and "{prompt}" not in self.question:
+            raise ValueError("question: must contain {prompt}")
+        return self
+
+
+class Custom(RewardSettings):
+    """A function of your own: ``function(images, prompts, **options) -> n numbers``."""
+
+    kind: Literal["custom"]
+    function: str = setting(
+        ...,
+        "module:function; images are uint8 [n, 3, height, width]. A class is made once with the "
+        "options and then called.",
+        pattern=r"^[\w.]+:\w+$",
+    )
+    options: dict[str, Any] = setting({}, "Further arguments.")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The module's source, so that an edit makes everything again."""
+        try:
+            spec = importlib.util.find_spec(self.function.split(":")[0])
+        except ModuleNotFoundError:  # of its package
+            spec = None
+        return {"function": spec.origin} if spec is not None and spec.origin else {}
+
+
+AnyReward = Annotated[
+    Verifier
+    | VerifierExact
+    | Jpeg
+    | Preference
+    | Clip
+    | OpenClip
+    | Hps
+    | PickScore
+    | ImageReward
+    | Aesthetic
+    | UnifiedReward
+    | Custom,
+    Field(discriminator="kind"),
+]
+
+REWARD_MODELS: dict[str, type[RewardSettings]] = {
+    get_args(model.model_fields["kind"].annotation)[0]: model
+    for model in get_args(get_args(AnyReward)[0])
+}
+"""Settings model of each reward, by kind."""

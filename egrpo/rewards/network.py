@@ -1,0 +1,170 @@
+"""What the rewards that are networks share: device, batches, text features, loading."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from egrpo.config.rewards import NetworkReward
+from egrpo.errors import UserError, during
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Mean and std of OpenAI's CLIP, which all these networks were trained with."""
+
+
+class Network(ABC):
+    """Scores batches of images against prompts."""
+
+    def __init__(self, settings: NetworkReward, device: str) -> None:
+        self.settings = settings
+        self.device = torch.device(settings.device or device)
+
+    @abstractmethod
+    def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """[n] scores of one batch of images uint8 [n, 3, h, w]."""
+
+    @during("scoring")
+    def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[n] float32 scores of images uint8 [n, 3, h, w]."""
+        size = self.settings.batch
+        parts = []
+        with torch.no_grad(), self.autocast():
+            for begin in range(0, len(images), size):
+                end = begin + size
+                found = self.scores(images[begin:end], list(prompts[begin:end]))
+                parts.append(found.float().cpu())
+        return torch.cat(parts).numpy()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in ``dtype``."""
+        dtype = getattr(torch, self.settings.dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def place(self, module: Any) -> Any:
+        """The network on its device, for inference.
+
+        Raises:
+            UserError: if the device cannot be used.
+        """
+        try:
+            return module.to(self.device).eval().requires_grad_(False)
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.name}: device {self.device} cannot be used: {reason}") from None
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"rewards, kind {self.settings.model_dump()['kind']}"
+
+
+class Cosine(Network):
+    """A cosine of two encoders; the features of a prompt are computed once."""
+
+    def __init__(self, settings: NetworkReward, device: str) -> None:
+        super().__init__(settings, device)
+        self.texts: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def image_features(self, images: Tensor) -> Tensor:
+        """[n, D] of images uint8 [n, 3, h, w]; not normalised."""
+
+    @abstractmethod
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """[n, D], not normalised."""
+
+    def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """[n] raw cosines."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
+        if new:
+            features = normalised(self.text_features(new))
+            self.texts.update(zip(new, features, strict=True))
+        text = torch.stack([self.texts[p] for p in prompts])
+        return (normalised(self.image_features(images)) * text).sum(-1)
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """PIL images of uint8 [n, 3, h, w]."""
+    return [Image.fromarray(p) for p in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def normalised(features: Tensor) -> Tensor:
+    """Rows of length 1, float32."""
+    return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+def read_state(path: str, name: str) -> dict[str, Any]:
+    """Tensors of a checkpoint: safetensors, or torch's format without code.
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds more than tensors.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{name}: {path}: no such file")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: {path}: cannot be read as weights: {reason}") from None
+    if not isinstance(state, Mapping):
+        raise UserError(f"{name}: {path}: holds a {type(state).__name__}, not a table of weights")
+    return dict(state)
+
+
+def load_strictly(module: Any, state: Mapping[str, Tensor], path: str, name: str) -> None:
+    """Fill a network; every weight must be there and fit.
+
+    Raises:
+        UserError: naming a weight that is missing, unknown or of another shape.
+    """
+    expected = module.state_dict()
+    wrong = [
+        *(f"{key} is missing" for key in expected if key not in state),
+        *(f"{key} is not a weight of this network" for key in state if key not in expected),
+        *(
+            f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in state and state[key].shape != value.shape
+        ),
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(f"{name}: {path}: does not fit: {wrong[0]}{more}")
+    module.load_state_dict(state)
+
+
+def linear_head(state: Mapping[str, Tensor], path: str, name: str) -> torch.nn.Sequential:
+    """The chain of linear layers ``layers.<n>.weight`` that LAION and ImageReward publish.
+
+    Nothing stands between the layers: the dropouts there are for training.
+
+    Raises:
+        UserError: if there is no such chain.
+    """
+    numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("layers.")})
+    try:
+        layers = []
+        for n in numbers:
+            weight, bias = state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]
+            layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+            layers.append(layer)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{name}: {path}: the head does not fit: {error}") from None
+    if not layers or layers[-1].out_features != 1:
+        raise UserError(f"{name}: {path}: no head `layers.<n>.weight` that ends in one number")
+    return torch.nn.Sequential(*layers)

@@ -1,0 +1,66 @@
+"""PickScore by transformers: exp(logit_scale) times the cosine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from egrpo.config.rewards import PickScore as Settings
+from egrpo.errors import UserError
+from egrpo.rewards.network import Cosine, pictures
+
+
+class PickScore(Cosine):
+    """About 23 for good images. Prompts are truncated to 77 tokens."""
+
+    settings: Settings
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        from transformers import AutoProcessor, CLIPModel
+
+        super().__init__(settings, device)
+        self.model: Any = self.place(
+            self._from(CLIPModel, "path", settings.path, settings.revision)
+        )
+        processor = settings.processor or settings.path
+        revision = settings.processor_revision if settings.processor else settings.revision
+        self.processor: Any = self._from(AutoProcessor, "processor", processor, revision)
+        self.scale = float(self.model.logit_scale.exp())
+
+    def _from(self, cls: Any, key: str, source: str, revision: str | None) -> Any:
+        local = Path(source).is_dir()
+        try:
+            if key == "path":
+                loaded, report = cls.from_pretrained(
+                    source, revision=revision, local_files_only=local, output_loading_info=True
+                )
+                if report["missing_keys"]:
+                    raise ValueError(f"{min(report['missing_keys'])} is missing")
+                return loaded
+            return cls.from_pretrained(source, revision=revision, local_files_only=local)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.name}: {key}: {source}: cannot be loaded: {reason}") from None
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """See :class:`Cosine`."""
+        inputs = self.processor(images=pictures(images), return_tensors="pt").to(self.device)
+        return pooled(self.model.get_image_features(**inputs))
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """See :class:`Cosine`."""
+        inputs = self.processor(
+            text=prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
+        )
+        return pooled(self.model.get_text_features(**inputs.to(self.device)))
+
+    def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """[n] scaled cosines."""
+        return super().scores(images, prompts) * self.scale / self.settings.divide_by
+
+
+def pooled(output: Any) -> Tensor:
+    """The projected features, whatever the version of transformers wraps them in."""
+    return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,0 +1,143 @@
+"""UnifiedReward and other vision-language models behind an OpenAI-style HTTP endpoint."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from egrpo.config.rewards import UnifiedReward as Settings
+from egrpo.errors import UserError
+
+QUESTION = (
+    "<image>\nYou are given a text caption and a generated image based on that caption. Your task "
+    "is to evaluate this image based on two key criteria:\n1. Alignment with the Caption: Assess "
+    "how well this image aligns with the provided caption. Consider the accuracy of depicted "
+    "objects, their relationships, and attributes as described in the caption.\n2. Overall Image "
+    "Quality: Examine the visual quality of this image, including clarity, detail preservation, "
+    "color accuracy, and overall aesthetic appeal.\nBased on the above criteria, assign a score "
+    "from 1 to 5 after 'Final Score:'.\nYour task is provided as follows:\nText Caption: [{prompt}]"
+)
+"""UnifiedReward's published question for a pointwise score."""
+
+LONGEST_WAIT = 10.0
+"""Seconds between two tries, at most."""
+
+
+class UnansweredError(Exception):
+    """A request that may succeed when it is made again."""
+
+
+class UnifiedReward:
+    """Scores images by asking; one that gets no score after all tries is NaN, never 0."""
+
+    def __init__(self, settings: Settings, device: str = "cpu") -> None:
+        import httpx2
+
+        self.settings = settings
+        headers = {}
+        if settings.token_file is not None:
+            try:
+                token = Path(settings.token_file).read_text(encoding="utf-8").strip()
+            except OSError as error:
+                raise UserError(
+                    f"rewards, kind unifiedreward: token_file: {settings.token_file}: "
+                    f"{error.strerror}"
+                ) from None
+            headers["Authorization"] = f"Bearer {token}"
+        self.client = httpx2.Client(
+            base_url=settings.url.rstrip("/"),
+            headers=headers,
+            timeout=settings.seconds,
+            limits=httpx2.Limits(max_connections=settings.concurrency),
+        )
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[n] float32 scores, divided by ``divide_by``; NaN where none was given."""
+        pixels = list(images.permute(0, 2, 3, 1).cpu().numpy())
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            found = list(pool.map(self._one, pixels, prompts))
+        failed = [reason for _, reason in found if reason]
+        if failed:
+            print(
+                f"rewards, kind unifiedreward: {len(failed)} of {len(found)} images got no score "
+                f"(NaN): {failed[0]}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return np.array([score for score, _ in found], dtype=np.float32)
+
+    def _one(self, pixels: npt.NDArray[np.uint8], prompt: str) -> tuple[float, str]:
+        """The score of one image, or NaN and why."""
+        import httpx2
+        from tenacity import (
+            Retrying,
+            retry_if_exception_type,
+            stop_after_attempt,
+            wait_random_exponential,
+        )
+
+        retrying = Retrying(
+            stop=stop_after_attempt(self.settings.attempts),
+            wait=wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT),
+            retry=retry_if_exception_type((UnansweredError, httpx2.TransportError)),
+            reraise=True,
+        )
+        try:
+            return retrying(self._ask, self._request(pixels, prompt)), ""
+        except (UnansweredError, httpx2.HTTPError) as error:
+            return np.nan, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+    def _request(self, pixels: npt.NDArray[np.uint8], prompt: str) -> dict[str, Any]:
+        from PIL import Image
+
+        side = self.settings.side
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).resize((side, side)).save(buffer, format="PNG")
+        image = base64.b64encode(buffer.getvalue()).decode("ascii")
+        question = (self.settings.question or QUESTION).replace("{prompt}", prompt)
+        return {
+            "model": self.settings.model,
+            "temperature": 0,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "image_url",
+                            "image_url": {"url": f"data:image/png;base64,{image}"},
+                        },
+                        {"type": "text", "text": question},
+                    ],
+                }
+            ],
+        }
+
+    def _ask(self, request: dict[str, Any]) -> float:
+        """One try.
+
+        Raises:
+            UnansweredError: if the service is overloaded or its answer holds no score.
+            httpx2.HTTPError: if it cannot be reached, or refuses the request for good.
+        """
+        response = self.client.post("/chat/completions", json=request)
+        if response.status_code == 429 or response.status_code >= 500:
+            raise UnansweredError(f"HTTP {response.status_code}")
+        response.raise_for_status()
+        try:
+            text = response.json()["choices"][0]["message"]["content"]
+            match = re.search(self.settings.pattern, text)
+        except (ValueError, LookupError, TypeError):
+            raise UnansweredError("an answer that is no chat completion") from None
+        if match is None:
+            raise UnansweredError(f"no score in the answer {text[:60]!r}")
+        return float(match.group(1)) / self.settings.divide_by

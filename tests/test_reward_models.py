@@ -1,0 +1,641 @@
+"""Rewards from published file formats, against the reference libraries' own computation.
+
+Checkpoints are tiny and random, with the keys and containers of the published ones.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from egrpo.config import rewards as settings
+from egrpo.config.rewards import REWARD_MODELS
+from egrpo.errors import UserError
+from egrpo.rewards import LOADERS, load_reward, score_all
+
+PROMPTS = ["a red fox", "", "狐狸 in 雪 — ünïcode", "very long " * 100, "a red fox"]
+SIZES = [(32, 32), (48, 20), (20, 48)]
+"""Height and width: square at the model's resolution, tall, wide."""
+
+
+def pictures(height: int, width: int) -> Tensor:
+    """Smooth random images uint8 [5, 3, height, width]."""
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    small = torch.rand(len(PROMPTS), 3, 5, 7, generator=generator)
+    big = nn.functional.interpolate(small, size=(height, width), mode="bicubic")
+    return (big.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def pil(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in images]
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def reward(kind: str, **given: Any) -> Any:
+    return load_reward(REWARD_MODELS[kind].model_validate({"kind": kind, **given}), "cpu")
+
+
+def refused(match: str, kind: str, **given: Any) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        reward(kind, **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_kind_has_a_loader() -> None:
+    assert set(LOADERS) == set(REWARD_MODELS)
+
+
+# -- open_clip and HPSv2.1 -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny architecture that open_clip knows by name."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("architectures")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    (folder / "egrpo-tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    return "egrpo-tiny"
+
+
+@pytest.fixture(scope="module")
+def open_clip_model(architecture: str) -> Any:
+    import open_clip
+
+    torch.manual_seed(0)
+    return open_clip.create_model_and_transforms(architecture)
+
+
+@pytest.fixture(scope="module")
+def hps_file(open_clip_model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """HPSv2's container: the weights under ``state_dict``, beside other things."""
+    path = tmp_path_factory.mktemp("hps") / "HPS_v2.1_compressed.pt"
+    torch.save({"epoch": 1, "state_dict": open_clip_model[0].state_dict()}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("container", ["pt", "safetensors", "module"])
+def test_open_clip(
+    open_clip_model: Any, architecture: str, tmp_path: Path, container: str, size: tuple[int, int]
+) -> None:
+    import open_clip
+
+    model, _, preprocess = open_clip_model
+    model.eval()
+    path = tmp_path / ("w.safetensors" if container == "safetensors" else "open_clip.bin")
+    if container == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(model.state_dict(), path)
+    else:
+        prefix = "module." if container == "module" else ""
+        torch.save({prefix + k: v for k, v in model.state_dict().items()}, path)
+    images = pictures(*size)
+    found = reward("open_clip", path=str(path), architecture=architecture, tag=None).score(
+        images, PROMPTS
+    )
+    tokens = open_clip.get_tokenizer(architecture)(PROMPTS)
+    with torch.no_grad():
+        image = unit(model.encode_image(torch.stack([preprocess(i) for i in pil(images)])))
+        expected = (image * unit(model.encode_text(tokens))).sum(-1)
+    assert found == pytest.approx(expected.numpy(), abs=1e-6)
+    assert np.std(found) > 1e-3
+
+
+def test_open_clip_preprocesses_as_the_published_weights_want() -> None:
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    from egrpo.rewards.open_clip import OpenClip
+
+    made = OpenClip.__new__(OpenClip)
+    made.settings = settings.OpenClip(kind="open_clip", path="x")
+    wanted = open_clip.get_pretrained_cfg("ViT-H-14-378-quickgelu", "dfn5b")
+    assert made.published_preprocessing() == {
+        f"image_{k}": wanted[k] for k in ("mean", "std", "interpolation", "resize_mode")
+    }
+    assert wanted["resize_mode"] == "squash"  # the whole image is seen
+    assert image_transform_v2(PreprocessCfg(resize_mode="squash"), is_train=False)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (100, 60), (224, 224)])
+def test_hps_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
+    from torchvision.transforms import Normalize, ToTensor
+    from torchvision.transforms import functional as f
+
+    from egrpo.rewards.network import MEAN, STD
+    from egrpo.rewards.open_clip import padded_square
+
+    images = pictures(*size)
+    expected = []
+    for image in pil(images):  # HPSv2's validation transform, one image at a time
+        x = ToTensor()(image.convert("RGB"))
+        height, width = x.shape[1:]
+        scale = 224 / float(max(height, width))
+        if scale != 1.0:
+            new = [round(side * scale) for side in (height, width)]
+            x = f.resize(x, new, f.InterpolationMode.BICUBIC)
+            down, right = 224 - new[0], 224 - new[1]
+            x = f.pad(x, [right // 2, down // 2, right - right // 2, down - down // 2], fill=0)
+        expected.append(Normalize(MEAN, STD)(x))
+    assert torch.equal(padded_square(images, 224), torch.stack(expected))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_hps(open_clip_model: Any, architecture: str, hps_file: str, size: tuple[int, int]) -> None:
+    import open_clip
+
+    from egrpo.rewards.open_clip import padded_square
+
+    model = open_clip_model[0].eval()
+    images = pictures(*size)
+    found = reward("hpsv2", path=hps_file, architecture=architecture, batch=2).score(
+        images, PROMPTS
+    )
+    with torch.no_grad():
+        image, text, _ = model(
+            padded_square(images, 32), open_clip.get_tokenizer(architecture)(PROMPTS)
+        )
+    assert found == pytest.approx(torch.diagonal(image @ text.T).numpy(), abs=1e-6)
+    assert found[0] != found[1]
+    assert found.dtype == np.float32
+
+
+def test_hps_wrong_files(architecture: str, hps_file: str, tmp_path: Path) -> None:
+    refused("no-such.pt: no such file", "hpsv2", path="no-such.pt", architecture=architecture)
+    half = tmp_path / "half.pt"
+    half.write_bytes(Path(hps_file).read_bytes()[:5000])
+    refused(
+        "half.pt: cannot be read as weights", "hpsv2", path=str(half), architecture=architecture
+    )
+    state = torch.load(hps_file, weights_only=True)
+    del state["state_dict"]["visual.proj"]
+    torch.save(state, half)
+    refused("visual.proj is missing", "hpsv2", path=str(half), architecture=architecture)
+    state["state_dict"]["visual.proj"] = torch.zeros(2, 2)
+    torch.save(state, half)
+    refused(r"visual.proj has shape \(2, 2\)", "hpsv2", path=str(half), architecture=architecture)
+    refused("open_clip knows no 'ViT-H-41'; such as ViT-H-14", "hpsv2", path=hps_file,
+            architecture="ViT-H-41")  # fmt: skip
+    refused("has no 'nope'", "open_clip", path=hps_file, architecture=architecture, tag="nope")
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("code from a checkpoint runs",))
+
+
+def test_no_code_from_a_checkpoint(tmp_path: Path, architecture: str, capsys: Any) -> None:
+    torch.save({"state_dict": _Evil()}, tmp_path / "evil.pt")
+    refused("cannot be read", "hpsv2", path=str(tmp_path / "evil.pt"), architecture=architecture)
+    assert "code" not in capsys.readouterr().out
+
+
+# -- CLIP and the aesthetic head ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def head_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module]:
+    """The head in the layout that LAION and ImageReward publish, for 64 features."""
+    torch.manual_seed(1)
+    layers = nn.Sequential(
+        nn.Linear(64, 32),
+        nn.Dropout(0.2),
+        nn.Linear(32, 16),
+        nn.Dropout(0.2),
+        nn.Linear(16, 8),
+        nn.Dropout(0.1),
+        nn.Linear(8, 4),
+        nn.Linear(4, 1),
+    )
+    path = tmp_path_factory.mktemp("head") / "sac+logos+ava1-l14-linearMSE.pth"
+    torch.save({f"layers.{k}": v for k, v in layers.state_dict().items()}, path)
+    return str(path), layers.eval()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_aesthetic(head_file: tuple[str, nn.Module], size: tuple[int, int]) -> None:
+    import clip
+
+    model, preprocess = clip.load("assets/toy/clip.pt", device="cpu", jit=False)
+    width = model.visual.output_dim
+    path, layers = head_file
+    if width != 64:
+        pytest.fail(f"the toy's CLIP gives {width} features; make the head fit")
+    images = pictures(*size)
+    found = reward("aesthetic", path=path, clip="assets/toy/clip.pt").score(images, PROMPTS)
+    with torch.no_grad():
+        features = model.encode_image(torch.stack([preprocess(i) for i in pil(images)])).float()
+        expected = layers(unit(features))[:, 0]
+    assert found == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+def test_aesthetic_wrong_files(head_file: tuple[str, nn.Module], tmp_path: Path) -> None:
+    path, _ = head_file
+    clip = "assets/toy/clip.pt"
+    refused("no such file", "aesthetic", path="nothing.pth", clip=clip)
+    refused("no such file", "aesthetic", path=path, clip="nothing.pt")
+    refused("no head", "aesthetic", path="assets/toy/preference.safetensors", clip=clip)
+    state = torch.load(path, weights_only=True)
+    state["layers.0.weight"] = torch.zeros(32, 768)
+    torch.save(state, tmp_path / "other.pth")
+    refused("takes 768 features", "aesthetic", path=str(tmp_path / "other.pth"), clip=clip)
+
+
+# -- PickScore -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pickscore(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
+    """A CLIPModel and its processor in a folder, as on the hub."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    torch.manual_seed(2)
+    tokenizer = CLIPTokenizer.from_pretrained("assets/toy/pipeline/tokenizer")
+    tokenizer.model_max_length = 77
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "image_size": 32,
+        "patch_size": 16,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = CLIPProcessor(images, tokenizer)
+    folder = tmp_path_factory.mktemp("pickscore")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder), model, processor
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pickscore(pickscore: tuple[str, Any, Any], size: tuple[int, int]) -> None:
+    folder, model, processor = pickscore
+    images = pictures(*size)
+    found = reward("pickscore", path=folder).score(images, PROMPTS)
+    more = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
+    expected = []
+    for image, prompt in zip(pil(images), PROMPTS, strict=True):  # as the model card does it
+        with torch.no_grad():
+            seen = model.get_image_features(**processor(images=image, return_tensors="pt"))
+            read = model.get_text_features(**processor(text=prompt, **more))
+        seen, read = (x if isinstance(x, Tensor) else x.pooler_output for x in (seen, read))
+        expected.append(float(model.logit_scale.exp() * (unit(read) @ unit(seen).T)))
+    assert found == pytest.approx(expected, abs=1e-4)
+    paper = reward("pickscore", path=folder, divide_by=100.0).score(images, PROMPTS)
+    assert paper == pytest.approx(found / 100, abs=1e-6)
+
+
+def test_pickscore_wrong_folders(pickscore: tuple[str, Any, Any], tmp_path: Path) -> None:
+    folder = pickscore[0]
+    refused("processor: assets: cannot be loaded", "pickscore", path=folder, processor="assets")
+    refused("path: assets: cannot be loaded", "pickscore", path="assets", processor=folder)
+
+
+# -- ImageReward ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imagereward(
+    head_file: tuple[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Any, Any, Any]:
+    """The published container: blip.visual_encoder.*, blip.text_encoder.*, mlp.layers.*."""
+    from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
+    from transformers.models.blip.modeling_blip import BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    folder = tmp_path_factory.mktemp("imagereward")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    words += [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(words)})
+    tokenizer.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(3)
+    eyes = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            image_size=32,
+            patch_size=16,
+            layer_norm_eps=1e-6,
+        )
+    ).eval()
+    med = {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "max_position_embeddings": 64,
+        "vocab_size": len(words),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+    }
+    reader = BlipTextModel(
+        BlipTextConfig(**med, encoder_hidden_size=64, is_decoder=True), add_pooling_layer=False
+    ).eval()
+    (folder / "med_config.json").write_text(json.dumps({**med, "encoder_width": 64, "type": "x"}))
+    state: dict[str, Tensor] = {}
+    names = {  # transformers -> BLIP, written out here apart from the package's own table
+        "embeddings.class_embedding": "cls_token",
+        "embeddings.position_embedding": "pos_embed",
+        "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
+        "embeddings.patch_embedding.bias": "patch_embed.proj.bias",
+        "post_layernorm.weight": "norm.weight",
+        "post_layernorm.bias": "norm.bias",
+    }
+    inner = {
+        "layer_norm1": "norm1",
+        "layer_norm2": "norm2",
+        "self_attn.qkv": "attn.qkv",
+        "self_attn.projection": "attn.proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    for layer in range(2):
+        for ours, theirs in inner.items():
+            for kind in ("weight", "bias"):
+                names[f"encoder.layers.{layer}.{ours}.{kind}"] = f"blocks.{layer}.{theirs}.{kind}"
+    for key, value in eyes.state_dict().items():
+        state[f"blip.visual_encoder.{names[key]}"] = value
+    for key, value in reader.state_dict().items():
+        state[f"blip.text_encoder.{key}"] = value
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
+    state["blip.text_encoder.pooler.dense.weight"] = torch.zeros(64, 64)
+    state["blip.vision_proj.weight"] = torch.zeros(4, 64)
+    for key, value in torch.load(head_file[0], weights_only=True).items():
+        state[f"mlp.{key}"] = value
+    torch.save(state, folder / "ImageReward.pt")
+    given = {
+        "path": str(folder / "ImageReward.pt"),
+        "tokenizer": str(folder / "tokenizer"),
+        "med_config": str(folder / "med_config.json"),
+    }
+    return given, eyes, reader, head_file[1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_imagereward(imagereward: tuple[dict[str, Any], Any, Any, Any], size: Any) -> None:
+    from torchvision.transforms import (
+        CenterCrop,
+        Compose,
+        InterpolationMode,
+        Normalize,
+        Resize,
+        ToTensor,
+    )
+    from transformers import AutoTokenizer
+
+    given, eyes, reader, head = imagereward
+    images = pictures(*size)
+    found = reward("imagereward", **given).score(images, PROMPTS)
+    preprocess = Compose(
+        [
+            Resize(32, interpolation=InterpolationMode.BICUBIC),
+            CenterCrop(32),
+            ToTensor(),
+            Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(given["tokenizer"])
+    expected = []
+    for image, prompt in zip(pil(images), PROMPTS, strict=True):  # as ImageReward.score does it
+        text = tokenizer(
+            prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+        )
+        with torch.no_grad():
+            seen = eyes(preprocess(image)[None]).last_hidden_state
+            read = reader(
+                text.input_ids,
+                attention_mask=text.attention_mask,
+                encoder_hidden_states=seen,
+                encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
+            ).last_hidden_state
+            expected.append(float(head(read[:, 0])))
+    normal = (np.array(expected) - 0.16717362830052426) / 1.0333394966054072
+    assert found == pytest.approx(normal, abs=1e-5)
+    assert np.std(found) > 1e-4
+
+
+def test_imagereward_wrong_files(imagereward: Any, tmp_path: Path, head_file: Any) -> None:
+    given = imagereward[0]
+    refused("no such file", "imagereward", **{**given, "path": "nothing.pt"})
+    refused("holds no blip", "imagereward", **{**given, "path": head_file[0]})
+    refused("tokenizer: assets", "imagereward", **{**given, "tokenizer": "assets"})
+    refused("med_config: nothing.json", "imagereward", **{**given, "med_config": "nothing.json"})
+    state = torch.load(given["path"], weights_only=True)
+    del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"]
+    torch.save(state, tmp_path / "half.pt")
+    refused("crossattention.self.key.weight is missing", "imagereward",
+            **{**given, "path": str(tmp_path / "half.pt")})  # fmt: skip
+
+
+# -- over HTTP -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def service(answer: Callable[[dict[str, Any], int], tuple[int, str]]) -> Iterator[tuple[str, list]]:
+    """A real HTTP server; ``answer`` gets the request and its number, gives status and body."""
+    seen: list[dict[str, Any]] = []
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            request = {**json.loads(body), "path": self.path, "headers": dict(self.headers)}
+            with lock:
+                seen.append(request)
+                number = len(seen)
+            status, text = answer(request, number)
+            try:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+            except BrokenPipeError:
+                pass  # the client gave up
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def chat(text: str) -> tuple[int, str]:
+    return 200, json.dumps({"choices": [{"message": {"content": text}}]})
+
+
+def prompt_of(request: dict[str, Any]) -> str:
+    text = request["messages"][0]["content"][1]["text"]
+    return text.rsplit("Text Caption: [", 1)[1].removesuffix("]")
+
+
+@pytest.fixture
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("egrpo.rewards.unifiedreward.LONGEST_WAIT", 0.01)
+
+
+def test_http_scores_arrive_in_order(tmp_path: Path) -> None:
+    import base64
+    import io
+
+    def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
+        time.sleep(0.05 * (3 - number % 3))  # answers overtake each other
+        return chat(f"...\nFinal Score: {1 + PROMPTS.index(prompt_of(request)) % 5}.0")
+
+    (tmp_path / "token").write_text("secret\n")
+    images = pictures(20, 48)
+    with service(answer) as (url, seen):
+        model = reward(
+            "unifiedreward", url=url, token_file=str(tmp_path / "token"), side=32, concurrency=3
+        )
+        found = model.score(images, PROMPTS)
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.2])
+    request = next(r for r in seen if prompt_of(r) == PROMPTS[1])
+    assert request["path"] == "/v1/chat/completions"
+    assert request["temperature"] == 0
+    assert request["headers"]["Authorization"] == "Bearer secret"
+    data = request["messages"][0]["content"][0]["image_url"]["url"]
+    assert data.startswith("data:image/png;base64,")
+    sent = Image.open(io.BytesIO(base64.b64decode(data.split(",")[1])))
+    expected = pil(images)[1].resize((32, 32))
+    assert np.array_equal(np.asarray(sent), np.asarray(expected))
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_http_tries_again_after_errors(capsys: Any) -> None:
+    bad = [(500, "busy"), (429, "slow down"), (200, "no json"), (200, "{}"), chat("no idea")]
+
+    def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
+        return bad[number - 1] if number <= len(bad) else chat("Final Score: 4.5")
+
+    with service(answer) as (url, seen):
+        found = reward("unifiedreward", url=url, attempts=6).score(pictures(8, 8)[:1], ["x"])
+    assert found == pytest.approx([0.9])
+    assert len(seen) == 6
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_http_failures_are_nan_and_said(capsys: Any) -> None:
+    def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
+        kind = prompt_of(request)
+        if kind == "slow":
+            time.sleep(1.0)
+        return {"refused": (400, "bad"), "broken": (500, "x"), "silly": chat("Final Score: 9")}.get(
+            kind, chat("Final Score: 5")
+        )
+
+    with service(answer) as (url, _):
+        model = reward("unifiedreward", url=url, seconds=0.3, attempts=2)
+        found = model.score(pictures(8, 8), ["slow", "refused", "broken", "silly", "good"])
+    assert np.isnan(found[:4]).all()
+    assert found[4] == 1.0
+    said = capsys.readouterr().err
+    assert "4 of 5 images got no score (NaN)" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_http_nobody_there(capsys: Any) -> None:
+    model = reward("unifiedreward", url="http://127.0.0.1:9/v1", attempts=2)
+    assert np.isnan(model.score(pictures(8, 8)[:2], ["a", "b"])).all()
+    assert "ConnectError" in capsys.readouterr().err
+
+
+def test_http_bad_settings(tmp_path: Path) -> None:
+    for wrong in ({"pattern": "("}, {"pattern": "x"}, {"question": "?"}, {"url": "ftp://x"}):
+        with pytest.raises(ValueError):
+            settings.UnifiedReward.model_validate(
+                {"kind": "unifiedreward", "url": "http://127.0.0.1/v1", **wrong}
+            )
+    refused("token_file: nothing: No such file", "unifiedreward", url="http://127.0.0.1:9/v1",
+            token_file="nothing")  # fmt: skip
+
+
+# -- a function of one's own ---------------------------------------------------------------------
+
+
+def test_custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def redness(images, prompts, scale=1.0):\n"
+        "    return scale * images[:, 0].float().mean((1, 2)) / 255\n"
+        "def short(images, prompts):\n    return [0.0]\n"
+        "def crash(images, prompts):\n    raise ZeroDivisionError('mine')\n"
+        "class Counter:\n"
+        "    def __init__(self, start):\n        self.n = start\n"
+        "    def __call__(self, images, prompts):\n"
+        "        self.n += 1\n        return [self.n] * len(images)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    images = pictures(8, 8)
+    redness = reward("custom", function="my_rewards:redness", options={"scale": 2.0})
+    assert redness.score(images, PROMPTS) == pytest.approx(
+        (2 * images[:, 0].float().mean((1, 2)) / 255).numpy()
+    )
+    counter = reward("custom", function="my_rewards:Counter", options={"start": 3})
+    assert counter.score(images, PROMPTS).tolist() == [4.0] * 5
+    assert counter.score(images, PROMPTS).tolist() == [5.0] * 5
+    with pytest.raises(UserError, match=r"rewards.mine: returned 1 numbers .* for 5 images"):
+        score_all({"mine": reward("custom", function="my_rewards:short")}, images, PROMPTS)
+    with pytest.raises(ZeroDivisionError):  # no crash becomes a number
+        score_all({"mine": reward("custom", function="my_rewards:crash")}, images, PROMPTS)
+    refused("my_rewards:nothing: cannot be loaded", "custom", function="my_rewards:nothing")
+    refused("no_such_module:f: cannot be loaded", "custom", function="no_such_module:f")
+    monkeypatch.syspath_prepend(tmp_path)
+    files = settings.Custom(kind="custom", function="my_rewards:redness").files
+    assert files == {"function": str(tmp_path / "my_rewards.py")}
+
+
+def test_rewards_may_live_on_another_device() -> None:
+    given = {"kind": "clip", "path": "assets/toy/clip.pt", "device": "cpu"}
+    made = load_reward(settings.Clip.model_validate(given), "cuda:7")  # the base model's device
+    assert made.score(pictures(32, 32), PROMPTS).shape == (5,)
