@@ -99,6 +99,23 @@ def cost_command(configs: tuple[Path, ...], as_json: bool) -> None:
     click.echo(json.dumps(study_cost(study), indent=1) if as_json else cost_table(study))
 
 
+@main.command("doctor")
+@click.argument("configs", type=FILE, nargs=-1, required=True)
+@click.option("--skip-rewards", is_flag=True, help="Do not load the reward models.")
+def doctor_command(configs: tuple[Path, ...], skip_rewards: bool) -> None:
+    """Check a study before a long run: one line each, exit status 1 if one of them fails.
+
+    CONFIGS: the study's YAML; further files are laid over it, as `snakemake --configfile` does.
+    """
+    from egrpo.stages.doctor import doctor
+
+    failed = False
+    for finding in doctor(configs, rewards=not skip_rewards):
+        click.echo(str(finding))
+        failed |= finding.level == "FAIL"
+    sys.exit(1 if failed else 0)
+
+
 def _threads(count: int | None) -> None:
     """Keep torch to the threads that the workflow gave this job."""
     if count:
@@ -129,10 +146,13 @@ def profile_command(
 ) -> None:
     """Measure the entropy profile of the base model."""
     from egrpo.config.load import load_run
+    from egrpo.stages.memory import advice_where_memory_ends
     from egrpo.stages.profile import profile
 
     _threads(threads)
-    profile(load_run(run_config), embeddings, output, branches)
+    run = load_run(run_config)
+    with advice_where_memory_ends(run, "profile"):
+        profile(run, embeddings, output, branches)
 
 
 @main.command("suffixes")
@@ -146,11 +166,14 @@ def suffixes_command(
 ) -> None:
     """Compare cheaper suffixes of the branches with the exact one, on the base model."""
     from egrpo.config.load import load_run
+    from egrpo.stages.memory import advice_where_memory_ends
     from egrpo.stages.plan import load_plan
     from egrpo.stages.suffixes import suffixes
 
     _threads(threads)
-    suffixes(load_run(run_config), load_plan(plan_path), embeddings, output)
+    run = load_run(run_config)
+    with advice_where_memory_ends(run, "profile"):
+        suffixes(run, load_plan(plan_path), embeddings, output)
 
 
 @main.command("train")
@@ -180,9 +203,11 @@ def train_command(
         raise UserError(f"run {run.run}: method {run.method.name} needs --plan")
     plan = load_plan(plan_path) if plan_path else None
     _threads(threads)
+    from egrpo.stages.memory import advice_where_memory_ends
     from egrpo.stages.train_run import train
 
-    train(run, plan, embeddings, state=state, output=output, store=store)
+    with advice_where_memory_ends(run, "train"):
+        train(run, plan, embeddings, state=state, output=output, store=store)
 
 
 @main.command("evaluate")
@@ -207,10 +232,12 @@ def evaluate_command(
     """Sample the held-out prompts and score them under all rewards."""
     from egrpo.config.load import load_run
     from egrpo.stages.evaluate import evaluate
+    from egrpo.stages.memory import advice_where_memory_ends
 
     _threads(threads)
     run = load_run(run_config)
-    evaluate(run, embeddings, adapter, scores, images, snapshots, snapshot_scores)
+    with advice_where_memory_ends(run, "evaluate"):
+        evaluate(run, embeddings, adapter, scores, images, snapshots, snapshot_scores)
 
 
 RUN_CONFIGS = click.argument("run_configs", type=EXISTING, nargs=-1, required=True)

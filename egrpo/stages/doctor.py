@@ -1,0 +1,326 @@
+"""`egrpo doctor`: everything that can be checked before a long run, one line each."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from egrpo.config.keys import embedding_key
+from egrpo.config.load import Study, check_files, is_hub_id, load_study
+from egrpo.config.models import Model, RunConfig
+from egrpo.config.prompts import read_prompts, train_prompts
+from egrpo.config.trees import check_trees, closed_form_plan, cost_of, reads_profile, tree_of
+from egrpo.errors import UserError
+from egrpo.stages.memory import BYTES, GIB, advice, memory
+from egrpo.store.weights import Part, read_part
+
+Level = Literal["ok", "warn", "FAIL"]
+
+CONTEXT = 1.0
+"""GiB that CUDA and its libraries take."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: how grave, what was looked at, what was found."""
+
+    level: Level
+    what: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.what:<12} {self.text}"
+
+
+def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding]:
+    """Findings on a study, as they are made.
+
+    Args:
+        paths: the study's YAML; further files are laid over it.
+        rewards: load every reward model, to know that its weights fit.
+    """
+    yield from _versions()
+    try:
+        study = load_study(*paths)
+        check_files(study, ", ".join(map(str, paths)))
+        check_trees(study.runs)
+    except UserError as error:
+        yield Finding("FAIL", "config", str(error))
+        return
+    yield Finding("ok", "config", f"{len(study.runs)} runs of study {study.name}")
+    yield from _prompts(study)
+    yield from _device(study)
+    for model, run in _different(study.runs.values(), lambda r: r.model):
+        yield from _model(model, run)
+    if rewards:
+        yield from _rewards(study)
+    yield from _arithmetic(study)
+    yield from _disk(study)
+    yield from _tracking(study)
+
+
+Key = TypeVar("Key")
+
+
+def _different(
+    runs: Iterable[RunConfig], key: Callable[[RunConfig], Key]
+) -> list[tuple[Key, RunConfig]]:
+    """The first run of each different value."""
+    found: dict[str, tuple[Key, RunConfig]] = {}
+    for run in runs:
+        value = key(run)
+        found.setdefault(repr(value), (value, run))
+    return list(found.values())
+
+
+def _versions() -> Iterator[Finding]:
+    names = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "mlflow")
+    found, missing = [], []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    yield Finding("ok", "versions", ", ".join([python, *found]))
+    if missing:
+        yield Finding("FAIL", "versions", f"not installed: {', '.join(missing)}")
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        yield Finding("FAIL", "versions", f"torchvision does not match torch: {reason}")
+
+
+def _prompts(study: Study) -> Iterator[Finding]:
+    for (settings, guided), _ in _different(study.runs.values(), lambda r: (r.prompts, r.guided)):
+        for key in ("train", "heldout"):
+            path = getattr(settings, key)
+            try:
+                train = key == "train"
+                prompts = train_prompts(path, settings.limit) if train else read_prompts(path)
+            except UserError as error:
+                yield Finding("FAIL", "prompts", str(error))
+                continue
+            text = f"{path}: {len(prompts)} prompts"
+            unused = sum(bool(p.negative) for p in prompts)
+            if unused and not guided:
+                text += f"; {unused} negative prompts are ignored: model.guidance_scale is 1"
+                yield Finding("warn", "prompts", text)
+            else:
+                yield Finding("ok", "prompts", text)
+
+
+def _device(study: Study) -> Iterator[Finding]:
+    import torch
+
+    from egrpo.models.base import resolve_device
+
+    names = {run.model.device for run in study.runs.values()}
+    names |= {d for run in study.runs.values() for r in run.rewards.values() if (d := _where(r))}
+    for name in sorted(names):
+        try:
+            device = resolve_device(name)
+            torch.zeros(1, device=device)
+        except (UserError, RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:120]
+            yield Finding("FAIL", "device", f"{name}: cannot be used: {reason}")
+            continue
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            title = torch.cuda.get_device_name(device)
+            yield Finding(
+                "ok", "device", f"{name}: {title}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+            )
+        else:
+            yield Finding("ok", "device", f"{name}: {device.type}, {available('cpu'):.1f} GiB free")
+
+
+def _where(reward: object) -> str | None:
+    return getattr(reward, "device", None)
+
+
+def available(name: str) -> float:
+    """Free memory of a device, GiB."""
+    import psutil
+    import torch
+
+    from egrpo.models.base import resolve_device
+
+    device = resolve_device(name)
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0] / GIB)
+    return float(psutil.virtual_memory().available / GIB)
+
+
+def _model(model: Model, run: RunConfig) -> Iterator[Finding]:
+    if is_hub_id(model.path):
+        yield Finding(
+            "warn",
+            "model",
+            f"{model.path} at {model.revision}: a hub id; its files are not checked",
+        )
+        return
+    try:
+        parts = {name: read_part(Path(model.path), name) for name in ("transformer", "vae")}
+        missing, unknown = _keys(model, parts["transformer"])
+    except UserError as error:
+        yield Finding("FAIL", "model", str(error))
+        return
+    size = parts["transformer"].parameters
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a weight of it"
+        yield Finding(
+            "FAIL",
+            "model",
+            f"{model.path}/transformer: {len(missing)} weights missing, {len(unknown)} unknown: "
+            f"{what}",
+        )
+        return
+    yield Finding("ok", "model", f"{model.path}: {model.family}, {size / 1e9:.3g} billion weights")
+    yield from _memory(model, run, parts)
+
+
+def _keys(model: Model, part: Part) -> tuple[list[str], list[str]]:
+    """Weights that the transformer wants and lacks, and those that it does not know.
+
+    Raises:
+        UserError: if the folder holds another family.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+
+    from egrpo.models.families import FAMILIES
+
+    name = FAMILIES[model.family].transformer_class
+    found = part.config.get("_class_name", name)
+    if found != name:
+        raise UserError(
+            f"model.family: {model.family} has a {name}, but {model.path}/transformer is a "
+            f"{found}; set model.family to the family of these weights"
+        )
+    with init_empty_weights():
+        network = getattr(diffusers, name).from_config(dict(part.config))
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    missing = [k for k, shape in wanted.items() if part.shapes.get(k) != shape]
+    return missing, [k for k in part.shapes if k not in wanted]
+
+
+def _memory(model: Model, run: RunConfig, parts: dict[str, Part]) -> Iterator[Finding]:
+    need = memory(run, parts["transformer"], parts["vae"])
+    items = ", ".join(
+        f"{name} {value:.2g}" for name, value in {**need.fixed, **need.phases}.items()
+    )
+    text = f"about {need.peak:.2g} GiB for training ({items})"
+    try:
+        free = available(model.device)
+    except (UserError, RuntimeError, AssertionError):
+        yield Finding("warn", "memory", text)
+        return
+    if need.peak + CONTEXT * (model.device != "cpu") < free:
+        yield Finding("ok", "memory", text)
+    else:
+        remedy = advice(run, "train", need.worst)
+        yield Finding("FAIL", "memory", f"{text}, {free:.2g} GiB free: {remedy}")
+
+
+def _rewards(study: Study) -> Iterator[Finding]:
+    from egrpo.rewards import load_reward
+
+    found = {
+        (name, repr(reward)): (name, reward)
+        for run in study.runs.values()
+        for name, reward in run.rewards.items()
+    }
+    for name, reward in found.values():
+        kind = reward.kind
+        try:
+            load_reward(reward, "cpu")
+        except UserError as error:
+            yield Finding("FAIL", "reward", f"{name}: {error}")
+        else:
+            yield Finding("ok", "reward", f"{name}: {kind}")
+
+
+def _arithmetic(study: Study) -> Iterator[Finding]:
+    for run in {run.arm: run for run in study.runs.values()}.values():
+        t = run.train
+        if reads_profile(run):
+            yield Finding("ok", "batches", f"{run.arm}: its plan waits for the profile")
+            continue
+        tree = tree_of(run, closed_form_plan(run))
+        cost = cost_of(run, [tree] * t.prompts_per_iteration)
+        parts = f" in {t.updates} optimizer steps" if t.updates > 1 else ""
+        text = (
+            f"{run.arm}: {t.prompts_per_iteration} prompts an iteration, {cost.forward} forward "
+            f"and {cost.train} forward-backward evaluations{parts}"
+        )
+        yield Finding("ok", "batches", text)
+
+
+def _disk(study: Study) -> Iterator[Finding]:
+    folder = Path(study.results)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / GIB
+    images = sum(
+        run.evaluate.samples
+        * (run.evaluate.prompts or 400)
+        * run.evaluation_model.height
+        * run.evaluation_model.width
+        * 1.5  # bytes of a PNG's pixel, about
+        for run in study.runs.values()
+    )
+    embeddings = sum(
+        embedding_bytes(run) for _, run in _different(study.runs.values(), embedding_key)
+    )
+    need = (images + embeddings) / GIB + 0.1
+    level: Level = "ok" if need < free else "FAIL"
+    text = (
+        f"{free:.1f} GiB free under {study.results}, about {need:.1f} GiB to come "
+        f"({embeddings / GIB:.1f} of prompt embeddings"
+    )
+    advice = "" if need < free else ": lower prompts.limit or evaluate.samples"
+    yield Finding(level, "disk", f"{text}){advice}")
+
+
+def embedding_bytes(run: RunConfig) -> float:
+    """About what the prompt embeddings of a run take; 0 where the model's files do not say."""
+    from egrpo.models.families import FAMILIES
+
+    try:
+        config = read_part(Path(run.model.path), "transformer").config
+        prompts = len(train_prompts(run.prompts.train, run.prompts.limit))
+        prompts += len(read_prompts(run.prompts.heldout))
+    except UserError:
+        return 0.0
+    m = run.model
+    width = config.get("joint_attention_dim") or config.get("cap_feat_dim") or 0
+    tokens = FAMILIES[m.family].tokens if m.max_sequence_length is None else m.max_sequence_length
+    return float(prompts * tokens * width * BYTES[m.dtype] * (2 if run.guided else 1))
+
+
+def _tracking(study: Study) -> Iterator[Finding]:
+    from egrpo.stages.prepare import study_uri
+    from egrpo.store.tracking import in_one_line, open_client
+
+    if not any(run.tracking.enabled for run in study.runs.values()):
+        yield Finding("ok", "tracking", "switched off")
+        return
+    try:
+        uri = study_uri(study, f"sqlite:///{study.results}/mlflow.db")
+        if uri.startswith("sqlite:"):
+            yield Finding("ok", "tracking", uri)
+            return
+        open_client(uri).search_experiments(max_results=1)
+    except UserError as error:
+        yield Finding("FAIL", "tracking", str(error))
+    except Exception as error:  # MLflow's and the network's; training would go on without
+        yield Finding("warn", "tracking", f"{uri} does not answer: {in_one_line(error)}")
+    else:
+        yield Finding("ok", "tracking", f"{uri} answers")

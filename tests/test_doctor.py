@@ -1,0 +1,378 @@
+"""`egrpo doctor`, the sizes behind it, and the presets that it is asked about."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import ROOT, small_run, write_run
+
+from egrpo.cli import main
+from egrpo.config.load import load_study
+from egrpo.config.models import Model
+from egrpo.config.trees import check_trees
+from egrpo.errors import UserError
+from egrpo.models import load_model
+from egrpo.models.families import SD3
+from egrpo.stages.doctor import Finding, doctor
+from egrpo.stages.memory import GIB, lora_parameters, memory
+from egrpo.stages.train import Trainer
+from egrpo.store.weights import read_part
+
+PRESETS = {path.stem: path for path in sorted((ROOT / "config/presets").glob("*.yaml"))}
+LAID_OVER = {
+    "flux_dev_hps_clip": ["flux_dev_hps"],
+    "flux_dev_24gb": ["flux_dev_hps"],
+    "sd35_medium_ocr": ["sd35_medium_pickscore"],
+    "smoke": ["flux_dev_hps"],
+}
+
+
+def files_of(preset: str) -> list[Path]:
+    names = [*LAID_OVER.get(preset, []), preset]
+    return [ROOT / "config/config.yaml", *(PRESETS[name] for name in names)]
+
+
+def levels(findings: list[Finding], what: str) -> list[str]:
+    return [f.level for f in findings if f.what == what]
+
+
+def text(findings: list[Finding], what: str) -> str:
+    return "\n".join(f.text for f in findings if f.what == what)
+
+
+# -- presets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_resolve_with_all_their_trees(preset: str) -> None:
+    study = load_study(*files_of(preset))
+    check_trees(study.runs)
+    assert set(study.default_runs) <= set(study.runs)
+    run = study.runs[study.default_runs[0]]
+    assert run.model.path.startswith("models/")
+    assert not any(r.kind in ("verifier", "preference") for r in run.rewards.values())
+    assert set(run.train.rewards) <= set(run.rewards)
+    if preset == "flux_dev_hps":  # the paper's settings
+        assert run.train.rewards == {"hps": 1.0}
+        assert (run.train.iterations, run.train.prompts_per_iteration) == (300, 8)
+        assert (run.method.steps, run.method.group_size) == (16, 12)
+        assert (run.evaluate.steps, run.evaluation_model.height) == (50, 1024)
+        assert study.tables["table1"].rewards == ["hps", "clip", "pickscore", "imagereward"]
+    if preset == "flux_dev_hps_clip":
+        assert run.train.rewards == {"hps": 1.0, "clip": 1.0}
+
+
+# -- sizes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("doctor")
+    return {name: tiny_models.save(name, root / name) for name in ("flux", "z_image")}
+
+
+@pytest.mark.parametrize("family", ["flux", "z_image"])
+def test_sizes_are_those_of_the_loaded_model(folders: dict[str, Path], family: str) -> None:
+    part = read_part(folders[family], "transformer")
+    lora = {"rank": 4, "alpha": 8}
+    given = {"family": family, "path": str(folders[family]), "device": "cpu", "lora": lora}
+    model = load_model(Model.model_validate({**given, "dtype": "float32"}))
+    loaded = sum(p.numel() for p in model.transformer.parameters())
+    assert part.parameters == loaded
+    trained = sum(p.numel() for p in model.prepare_training(0))
+    run = small_run(
+        "egrpo",
+        **{f"model.{k}": v for k, v in given.items() if k != "lora"},
+        **{"model.lora.rank": 4, "model.max_sequence_length": None},
+    )
+    assert lora_parameters(run, part) == trained
+    need = memory(run, part, read_part(folders[family], "vae"))
+    assert need.fixed["transformer"] == pytest.approx(2 * 4 * loaded / GIB)  # and the merged copy
+    assert need.during(need.worst) == need.peak
+    assert need.peak < sum(need.fixed.values()) + sum(need.phases.values())
+
+
+def test_memory_falls_with_the_settings_that_the_advice_names(folders: dict[str, Path]) -> None:
+    parts = [read_part(folders["flux"], name) for name in ("transformer", "vae")]
+    base = {"model.family": "flux", "model.path": "x", "model.merge_lora_for_sampling": False}
+
+    def need(**more: Any) -> dict[str, float]:
+        found = memory(small_run("egrpo", **base, **more), *parts)
+        return {**found.fixed, **found.phases}
+
+    plain = need()
+    assert need(**{"train.gradient_checkpointing": True})["training"] < plain["training"]
+    assert need(**{"train.train_micro_batch": 1})["training"] < plain["training"]
+    assert need(**{"train.micro_batch": 1})["sampling"] < plain["sampling"]
+    assert need(**{"model.vae_slicing": True})["decoding"] < plain["decoding"]
+    assert need(**{"model.fp8_weights": True})["transformer"] < plain["transformer"]
+
+
+# -- findings ----------------------------------------------------------------------------------
+
+
+def test_a_healthy_study(tmp_path: Path) -> None:
+    (tmp_path / "top.yaml").write_text(f"results: {tmp_path / 'results'}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "egrpo", "doctor", "config/config.yaml", str(tmp_path / "top.yaml")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.startswith(("ok ", "warn ")) for line in lines)
+    for what in ("versions", "config", "prompts", "device", "model", "memory", "reward", "disk"):
+        assert any(line.split()[1] == what for line in lines), what
+    assert any("egrpo: 4 prompts an iteration, 4016 forward" in line for line in lines)
+    assert not (tmp_path / "results").exists()  # it looks, and touches nothing
+
+
+Change = Callable[[Path], dict[str, Any]]
+
+
+def _half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def sick(tmp_path: Path, folders: dict[str, Path], change: Change) -> list[Finding]:
+    """Findings on a small FLUX study after something was spoilt."""
+    model = tmp_path / "model"
+    shutil.copytree(folders["flux"], model)
+    (tmp_path / "prompts.txt").write_text("a cat\n" * 8)
+    top: dict[str, Any] = {
+        "results": str(tmp_path / "results"),
+        "model": {"family": "flux", "path": str(model), "max_sequence_length": None},
+        "prompts": {name: str(tmp_path / "prompts.txt") for name in ("train", "heldout")},
+        "rewards": {"verifier": None, "verifier_exact": None},
+        "train": {"rewards": {"verifier": None, "preference": 1.0}},
+        **dict.fromkeys(("tables", "figures", "paper", "default_runs")),
+        "runs": str(tmp_path / "runs.tsv"),
+    }
+    (tmp_path / "runs.tsv").write_text("run\tmethod.name\none\tegrpo\n")
+    for key, value in change(tmp_path).items():
+        section, name = key.split(".")
+        top[section] = {**top[section], name: value}
+    (tmp_path / "top.yaml").write_text(yaml.safe_dump(top))
+    return list(doctor((ROOT / "config/config.yaml", tmp_path / "top.yaml")))
+
+
+def _drop_key(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file, save_file
+
+    weights = path / "model/transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    del state["proj_out.bias"]
+    save_file(state, weights)
+    return {}
+
+
+def _clip_is_gone(path: Path) -> dict[str, Any]:
+    return {"rewards.clip": {"kind": "clip", "path": str(path / "gone.pt")}}
+
+
+def _clip_is_none(path: Path) -> dict[str, Any]:
+    return {"rewards.clip": {"kind": "clip", "path": str(path / "prompts.txt")}}
+
+
+def _vae_is_half(path: Path) -> dict[str, Any]:
+    _half(path / "model/vae/diffusion_pytorch_model.safetensors")
+    return {}
+
+
+def _weights_are_gone(path: Path) -> dict[str, Any]:
+    (path / "model/transformer/diffusion_pytorch_model.safetensors").unlink()
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "part"),
+    [
+        (lambda path: {}, "", ""),
+        (_drop_key, "model", "1 weights missing, 0 unknown: proj_out.bias is missing"),
+        (_vae_is_half, "model", "download it again"),
+        (_weights_are_gone, "model", "holds no .safetensors weights"),
+        (lambda p: {"model.family": "sd3"}, "model", "set model.family to the family"),
+        (lambda p: {"model.path": "assets"}, "model", "assets/transformer/config.json"),
+        (lambda p: {"model.device": "cuda:9"}, "device", "cuda:9: cannot be used"),
+        (_clip_is_gone, "config", "gone.pt: no such file"),
+        (_clip_is_none, "reward", "not CLIP weights"),
+        (lambda p: {"prompts.heldout": "none.txt"}, "config", "none.txt: no such file"),
+        (lambda p: {"train.updates": 99}, "config", "train.updates"),
+        (
+            lambda p: {"train.micro_batch": 10**7},
+            "memory",
+            "set train.micro_batch: 5000000 (now 10000000; about",
+        ),
+    ],
+)
+def test_each_fault_is_one_line(
+    tmp_path: Path, folders: dict[str, Path], change: Change, what: str, part: str
+) -> None:
+    found = sick(tmp_path, folders, change)
+    assert all("\n" not in str(f) for f in found)
+    failed = [f for f in found if f.level == "FAIL"]
+    if not what:
+        assert failed == []
+        return
+    assert [f.what for f in failed] == [what]
+    assert part in failed[0].text
+
+
+def test_negative_prompts_without_guidance_are_said(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    def negative(path: Path) -> dict[str, Any]:
+        line = json.dumps({"prompt": "a cat", "negative_prompt": "a dog"})
+        (path / "n.jsonl").write_text(f"{line}\n" * 4)
+        return {"prompts.heldout": str(path / "n.jsonl")}
+
+    found = sick(tmp_path, folders, negative)
+    assert "4 negative prompts are ignored" in text(found, "prompts")
+    assert sorted(levels(found, "prompts")) == ["ok", "warn"]
+
+
+def test_half_a_header(tmp_path: Path) -> None:
+    from egrpo.store.weights import read_header
+
+    for content in (b"", b"\x08", b"\xff" * 100, b"\x02\x00\x00\x00\x00\x00\x00\x00no"):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            read_header(tmp_path / "x.safetensors")
+
+
+# -- memory that ends during a run ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phase", "setting"),
+    [
+        ("sampling", "train.micro_batch: 48 (now 96; about"),
+        ("training", "train.train_micro_batch: 8 (now 16; about"),
+        ("decoding", "train.decode_batch: 48 (now 96; about"),
+    ],
+)
+def test_memory_that_ends_is_one_line_and_loses_nothing(
+    phase: str, setting: str, tmp_path: Path, embeddings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second iteration does not fit; when there is more memory the same command goes on."""
+    run = write_run(small_run("flow", **{"method.name": "flow_grpo"}), tmp_path / "run.yaml")
+    command = ["train", "--run-config", str(run), "--embeddings", str(embeddings)]
+    command += ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "out")]
+    iteration = 0
+    network, to_vae, trees = SD3.network, SD3.to_vae, Trainer.trees
+
+    def counted(self: Trainer, number: int) -> Any:
+        nonlocal iteration
+        iteration = number
+        return trees(self, number)
+
+    def fits(now: bool) -> None:
+        if now and iteration == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def small_network(self: SD3, *args: Any) -> Any:
+        fits(phase == ("training" if torch.is_grad_enabled() else "sampling"))
+        return network(self, *args)
+
+    def small_vae(self: SD3, z: torch.Tensor) -> Any:
+        fits(phase == "decoding")
+        return to_vae(self, z)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "trees", counted)
+        patch.setattr(SD3, "network", small_network)
+        patch.setattr(SD3, "to_vae", small_vae)
+        failed = CliRunner().invoke(main, command)
+    assert failed.exit_code == 2, failed.output
+    (line,) = [x for x in failed.stderr.splitlines() if x.startswith("egrpo: ")]
+    assert f"memory ran out while {phase}" in line
+    assert setting in line
+    assert not (tmp_path / "out" / "train.json").exists()
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0, again.output
+    assert f"going on after iteration {iteration - 1}" in again.stderr
+
+
+# -- the same workflow on another family -----------------------------------------------------------
+
+
+def test_a_preset_runs_with_the_paths_of_model_and_rewards(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """flux_dev_hps, made short by smoke, on a tiny FLUX and a tiny HPS file: the whole workflow."""
+    import open_clip
+
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    architecture = tmp_path / "tiny-clip.json"
+    architecture.write_text(json.dumps(config))
+    open_clip.add_model_config(architecture)
+    torch.manual_seed(0)
+    weights = tmp_path / "HPS_v2.1_compressed.pt"
+    torch.save({"state_dict": open_clip.create_model("tiny-clip").state_dict()}, weights)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    mine = {
+        "results": str(tmp_path / "results"),
+        "model": {
+            "path": str(folders["flux"]),
+            "device": "cpu",
+            "dtype": "float32",
+            "height": 32,
+            "width": 48,
+            "lora": {"rank": 4},
+        },
+        "prompts": dict.fromkeys(("train", "heldout"), str(tmp_path / "prompts.txt")),
+        "rewards": {
+            "hps": {"path": str(weights), "architecture": str(architecture)},
+            "clip": None,
+            "pickscore": None,
+            "imagereward": None,
+        },
+        "evaluate": {"height": 64, "width": 64},
+        **dict.fromkeys(("tables", "figures", "paper")),
+        "runs": str(tmp_path / "runs.tsv"),
+    }
+    (tmp_path / "runs.tsv").write_text("run\tmethod.name\negrpo\tegrpo\n")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    files = [*files_of("smoke"), tmp_path / "mine.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "all", "--configfile"]
+        + [str(f) for f in files],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "results/smoke/runs/egrpo-s0"
+    import pyarrow.parquet as pq
+
+    scores = pq.read_table(run / "scores.parquet").to_pylist()
+    assert {row["reward"] for row in scores} == {"hps"}
+    assert all(-1 <= row["value"] <= 1 for row in scores)
+    image = pq.read_table(run / "images.parquet").to_pylist()[0]["png"]
+    from io import BytesIO
+
+    from PIL import Image
+
+    assert Image.open(BytesIO(image)).size == (64, 64)
