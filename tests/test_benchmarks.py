@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 from conftest import ROOT, small_run
 
@@ -16,6 +18,7 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -31,3 +34,36 @@ def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
     for what in ("rollout", "bare forward of the same batches"):
         assert float(rows[what].removesuffix(" ms each")) > 0
     assert rows["speed-up over one at a time"].endswith(" x")
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_sd3"])
+def test_gpu_benchmark_counts_the_flops_of_the_architecture(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    gpu = script("gpu")
+    bench = gpu.Bench(torch.device("cpu"), torch.float32, 1)
+    a = gpu.ARCHITECTURES[name]
+    model = gpu.build(a, bench, 64, 96)
+    x = torch.randn(1, *model.image_shape)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.velocity(x, 0.5, gpu.prompts(a, bench, 1))
+    counted = counter.get_total_flops()
+    # left out: embeddings of time and pooled text, and the output's modulation
+    assert gpu.forward_flops(a, 64, 96) == pytest.approx(counted, rel=0.12)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_sd3"])
+def test_gpu_benchmark_runs_end_to_end_on_a_cpu(name: str) -> None:
+    gpu = script("gpu")
+    bench = gpu.Bench(torch.device("cpu"), torch.float32, 1)
+    work = gpu.Work(steps=4, active=2, group=2, batch=1)
+    evaluations, iterations = gpu.measure(name, bench, [32], [1, 2], work, compiled=False)
+    assert [row[3] for row in evaluations] == ["1", "2"]
+    assert all(len(row) == len(gpu.EVALUATION_HEAD) for row in evaluations)
+    assert [row[3] for row in iterations] == ["no", "no", "yes"]
+    assert iterations[1][2] == "1"  # one sample at a time
+    assert all(len(row) == len(gpu.ITERATION_HEAD) for row in iterations)
+    # 4 steps, 2 active: the anchor's 2, and 2 samples after each branch
+    assert iterations[0][4].endswith("/ 2")
+    assert "batch" in gpu.table(gpu.EVALUATION_HEAD, evaluations)
