@@ -189,6 +189,24 @@ def test_hps(open_clip_model: Any, architecture: str, hps_file: str, size: tuple
     assert found.dtype == np.float32
 
 
+def test_hps_from_a_hub_id_at_its_commit(
+    architecture: str, hps_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of a hub id that lies in the cache; another commit is one line."""
+    commit = "c" * 40
+    snapshot = tmp_path / f"models--xswu--HPSv2/snapshots/{commit}"
+    snapshot.mkdir(parents=True)
+    (snapshot / "HPS_v2.1_compressed.pt").symlink_to(hps_file)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub = {"architecture": architecture, "path": "xswu/HPSv2/HPS_v2.1_compressed.pt"}
+    there = reward("hpsv2", **hub, revision=commit)
+    here = reward("hpsv2", architecture=architecture, path=hps_file)
+    x = pictures(32, 32)
+    assert np.array_equal(there.score(x, PROMPTS), here.score(x, PROMPTS))
+    refused("HPS_v2.1_compressed.pt at ddd", "hpsv2", **hub, revision="ddd")
+
+
 def test_hps_wrong_files(architecture: str, hps_file: str, tmp_path: Path) -> None:
     refused("no-such.pt: no such file", "hpsv2", path="no-such.pt", architecture=architecture)
     half = tmp_path / "half.pt"

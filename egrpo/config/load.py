@@ -350,21 +350,26 @@ def check_source(
         return
     if commit is None:
         raise UserError(f"{section}.{key}: {path}: no such file (run {run})")
-    if not is_hub_id(path):
+    if not is_hub_id(path) and not is_hub_id(path, file=True):
         raise UserError(
-            f"{section}.{key}: {path}: no such folder, and not a hub id (owner/name) (run {run})"
+            f"{section}.{key}: {path}: not there, and not a hub id (owner/name, or "
+            f"owner/name/file for one of its files) (run {run})"
         )
     if not pinned:
         raise UserError(
-            f"{section}.{key}: {path}: no such folder; if it is a hub id, pin its commit by "
+            f"{section}.{key}: {path}: not there; if it is a hub id, pin its commit by "
             f"{commit}, so that the run can be repeated (run {run})"
         )
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether ``path`` is an ``owner/name`` and not a folder, nor a mistyped one beside folders."""
+def is_hub_id(path: str, *, file: bool = False) -> bool:
+    """Whether ``path`` is an ``owner/name`` and not a folder, nor a mistyped one beside folders.
+
+    ``file``: whether it is an ``owner/name/file``, one file of such a repository.
+    """
     owner = Path(path).parts[0] if path else ""
-    return not Path(owner).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+    pattern = r"[\w.-]+/[\w.-]+" + r"(/[\w.-]+)+" * file
+    return not Path(owner).is_dir() and re.fullmatch(pattern, path) is not None
 
 
 def load_run(path: str | Path) -> RunConfig:

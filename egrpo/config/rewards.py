@@ -44,6 +44,16 @@ class NetworkReward(RewardSettings):
     batch: int = setting(64, "Most images scored at once.", ge=1)
 
 
+class FileReward(NetworkReward):
+    """What every reward has whose weights are one file."""
+
+    hub: ClassVar[dict[str, str]] = {"path": "revision"}
+
+    revision: str | None = setting(
+        None, "Commit, where `path` is a file of a hub id: owner/name/file."
+    )
+
+
 class Verifier(RewardSettings):
     """The toy world's verifier: mean log-score of what the prompt asks for."""
 
@@ -71,7 +81,7 @@ class Preference(RewardSettings):
     path: str = setting(..., "File of its weights, safetensors.")
 
 
-class Clip(NetworkReward):
+class Clip(FileReward):
     """Raw cosine of image and text by one of OpenAI's CLIP models (clip-anytorch)."""
 
     sources = ("path",)
@@ -80,7 +90,7 @@ class Clip(NetworkReward):
     path: str = setting(..., "File of its weights in OpenAI's format, such as ViT-L-14.pt.")
 
 
-class OpenClip(NetworkReward):
+class OpenClip(FileReward):
     """Raw cosine of image and text by a model of open_clip."""
 
     sources = ("path",)
@@ -100,7 +110,7 @@ class OpenClip(NetworkReward):
     )
 
 
-class Hps(NetworkReward):
+class Hps(FileReward):
     """HPSv2.1: raw cosine, about 0.31 for FLUX.1-dev; images are padded, not cropped."""
 
     sources = ("path",)
@@ -132,11 +142,11 @@ class PickScore(NetworkReward):
     divide_by: float = setting(1.0, "The score is divided by this; the paper's tables: 100.", gt=0)
 
 
-class ImageReward(NetworkReward):
+class ImageReward(FileReward):
     """ImageReward: BLIP with a linear head, normalised as published."""
 
     sources = ("path", "tokenizer", "med_config")
-    hub: ClassVar[dict[str, str]] = {"tokenizer": "tokenizer_revision"}
+    hub: ClassVar[dict[str, str]] = {"path": "revision", "tokenizer": "tokenizer_revision"}
 
     kind: Literal["imagereward"]
     path: str = setting(..., "ImageReward.pt (hub: THUDM/ImageReward).")
@@ -147,14 +157,16 @@ class ImageReward(NetworkReward):
     )
 
 
-class Aesthetic(NetworkReward):
+class Aesthetic(FileReward):
     """LAION's aesthetic score, about 1 to 10: a linear head on CLIP ViT-L/14."""
 
     sources = ("path", "clip")
+    hub: ClassVar[dict[str, str]] = {"path": "revision", "clip": "clip_revision"}
 
     kind: Literal["aesthetic"]
     path: str = setting(..., "sac+logos+ava1-l14-linearMSE.pth.", LAION)
     clip: str = setting(..., "ViT-L-14.pt in OpenAI's format.", LAION)
+    clip_revision: str | None = setting(None, "Commit, where `clip` is a file of a hub id.")
 
 
 class UnifiedReward(RewardSettings):

@@ -68,7 +68,7 @@ class Clip(Cosine):
 
     def __init__(self, settings: ClipSettings, device: str) -> None:
         super().__init__(settings, device)
-        self.clip = OpenAIClip(settings.path, self.device, self.name)
+        self.clip = OpenAIClip(self.file(settings.path, settings.revision), self.device, self.name)
 
     def image_features(self, images: Tensor) -> Tensor:
         """See :class:`Cosine`."""
@@ -84,8 +84,10 @@ class Aesthetic(Network):
 
     def __init__(self, settings: AestheticSettings, device: str) -> None:
         super().__init__(settings, device)
-        self.clip = OpenAIClip(settings.clip, self.device, self.name)
-        state: dict[str, Any] = read_state(settings.path, self.name)
+        self.clip = OpenAIClip(
+            self.file(settings.clip, settings.clip_revision), self.device, self.name
+        )
+        state: dict[str, Any] = read_state(self.file(settings.path, settings.revision), self.name)
         self.head = self.place(linear_head(state, settings.path, self.name))
         width = self.clip.model.visual.output_dim
         if self.head[0].in_features != width:

@@ -82,7 +82,7 @@ class ImageReward(Network):
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         super().__init__(settings, device)
-        state = read_state(settings.path, self.name)
+        state = read_state(self.file(settings.path, settings.revision), self.name)
         vision = {renamed(k): v for k, v in below(state, "blip.visual_encoder.").items()}
         text = {
             k: v

@@ -62,6 +62,10 @@ class Network(ABC):
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.name}: device {self.device} cannot be used: {reason}") from None
 
+    def file(self, path: str, revision: str | None) -> str:
+        """See :func:`local_file`."""
+        return local_file(path, revision, self.name)
+
     @property
     def name(self) -> str:
         """How messages call it."""
@@ -101,6 +105,28 @@ def pictures(images: Tensor) -> list[Image.Image]:
 def normalised(features: Tensor) -> Tensor:
     """Rows of length 1, float32."""
     return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+def local_file(path: str, revision: str | None, name: str) -> str:
+    """The file itself, or that of a hub id ``owner/name/file``, fetched at its commit.
+
+    Raises:
+        UserError: if there is no such file, here or there.
+    """
+    from egrpo.config.load import is_hub_id
+
+    if Path(path).is_file():
+        return path
+    if not is_hub_id(path, file=True):
+        raise UserError(f"{name}: {path}: no such file, and not one of a hub id (owner/name/file)")
+    from huggingface_hub import hf_hub_download
+
+    owner, repository, file = path.split("/", 2)
+    try:
+        return hf_hub_download(f"{owner}/{repository}", file, revision=revision)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: {path} at {revision}: cannot be fetched: {reason}") from None
 
 
 def read_state(path: str, name: str) -> dict[str, Any]:

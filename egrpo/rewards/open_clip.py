@@ -29,7 +29,7 @@ class OpenClip(Cosine):
             pretrained_text=False,
             **self.published_preprocessing(),
         )
-        state = unwrapped(read_state(settings.path, self.name))
+        state = unwrapped(read_state(self.file(settings.path, settings.revision), self.name))
         load_strictly(model, state, settings.path, self.name)
         self.model = self.place(model)
         self.tokenizer = open_clip.get_tokenizer(architecture)
