@@ -399,6 +399,21 @@ def test_compile_is_asked_of_every_repeated_block(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_are_near(folders: dict[str, Path], family: str, dtype: str) -> None:
+    whole = load_model(settings(folders[family], family))
+    half = load_model(settings(folders[family], family, dtype=dtype))
+    assert {p.dtype for p in half.transformer.parameters()} == {getattr(torch, dtype)}
+    prompts = whole.encode(PROMPTS[:2], negative=False).batch([0, 1], whole.device)
+    x = torch.randn(2, *whole.image_shape, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        exact, near = (m.velocity(x, 0.7, prompts).float() for m in (whole, half))
+        images = half.decode(x, 2)
+    assert 0 < (exact - near).norm() < 0.05 * exact.norm()
+    assert images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_native_attention_is_the_default(folders: dict[str, Path], family: str) -> None:
     plain = load_model(settings(folders[family], family))
     named = load_model(settings(folders[family], family, attention_backend="native"))
