@@ -318,7 +318,8 @@ def check_files(study: Study, source: str) -> None:
             for key, path in settings.files.items():
                 commit = settings.hub.get(key)
                 pinned = commit is not None and getattr(settings, commit) is not None
-                check_source(f"{source}: rewards.{reward}", key, path, commit, pinned, name)
+                section, file = f"{source}: rewards.{reward}", key in settings.hub_files
+                check_source(section, key, path, commit, pinned, name, file=file)
         of, size = (run.prompts.train, run.prompts.limit), run.train.prompts_per_iteration
         if of not in prompts:
             prompts[of] = len(train_prompts(*of))
@@ -328,11 +329,13 @@ def check_files(study: Study, source: str) -> None:
                 f"{prompts[of]} (run {name})"
             )
         pinned = run.model.revision is not None
-        check_source(f"{source}: model", "path", run.model.path, "revision", pinned, name)
+        check_source(
+            f"{source}: model", "path", run.model.path, "revision", pinned, name, file=False
+        )
 
 
 def check_source(
-    section: str, key: str, path: str, commit: str | None, pinned: bool, run: str
+    section: str, key: str, path: str, commit: str | None, pinned: bool, run: str, *, file: bool
 ) -> None:
     """Refuse a path that is not there, unless it is a hub id with its commit.
 
@@ -342,6 +345,7 @@ def check_source(
         commit: the setting of a hub id's commit; None where only files will do.
         pinned: whether that is set.
         run: for the message.
+        file: whether it is one file, and not a folder.
 
     Raises:
         UserError: naming the key and what it lacks.
@@ -350,10 +354,10 @@ def check_source(
         return
     if commit is None:
         raise UserError(f"{section}.{key}: {path}: no such file (run {run})")
-    if not is_hub_id(path) and not is_hub_id(path, file=True):
+    if not is_hub_id(path, file=file):
+        what = ("file", "owner/name/file") if file else ("folder", "owner/name")
         raise UserError(
-            f"{section}.{key}: {path}: not there, and not a hub id (owner/name, or "
-            f"owner/name/file for one of its files) (run {run})"
+            f"{section}.{key}: {path}: no such {what[0]}, and not a hub id ({what[1]}) (run {run})"
         )
     if not pinned:
         raise UserError(

@@ -24,6 +24,8 @@ class RewardSettings(Settings):
     """Names of the settings that name a file or folder."""
     hub: ClassVar[dict[str, str]] = {}
     """Those of them that may be a hub id -> the setting of its commit."""
+    hub_files: ClassVar[tuple[str, ...]] = ()
+    """Those of them that are one file of it: owner/name/file."""
 
     @property
     def files(self) -> dict[str, str]:
@@ -48,6 +50,7 @@ class FileReward(NetworkReward):
     """What every reward has whose weights are one file."""
 
     hub: ClassVar[dict[str, str]] = {"path": "revision"}
+    hub_files: ClassVar[tuple[str, ...]] = ("path",)
 
     revision: str | None = setting(
         None, "Commit, where `path` is a file of a hub id: owner/name/file."
@@ -162,6 +165,7 @@ class Aesthetic(FileReward):
 
     sources = ("path", "clip")
     hub: ClassVar[dict[str, str]] = {"path": "revision", "clip": "clip_revision"}
+    hub_files: ClassVar[tuple[str, ...]] = ("path", "clip")
 
     kind: Literal["aesthetic"]
     path: str = setting(..., "sac+logos+ava1-l14-linearMSE.pth.", LAION)
