@@ -266,7 +266,7 @@ def test_half_a_header(tmp_path: Path) -> None:
 def test_memory_that_ends_is_one_line_and_loses_nothing(
     phase: str, setting: str, tmp_path: Path, embeddings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second iteration does not fit; when there is more memory the same command goes on."""
+    """The second iteration does not fit; with the setting that the line names the run goes on."""
     run = write_run(small_run("flow", **{"method.name": "flow_grpo"}), tmp_path / "run.yaml")
     command = ["train", "--run-config", str(run), "--embeddings", str(embeddings)]
     command += ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "out")]
@@ -300,6 +300,8 @@ def test_memory_that_ends_is_one_line_and_loses_nothing(
     assert f"memory ran out while {phase}" in line
     assert setting in line
     assert not (tmp_path / "out" / "train.json").exists()
+    key, value = setting.split(" ")[:2]
+    write_run(small_run("flow", **{"method.name": "flow_grpo", key[:-1]: int(value)}), run)
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 0, again.output
     assert f"going on after iteration {iteration - 1}" in again.stderr

@@ -188,9 +188,7 @@ def test_training_changes_the_loss_and_its_adapter_loads_in_stock_diffusers(
     guidance = GUIDANCE[family]
     run = family_run(folders[family], family, **{"model.guidance_scale": guidance})
     embed(run, tmp_path / "e.safetensors")
-    trainer = Trainer(
-        run, None if run.method.name != "egrpo" else _plan(run), tmp_path / "e.safetensors"
-    )
+    trainer = Trainer(run, _plan(run), tmp_path / "e.safetensors")
     ids, trees = trainer.trees(1)
     rollout = trainer.rollout(1, ids, trees)
     generator = torch.Generator().manual_seed(0)

@@ -80,11 +80,20 @@ def plan_key(run: RunConfig) -> str:
     )
 
 
+CUT = {
+    "train": {"micro_batch", "train_micro_batch", "decode_batch", "gradient_checkpointing"},
+    "model": {"vae_slicing"},
+}
+"""How the work is cut to fit the memory: it changes roundings and nothing else, so a run goes on
+from its state after a change."""
+
+
 def run_key(run: RunConfig) -> str:
-    """Names what a training run computes; how it is evaluated and tracked does not matter."""
+    """Names what a training run computes; how it is cut, evaluated and tracked does not matter."""
     beside: Any = {
         **dict.fromkeys(("tracking", "evaluate", "profile", "arm"), True),
-        "train": {"snapshots"},
+        **CUT,
+        "train": {"snapshots", *CUT["train"]},
     }
     return digest({**run.model_dump(exclude=beside), "monitor_steps": run.evaluate.steps})
 
@@ -94,6 +103,7 @@ def training_key(run: RunConfig) -> str:
     return digest(
         {
             "run": run_key(run),
+            "cut": run.model_dump(include=CUT),
             "snapshots": run.train.snapshots,
             "tracking": run.tracking.model_dump(exclude={"uri"}),
         }

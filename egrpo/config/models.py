@@ -40,7 +40,7 @@ class Lora(Settings):
 
 
 class FeatureCache(Settings):
-    """TaylorSeer (arXiv 2503.06923), lite: predict some evaluations from those before."""
+    """TaylorSeer (arXiv 2503.06923): predict some evaluations from those before."""
 
     interval: int = setting(3, "Every so many steps the network is really evaluated.", ge=2)
     warm_up: int = setting(

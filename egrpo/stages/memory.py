@@ -129,7 +129,8 @@ def advice_where_memory_ends(run: RunConfig, stage: Stage) -> Iterator[None]:
 
     Raises:
         UserError: naming what was being done, and the settings that lower its memory. What was
-            written before stays, so the same command goes on after a change.
+            written before stays: after a change of ``keys.CUT`` a run goes on from there, while
+            the other settings change what it computes.
     """
     try:
         yield
