@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import yaml
 
 from egrpo.config.load import Row, overlay, read_yaml, resolve_run
 from egrpo.config.models import RunConfig, StudyConfig
+from egrpo.core.rollout import Rollout, TrainBatch
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 SMALL: dict[str, Any] = {
     "train": {
@@ -45,6 +48,12 @@ def write_run(run: RunConfig, path: Path) -> Path:
     return path
 
 
+def updates_of(rollout: Rollout, kept: Collection[int] | None = None) -> list[list[TrainBatch]]:
+    """Batches of each optimizer step of a rollout, those edges only that are ``kept``."""
+    parts = sorted({batch.part for batch in rollout.batches})
+    return [batches for part in parts if (batches := rollout.update(part, kept))]
+
+
 @pytest.fixture(autouse=True)
 def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings name files relative to the repository, as the workflow runs there."""
@@ -54,8 +63,6 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompt embeddings of the toy's prompt files, encoded by the stock pipeline's own code."""
-    import os
-
     from egrpo.stages.embed import embed
 
     path = tmp_path_factory.mktemp("embeddings") / "embeddings.safetensors"

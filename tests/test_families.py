@@ -239,15 +239,14 @@ def _loss(
     prompts = trainer.conditioning.batch(ids, trainer.model.device)
     total, worst = 0.0, 0.0
     with torch.no_grad():
-        for batches in rollout.updates(None):
-            for batch in batches:
-                v = trainer.model.velocity(
-                    batch.x, trainer.sigmas[batch.start], prompts.rows(batch.tree)
-                )
-                log_ratio = batch.log_ratio(v, trainer.sigmas, trainer.run.method.noise_level)
-                advantage = torch.tensor([values[e] for e in batch.edges])
-                total -= float((advantage * log_ratio.exp()).sum())
-                worst = max(worst, float((log_ratio.exp() - 1).abs().max()))
+        for batch in rollout.batches:
+            v = trainer.model.velocity(
+                batch.x, trainer.sigmas[batch.start], prompts.rows(batch.tree)
+            )
+            log_ratio = batch.log_ratio(v, trainer.sigmas, trainer.run.method.noise_level)
+            advantage = torch.tensor([values[e] for e in batch.edges])
+            total -= float((advantage * log_ratio.exp()).sum())
+            worst = max(worst, float((log_ratio.exp() - 1).abs().max()))
     return total / len(values), worst
 
 

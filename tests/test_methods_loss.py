@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_run
+from conftest import small_run, updates_of
 from test_methods import METHODS, paper, start_of, tree
 from torch import Tensor
 
@@ -351,7 +351,7 @@ def test_a_pruned_batch_is_the_batch_without_its_other_edges(name, parts):
         return total
 
     mask = torch.tensor([float(e in kept) for e in range(count)], dtype=torch.float64)
-    plain, pruned = list(rollout.updates()), list(rollout.updates(kept))
+    plain, pruned = updates_of(rollout), updates_of(rollout, kept)
     seen: list[int] = []
     for number, update in enumerate(pruned):
         shift = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
@@ -545,7 +545,7 @@ def test_every_trained_edge_has_one_advantage_and_one_place_in_the_loss(name):
     trees = [tree(run, 4, prompt) for prompt in range(2)]
     rollout = rolled(trees, run.method.noise_level, batch=9, parts=run.train.updates)
     assert sorted(rollout.edges) == [(t, k) for t, grown in enumerate(trees) for k in grown.trained]
-    updates = list(rollout.updates())
+    updates = updates_of(rollout)
     assert len(updates) == run.train.updates
     numbered = [e for update in updates for batch in update for e in batch.edges]
     assert sorted(numbered) == list(range(len(rollout.edges)))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from egrpo.errors import UserError
 from egrpo.stages.fingerprint import state_key
 from egrpo.stages.monitor import crossed, load_grid, save_grid
 from egrpo.stages.train import Trainer
-from egrpo.stages.train_run import only_one, train
+from egrpo.stages.train_run import train
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
 from egrpo.store.files import write_json
@@ -493,17 +492,6 @@ def test_damaged_checkpoint_is_passed_over(
     assert len(list(journal.read(state / "journal.jsonl"))) == 5, "nothing may be lost"
 
 
-def test_two_processes_never_train_one_run(embeddings: Path, tmp_path: Path) -> None:
-    with (
-        only_one(tmp_path, "a"),
-        pytest.raises(UserError, match="another process is training"),
-        only_one(tmp_path, "a"),
-    ):
-        pass
-    with only_one(tmp_path, "a"):
-        pass
-
-
 def test_changed_settings_never_resume_stale_state(embeddings: Path) -> None:
     run = small_run("egrpo")
     keys = {
@@ -534,38 +522,6 @@ def test_journal_leaves_out_a_torn_line(tmp_path: Path) -> None:
 def test_too_many_prompts_an_iteration(embeddings: Path) -> None:
     with pytest.raises(UserError, match=r"train\.prompts_per_iteration: 500 prompts, but"):
         trainer_for(embeddings, **{"train.prompts_per_iteration": 500})
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system that is soon full."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_full_disk_is_one_line_and_keeps_what_was_there(
-    tiny_disk: Path, embeddings: Path, tmp_path: Path
-) -> None:
-    target = tiny_disk / "kept.json"
-    write_json(target, "old")
-    with pytest.raises(UserError, match=r"kept\.json: no space left on the disk"):
-        write_json(target, "new" * 300_000)
-    assert json.loads(target.read_text()) == "old"
-    assert list(tiny_disk.iterdir()) == [target]
-    words = command(tmp_path, small_run("full"), embeddings, "full")
-    words[words.index("--state") + 1] = str(tiny_disk / "state")
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "no space left on the disk; free some and start again" in done.stderr
-    subprocess.run(["mount", "-o", "remount,size=64m", str(tiny_disk)], check=True)
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
 
 
 def test_an_adapter_that_lacks_layers_is_refused(embeddings: Path, tmp_path: Path) -> None:

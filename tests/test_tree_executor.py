@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import updates_of
 from torch import Tensor
 
 from egrpo.core.executor import execute
@@ -568,7 +569,7 @@ def test_on_policy_ratio_is_exactly_one(name, parts, dtype, train_micro_batch):
         parts=parts,
     )
     assert rollout.leaves.dtype == dtype
-    updates = list(rollout.updates())
+    updates = updates_of(rollout)
     assert 1 <= len(updates) <= parts
     assert sorted(e for u in updates for b in u for e in b.edges) == list(range(len(rollout.edges)))
     sizes: dict[tuple[int, int], list[int]] = {}

@@ -295,6 +295,12 @@ class Train(Settings):
     sample_average: bool = setting(
         False, "Sample with the averaged weights (DiffusionNFT's slow policy).", NFT
     )
+    prompts_at_once: int | None = setting(
+        None,
+        "Prompts sampled together, of a process; the rewards of one such part are computed while "
+        "the next is sampled. null: all.",
+        ge=1,
+    )
     micro_batch: int = setting(96, "Most latents in one evaluation while sampling.", ge=1)
     train_micro_batch: int = setting(16, "Most branch points in one forward/backward.", ge=1)
     decode_batch: int = setting(96, "Most latents decoded at once.", ge=1)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from egrpo.core.noise import NOISING
 from egrpo.core.schedule import Sigmas
 from egrpo.core.transitions import log_prob, transition, working
+from egrpo.core.tree import Tree
+
+Edge = tuple[int, int]
+"""(tree, node)."""
 
 
 @dataclass(frozen=True)
@@ -164,15 +172,76 @@ class Rollout:
 
     leaves: Tensor
     leaf_tree: tuple[int, ...]
-    edges: list[tuple[int, int]] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
     batches: list[TrainBatch] = field(default_factory=list)
     forward: int = 0
 
-    def updates(self, kept: Collection[int] | None = None) -> Iterator[list[TrainBatch]]:
-        """Batches of each optimizer step, those edges only that are ``kept`` (None: all)."""
-        for part in sorted({batch.part for batch in self.batches}):
-            batches = [batch for batch in self.batches if batch.part == part]
-            if kept is not None:
-                batches = [b for b in (batch.only(kept) for batch in batches) if b is not None]
-            if batches:
-                yield batches
+    def update(self, part: int, kept: Collection[int] | None = None) -> list[TrainBatch]:
+        """Batches of one optimizer step, those edges only that are ``kept`` (None: all)."""
+        batches = [batch for batch in self.batches if batch.part == part]
+        if kept is not None:
+            batches = [b for b in (batch.only(kept) for batch in batches) if b is not None]
+        return batches
+
+    def log_probs(self) -> npt.NDArray[np.float64]:
+        """Log-probabilities of the edges in these batches, in order of their numbers."""
+        found = {
+            e: p for b in self.batches for e, p in zip(b.edges, b.log_prob.tolist(), strict=True)
+        }
+        return np.array([found[e] for e in sorted(found)], dtype=np.float64)
+
+    def placed(self, first_tree: int, shares: Sequence[Sequence[Edge]], rank: int) -> Rollout:
+        """This rollout as one process's share of a larger one.
+
+        Args:
+            first_tree: number, among the trees of all processes, of the first one here.
+            shares: trained edges of every process, trees numbered in the same way.
+            rank: the share that is this rollout's.
+
+        Returns:
+            Leaves and batches of this process; ``edges`` of all, which the batches number.
+        """
+        before = sum(map(len, shares[:rank]))
+        return replace(
+            self,
+            leaf_tree=tuple(first_tree + t for t in self.leaf_tree),
+            edges=[edge for share in shares for edge in share],
+            batches=[replace(b, edges=tuple(before + e for e in b.edges)) for b in self.batches],
+        )
+
+
+def joined(parts: Sequence[Rollout], sizes: Sequence[int]) -> Rollout:
+    """One rollout of consecutive groups of trees, ``sizes`` of them each."""
+    if len(parts) == 1:
+        return parts[0]
+    out = Rollout(torch.cat([p.leaves for p in parts]) if parts else torch.empty(0), ())
+    for part, first in zip(parts, np.cumsum([0, *sizes])[:-1].tolist(), strict=True):
+        before = len(out.edges)
+        out.leaf_tree += tuple(first + t for t in part.leaf_tree)
+        out.edges += [(first + t, k) for t, k in part.edges]
+        out.batches += [
+            replace(b, tree=b.tree + first, edges=tuple(before + e for e in b.edges))
+            for b in part.batches
+        ]
+        out.forward += part.forward
+    return out
+
+
+class UpdateSize(NamedTuple):
+    """What one optimizer step averages over, in all processes."""
+
+    edges: int
+    sources: int
+
+
+def update_sizes(
+    trees: Sequence[Tree], edges: Sequence[Edge], updates: int, kept: Collection[int] | None
+) -> dict[int, UpdateSize]:
+    """The size of each optimizer step of an iteration, by its part."""
+    parts = [tree.parts(updates) for tree in trees]
+    found: dict[int, list[Edge]] = defaultdict(list)
+    for e in range(len(edges)) if kept is None else kept:
+        t, k = edges[e]
+        source = trees[t].source(k)
+        found[parts[t][source]].append((t, source))
+    return {part: UpdateSize(len(s), len(set(s))) for part, s in sorted(found.items())}

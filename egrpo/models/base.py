@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from egrpo.errors import UserError, during
 from egrpo.models.conditioning import Conditioning, padded
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from egrpo.config.prompts import Prompt
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 ATTENTION = (
     "attn.add_k_proj",
     "attn.add_q_proj",
@@ -393,6 +395,25 @@ class FlowModel(ABC):
         self.transformer.train()  # diffusers checkpoints in train mode only; it has no dropout
         self.transformer.enable_gradient_checkpointing()
 
+    def shard(self) -> list[nn.Parameter]:
+        """Cut the transformer's weights up among all processes (FSDP2), block by block.
+
+        Returns:
+            The trainable parameters, of which this process now holds its part.
+
+        Raises:
+            UserError: if there is a copy for sampling, which could not follow.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        if self.sampler is not None:
+            key = "feature_cache" if self.settings.feature_cache else "merge_lora_for_sampling"
+            raise UserError(f"model.{key}: makes a copy of the weights; switch it off for FSDP")
+        for block in repeated_blocks(self.transformer):
+            fully_shard(block)
+        fully_shard(self.transformer)
+        return [p for p in self.transformer.parameters() if p.requires_grad]
+
     def lora_layers(self) -> Iterator[tuple[str, Any]]:
         """(name, layer) of every adapted layer."""
         from peft.tuners.lora import LoraLayer
@@ -412,21 +433,30 @@ class FlowModel(ABC):
 
     # -- what was trained ------------------------------------------------------------------
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, write: bool = True) -> None:
         """Write what was trained so that stock diffusers loads it.
+
+        Where several processes share the weights all must call it, and one of them writes.
 
         LoRA: ``pipe.load_lora_weights(folder)``; full: a transformer's ``from_pretrained(folder)``.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.settings.tuning == "full":
-            self.transformer.save_pretrained(folder, safe_serialization=True)
-            return
         import json
 
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        state = get_peft_model_state_dict(self.transformer)
+        lora = self.settings.tuning == "lora"
+        state = (
+            get_peft_model_state_dict(self.transformer) if lora else self.transformer.state_dict()
+        )
+        state = {k: whole(v).contiguous() for k, v in state.items()}
+        if not write:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if not lora:
+            self.transformer.save_config(folder)
+            save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            return
         config = self.transformer.peft_config["default"].to_dict()
         plain = {
             f"transformer.{k}": sorted(v) if isinstance(v, set) else v
@@ -434,7 +464,7 @@ class FlowModel(ABC):
             if k in ("r", "lora_alpha", "target_modules", "init_lora_weights", "lora_dropout")
         }
         save_file(
-            {f"transformer.{k}": v.contiguous() for k, v in state.items()},
+            {f"transformer.{k}": v for k, v in state.items()},
             folder / ADAPTER_FILE,
             metadata={"lora_adapter_metadata": json.dumps(plain, sort_keys=True)},
         )
@@ -492,12 +522,28 @@ class FlowModel(ABC):
         return shapes
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that several processes may share; all must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, cut as ``like`` is; undoes :func:`whole`."""
+    if not isinstance(like, DTensor) or tensor.ndim == 0:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def repeated_blocks(network: Any) -> list[Any]:
+    """The blocks that a network repeats; the rest is small."""
+    names = set(network._no_split_modules)
+    return [module for module in network.modules() if type(module).__name__ in names]
+
+
 def compile_blocks(network: Any) -> None:
-    """Compile the repeated blocks; the rest is too small to matter."""
-    blocks = set(network._no_split_modules)
-    for module in network.modules():
-        if type(module).__name__ in blocks:
-            module.compile()
+    """Compile the repeated blocks."""
+    for block in repeated_blocks(network):
+        block.compile()
 
 
 def one_line(error: Exception, most: int = 300) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -100,6 +101,14 @@ class Cosine(Network):
 def pictures(images: Tensor) -> list[Image.Image]:
     """PIL images of uint8 [n, 3, h, w]."""
     return [Image.fromarray(p) for p in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def png_of(image: Tensor, side: int | None = None) -> bytes:
+    """A PNG file of one image uint8 [3, h, w]; resized to a square of ``side`` pixels if given."""
+    (picture,) = pictures(image[None])
+    buffer = io.BytesIO()
+    (picture if side is None else picture.resize((side, side))).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def normalised(features: Tensor) -> Tensor:

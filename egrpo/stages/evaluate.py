@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from egrpo.config.keys import evaluation_key, scoring_key
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import evaluation_sigmas
 from egrpo.models import load_model
+from egrpo.models.base import resolve_device
 from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
+from egrpo.rewards.network import png_of
+from egrpo.stages.processes import Processes
 from egrpo.stages.progress import Progress
-from egrpo.stages.sampling import png_of, sample_images
+from egrpo.stages.sampling import sample_images
 from egrpo.store.files import read_json
 from egrpo.store.tables import IMAGES, SCORES, SNAPSHOTS, write_table
 
@@ -29,14 +30,19 @@ class Evaluator:
 
     def __init__(self, run: RunConfig, embeddings: Path) -> None:
         self.run = run
+        self.world = Processes(resolve_device(run.model.device))
         self.texts, self.conditioning = load_conditioning(embeddings, "heldout")
         self.rewards: dict[str, Any] | None = None
 
-    def score(self, adapter: Path | None, what: str) -> tuple[list[Row], list[tuple[Row, Tensor]]]:
+    def score(
+        self, adapter: Path | None, what: str, *, pictures: bool = False
+    ) -> tuple[list[Row], list[Row]]:
         """Sample and score one model: the base (None), or what training wrote to ``adapter``.
 
+        Processes share out the prompts.
+
         Returns:
-            Rows of scores, and (head of a row, uint8 [3, h, w]) of every image.
+            Rows of scores, and rows of images if ``pictures`` are asked for.
         """
         run, e = self.run, self.run.evaluate
         model = load_model(run.evaluation_model)
@@ -44,10 +50,12 @@ class Evaluator:
             model.load(adapter)
         if self.rewards is None:
             self.rewards = load_rewards(run.rewards, str(model.device))
-        ids = list(range(min(e.prompts or len(self.texts), len(self.texts))))
+        count = min(e.prompts or len(self.texts), len(self.texts))
+        ids = list(range(count))[self.world.share(count)]
         rows: list[Row] = []
-        found: list[tuple[Row, Tensor]] = []
-        with Progress(len(ids), f"evaluate {what}", unit="prompt") as progress:
+        shown: list[Row] = []
+        title = f"evaluate {what}"
+        with Progress(len(ids), title, unit="prompt", shown=self.world.main) as progress:
             for begin in range(0, len(ids), PROMPTS_AT_ONCE):
                 part = ids[begin : begin + PROMPTS_AT_ONCE]
                 images, _ = sample_images(
@@ -65,13 +73,14 @@ class Evaluator:
                 ]
                 scores = score_all(self.rewards, images, [str(head["prompt"]) for head in heads])
                 for n, (head, pixels) in enumerate(zip(heads, images, strict=True)):
-                    found.append((head, pixels))
+                    if pictures:
+                        shown.append({**head, "png": png_of(pixels)})
                     rows += [
                         {**head, "reward": reward, "value": values[n]}
                         for reward, values in scores.items()
                     ]
                 progress.step(count=len(part))
-        return rows, found
+        return self.world.joined(rows), self.world.joined(shown)
 
 
 def evaluate(
@@ -98,12 +107,12 @@ def evaluate(
     name = run.run if adapter is not None else "base"
     key = evaluation_key(run) if adapter is None else scoring_key(run)
     evaluator = Evaluator(run, embeddings)
-    rows, images = evaluator.score(adapter, name)
-    write_table(
-        scores_path, SCORES, [{"run": name, **row} for row in rows], metadata={"config_hash": key}
-    )
-    pictures = [{"run": name, **head, "png": png_of(pixels)} for head, pixels in images]
-    write_table(images_path, IMAGES, pictures, metadata={"config_hash": key})
+    main = evaluator.world.main
+    rows, images = evaluator.score(adapter, name, pictures=True)
+    if main:
+        for path, schema, found in ((scores_path, SCORES, rows), (images_path, IMAGES, images)):
+            named = [{"run": name, **row} for row in found]
+            write_table(path, schema, named, metadata={"config_hash": key})
     if snapshots is None or snapshots_path is None:
         return
     kept: list[Row] = []
@@ -114,4 +123,5 @@ def evaluate(
         same = record["iteration"] == run.train.iterations  # the model just scored
         found = rows if same else evaluator.score(snapshots / str(limit), f"{name} at {limit}")[0]
         kept += [{**head, **row} for row in found]
-    write_table(snapshots_path, SNAPSHOTS, kept, metadata={"config_hash": key})
+    if main:
+        write_table(snapshots_path, SNAPSHOTS, kept, metadata={"config_hash": key})

@@ -37,7 +37,9 @@ TRAINING_CODE = (
     "core/loss.py",
     "core/plan.py",
     "stages/monitor.py",
+    "stages/processes.py",
     "stages/records.py",
+    "stages/rollouts.py",
     "stages/train.py",
 )
 """Sources that decide what training computes. The workflow lists the same ones as inputs."""

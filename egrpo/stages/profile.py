@@ -28,8 +28,8 @@ from egrpo.models import load_model
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning, load_conditioning
 from egrpo.rewards import RewardModel, load_rewards, score_all
+from egrpo.rewards.network import png_of
 from egrpo.stages.progress import Progress
-from egrpo.stages.sampling import png_of
 from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, write_table
 
 Spread = dict[str, float]

@@ -22,20 +22,24 @@ SHARED_EVERY = 10.0
 class Progress:
     """``with Progress(total, "train", done) as progress: progress.step("reward 0.61")``."""
 
-    def __init__(self, total: int, title: str, done: int = 0, unit: str = "it") -> None:
+    def __init__(
+        self, total: int, title: str, done: int = 0, unit: str = "it", *, shown: bool = True
+    ) -> None:
         self.total, self.title, self.done, self.first = total, title, done, done
-        self.unit = unit
+        self.unit, self.shown = unit, shown
         self.begun = self.told = time.monotonic()
         self.shared = int(os.environ.get("EGRPO_PROGRESS_FD", "-1"))
         self.bar = (
             tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if shown and sys.stderr.isatty()
             else None
         )
 
     def step(self, text: str = "", count: int = 1) -> None:
         """``count`` more units are done; ``text`` says what they gave."""
         self.done += count
+        if not self.shown:
+            return
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +45,28 @@ def rollout_rows(
     scores: dict[str, Any],
     advantage: Advantages,
     rollout: Rollout,
+    log_probs: Sequence[float],
     ids: list[int],
     trees: list[Tree],
 ) -> dict[str, list[Any]]:
-    """Columns of the rollouts table, one entry per trained edge; rewards by ``reward/name``."""
-    log_prob = np.empty(len(rollout.edges))
-    for batch in rollout.batches:
-        log_prob[list(batch.edges)] = batch.log_prob.cpu().numpy()
-    nodes = [trees[t].nodes[k] for t, k in rollout.edges]
-    starts = [trees[t].nodes[trees[t].source(k)].index for t, k in rollout.edges]
+    """Columns of the rollouts table, one entry per trained edge; rewards by ``reward/name``.
+
+    Ordered by prompt and node, however many processes shared the work.
+    """
+    order = sorted(range(len(rollout.edges)), key=rollout.edges.__getitem__)
+    edges = [rollout.edges[e] for e in order]
+    nodes = [trees[t].nodes[k] for t, k in edges]
+    starts = [trees[t].nodes[trees[t].source(k)].index for t, k in edges]
     columns: dict[str, list[Any]] = {
-        "prompt_id": [ids[t] for t, _ in rollout.edges],
+        "prompt_id": [ids[t] for t, _ in edges],
         "step": starts,
         "span": [node.index - start for node, start in zip(nodes, starts, strict=True)],
         "sample": [node.sample for node in nodes],
-        "advantage": [round(a, 6) for a in advantage.values.tolist()],
-        "log_prob": [round(p, 7) for p in log_prob.tolist()],
+        "advantage": [round(float(advantage.values[e]), 6) for e in order],
+        "log_prob": [round(float(log_probs[e]), 7) for e in order],
     }
     for name, values in scores.items():
-        columns[f"reward/{name}"] = edge_values(values, trees, rollout.edges).tolist()
+        columns[f"reward/{name}"] = edge_values(values, trees, edges).tolist()
     return columns
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from egrpo.core.executor import execute
@@ -34,6 +34,9 @@ def sample_images(
         uint8 [prompts * samples, 3, height, width], samples of a prompt together, on the CPU;
         and the number of network evaluations.
     """
+    if not prompt_ids:
+        size = model.settings.height, model.settings.width
+        return torch.empty(0, 3, *size, dtype=torch.uint8), 0
     shape = model.image_shape
     prompts = conditioning.batch(prompt_ids, model.device)
     exact = model.settings.feature_cache is None
@@ -54,12 +57,3 @@ def sample_images(
     )
     images = model.decode(rollout.leaves, micro_batch).cpu()
     return images, rollout.forward * model.evaluations_per_velocity
-
-
-def png_of(image: Tensor) -> bytes:
-    """A PNG file of one image uint8 [3, h, w]."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, format="PNG")
-    return buffer.getvalue()

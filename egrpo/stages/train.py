@@ -9,9 +9,12 @@ functions of (run seed, iteration, prompt, step, sample), and a checkpoint holds
 
 from __future__ import annotations
 
+import math
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from egrpo.config.methods import BranchGrpo, DiffusionNft
 from egrpo.config.models import RunConfig
@@ -33,7 +37,6 @@ from egrpo.config.trees import (
     tree_of,
 )
 from egrpo.core.advantage import Advantages, advantages, best_leaves, prune
-from egrpo.core.executor import execute
 from egrpo.core.loss import (
     Objective,
     clipped_objective,
@@ -41,15 +44,18 @@ from egrpo.core.loss import (
     velocity_distance,
 )
 from egrpo.core.plan import Plan
-from egrpo.core.rollout import Rollout, TrainBatch
-from egrpo.core.seeds import normal, seed_of
+from egrpo.core.rollout import Rollout, TrainBatch, UpdateSize, update_sizes
+from egrpo.core.seeds import seed_of
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
 from egrpo.models import load_model
+from egrpo.models.base import part_like, resolve_device, whole
 from egrpo.models.conditioning import Conditioning, load_conditioning
 from egrpo.rewards import load_rewards, score_all
 from egrpo.stages.monitor import measure
+from egrpo.stages.processes import Processes, check_share
 from egrpo.stages.records import Metrics, reward_metrics, rollout_rows
+from egrpo.stages.rollouts import Finish, Rollouts
 from egrpo.stages.sampling import sample_images
 from egrpo.store.checkpoint import Checkpoint
 
@@ -58,8 +64,6 @@ class Trainer:
     """One run's model, optimizer and counters, and what an iteration does with them."""
 
     def __init__(self, run: RunConfig, plan: Plan | None, embeddings: Path) -> None:
-        from accelerate import Accelerator
-
         self.run, self.plan = run, plan
         self.sigmas = plan.sigmas if plan else training_sigmas(run)
         self.texts, self.conditioning = load_conditioning(embeddings, "train")
@@ -70,31 +74,33 @@ class Trainer:
                 f"{run.train.prompts_per_iteration} prompts, but {run.prompts.train} has "
                 f"{len(self.texts)}"
             )
+        self.world = Processes(resolve_device(run.model.device))
+        check_share(
+            run.train.prompts_per_iteration, self.world.count, "train.prompts_per_iteration"
+        )
         self.model = load_model(run.model)
-        self.accelerator = Accelerator(cpu=self.model.device.type == "cpu")
-        if self.accelerator.num_processes > 1:
-            raise UserError("egrpo train runs in one process; start it without a launcher")
         self.rewards = load_rewards(run.rewards, str(self.model.device))
         self.parameters = self.model.prepare_training(
             seed_of(run.seed, "lora"), reference=run.train.kl_weight > 0
         )
         if run.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(
+        if self.world.sharded:
+            self.parameters = self.model.shard()
+        self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=learning_rate(run),
             betas=(run.train.adam_beta1, run.train.adam_beta2),
             eps=run.train.adam_eps,
             weight_decay=run.train.weight_decay,
         )
-        self.model.transformer, self.optimizer = self.accelerator.prepare(
-            self.model.transformer, optimizer, device_placement=[False, False]
-        )
+        self.rollouts = Rollouts(run, self.model, self.sigmas, self.conditioning, self.world)
         decay = run.train.ema_decay
         self.ema = [p.detach().clone() for p in self.parameters] if decay else None
         self.iteration = 0
         self.seconds = 0.0
         self.counts = {"forward": 0, "train": 0, "reference": 0, "monitor": 0}
+        self.spent: Counter[str] = Counter()  # of this process in this iteration
         self.peak_mib = 0.0
         self.base_images: Tensor | None = None  # of the first monitor
         self.model.refresh_sampler()
@@ -106,37 +112,12 @@ class Trainer:
         ids = list(prompt_ids(self.run, iteration, len(self.texts)))
         return ids, [tree_of(self.run, self.plan, iteration, prompt) for prompt in ids]
 
-    @during("sampling")
-    def rollout(self, iteration: int, ids: list[int], trees: list[Tree]) -> Rollout:
-        """Sample the trees of the prompts ``ids``."""
-        prompts = self.conditioning.batch(ids, self.model.device)
-        shape, seed, t = self.model.image_shape, self.run.seed, self.run.train
-
-        def velocity(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
-            return self.model.velocity(x, sigma, prompts.rows(tree))
-
-        def cheaper(x: Tensor, sigma: float, tree: Tensor, paths: tuple[int, ...]) -> Tensor:
-            return self.model.velocity(x, sigma, prompts.rows(tree), self.model.sampler, paths)
-
-        def noise(tree: int, start: int, sample: int) -> Tensor:
-            return normal(shape, seed, "rollout", iteration, ids[tree], start, sample)
-
-        with self.averaged() if t.sample_average else nullcontext():
-            rollout = execute(
-                trees,
-                self.sigmas,
-                velocity,
-                noise,
-                noise_level=self.run.method.noise_level,
-                micro_batch=t.micro_batch,
-                train_micro_batch=t.train_micro_batch,
-                dtype=self.model.dtype,
-                device=self.model.device,
-                suffix_velocity=cheaper,
-                parts=t.updates,
-            )
-        self.model.forget_features()
-        return rollout
+    def rollout(
+        self, iteration: int, ids: list[int], trees: list[Tree], finish: Finish | None = None
+    ) -> Rollout:
+        """Sample this process's share of the trees, see :class:`Rollouts`."""
+        with self.averaged() if self.run.train.sample_average else nullcontext():
+            return self.rollouts.sample(iteration, ids, trees, finish)
 
     def advantages(self, scores: dict[str, Any], rollout: Rollout, trees: list[Tree]) -> Advantages:
         """Advantages of the rollout's edges; refuses an iteration without any valid reward."""
@@ -178,35 +159,38 @@ class Trainer:
     ) -> Metrics:
         """Forward and backward through every source, and the optimizer step(s)."""
         device = self.model.device
-        prompts = self.conditioning.batch(ids, device)
+        prompts = self.conditioning.batch(ids[self.world.share(len(ids))], device)
         values = torch.tensor(advantage.values, dtype=torch.float32, device=device)
         weights = torch.tensor([trees[t].nodes[k].weight for t, k in rollout.edges], device=device)
-        sums: Metrics = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        updates = list(rollout.updates(kept))
+        sums = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
         deviation = grad_norm = 0.0
-        for number, batches in enumerate(updates):
-            edges = sum(len(b.edges) for b in batches)
-            sources = sum(len(b.x) for b in batches)
+        sizes = update_sizes(trees, rollout.edges, self.run.train.updates, kept)
+        for number, (part, size) in enumerate(sizes.items()):
+            batches = rollout.update(part, kept)
             for batch in batches:
                 index = torch.tensor(batch.edges, device=device)
-                worst = self._backward(
-                    batch, prompts, values[index], weights[index], edges, sources, sums
-                )
+                worst = self._backward(batch, prompts, values[index], weights[index], size, sums)
                 if number == 0:
                     deviation = max(deviation, worst)
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.train.max_grad_norm)
+            if self.world.sharded:
+                most = self.rollouts.most_batches(part, kept)
+                self.rollouts.idle(most - len(batches), ids, train=True)
+            self.world.add_gradients(self.parameters)
+            norm = whole(clip_grad_norm_(self.parameters, self.run.train.max_grad_norm))
             if not torch.isfinite(norm):
                 raise UserError(
                     f"run {self.run.run}: the gradient of iteration {self.iteration + 1} is "
                     f"{float(norm)}; lower train.learning_rate_scale, or use model.dtype: float32"
                 )
-            grad_norm += float(norm) / len(updates)
+            grad_norm += float(norm) / len(sizes)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self._average()
         self.model.refresh_sampler()
-        means = {name: value / len(updates) for name, value in sums.items()}
-        return {**means, "grad_norm": grad_norm, "on_policy_ratio_deviation": deviation}
+        everyone = self.world.gather((sums, deviation))
+        means = {name: sum(s[name] for s, _ in everyone) / len(sizes) for name in sums}
+        worst = max(d for _, d in everyone)
+        return {**means, "grad_norm": grad_norm, "on_policy_ratio_deviation": worst}
 
     def _backward(
         self,
@@ -214,8 +198,7 @@ class Trainer:
         conditioning: Conditioning,
         advantage: Tensor,
         weight: Tensor,
-        edges: int,
-        sources: int,
+        size: UpdateSize,
         sums: Metrics,
     ) -> float:
         """One forward/backward of B sources, shared by all their edges.
@@ -225,24 +208,25 @@ class Trainer:
         sigma, t = self.sigmas[batch.start], self.run.train
         prompts = conditioning.rows(batch.tree)
         v = self.model.velocity(batch.x, sigma, prompts)
-        self.counts["train"] += len(batch.x) * self.model.evaluations_per_velocity
+        self.spent["train"] += len(batch.x) * self.model.evaluations_per_velocity
         objective = self.objective(batch, v, advantage, weight)
-        loss = objective.loss / edges
+        loss = objective.loss / size.edges
         if t.kl_weight > 0:
             reference = self.model.reference_velocity(batch.x, sigma, prompts)
-            self.counts["reference"] += len(batch.x) * self.model.evaluations_per_velocity
+            self.spent["reference"] += len(batch.x) * self.model.evaluations_per_velocity
             if t.kl == "velocity":
-                kl = velocity_distance(v, reference).sum() / sources
+                kl = velocity_distance(v, reference).sum() / size.sources
             else:
                 each = batch.divergence(v, reference, self.sigmas, self.run.method.noise_level)
                 if t.kl == "transition":
                     each = each * batch.lengths(self.sigmas)
-                kl = each.sum() / edges
+                kl = each.sum() / size.edges
             loss = loss + t.kl_weight * kl
             sums["kl"] += float(kl.detach())
-        self.accelerator.backward(loss)
+        # sharded gradients come as means over the processes
+        (loss * (self.world.count if self.world.sharded else 1)).backward()
         sums["loss"] += float(loss.detach())
-        sums["clip_fraction"] += float(objective.clipped.sum()) / edges
+        sums["clip_fraction"] += float(objective.clipped.sum()) / size.edges
         return float((objective.ratio - 1).abs().max())
 
     def objective(
@@ -279,35 +263,48 @@ class Trainer:
 
     def step(self) -> tuple[Metrics, dict[str, list[Any]]]:
         """One iteration; returns its metrics and the rows of the rollouts table."""
-        begun, before = time.monotonic(), dict(self.counts)
-        iteration = self.iteration + 1
+        begun, iteration = time.monotonic(), self.iteration + 1
         ids, trees = self.trees(iteration)
-        rollout = self.rollout(iteration, ids, trees)
-        self.counts["forward"] += rollout.forward * self.model.evaluations_per_velocity
-        sampled = time.monotonic()
-        images = self.model.decode(rollout.leaves, self.run.train.decode_batch)
-        prompts = [self.texts[ids[t]] for t in rollout.leaf_tree]
         trained = {name: self.rewards[name] for name in self.run.train.rewards}
-        scores = score_all(trained, images, prompts)  # the others are monitored, see `monitor`
+        decoding, coming = 0.0, []
+
+        def finish(part: Rollout, of: list[int]) -> None:
+            nonlocal decoding
+            since = time.monotonic()
+            images = self.model.decode(part.leaves, self.run.train.decode_batch)
+            texts = [self.texts[of[t]] for t in part.leaf_tree]
+            coming.append(scorer.submit(score_all, trained, images, texts))
+            decoding += time.monotonic() - since
+
+        # a thread of its own: rewards elsewhere work while the next part is sampled
+        with ThreadPoolExecutor(1) as scorer:
+            rollout = self.rollout(iteration, ids, trees, finish)
+            sampled = time.monotonic()
+            found = [future.result() for future in coming]  # the others: `monitor`
+        self.spent["forward"] += rollout.forward * self.model.evaluations_per_velocity
+        scores = self.world.arrays(
+            {name: np.concatenate([each[name] for each in found]) for name in trained}
+        )
         scored = time.monotonic()
         advantage = self.advantages(scores, rollout, trees)
         kept = self.kept(scores, rollout, trees)
         metrics = self.optimise(rollout, ids, trees, advantage, kept)
-        self.check_counts(before, trees, rollout, kept)
+        self.count(trees, rollout, kept)
         self.iteration = iteration
         ended = time.monotonic()
         metrics |= reward_metrics(scores, advantage, rollout, trees)
         metrics |= {
             "nfe_forward": self.counts["forward"],
             "nfe_train": self.counts["train"],
-            "time/rollout": sampled - begun,
-            "time/decode_and_reward": scored - sampled,
+            "time/rollout": sampled - begun - decoding,
+            "time/decode_and_reward": scored - sampled + decoding,
             "time/optimise": ended - scored,
             "time/iteration": ended - begun,
         }
         self.seconds += ended - begun
-        self.peak_mib = max(self.peak_mib, peak_memory_mib())
-        return metrics, rollout_rows(scores, advantage, rollout, ids, trees)
+        self.peak_mib = max(self.peak_mib, *self.world.gather(peak_memory_mib()))
+        log_probs = self.world.joined_arrays(rollout.log_probs()).tolist()
+        return metrics, rollout_rows(scores, advantage, rollout, log_probs, ids, trees)
 
     # -- monitor and state -----------------------------------------------------------------
 
@@ -334,29 +331,44 @@ class Trainer:
         """All rewards on the fixed held-out prompts, and the images uint8 [n, 3, h, w]."""
         t = self.run.train
         ids = list(range(min(t.monitor_prompts, len(self.heldout_texts))))
+        own = ids[self.world.share(len(ids))]
         with self.averaged():
             images, forward = sample_images(
                 self.model,
                 self.heldout,
-                ids,
+                own,
                 monitor_sigmas(self.run),
                 samples=t.monitor_samples,
                 micro_batch=t.micro_batch,
             )
-        self.counts["monitor"] += forward
-        prompts = [self.heldout_texts[i] for i in ids for _ in range(t.monitor_samples)]
-        scores = score_all(self.rewards, images, prompts)
+            if self.world.sharded:
+                steps, n = len(monitor_sigmas(self.run)) - 1, t.monitor_samples
+                calls = [
+                    steps
+                    * math.ceil(len(ids[self.world.block(len(ids), rank)]) * n / t.micro_batch)
+                    for rank in range(self.world.count)
+                ]
+                self.rollouts.idle(max(calls) - calls[self.world.rank], [0])
+        self.counts["monitor"] += sum(self.world.gather(forward))
+        prompts = [self.heldout_texts[i] for i in own for _ in range(t.monitor_samples)]
+        scores = self.world.arrays(score_all(self.rewards, images, prompts))
+        images = torch.from_numpy(self.world.joined_arrays(images.numpy()))
         if self.base_images is None:
             self.base_images = images
         return measure(scores, images, self.base_images, t.monitor_samples), images
 
+    def save(self, folder: Path) -> None:
+        """Write the averaged weights, or the weights; files by the main process."""
+        with self.averaged():
+            self.model.save(folder, write=self.world.main)
+
     def checkpoint(self) -> Checkpoint:
         """Everything that the next iteration depends on."""
-        tensors = {f"weight/{n}": p.detach() for n, p in enumerate(self.parameters)}
+        tensors = {f"weight/{n}": whole(p.detach()) for n, p in enumerate(self.parameters)}
         for n, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{n}/{k}": torch.as_tensor(v) for k, v in state.items()}
+            tensors |= {f"optimizer/{n}/{k}": whole(torch.as_tensor(v)) for k, v in state.items()}
         if self.ema is not None:
-            tensors |= {f"ema/{n}": mean for n, mean in enumerate(self.ema)}
+            tensors |= {f"ema/{n}": whole(mean) for n, mean in enumerate(self.ema)}
         return Checkpoint(
             self.iteration,
             tensors,
@@ -374,15 +386,16 @@ class Trainer:
         try:
             with torch.no_grad():
                 for n, p in enumerate(self.parameters):
-                    p.copy_(tensors[f"weight/{n}"])
+                    p.copy_(part_like(tensors[f"weight/{n}"], p))
                     if self.ema is not None:
-                        self.ema[n].copy_(tensors[f"ema/{n}"])
+                        self.ema[n].copy_(part_like(tensors[f"ema/{n}"], p))
         except (KeyError, RuntimeError) as error:
             raise UserError(f"run {self.run.run}: the checkpoint does not fit: {error}") from None
         for name, tensor in tensors.items():
             if name.startswith("optimizer/"):
                 _, number, key = name.split("/")
-                state.setdefault(int(number), {})[key] = tensor
+                place = state.setdefault(int(number), {})
+                place[key] = part_like(tensor, self.parameters[int(number)])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.iteration = checkpoint.iteration
@@ -395,12 +408,12 @@ class Trainer:
         """Predicted network evaluations of one iteration."""
         return iteration_cost(self.run, self.plan, iteration, len(self.texts))
 
-    def check_counts(
-        self, before: dict[str, int], trees: list[Tree], rollout: Rollout, kept: set[int] | None
-    ) -> None:
-        """Raise RuntimeError unless an iteration executed the evaluations that its trees predict.
+    def count(self, trees: list[Tree], rollout: Rollout, kept: set[int] | None) -> None:
+        """Add up what all processes spent in an iteration.
 
-        Of pruned edges the sources need no evaluation for training.
+        Raises:
+            RuntimeError: if it is not what the trees predict. Of pruned edges the sources need no
+                evaluation for training.
         """
         predicted = cost_of(self.run, trees)
         if kept is not None:
@@ -408,13 +421,16 @@ class Trainer:
             train = len(sources) * self.model.evaluations_per_velocity
             reference = train if self.run.train.kl_weight > 0 else 0
             predicted = RunCost(predicted.forward, train, reference)
-        for name in ("forward", "train", "reference"):
-            executed, wanted = self.counts[name] - before[name], getattr(predicted, name)
+        everyone = self.world.gather(self.spent)
+        for name, wanted in vars(predicted).items():
+            executed = sum(spent[name] for spent in everyone)
+            self.counts[name] += executed
             if executed != wanted:
                 raise RuntimeError(
                     f"run {self.run.run}: executed {executed} {name} evaluations in iteration "
                     f"{self.iteration + 1}, predicted {wanted}"
                 )
+        self.spent = Counter()
 
 
 def peak_memory_mib() -> float:

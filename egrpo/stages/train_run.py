@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
+import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from egrpo.core.plan import Plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import state_key
 from egrpo.stages.monitor import crossed, load_grid, save_grid
+from egrpo.stages.processes import Processes
 from egrpo.stages.progress import Progress
 from egrpo.stages.records import metric_rows, rollout_columns
 from egrpo.stages.train import Trainer
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
 from egrpo.store.checkpoint import Checkpoint
-from egrpo.store.files import write_json
+from egrpo.store.files import lock, write_json
 from egrpo.store.tables import ROLLOUTS, TRAIN_METRICS, write_table
+
+LEASE_WAIT = 60.0
+"""Seconds that a job waits for another one to leave its state folder."""
 
 EVALUATIONS = ("forward", "train", "reference")
 """Counters of network evaluations that belong to training."""
@@ -49,49 +54,98 @@ def train(
 
     Raises:
         UserError: for bad input, a full disk, or an iteration without any valid reward.
+        SystemExit: after SIGTERM, with everything saved.
     """
     trainer = Trainer(run, plan, embeddings)
     key = state_key(run, plan, embeddings)
     folder = state / key
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder, run.run):
-        _resume_and_train(trainer, folder, key, output, store)
+    with preemption() as wanted, only_one(folder, run.run, trainer.world):
+        _resume_and_train(trainer, folder, key, output, store, wanted)
 
 
 @contextmanager
-def only_one(folder: Path, run: str) -> Iterator[None]:
-    """Refuse a second process on one state folder; a dead owner holds nothing.
+def preemption() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM asks to save at the end of the iteration.
+
+    Further ones change nothing: SLURM and a launcher both send one to each process. SIGINT and
+    SIGKILL end at once.
+
+    Yields:
+        Whether it was asked for.
+    """
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if not asked:
+            print("SIGTERM: saving at the end of this iteration", file=sys.stderr, flush=True)
+        asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def only_one(folder: Path, run: str, world: Processes) -> Iterator[None]:
+    """The lease of a job on its state folder; a dead owner holds nothing.
+
+    A job that is started again while its first copy still saves waits for it.
 
     Raises:
-        UserError: if another process is training the run.
+        UserError: if another job is still training the run after that time.
     """
-    with open(folder / "lock", "w", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    if not world.main:
+        yield
+        return
+    until, told = time.monotonic() + LEASE_WAIT, False
+    while (held := lock(folder / "lock")) is None:
+        if time.monotonic() > until:
             raise UserError(
                 f"run {run}: {folder}: another process is training it; wait for it or end it"
-            ) from None
+            )
+        if not told:
+            print(f"{run}: waiting for another process to leave {folder}", file=sys.stderr)
+            told = True
+        time.sleep(0.5)
+    try:
         yield
+    finally:
+        os.close(held)
 
 
 def _resume_and_train(
-    trainer: Trainer, folder: Path, key: str, output: Path, store: Path | None
+    trainer: Trainer,
+    folder: Path,
+    key: str,
+    output: Path,
+    store: Path | None,
+    preempted: Callable[[], bool],
 ) -> None:
-    run = trainer.run
+    run, world = trainer.run, trainer.world
     log = folder / "journal.jsonl"
-    found = checkpoints.latest(folder)
+    found = checkpoints.latest(folder) if world.main else None
     if found is not None and _snapshot_missed(run, folder, found):
         print(f"{run.run}: starting over for a snapshot that it passed", file=sys.stderr)
         checkpoints.remove(folder)
         shutil.rmtree(folder / "snapshots", ignore_errors=True)  # of one trajectory, all of them
         found = None
-    if found is not None:
-        trainer.restore(found)
-        print(f"{run.run}: going on after iteration {found.iteration}", file=sys.stderr)
-    journal.rewind(log, trainer.iteration if found else -1)
-    with _live(run, key, store, log, folder / "monitor"):
-        stopped = _loop(trainer, folder, log, fresh=found is None)
+    iteration = world.from_main(lambda: found.iteration if found else None)
+    if iteration is not None:
+        trainer.restore(found or checkpoints.at(folder, iteration))
+        if world.main:
+            print(f"{run.run}: going on after iteration {iteration}", file=sys.stderr)
+    if world.main:
+        journal.rewind(log, -1 if iteration is None else iteration)
+    with _live(run, key, store if world.main else None, log, folder / "monitor"):
+        stopped = _loop(trainer, folder, log, preempted, fresh=iteration is None)
+        if trainer.iteration < run.train.iterations and not stopped:
+            if world.main:
+                print(f"{run.run}: saved after iteration {trainer.iteration}", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
     _write_outputs(trainer, key, folder, log, output, stopped)
 
 
@@ -113,22 +167,26 @@ def _live(
     return LiveTracker(run, key, store, log, images)
 
 
-def _loop(trainer: Trainer, folder: Path, log: Path, *, fresh: bool) -> dict[str, str]:
-    """Train to the last iteration, or until a bound stops it; returns what stopped it."""
-    run, t = trainer.run, trainer.run.train
+def _loop(
+    trainer: Trainer, folder: Path, log: Path, preempted: Callable[[], bool], *, fresh: bool
+) -> dict[str, str]:
+    """Train to the last iteration, or until a bound or a signal stops it; returns which bound."""
+    run, t, world = trainer.run, trainer.run.train, trainer.world
     first = folder / "monitor" / "iteration-000000.png"
     if fresh and t.monitor_every:
         metrics, images = trainer.monitor()
-        save_grid(first, images, t.monitor_samples)
-        _record(trainer, log, metrics, {})
-        checkpoints.save(folder, trainer.checkpoint())
+        if world.main:
+            save_grid(first, images, t.monitor_samples)
+            _record(trainer, log, metrics, {})
+        _save(trainer, folder)
     elif t.monitor_every:
         size = run.model.height, run.model.width
         trainer.base_images = load_grid(first, t.monitor_samples, *size)
-    monitors = _monitors(log)
+    monitors = world.from_main(lambda: _monitors(log))
     reasons = _stops(run, _beyond_bounds(run, monitors))
-    with Progress(t.iterations, run.run, trainer.iteration) as progress:
-        while trainer.iteration < t.iterations and not reasons:
+    stop = False
+    with Progress(t.iterations, run.run, trainer.iteration, shown=world.main) as progress:
+        while trainer.iteration < t.iterations and not reasons and not stop:
             if t.snapshots:
                 _keep_snapshots(trainer, folder, trainer.cost(trainer.iteration + 1).total)
             metrics, rows = trainer.step()
@@ -137,18 +195,29 @@ def _loop(trainer: Trainer, folder: Path, log: Path, *, fresh: bool) -> dict[str
             if t.monitor_every and (n % t.monitor_every == 0 or last):
                 measured, images = trainer.monitor()
                 metrics |= measured
-                save_grid(folder / "monitor" / f"iteration-{n:06d}.png", images, t.monitor_samples)
+                if world.main:
+                    grid = folder / "monitor" / f"iteration-{n:06d}.png"
+                    save_grid(grid, images, t.monitor_samples)
                 monitors.append(measured)
-                reasons = _warn(run, n, _beyond_bounds(run, monitors))
-            _record(trainer, log, metrics, rows)
-            if n % t.checkpoint_every == 0 or last or reasons:
-                checkpoints.save(folder, trainer.checkpoint())
+                reasons = _warn(run, n, _beyond_bounds(run, monitors), say=world.main)
+            if world.main:
+                _record(trainer, log, metrics, rows)
+            stop = any(world.gather(preempted()))
+            if n % t.checkpoint_every == 0 or last or reasons or stop:
+                _save(trainer, folder)
             progress.step(
                 "  ".join(f"{name} {metrics[f'reward/{name}']:.4f}" for name in t.rewards)
                 + f"  grad_norm {metrics['grad_norm']:.3g}"
             )
-    _keep_snapshots(trainer, folder, None)
+    if not stop or trainer.iteration == t.iterations:
+        _keep_snapshots(trainer, folder, None)
     return reasons
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    checkpoint = trainer.checkpoint()  # by all processes: sharded weights are gathered
+    if trainer.world.main:
+        checkpoints.save(folder, checkpoint)
 
 
 def _monitors(log: Path) -> list[dict[str, float]]:
@@ -168,13 +237,14 @@ def _stops(run: RunConfig, beyond: dict[str, str]) -> dict[str, str]:
     return {k: text for k, text in beyond.items() if run.train.bounds[k].action == "stop"}
 
 
-def _warn(run: RunConfig, iteration: int, beyond: dict[str, str]) -> dict[str, str]:
+def _warn(run: RunConfig, iteration: int, beyond: dict[str, str], *, say: bool) -> dict[str, str]:
     """Say which bounds were crossed; returns those that end the run."""
     stops = _stops(run, beyond)
     for name, text in beyond.items():
         what = "stops" if name in stops else "goes on"
-        say = f"{run.run}: iteration {iteration}: monitor {name}: {text}; training {what}"
-        print(say, file=sys.stderr, flush=True)
+        line = f"{run.run}: iteration {iteration}: monitor {name}: {text}; training {what}"
+        if say:
+            print(line, file=sys.stderr, flush=True)
     return stops
 
 
@@ -183,12 +253,14 @@ def _keep_snapshots(trainer: Trainer, folder: Path, ahead: int | None) -> None:
     spent = sum(trainer.counts[name] for name in EVALUATIONS)
     for limit in trainer.run.train.snapshots:
         target = folder / "snapshots" / str(limit)
-        if target.is_dir() or (ahead is not None and spent + ahead <= limit):
+        if trainer.world.from_main(target.is_dir) or (ahead is not None and spent + ahead <= limit):
             continue
         unfinished = folder / "snapshots" / f"{limit}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with trainer.averaged():
-            trainer.model.save(unfinished)
+        if trainer.world.main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        trainer.save(unfinished)
+        if not trainer.world.main:
+            continue
         write_json(
             unfinished / "snapshot.json",
             {
@@ -220,10 +292,12 @@ def _write_outputs(
 ) -> None:
     """Declared outputs appear only here, at the end."""
     run = trainer.run
-    for name in ("adapter", "monitor", "snapshots"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    with trainer.averaged():
-        trainer.model.save(output / "adapter")
+    if trainer.world.main:
+        for name in ("adapter", "monitor", "snapshots"):
+            shutil.rmtree(output / name, ignore_errors=True)
+    trainer.save(output / "adapter")
+    if not trainer.world.main:
+        return
     (output / "monitor").mkdir(parents=True, exist_ok=True)
     for line in journal.read(log):
         grid = folder / "monitor" / f"iteration-{line['iteration']:06d}.png"

@@ -56,7 +56,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
     head = json.dumps({"iteration": checkpoint.iteration, **checkpoint.numbers}, sort_keys=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
-    path = folder / f"checkpoint-{checkpoint.iteration:06d}.safetensors"
+    path = _path(folder, checkpoint.iteration)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"head": head, "sha256": checksum(tensors, head)})
     for old in _ordered(folder)[:-KEEP]:
@@ -94,6 +94,11 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def at(folder: Path, iteration: int) -> Checkpoint:
+    """The checkpoint of one iteration, which is known to be whole."""
+    return _read(_path(folder, iteration))
+
+
 def remove(folder: Path) -> None:
     """Remove all checkpoints of a folder."""
     for path in _ordered(folder):
@@ -111,6 +116,10 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError("checksum does not match")
     numbers = json.loads(head)
     return Checkpoint(numbers.pop("iteration"), tensors, numbers)
+
+
+def _path(folder: Path, iteration: int) -> Path:
+    return folder / f"checkpoint-{iteration:06d}.safetensors"
 
 
 def _ordered(folder: Path) -> list[Path]:

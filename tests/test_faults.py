@@ -1,0 +1,209 @@
+"""A full disk, preemption, two workflows on one folder: nothing is lost, nothing half is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import ROOT, small_run, write_run
+from test_processes import arguments, same
+from test_workflow import study
+
+from egrpo.cli import main
+from egrpo.errors import UserError
+from egrpo.stages import train_run
+from egrpo.stages.processes import Processes
+from egrpo.stages.train_run import only_one
+from egrpo.store import journal
+from egrpo.store.files import write_json
+
+
+class Disk:
+    """A real file system with little space."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs needs root")
+
+    def resize(self, size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    found = Disk(tmp_path / "disk")
+    yield found
+    subprocess.run(["umount", str(found.folder)], check=True)
+
+
+def test_what_was_there_stays_when_the_disk_is_full(disk: Disk) -> None:
+    disk.resize("700k")
+    target = disk.folder / "kept.json"
+    write_json(target, "old")
+    with pytest.raises(UserError, match=r"kept\.json: no space left on the disk"):
+        write_json(target, "new" * 300_000)
+    assert json.loads(target.read_text()) == "old"
+    assert list(disk.folder.iterdir()) == [target]
+
+
+def test_a_journal_on_a_full_disk_keeps_its_whole_lines(disk: Disk) -> None:
+    disk.resize("16k")
+    log = disk.folder / "journal.jsonl"
+    written = []
+
+    def fill() -> None:
+        while True:
+            journal.append(log, {"iteration": len(written), "x": "y" * 700})
+            written.append(len(written))
+
+    with pytest.raises(OSError, match="No space left"):
+        fill()
+    assert len(written) > 10
+    assert log.read_text()[-1] != "\n", "the last line is torn"
+    disk.resize("1m")
+    journal.rewind(log, len(written))
+    journal.append(log, {"iteration": len(written)})
+    assert [line["iteration"] for line in journal.read(log)] == [*written, len(written)]
+
+
+def refused(done: Result) -> None:
+    assert done.exit_code == 2, done.output
+    lines = [line for line in done.stderr.splitlines() if "no space left on the disk" in line]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_training_goes_on_when_there_is_space_again(
+    disk: Disk, embeddings: Path, tmp_path: Path
+) -> None:
+    """The disk grows by little each time: it is full in the middle of every kind of file."""
+    run = small_run("full", **{"train.snapshots": [800], "train.iterations": 3})
+    straight = arguments(run, embeddings, tmp_path / "straight")
+    assert CliRunner().invoke(main, straight).exit_code == 0
+    words = arguments(run, embeddings, tmp_path / "full")
+    for flag, name in (("--state", "state"), ("--output", "out")):
+        words[words.index(flag) + 1] = str(disk.folder / name)
+    places, kilobytes = set(), 4
+    while (done := CliRunner().invoke(main, words)).exit_code != 0:
+        refused(done)
+        (line,) = [x for x in done.stderr.splitlines() if "no space left" in x]
+        places.add(Path(line.removeprefix("egrpo: ").split(": ")[0]).suffix)
+        kilobytes += 52
+        assert kilobytes < 8000
+        disk.resize(f"{kilobytes}k")
+    assert {".safetensors", ".parquet", ".png"} <= places, places
+    same(tmp_path / "straight/out", disk.folder / "out")
+
+
+def test_no_table_or_image_is_cut_short(disk: Disk, embeddings: Path, tmp_path: Path) -> None:
+    """Profile and evaluation: whole files, or none under their names."""
+    run = small_run("full", **{"profile.prompts": 1, "profile.samples": 2, "profile.spans": [1]})
+    config = str(write_run(run, tmp_path / "run.yaml"))
+    common = ["--run-config", config, "--embeddings", str(embeddings)]
+    for stage, outputs in {
+        "evaluate": {"--scores": "scores.parquet", "--images": "images.parquet"},
+        "profile": {"--output": "profile.parquet", "--branches": "branches.parquet"},
+    }.items():
+        folder = disk.folder / stage
+        words = [stage, *common]
+        for flag, name in outputs.items():
+            words += [flag, str(folder / name)]
+        disk.resize("8k" if stage == "evaluate" else "40k")
+        refused(CliRunner().invoke(main, words))
+        for path in folder.glob("*"):
+            assert path.name in outputs.values()
+            pq.read_table(path)
+        disk.resize("64m")
+        assert CliRunner().invoke(main, words).exit_code == 0
+        assert {path.name for path in folder.iterdir()} == set(outputs.values())
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Path, tmp_path: Path) -> None:
+    """As SLURM and Snakemake send it; of itself the job would save after 100 iterations."""
+    run = small_run("stopped", **{"train.iterations": 12, "train.checkpoint_every": 100})
+    straight = arguments(run, embeddings, tmp_path / "straight")
+    assert CliRunner().invoke(main, straight).exit_code == 0
+    words = [sys.executable, "-m", "egrpo", *arguments(run, embeddings, tmp_path / "stopped")]
+    job = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "stopped/state").glob("*/checkpoint-000000.safetensors")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.5)
+    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGTERM)  # a second one does no harm
+    # the queue starts it again while the first still saves
+    again = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM
+    assert said.count("SIGTERM: saving at the end of this iteration") == 1
+    assert "saved after iteration" in said
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert "going on after iteration" in said
+    same(tmp_path / "straight/out", tmp_path / "stopped/out")
+
+
+def test_two_processes_never_train_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_run, "LEASE_WAIT", 0.2)
+    world = Processes(torch.device("cpu"))
+    with (
+        only_one(tmp_path, "a", world),
+        pytest.raises(UserError, match="another process is training it"),
+        only_one(tmp_path, "a", world),
+    ):
+        pass
+    assert capsys.readouterr().err.count("waiting for another process to leave") == 1
+    with only_one(tmp_path, "a", world):
+        pass
+
+
+def test_a_second_workflow_on_one_results_folder_is_refused(tmp_path: Path) -> None:
+    """Started in another folder, where Snakemake's own lock does not reach; and after a kill."""
+    config = study(tmp_path, default_runs=["one-s0"])
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", str(config)]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("Snakefile", "workflow", "config", "assets", "egrpo", "profiles"):
+        (elsewhere / name).symlink_to(ROOT / name)
+    first = subprocess.Popen(
+        command, cwd=elsewhere, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob("results/*/settings/*")):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        second = subprocess.run(
+            [*command, "--nolock"], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        assert second.returncode == 1
+        assert "another snakemake works on it" in second.stderr
+        dry = subprocess.run(
+            [*command, "--nolock", "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        assert dry.returncode == 0, dry.stderr
+    finally:
+        first.kill()
+        first.wait()
+    only = str(tmp_path / "results/small/store.json")
+    third = subprocess.run(
+        [*command, "--nolock", "--", only], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert third.returncode == 0, third.stderr
