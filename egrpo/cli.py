@@ -240,6 +240,33 @@ def evaluate_command(
         evaluate(run, embeddings, adapter, scores, images, snapshots, snapshot_scores)
 
 
+@main.command("lease", context_settings={"ignore_unknown_options": True})
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option("--ids", default="", help="GPUs to choose from, 0,1,…; left out: all.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def lease_command(gpus: int, ids: str, command: tuple[str, ...]) -> None:
+    """Run COMMAND with GPUs that no other lease holds (profiles/gpu)."""
+    from egrpo.stages.lease import lease
+
+    lease(gpus, command, [name for name in ids.split(",") if name])
+
+
+@main.command("serve-rewards")
+@click.option("--reward", "names", multiple=True, help="Name in the study; left out: all.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8800, show_default=True, help="Port.")
+@click.option("--token-file", type=EXISTING, help="File with the token that clients must send.")
+@click.option("--device", default="auto", show_default=True, help="Of rewards that name none.")
+@click.option("--batch", default=64, show_default=True, help="Most images scored together.")
+@click.option("--limit", default=4096, show_default=True, help="Most images that wait.")
+@click.argument("configs", type=EXISTING, nargs=-1, required=True)
+def serve_command(configs: tuple[Path, ...], names: tuple[str, ...], **options: Any) -> None:
+    """Serve the rewards of a study to training jobs (`kind: remote`)."""
+    from egrpo.stages.serve import serve
+
+    serve(configs, names, **options)
+
+
 RUN_CONFIGS = click.argument("run_configs", type=EXISTING, nargs=-1, required=True)
 RESULTS = click.option("--results", default="results", show_default=True, help="Results folder.")
 

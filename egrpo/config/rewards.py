@@ -207,6 +207,26 @@ class UnifiedReward(RewardSettings):
         return self
 
 
+class Remote(RewardSettings):
+    """A reward that `egrpo serve-rewards` computes, on another GPU or another machine."""
+
+    kind: Literal["remote"]
+    url: str = setting(
+        ..., "Address of the service, such as http://127.0.0.1:8800.", pattern=r"^https?://.+"
+    )
+    reward: str = setting(..., "Name of the reward there.")
+    encoding: Literal["png", "raw"] = setting(
+        "png", "How images travel: compressed without loss, or as bytes with their shape."
+    )
+    batch: int = setting(32, "Most images in one request.", ge=1)
+    concurrency: int = setting(2, "Requests at once.", ge=1)
+    seconds: float = setting(300.0, "Time-out of one request, seconds.", gt=0.0)
+    patience: float = setting(
+        1800.0, "How long a run waits for a service that is away, seconds; then it ends.", ge=0.0
+    )
+    token_file: str | None = setting(None, "File with the token of the service.")
+
+
 class Custom(RewardSettings):
     """A function of your own: ``function(images, prompts, **options) -> n numbers``."""
 
@@ -241,6 +261,7 @@ AnyReward = Annotated[
     | ImageReward
     | Aesthetic
     | UnifiedReward
+    | Remote
     | Custom,
     Field(discriminator="kind"),
 ]

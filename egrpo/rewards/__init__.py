@@ -39,6 +39,7 @@ LOADERS: dict[str, tuple[str, str]] = {
     "imagereward": ("imagereward", "ImageReward"),
     "aesthetic": ("clip", "Aesthetic"),
     "unifiedreward": ("unifiedreward", "UnifiedReward"),
+    "remote": ("remote", "Remote"),
     "custom": ("custom", "Custom"),
 }
 """Module and class of each ``kind``; imported when one is used, for some take seconds."""
@@ -73,6 +74,8 @@ def score_all(
         UserError: if a reward returns the wrong number of scores. A crash is not caught: no reward
             may turn into a number because its model failed.
     """
+    if not len(images):
+        return {name: np.empty(0) for name in models}
     out = {}
     for name, model in models.items():
         scores = np.asarray(model.score(images, prompts), dtype=np.float64)

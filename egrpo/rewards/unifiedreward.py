@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from egrpo.config.rewards import UnifiedReward as Settings
-from egrpo.errors import UserError
+from egrpo.rewards.http import LONGEST_WAIT, bearer, text_of
+from egrpo.rewards.network import png_of
 
 QUESTION = (
     "<image>\nYou are given a text caption and a generated image based on that caption. Your task "
@@ -28,9 +26,6 @@ QUESTION = (
     "from 1 to 5 after 'Final Score:'.\nYour task is provided as follows:\nText Caption: [{prompt}]"
 )
 """UnifiedReward's published question for a pointwise score."""
-
-LONGEST_WAIT = 10.0
-"""Seconds between two tries, at most."""
 
 
 class UnansweredError(Exception):
@@ -44,16 +39,7 @@ class UnifiedReward:
         import httpx2
 
         self.settings = settings
-        headers = {}
-        if settings.token_file is not None:
-            try:
-                token = Path(settings.token_file).read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise UserError(
-                    f"rewards, kind unifiedreward: token_file: {settings.token_file}: "
-                    f"{error.strerror}"
-                ) from None
-            headers["Authorization"] = f"Bearer {token}"
+        headers = bearer(settings.token_file, "rewards, kind unifiedreward")
         self.client = httpx2.Client(
             base_url=settings.url.rstrip("/"),
             headers=headers,
@@ -63,9 +49,8 @@ class UnifiedReward:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[n] float32 scores, divided by ``divide_by``; NaN where none was given."""
-        pixels = list(images.permute(0, 2, 3, 1).cpu().numpy())
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            found = list(pool.map(self._one, pixels, prompts))
+            found = list(pool.map(self._one, images, prompts))
         failed = [reason for _, reason in found if reason]
         if failed:
             print(
@@ -76,7 +61,7 @@ class UnifiedReward:
             )
         return np.array([score for score, _ in found], dtype=np.float32)
 
-    def _one(self, pixels: npt.NDArray[np.uint8], prompt: str) -> tuple[float, str]:
+    def _one(self, image: Tensor, prompt: str) -> tuple[float, str]:
         """The score of one image, or NaN and why."""
         import httpx2
         from tenacity import (
@@ -93,17 +78,12 @@ class UnifiedReward:
             reraise=True,
         )
         try:
-            return retrying(self._ask, self._request(pixels, prompt)), ""
+            return retrying(self._ask, self._request(image, prompt)), ""
         except (UnansweredError, httpx2.HTTPError) as error:
             return np.nan, " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
-    def _request(self, pixels: npt.NDArray[np.uint8], prompt: str) -> dict[str, Any]:
-        from PIL import Image
-
-        side = self.settings.side
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).resize((side, side)).save(buffer, format="PNG")
-        image = base64.b64encode(buffer.getvalue()).decode("ascii")
+    def _request(self, image: Tensor, prompt: str) -> dict[str, Any]:
+        picture = text_of(png_of(image, self.settings.side))
         question = (self.settings.question or QUESTION).replace("{prompt}", prompt)
         return {
             "model": self.settings.model,
@@ -114,7 +94,7 @@ class UnifiedReward:
                     "content": [
                         {
                             "type": "image_url",
-                            "image_url": {"url": f"data:image/png;base64,{image}"},
+                            "image_url": {"url": f"data:image/png;base64,{picture}"},
                         },
                         {"type": "text", "text": question},
                     ],
