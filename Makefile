@@ -1,6 +1,7 @@
 # make demo   the whole study on this machine, then its table
 # make paper  every table and figure of the paper at laptop scale; hours, resumable
-# make test   all tests
+# make test   all tests but those that need a SLURM
+# make test-slurm   those: a cluster of emulated nodes on this machine, which needs root
 # make ui     browse the results in MLflow
 # PYTHON=python3.12 make …  chooses the interpreter that .venv is made with
 
@@ -10,10 +11,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help demo paper test lint ui clean
+.PHONY: help demo paper test test-slurm lint ui clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"egrpo needs Python 3.11 to 3.13, $(PYTHON) is {v[0]}.{v[1]}: PYTHON=python3.12 make …")'
@@ -29,8 +30,12 @@ demo: .venv/ready ## the default study: profile, plan, training, evaluation, tab
 paper: .venv/ready ## every table and figure of the paper, at laptop scale; resumable
 	snakemake --cores all paper
 
-test: .venv/ready ## all tests
-	python -m pytest
+# a file is one worker's; the longest one first
+test: .venv/ready ## all tests but those that need a SLURM
+	python -m pytest -m "not slurm" -n 2 --dist loadfile tests/test_workflow.py tests
+
+test-slurm: .venv/ready ## the workflow on a real SLURM: emulated nodes on this machine, needs root
+	python -m pytest -m slurm -rs
 
 lint: .venv/ready ## the linters that .ci/run runs
 	ruff check .

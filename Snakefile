@@ -24,6 +24,21 @@ include: "workflow/rules/toy.smk"
 report: "workflow/report/workflow.rst"
 
 
+# Seconds of one core each: on a cluster they run where snakemake runs, not in the queue.
+localrules:
+    all,
+    run_config,
+    settings,
+    target_settings,
+    prepare_store,
+    plan,
+    comparison,
+    figures,
+    result_table,
+    result_figure,
+    publish,
+
+
 # The default runs. Everything a user may look at is named, so that a lost file is made again.
 rule all:
     default_target: True

@@ -200,34 +200,6 @@ def test_a_server_that_is_away_does_not_stop_the_workflow(
     assert "secret" not in error
 
 
-def first_use(folder: Path, name: str) -> None:
-    os.chdir(folder)
-    client, run_id = new_run(Path("store.json"), name, run=name)
-    deliver(client, run_id, [line(i) for i in range(5)])
-
-
-def test_four_processes_create_runs_at_once(store: Path, tmp_path: Path) -> None:
-    ids = read_json(store) | {"uri": "sqlite:///results/mlflow.db"}  # relative, as in a workflow
-    write_json(store, ids)
-    # one process that has imported MLflow and forks the others: they start together, and fast
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store"])
-    jobs = [context.Process(target=first_use, args=(tmp_path, f"run{i}")) for i in range(4)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join(timeout=60)
-    assert [job.exitcode for job in jobs] == [0] * 4
-    client = open_client(f"sqlite:///{tmp_path}/results/mlflow.db")
-    runs = client.search_runs([ids["experiment_id"]], "tags.`egrpo.kind` = 'train'")
-    assert sorted(r.info.run_name for r in runs) == ["run0", "run1", "run2", "run3"]
-    for r in runs:
-        assert curve(client, r.info.run_id) == once(*range(5))
-        assert r.data.params["method.threshold"] == "2.2"
-        assert r.data.tags["mlflow.parentRunId"] == ids["parent_run_id"]
-    assert not (tmp_path / "mlruns").exists()
-
-
 # ---------------------------------------------------------------- runs and metrics
 
 
@@ -472,6 +444,49 @@ def test_a_server_that_hangs_does_not_hold_up_the_end(
         start = time.monotonic()
     assert time.monotonic() - start < REQUEST_TIMEOUT / 2
     assert "`publish` delivers them" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- eight jobs at once
+
+
+def one_job(folder: Path, name: str) -> None:
+    """Finds or makes its run, then logs 40 iterations while the others do the same."""
+    os.chdir(folder)
+    client, run_id = new_run(Path("store.json"), name, run=name)
+    for begin in range(0, 40, 5):
+        deliver(client, run_id, [line(i) for i in range(begin, begin + 5)])
+
+
+@pytest.mark.parametrize("where", ["sqlite", "server"])
+def test_eight_jobs_log_at_once(
+    where: str, store: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Every value arrives, once."""
+    ids = read_json(store) | {"uri": "sqlite:///results/mlflow.db"}  # relative, as in a workflow
+    if where == "server":
+        uri = f"http://127.0.0.1:{request.getfixturevalue('server')}"
+        client = open_client(uri)
+        ids |= {"uri": uri, "experiment_id": client.create_experiment("eight jobs")}
+        ids["parent_run_id"] = client.create_run(ids["experiment_id"]).info.run_id
+    write_json(store, ids)
+    # one process that has imported MLflow and forks the others: they start together, and fast
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store"])
+    jobs = [context.Process(target=one_job, args=(tmp_path, f"run{i}")) for i in range(8)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(timeout=120)
+    assert [job.exitcode for job in jobs] == [0] * 8
+    if where == "sqlite":
+        client = open_client(f"sqlite:///{tmp_path}/results/mlflow.db")
+    runs = client.search_runs([ids["experiment_id"]], "tags.`egrpo.kind` = 'train'")
+    assert sorted(r.info.run_name for r in runs) == [f"run{i}" for i in range(8)]
+    for r in runs:
+        assert curve(client, r.info.run_id) == once(*range(40))
+        assert r.data.params["method.threshold"] == "2.2"
+        assert r.data.tags["mlflow.parentRunId"] == ids["parent_run_id"]
+    assert not (tmp_path / "mlruns").exists()
 
 
 # ---------------------------------------------------------------- publish

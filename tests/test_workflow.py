@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,22 +78,24 @@ def study(folder: Path, runs: str = RUNS, **changes: Any) -> Path:
     return path
 
 
-def snakemake(config: Path | None, *words: str) -> subprocess.CompletedProcess[str]:
+def snakemake(
+    config: Path | None, *words: str, where: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     extra = ["--configfile", str(config)] if config else []
     env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", *words, *extra],
-        cwd=ROOT,
+        cwd=where,
         env=env,
         capture_output=True,
         text=True,
     )
 
 
-def planned(config: Path | None, *words: str) -> dict[str, int]:
+def planned(config: Path | None, *words: str, where: Path = ROOT) -> dict[str, int]:
     """Jobs of a dry run: rule -> count."""
-    done = snakemake(config, "--dry-run", *words)
+    done = snakemake(config, "--dry-run", *words, where=where)
     assert done.returncode == 0, done.stderr
     found = re.search(r"^job +count\n-+ +-+\n(.*?)^total", done.stdout + done.stderr, re.M | re.S)
     return {k: int(v) for k, v in (ln.split() for ln in found[1].splitlines())} if found else {}
@@ -286,6 +289,22 @@ def test_running_again_does_nothing_and_edits_rerun_only_what_they_touch(finishe
     assert not {"profile", "embed"} & set(jobs)
     study(folder)
     assert planned(finished) == {}
+
+
+@pytest.mark.slow
+def test_an_edit_of_the_code_runs_again_what_it_decides(finished: Path, tmp_path: Path) -> None:
+    """In a copy of the repository that knows nothing of earlier runs but their results."""
+    for name in ("config", "assets", "profiles"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("workflow", "egrpo"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy2(ROOT / "Snakefile", tmp_path)
+    assert planned(finished, where=tmp_path) == {}
+    with (tmp_path / "egrpo/core/loss.py").open("a") as source:
+        source.write("# edited\n")
+    jobs = planned(finished, where=tmp_path)
+    assert jobs["train"] == 2
+    assert not {"profile", "embed", "evaluate_base"} & set(jobs)
 
 
 @pytest.mark.slow

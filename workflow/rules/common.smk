@@ -10,8 +10,8 @@ from egrpo.config import keys, load
 from egrpo.config.layout import Layout
 from egrpo.config.trees import check_trees, needs_plan
 from egrpo.errors import UserError
-from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE
-from egrpo.store.files import write_json
+from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
+from egrpo.store.files import lock, write_json, write_text
 
 CONFIG_FILES = ", ".join(str(f) for f in workflow.overwrite_configfiles) or "config/config.yaml"
 
@@ -25,6 +25,13 @@ except UserError as error:
 at = Layout(study)
 RUNS = study.runs
 STUDY = str(at.root)
+
+
+onstart:
+    # Snakemake's own lock is of the working directory; two folders can share their results
+    at.root.mkdir(parents=True, exist_ok=True)
+    if lock(at.root / "workflow.lock") is None:
+        raise WorkflowError(f"{at.root}: another snakemake works on it; wait for it or end it")
 
 
 wildcard_constraints:
@@ -89,16 +96,21 @@ def prompt_files(run):
 
 
 def sources(*parts):
-    """Source files behind a stage: an edit makes its outputs again."""
+    """A file that stands for the source files behind a stage: an edit makes its outputs again.
+
+    One file, because the plan of a sweep takes time for each input of each job. Its name holds the
+    digest of their contents, its time is that of the last edit.
+    """
     root = Path(workflow.basedir) / "egrpo"
-    found = []
-    for part in parts:
-        path = root / part
-        found += sorted(path.glob("*.py")) if path.is_dir() else [path]
-    return [os.path.relpath(f) for f in found]
-
-
-MODEL_CODE = sources(*SAMPLING_CODE)
+    files = [f for p in parts for f in (sorted((root / p).glob("*.py")) or [root / p])]
+    text = "".join(f"{file_identity(f)}  {f.relative_to(root)}\n" for f in files)
+    path = Path(".snakemake", "egrpo", f"code-{keys.digest(text)}.txt")
+    edited = max(f.stat().st_mtime for f in files)
+    if not path.exists():
+        write_text(path, text)
+    if path.stat().st_mtime != edited:
+        os.utime(path, (edited, edited))
+    return str(path)
 
 
 def configs(runs):

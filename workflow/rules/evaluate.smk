@@ -6,7 +6,7 @@ rule evaluate_base:
         settings=f"{STUDY}/settings/base-{{key}}.yaml",
         embeddings=lambda wc: at.embeddings(owner("base", wc.key)),
         weights=lambda wc: weights(owner("base", wc.key)),
-        code=MODEL_CODE + sources("stages/evaluate.py"),
+        code=sources(*SAMPLING_CODE, "stages/evaluate.py"),
     output:
         scores=f"{STUDY}/base/{{key}}/scores.parquet",
         images=f"{STUDY}/base/{{key}}/images.parquet",
@@ -17,8 +17,10 @@ rule evaluate_base:
     conda:
         "../../envs/egrpo.yaml"
     threads: 1
+    resources:
+        launch="python",
     shell:
-        "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.settings:q}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo evaluate --run-config {input.settings:q}"
         " --embeddings {input.embeddings:q} --scores {output.scores:q} --images {output.images:q}"
         " --threads {threads} 3>&2 2> {log:q}"
 
@@ -30,7 +32,7 @@ rule evaluate:
         weights=lambda wc: weights(wc.run),
         adapter=f"{STUDY}/runs/{{run}}/adapter",
         snapshots=f"{STUDY}/runs/{{run}}/snapshots",
-        code=MODEL_CODE + sources("stages/evaluate.py"),
+        code=sources(*SAMPLING_CODE, "stages/evaluate.py"),
     output:
         scores=f"{STUDY}/runs/{{run}}/scores.parquet",
         images=f"{STUDY}/runs/{{run}}/images.parquet",
@@ -42,8 +44,10 @@ rule evaluate:
     conda:
         "../../envs/egrpo.yaml"
     threads: 1
+    resources:
+        launch="python",
     shell:
-        "EGRPO_PROGRESS_FD=3 python -m egrpo evaluate --run-config {input.settings:q}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo evaluate --run-config {input.settings:q}"
         " --embeddings {input.embeddings:q} --adapter {input.adapter:q} --scores {output.scores:q}"
         " --images {output.images:q} --snapshots {input.snapshots:q}"
         " --snapshot-scores {output.snapshots:q} --threads {threads} 3>&2 2> {log:q}"

@@ -8,13 +8,6 @@ envvars:
     "EGRPO_SETTINGS",
 
 
-localrules:
-    run_config,
-    settings,
-    target_settings,
-    prepare_store,
-
-
 rule run_config:
     output:
         config=f"{STUDY}/runs/{{run}}/config.yaml",
@@ -90,6 +83,8 @@ rule embed:
         f"{STUDY}/benchmarks/embed/{{key}}.tsv"
     conda:
         "../../envs/egrpo.yaml"
+    resources:
+        launch="python",
     shell:
-        "python -m egrpo embed --run-config {input.settings:q} --output {output.embeddings:q}"
+        "{resources.launch} -m egrpo embed --run-config {input.settings:q} --output {output.embeddings:q}"
         " 2> {log:q}"

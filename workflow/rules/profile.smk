@@ -6,7 +6,7 @@ rule profile:
         settings=f"{STUDY}/settings/profile-{{key}}.yaml",
         embeddings=lambda wc: at.embeddings(owner("profile", wc.key)),
         weights=lambda wc: weights(owner("profile", wc.key)),
-        code=MODEL_CODE + sources("core/entropy.py", "stages/profile.py"),
+        code=sources(*SAMPLING_CODE, "core/entropy.py", "stages/profile.py"),
     output:
         profile=f"{STUDY}/profiles/{{key}}/entropy_profile.parquet",
         branches=f"{STUDY}/profiles/{{key}}/branches.parquet",
@@ -17,8 +17,10 @@ rule profile:
     conda:
         "../../envs/egrpo.yaml"
     threads: 1
+    resources:
+        launch="python",
     shell:
-        "EGRPO_PROGRESS_FD=3 python -m egrpo profile --run-config {input.settings:q}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo profile --run-config {input.settings:q}"
         " --embeddings {input.embeddings:q} --output {output.profile:q}"
         " --branches {output.branches:q} --threads {threads} 3>&2 2> {log:q}"
 
@@ -56,7 +58,7 @@ rule suffix_quality:
         plan=f"{STUDY}/runs/{{run}}/plan.json",
         embeddings=lambda wc: at.embeddings(wc.run),
         weights=lambda wc: weights(wc.run),
-        code=MODEL_CODE + sources("core/intervals.py", "stages/suffixes.py"),
+        code=sources(*SAMPLING_CODE, "core/intervals.py", "stages/suffixes.py"),
     output:
         table=f"{STUDY}/runs/{{run}}/suffixes.parquet",
         csv=f"{STUDY}/runs/{{run}}/suffixes.csv",
@@ -68,7 +70,9 @@ rule suffix_quality:
     conda:
         "../../envs/egrpo.yaml"
     threads: 1
+    resources:
+        launch="python",
     shell:
-        "EGRPO_PROGRESS_FD=3 python -m egrpo suffixes --run-config {input.settings:q}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo suffixes --run-config {input.settings:q}"
         " --plan {input.plan:q} --embeddings {input.embeddings:q} --output {output.table:q}"
         " --threads {threads} 3>&2 2> {log:q}"

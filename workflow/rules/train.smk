@@ -23,11 +23,13 @@ rule train:
     conda:
         "../../envs/egrpo.yaml"
     threads: 1
+    resources:
+        launch="python",
     params:
         plan=lambda wc, input: f"--plan {input.plan}" if input.plan else "",
         folder=lambda wc, output: Path(output.summary).parent,
         state=f"{STUDY}/state/{{run}}",
     shell:
-        "EGRPO_PROGRESS_FD=3 python -m egrpo train --run-config {input.settings:q} {params.plan}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo train --run-config {input.settings:q} {params.plan}"
         " --embeddings {input.embeddings:q} --state {params.state:q} --output {params.folder:q}"
         " --store {input.store:q} --threads {threads} 3>&2 2> {log:q}"
