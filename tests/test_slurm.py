@@ -150,13 +150,22 @@ def training(results: Path) -> dict[str, tuple[str, str]]:
 
 
 def at_once(*numbers: str) -> None:
-    """Start requeued jobs now; SLURM would wait two minutes."""
-    for state in ("PENDING", "RUNNING"):
-        for number in numbers:
-            while not slurm("squeue", "--noheader", f"--jobs={number}", f"--states={state}"):
-                time.sleep(0.1)
+    """Start requeued jobs now, and wait until they run; SLURM would wait two minutes.
+
+    One that ended at that moment is not waited for.
+    """
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        lines = slurm("squeue", "--noheader", "--format=%i|%T").split()
+        states = dict(line.split("|") for line in lines)
+        here = {number: states[number] for number in numbers if number in states}
+        if all(state == "RUNNING" for state in here.values()):
+            return
+        for number, state in here.items():
             if state == "PENDING":
                 slurm("scontrol", "update", f"jobid={number}", "StartTime=now")
+        time.sleep(0.5)
+    raise AssertionError(f"requeued jobs do not run: {here}")
 
 
 def requeue(number: str, node: str) -> None:
