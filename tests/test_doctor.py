@@ -316,19 +316,8 @@ def test_a_preset_runs_with_the_paths_of_model_and_rewards(
     """flux_dev_hps, made short by smoke, on a tiny FLUX and a tiny HPS file: the whole workflow."""
     import open_clip
 
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 32,
-            "heads": 2,
-            "layers": 1,
-        },
-    }
     architecture = tmp_path / "tiny-clip.json"
-    architecture.write_text(json.dumps(config))
+    architecture.write_text(json.dumps(tiny_models.TINY_OPEN_CLIP))
     open_clip.add_model_config(architecture)
     torch.manual_seed(0)
     weights = tmp_path / "HPS_v2.1_compressed.pt"

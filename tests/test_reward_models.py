@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import TINY_OPEN_CLIP
 from torch import Tensor, nn
 
 from egrpo.config import rewards as settings
@@ -69,18 +70,7 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
     import open_clip
 
     folder = tmp_path_factory.mktemp("architectures")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 32,
-            "heads": 2,
-            "layers": 1,
-        },
-    }
-    (folder / "egrpo-tiny.json").write_text(json.dumps(config))
+    (folder / "egrpo-tiny.json").write_text(json.dumps(TINY_OPEN_CLIP))
     open_clip.add_model_config(folder)
     return "egrpo-tiny"
 
