@@ -198,7 +198,7 @@ class Sweep:
     two_nodes: Path
     gpus: list[list[str]]
     output: str
-    states: str
+    daemons: str
 
 
 def start_on_two_nodes(folder: Path) -> subprocess.Popen[str]:
@@ -253,9 +253,9 @@ def sweep(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     (folder / "snakemake.log").write_text(output)
     assert job.returncode == 0, output[-6000:]
     notes = [line.split() for line in (folder / "gpus").read_text().splitlines()]
-    states = (cluster / "log/slurmctld.log").read_text()
+    daemons = "".join(log.read_text() for log in (cluster / "log").glob("slurm*.log"))
     return Sweep(
-        results, folder / "alone/results", folder / "two_nodes/results", notes, output, states
+        results, folder / "alone/results", folder / "two_nodes/results", notes, output, daemons
     )
 
 
@@ -291,12 +291,16 @@ def test_jobs_see_gpus_of_their_own(sweep: Sweep) -> None:
     assert {ids for _, ids in sweep.gpus} == {"0", "1"}
 
 
+@pytest.mark.parametrize("run", [*FAULTS, "too_long"])
+def test_a_run_that_was_hit_went_on_from_its_state(run: str, sweep: Sweep) -> None:
+    log = sweep.cluster / f"small/logs/train/{run}.log"
+    assert "going on after iteration" in log.read_text()
+
+
 def test_the_faults_did_happen(sweep: Sweep) -> None:
-    assert "'CANCELLED'" in sweep.output
-    assert "'TIMEOUT'" in sweep.output or "SIGTERM: saving" in sweep.output
-    assert "Requeuing JobId" in sweep.states or "requeue" in sweep.states
-    assert "lost" in sweep.states
-    assert "OUT_OF_MEMORY" in sweep.output or "'FAILED'" in sweep.output
+    assert "SLURM status is: 'CANCELLED'" in sweep.output
+    assert "reason set to: lost" in sweep.daemons
+    assert "exceeded memory limit" in sweep.daemons
 
 
 def test_one_training_job_on_two_nodes(sweep: Sweep) -> None:
