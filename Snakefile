@@ -28,8 +28,6 @@ report: "workflow/report/workflow.rst"
 localrules:
     all,
     run_config,
-    settings,
-    target_settings,
     prepare_store,
     plan,
     comparison,

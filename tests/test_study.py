@@ -14,7 +14,7 @@ from test_config import Folder
 
 from egrpo.config.keys import run_key, training_key
 from egrpo.config.layout import Layout
-from egrpo.config.load import load_study, load_target
+from egrpo.config.load import load_study, load_target, yaml_of
 from egrpo.config.models import RunConfig, TableSpec
 from egrpo.config.trees import (
     check_trees,
@@ -180,10 +180,8 @@ def test_a_seed_is_given_once(study: Folder) -> None:
 
 def test_target_settings_survive_the_workflow(study: Folder, tmp_path: Path) -> None:
     made = study.load(TWO, tables={"t": TABLE})
-    store = tmp_path / "store.json"
-    store.write_text(json.dumps({"target t": {"name": "t", **made.tables["t"].model_dump()}}))
-    script = [sys.executable, "workflow/scripts/write_settings.py"]
-    subprocess.run([*script, store, "target t", tmp_path / "t.yaml"], check=True, cwd=ROOT)
+    settings = {"name": "t", **made.tables["t"].model_dump()}
+    (tmp_path / "t.yaml").write_text(yaml_of(settings))
     assert load_target(tmp_path / "t.yaml", TableSpec) == ("t", made.tables["t"])
     (tmp_path / "t.yaml").write_text("name: t\ncaption: x\n")
     with pytest.raises(UserError, match=r"t\.yaml: sections: is missing"):

@@ -106,7 +106,6 @@ def test_dry_run_of_the_default_study_lists_the_jobs() -> None:
     assert jobs == {
         "all": 1,
         "run_config": 2,
-        "settings": 9,
         "prepare_store": 1,
         "embed": 1,
         "profile": 1,

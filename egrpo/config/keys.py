@@ -135,6 +135,11 @@ def tracking_key(run: RunConfig) -> str:
     return digest({"study": run.study, "uri": uri})
 
 
+def settings_key(run: RunConfig) -> str:
+    """Names all settings of a run."""
+    return digest(run.model_dump())
+
+
 KEYS: dict[str, Callable[[RunConfig], str]] = {
     "embed": embedding_key,
     "profile": profile_key,
@@ -144,5 +149,6 @@ KEYS: dict[str, Callable[[RunConfig], str]] = {
     "evaluate": scoring_key,
     "base": evaluation_key,
     "track": tracking_key,
+    "run": settings_key,
 }
 """What each stage depends on, by stage: equal keys mean equal work."""

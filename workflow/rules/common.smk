@@ -1,7 +1,6 @@
 # The study, resolved and validated once; paths and helpers that the rules share.
 
 import functools
-import json
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -11,7 +10,7 @@ from egrpo.config.layout import Layout
 from egrpo.config.trees import check_trees, needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
-from egrpo.store.files import lock, write_json, write_text
+from egrpo.store.files import lock, write_once, write_text
 
 CONFIG_FILES = ", ".join(str(f) for f in workflow.overwrite_configfiles) or "config/config.yaml"
 
@@ -58,18 +57,26 @@ def owner(stage, key):
     return owners()[stage, key]
 
 
-@functools.cache
-def settings_store():
-    """A JSON file with the settings of every stage, run and target; its name holds its digest."""
-    entries = {f"{stage}-{key}": RUNS[run] for (stage, key), run in owners().items()}
-    entries |= {f"run {name}": run for name, run in RUNS.items()}
-    data = {name: run.model_dump() for name, run in entries.items()}
-    for name, spec in {**study.tables, **study.figures}.items():
-        data[f"target {name}"] = {"name": name, **spec.model_dump()}
-    path = Path(".snakemake", "egrpo", f"settings-{keys.digest(data)}.json")
-    if not path.exists():
-        write_json(path, data)
-    return str(path)
+def write_settings():
+    """What stages, tables and figures read. A name holds a digest of all settings that matter there.
+
+    So an edit that matters asks for another file, and an edit that does not asks for the same one,
+    which is written once. Not by rules: a job for each would be half of all jobs of a sweep.
+    (`ancient(config.yaml)` with a digest in `params` looks simpler and is wrong: a job that depends
+    on a job about to run is not asked for its own reasons, and `ancient` then drops it.)
+    """
+    targets = {**study.tables, **study.figures}
+    wanted = {at.settings(stage, run): RUNS[run] for (stage, _), run in owners().items()}
+    for path, settings in wanted.items():
+        write_once(path, lambda: load.yaml_of(settings.model_dump()))
+    for name, spec in targets.items():
+        write_once(
+            at.target_settings(name), lambda: load.yaml_of({"name": name, **spec.model_dump()})
+        )
+
+
+if workflow.is_main_process:
+    write_settings()
 
 
 @functools.cache
