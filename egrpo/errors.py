@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 1500
+"""Characters of a message; what is longer loses its middle."""
+
 
 class UserError(Exception):
     """Bad input, said in one line: which file and key, what is wrong, what would be right.
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line that any terminal can show: names and values come from files."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 500]} … {text[-490:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PAPER = "E-GRPO, arXiv 2601.00423"
 CHOICE = "this project's choice"
+
+MOST = 2**53
+"""No setting's whole number is larger: JSON and Parquet keep these exactly."""
 
 
 def setting(default: Any, text: str, source: str = CHOICE, **bounds: Any) -> Any:
@@ -19,3 +22,25 @@ class Settings(BaseModel):
     """Base of all settings: frozen, no unknown keys, no silent conversion of types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="after")
+    def _can_be_kept(self) -> Self:
+        for name in type(self).model_fields:
+            wrong = unfit(getattr(self, name), name)
+            if wrong:
+                raise ValueError(wrong)
+        return self
+
+
+def unfit(value: Any, key: str) -> str | None:
+    """Key and fault of a plain value, or of one within, that no file or file name could hold."""
+    if isinstance(value, int) and abs(value) > MOST:
+        return f"{key}: a whole number of at most {MOST} is needed"
+    if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        return f"{key}: {value!r:.60} holds a character that no file name can hold"
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        parts = [*((key, name) for name in value), *((f"{key}.{k}", v) for k, v in value.items())]
+    elif isinstance(value, list):
+        parts = [(f"{key}.{n}", v) for n, v in enumerate(value)]
+    return next((wrong for name, part in parts if (wrong := unfit(part, name))), None)

@@ -6,8 +6,8 @@ the run's row in the runs table.
 
 from __future__ import annotations
 
-import csv
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +39,9 @@ _UNION_MEMBERS = ("int", "float", "list[int]", "constrained-int", "constrained-f
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 
+_ANCIENT = re.compile(r"[+-]?0[0-7_]+|.*:.*")
+"""Numbers that YAML 1.1 reads as others: 010 as 8, 1:30 as 90."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -59,6 +62,55 @@ class Row:
 
     run: str
     overrides: dict[str, Any]
+
+
+class Loader(yaml.SafeLoader):
+    """Plain YAML of which nothing is lost, and no number read as another than it looks like."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuses a key that is given twice, of which YAML would take the last."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name in seen and key.value != "<<":
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            if name is not None:
+                seen.add(name)
+        return node
+
+    def number(self, node: yaml.ScalarNode) -> float:
+        """A number; refused where its digits say another to people."""
+        if _ANCIENT.fullmatch(node.value):
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value} would be read as another number; write it plainly",
+                problem_mark=node.start_mark,
+            )
+        kind = node.tag.rsplit(":", 1)[1]
+        return self.construct_yaml_int(node) if kind == "int" else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", Loader.number)
+
+
+def parse(text: str) -> Any:
+    """What YAML text says.
+
+    Raises:
+        ValueError: if it is not plain YAML, in one line.
+    """
+    try:
+        data = yaml.load(text, Loader)
+        numbers(data)  # comes to no end in what holds itself
+    except yaml.YAMLError as error:
+        where = str(error).replace('in "<unicode string>", ', "at ")
+        raise ValueError(" ".join(where.split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply, or within itself") from None
+    return data
 
 
 def numbers(value: Any) -> Any:
@@ -85,24 +137,26 @@ def read_yaml(path: str | Path) -> Tree:
         UserError: if the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        data = parse(text)
+    except ValueError as error:  # also a date that does not exist
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected settings as `key: value` lines")
     return data
 
 
 def without_nulls(data: Tree) -> Tree:
-    """``null`` takes away what a file below has set: a study's key, a reward, a table, a figure.
+    """``null`` takes away what a file below has set: a reward, a table, a figure, a bound.
 
     Elsewhere null is a value like others (``train.ema_decay: null``).
     """
-    out = {k: v for k, v in data.items() if v is not None or k not in StudyConfig.model_fields}
+    out = dict(data)
     for key in ("rewards", "tables", "figures", "train.rewards", "train.bounds"):
         *sections, last = key.split(".")
         at: Any = out
@@ -127,18 +181,22 @@ def read_runs(path: str | Path) -> list[Row]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file
         raise UserError(f"{path}: runs table cannot be read: {error}") from None
-    lines = [ln for ln in text.splitlines() if ln.strip() and not ln.startswith("#")]
+    lines = [ln for ln in text.split("\n") if ln.strip() and not ln.startswith("#")]
     if not lines:
         raise UserError(f"{path}: the runs table is empty; its first line must name the columns")
-    header, *body = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    header, *body = (line.split("\t") for line in lines)
     if header[0] != "run":
         raise UserError(f"{path}: the first column must be `run` (columns are split by tabs)")
     if not all(name.strip() for name in header):
         raise UserError(f"{path}: a column has no name (is there a tab at the end of the header?)")
     if len(set(header)) != len(header):
         raise UserError(f"{path}: a column is named twice")
+    for key in header:
+        section = next((name for name in header if key.startswith(f"{name}.")), None)
+        if section is not None:
+            raise UserError(f"{path}: column {section} holds column {key}; keep one of them")
     if not body:
         raise UserError(f"{path}: the runs table has no run")
     rows: dict[str, Row] = {}
@@ -155,10 +213,10 @@ def read_runs(path: str | Path) -> list[Row]:
             if not cell.strip():
                 continue
             try:
-                overrides[key] = numbers(yaml.safe_load(cell))
-            except (yaml.YAMLError, ValueError):
+                overrides[key] = numbers(parse(cell))
+            except ValueError as error:
                 raise UserError(
-                    f"{path}: run {run!r}, column {key}: cannot read {cell!r}"
+                    f"{path}: run {run!r}, column {key}: cannot read {shown(cell)}: {error}"
                 ) from None
         rows[run] = Row(run, overrides)
     return list(rows.values())
@@ -197,8 +255,9 @@ def resolve(data: Tree, source: str) -> Study:
     Raises:
         UserError: one line naming file, key and remedy.
     """
-    data = without_nulls(numbers(data))
     study_keys = set(StudyConfig.model_fields)
+    data = without_nulls(numbers(data))
+    data = {k: v for k, v in data.items() if v is not None or k not in study_keys}
     try:
         study = StudyConfig.model_validate({k: v for k, v in data.items() if k in study_keys})
     except ValidationError as error:
@@ -215,10 +274,18 @@ def resolve(data: Tree, source: str) -> Study:
                 f"{source}: {key}: belongs in the runs table (method.name, method.…) or under "
                 "`methods`, not at the top of a study"
             )
+    if not os.path.isfile(study.runs):
+        raise UserError(f"{source}: runs: {study.runs}: no such file")
     runs: dict[str, RunConfig] = {}
     for row in read_runs(study.runs):
         for arm, one in seeded(row, study):
             runs[one.run] = resolve_run(shared, study.methods, one, source, study.runs, arm)
+    for name in sorted(set(study.methods) - {run.method.name for run in runs.values()}):
+        try:  # no run says whether these settings are right
+            METHOD_MODELS[name].model_validate({"name": name, **study.methods[name]})
+        except ValidationError as error:
+            text = explain(error, METHOD_MODELS[name])
+            raise UserError(f"{source}: methods.{name}.{text}") from None
     names = {run.study for run in runs.values()}
     if len(names) > 1:
         raise UserError(f"{study.runs}: column study: all runs of a table share one study")
@@ -317,7 +384,7 @@ def check_files(study: Study, source: str) -> None:
             "prompts.heldout": run.prompts.heldout,
         }
         for key, path in files.items():
-            if (key, path) not in seen and not Path(path).is_file():
+            if (key, path) not in seen and not os.path.isfile(path):
                 raise UserError(f"{source}: {key}: {path}: no such file (run {name})")
             seen.add((key, path))
         for reward, settings in run.rewards.items():
@@ -356,7 +423,7 @@ def check_source(
     Raises:
         UserError: naming the key and what it lacks.
     """
-    if Path(path).exists():
+    if os.path.exists(path):  # and no error where this can be no path
         return
     if commit is None:
         raise UserError(f"{section}.{key}: {path}: no such file (run {run})")
@@ -379,7 +446,7 @@ def is_hub_id(path: str, *, file: bool = False) -> bool:
     """
     owner = Path(path).parts[0] if path else ""
     pattern = r"[\w.-]+/[\w.-]+" + r"(/[\w.-]+)+" * file
-    return not Path(owner).is_dir() and re.fullmatch(pattern, path) is not None
+    return not os.path.isdir(owner) and re.fullmatch(pattern, path) is not None
 
 
 def load_run(path: str | Path) -> RunConfig:
@@ -432,12 +499,21 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     else:
         text = first["msg"].removeprefix("Value error, ")
         if first["type"] != "value_error":
-            text += f", got {first['input']!r}"
+            text += f", got {shown(first['input'])}"
     # errors of a whole section carry their own key
     separator = "." if first["type"] == "value_error" else ": "
     joined = f"{key}{separator}{text}" if key else text
     others = len({key_of(p["loc"]) for p in error.errors(include_url=False)}) - 1
     return f"{joined} (and {others} more)" if others else joined
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: one may hold a whole section."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        text = "a number too long to show"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def without_row(base: Tree, problem: ErrorDetails) -> bool:

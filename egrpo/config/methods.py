@@ -97,7 +97,7 @@ class Branching(Stochastic):
         None, "Random number of these that branch in one iteration and prompt; null for all.", ge=1
     )
     anchors: int = setting(
-        1, "Initial noises per prompt; each has its anchor and its groups.", PAPER, ge=1
+        1, "Initial noises per prompt; each has its anchor and its groups.", PAPER, ge=1, le=1024
     )
     granularities: list[int] = setting(
         [1], "Strides of the suffix after a branch; several give a leaf each.", PAPER
@@ -107,7 +107,9 @@ class Branching(Stochastic):
     @property
     def active_steps(self) -> list[int]:
         """Grid indices that branch."""
-        return list(range(self.active)) if isinstance(self.active, int) else list(self.active)
+        if isinstance(self.active, int):
+            return list(range(min(self.active, self.steps)))  # one beyond the grid is refused
+        return list(self.active)
 
     @model_validator(mode="after")
     def _active_on_grid(self) -> Self:
@@ -260,7 +262,7 @@ class TempflowGrpo(Branching):
     steps: int = setting(10, "Sampling steps T in training.", TEMPFLOW, ge=3, le=1000)
     group_size: int = setting(6, "Successors K of each step and anchor.", TEMPFLOW, ge=2, le=1024)
     anchors: int = setting(
-        4, "Initial noises per prompt; each has its anchor and its groups.", TEMPFLOW, ge=1
+        4, "Initial noises per prompt; each has its anchor and its groups.", TEMPFLOW, ge=1, le=1024
     )
     active: int | list[int] = setting(
         9, "Number of first steps that branch, or the list of their grid indices.", TEMPFLOW

@@ -7,9 +7,9 @@ settings page are generated from these classes (``egrpo.config.docs``).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from egrpo.config.base import PAPER, Settings, setting
 from egrpo.config.methods import (
@@ -24,6 +24,7 @@ from egrpo.config.methods import (
     Solver,
 )
 from egrpo.config.rewards import AnyReward
+from egrpo.core.schedule import check_sigmas, shifted_sigmas
 
 TOKEN = 16
 """Pixels of an image token's side: a latent has 8, a patch 2 of these."""
@@ -363,7 +364,7 @@ class Profile(Settings):
 class Evaluate(Settings):
     """Evaluation on the held-out prompts."""
 
-    steps: int = setting(50, "ODE steps.", f"{PAPER}, experiments", ge=1)
+    steps: int = setting(50, "ODE steps.", f"{PAPER}, experiments", ge=1, le=1000)
     height: int | None = setting(
         None, "Image height in pixels; null: as in training. The paper's is 1024.", PAPER, ge=8
     )
@@ -443,6 +444,24 @@ class RunConfig(Settings):
             raise ValueError(
                 f"profile.spans: {min(self.profile.spans)} does not fit {self.method.steps} steps"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _grids(self) -> Self:
+        for model, steps in (
+            (self.model, self.method.steps),
+            (self.model, self.evaluate.steps),
+            (self.evaluation_model, self.evaluate.steps),
+        ):
+            s = self.schedule
+            try:
+                shift = s.shift_at(model.height, model.width)
+                check_sigmas(shifted_sigmas(steps, shift, s.terminal))
+            except (ValueError, ArithmeticError):
+                raise ValueError(
+                    f"schedule: shift {s.shift} and terminal {s.terminal} leave no grid of {steps} "
+                    f"steps from 1 to 0, for images of {model.height} x {model.width} pixels"
+                ) from None
         return self
 
     @model_validator(mode="after")
@@ -535,7 +554,7 @@ class StudyConfig(Settings):
 
     results: str = setting("results", "Folder of all results.")
     runs: str = setting(..., "Runs table (.tsv): an arm's name and overrides by dotted key.")
-    seeds: list[int] | None = setting(
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = setting(
         None,
         "Each arm is trained once per seed, as run `<arm>-s<seed>`; null: once, as run `<arm>`.",
     )

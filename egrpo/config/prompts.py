@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from egrpo.core.seeds import shuffled
 from egrpo.errors import UserError
@@ -30,7 +31,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: no such prompt file (prompts.train, prompts.heldout)") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: prompt file cannot be read as UTF-8: {error}") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
@@ -40,18 +41,31 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             prompts.append(Prompt(line.strip()))
             continue
         try:
-            record = json.loads(line)
-            found = Prompt(record["prompt"], record.get("negative_prompt") or "")
-            if not (isinstance(found.text, str) and isinstance(found.negative, str)):
-                raise TypeError
-            prompts.append(found)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            prompts.append(prompt_of(json.loads(line)))
+        except (ValueError, RecursionError):
             raise UserError(
-                f'{path}, line {number}: expected a JSON object whose "prompt" is text'
+                f'{path}, line {number}: expected a JSON object whose "prompt" is text, and '
+                '"negative_prompt" text or null'
             ) from None
     if not prompts:
         raise UserError(f"{path}: holds no prompt")
     return prompts
+
+
+def prompt_of(record: Any) -> Prompt:
+    """The prompt of one line of JSON.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    if not isinstance(record, dict):
+        raise ValueError
+    text, negative = record.get("prompt"), record.get("negative_prompt")
+    negative = "" if negative is None else negative
+    if not (isinstance(text, str) and isinstance(negative, str)):
+        raise ValueError
+    (text + negative).encode()  # half a character, as JSON can spell it, is a UnicodeEncodeError
+    return Prompt(text, negative)
 
 
 def train_prompts(path: str | Path, limit: int | None) -> list[Prompt]:

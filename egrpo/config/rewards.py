@@ -198,8 +198,10 @@ class UnifiedReward(RewardSettings):
     def _usable(self) -> Self:
         try:
             groups = re.compile(self.pattern).groups
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise ValueError(f"pattern: not a regular expression: {error}") from None
+        except RecursionError:
+            raise ValueError("pattern: brackets are nested too deeply") from None
         if groups != 1:
             raise ValueError("pattern: needs one group in brackets, the score")
         if self.question is not None and "{prompt}" not in self.question:
@@ -244,7 +246,7 @@ class Custom(RewardSettings):
         """The module's source, so that an edit makes everything again."""
         try:
             spec = importlib.util.find_spec(self.function.split(":")[0])
-        except ModuleNotFoundError:  # of its package
+        except Exception:  # no such module, or its package fails: said when it is loaded
             spec = None
         return {"function": spec.origin} if spec is not None and spec.origin else {}
 

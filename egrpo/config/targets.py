@@ -152,7 +152,7 @@ def resolve_budgets(
     for run in runs.values():
         if run.arm not in each and not reads_profile(run):
             tree = tree_of(run, closed_form_plan(run))
-            one = cost_of(run, [tree] * run.train.prompts_per_iteration).total
+            one = cost_of(run, [tree]).total * run.train.prompts_per_iteration
             each[run.arm] = one, one * run.train.iterations
     out = {}
     for name, spec in tables.items():

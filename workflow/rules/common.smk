@@ -12,9 +12,12 @@ from egrpo.errors import UserError
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
 from egrpo.store.files import lock, write_once, write_text
 
-CONFIG_FILES = ", ".join(str(f) for f in workflow.overwrite_configfiles) or "config/config.yaml"
+CONFIG_PATHS = [str(f) for f in workflow.overwrite_configfiles] or ["config/config.yaml"]
+CONFIG_FILES = ", ".join(CONFIG_PATHS)
 
 try:
+    for file in CONFIG_PATHS:
+        load.read_yaml(file)  # refuses what Snakemake's reader passes over: a key given twice, 010
     study = load.resolve(config, CONFIG_FILES)
     load.check_files(study, CONFIG_FILES)
     check_trees(study.runs)
