@@ -207,7 +207,7 @@ def _weights_are_gone(path: Path) -> dict[str, Any]:
         (lambda p: {"model.path": "assets"}, "model", "assets/transformer/config.json"),
         (lambda p: {"model.device": "cuda:9"}, "device", "cuda:9: cannot be used"),
         (_clip_is_gone, "config", "gone.pt: no such file"),
-        (_clip_is_none, "reward", "not CLIP weights"),
+        (_clip_is_none, "reward", "cannot be read as weights"),
         (lambda p: {"prompts.heldout": "none.txt"}, "config", "none.txt: no such file"),
         (lambda p: {"train.updates": 99}, "config", "train.updates"),
         (

@@ -6,6 +6,7 @@ Source: E-GRPO (arXiv 2601.00423); Table 4 for the thresholds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,8 +90,15 @@ class Plan:
             raise ValueError(f"plan has no key {error}") from None
         except TypeError as error:
             raise ValueError(f"plan holds a value of the wrong type: {error}") from None
-        if not all(isinstance(n, int) for n in (*plan.active, *plan.spans, *(plan.samples or ()))):
+        if not all(type(n) is int for n in (*plan.active, *plan.spans, *(plan.samples or ()))):
             raise ValueError("plan: active, spans and samples must be whole numbers")
+        if min(plan.samples or (2,)) < 2:
+            raise ValueError("plan: samples must be at least 2 for each step")
+        level, tau = plan.noise_level, plan.threshold
+        if not all(_is_finite(n) for n in (*plan.entropy, level, 0.0 if tau is None else tau)):
+            raise ValueError("plan: entropy, noise_level and threshold must be finite numbers")
+        if not all(isinstance(line, str) for line in plan.warnings):
+            raise ValueError("plan: warnings must be text")
         if plan.samples is not None and len(plan.samples) != len(plan.active):
             raise ValueError(f"plan: {len(plan.samples)} samples for {len(plan.active)} steps")
         check_spans(plan.steps, plan.active, plan.spans)
@@ -104,6 +112,10 @@ class Plan:
                 f"plan: unknown dynamics {plan.dynamics!r} or measure {plan.measure!r}"
             )
         return plan
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def check_spans(steps: int, active: Sequence[int], spans: Sequence[int]) -> None:

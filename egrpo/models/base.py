@@ -7,6 +7,7 @@ A family is a subclass that says how its network is called and how its prompts a
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +21,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from egrpo.errors import UserError, during
 from egrpo.models.conditioning import Conditioning, padded
 from egrpo.models.features import KeptFeatures
+from egrpo.store.checkpoint import checksum
 
 if TYPE_CHECKING:
     from egrpo.config.models import Model
     from egrpo.config.prompts import Prompt
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+SUM = "sha256"
+"""Key of an adapter's checksum among its settings, where diffusers passes over it."""
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 ATTENTION = (
     "attn.add_k_proj",
@@ -82,6 +86,8 @@ class FlowModel(ABC):
             self._load(self.vae_class, "vae"),
         )
         self.config = self.transformer.config
+        if parts is None:
+            self._check_scale()
         if settings.channels_last and self.vae_class == "AutoencoderKL":  # not of video
             self.vae.to(memory_format=torch.channels_last)
         if settings.vae_tiling:
@@ -152,6 +158,18 @@ class FlowModel(ABC):
             raise UserError(
                 f"model.family: {self.settings.family} has a {expected}, but {where} is a {found}; "
                 "set model.family to the family of these weights"
+            )
+
+    def _check_scale(self) -> None:
+        """Refuse a VAE whose config.json gives no scale of latents: it is read when decoding."""
+        try:
+            finite = self.to_vae(torch.zeros(1, self.channels, 1, 1)).isfinite().all()
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
+            finite = torch.tensor(False)
+        if not finite:
+            raise UserError(
+                f"model.path: {self.settings.path}/vae: config.json does not say the scale of "
+                "latents; download it again"
             )
 
     def _set_attention(self, backend: str) -> None:
@@ -440,8 +458,6 @@ class FlowModel(ABC):
 
         LoRA: ``pipe.load_lora_weights(folder)``; full: a transformer's ``from_pretrained(folder)``.
         """
-        import json
-
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
 
@@ -463,8 +479,11 @@ class FlowModel(ABC):
             for k, v in config.items()
             if k in ("r", "lora_alpha", "target_modules", "init_lora_weights", "lora_dropout")
         }
+        tensors = {f"transformer.{k}": v for k, v in state.items()}
+        # one entry: safetensors writes several in any order
+        plain[SUM] = checksum(tensors, json.dumps(plain, sort_keys=True))
         save_file(
-            {f"transformer.{k}": v for k, v in state.items()},
+            tensors,
             folder / ADAPTER_FILE,
             metadata={"lora_adapter_metadata": json.dumps(plain, sort_keys=True)},
         )
@@ -476,10 +495,23 @@ class FlowModel(ABC):
             UserError: if the folder does not hold what ``model.tuning`` says.
         """
         if self.settings.tuning == "full":
-            self.transformer = type(self.transformer).from_pretrained(
-                folder, dtype=self.dtype, use_safetensors=True, local_files_only=True
-            )
-            self.transformer.to(self.device)
+            try:
+                module, report = type(self.transformer).from_pretrained(
+                    folder,
+                    dtype=self.dtype,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise UserError(f"{folder}: cannot be loaded: {one_line(error)}") from None
+            if report["missing_keys"]:
+                raise UserError(
+                    f"{folder}: {min(report['missing_keys'])} is missing; train the run again"
+                )
+            self.transformer = module.to(self.device)
             return
         path = folder / ADAPTER_FILE
         if not path.exists():
@@ -504,16 +536,21 @@ class FlowModel(ABC):
             )
         self.transformer.fuse_lora()
 
-    def _adapter_shapes(self, path: Path) -> dict[str, list[int]]:
-        """Shape of each tensor in an adapter file, whose rank is checked."""
+    def _adapter_shapes(self, path: Path) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor in an adapter file, whose checksum and rank are checked."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(str(path), framework="pt") as handle:
-                shapes = {k: handle.get_slice(k).get_shape() for k in handle.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+                metadata = json.loads((handle.metadata() or {}).get("lora_adapter_metadata", "{}"))
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            known = metadata.pop(SUM, None)  # files of earlier versions have none
+        except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: cannot be loaded: {one_line(error)}") from None
-        ranks = {shape[0] for name, shape in shapes.items() if "lora_A" in name}
+        if known and known != checksum(tensors, json.dumps(metadata, sort_keys=True)):
+            raise UserError(f"{path}: damaged, its checksum does not match; train the run again")
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        ranks = {shape[0] for name, shape in shapes.items() if "lora_A" in name and shape}
         if ranks and ranks != {self.settings.lora.rank}:
             raise UserError(
                 f"{path}: rank {min(ranks)}, but model.lora.rank is {self.settings.lora.rank}; "

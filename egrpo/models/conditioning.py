@@ -6,16 +6,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from egrpo.errors import UserError
+from egrpo.store.checkpoint import checksum
 from egrpo.store.files import replacing
 
 if TYPE_CHECKING:
     from egrpo.config.prompts import Prompt
+
+
+KINDS = ("prompt", "negative")
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,16 @@ def save_conditioning(
     tensors: dict[str, Tensor] = {}
     texts: dict[str, str] = {}
     for part, (prompts, conditioning) in parts.items():
+        own = {
+            f"{part}/{kind}/{name}": tensor.contiguous()
+            for kind in KINDS
+            for name, tensor in (
+                conditioning.tensors if kind == "prompt" else conditioning.negative
+            ).items()
+        }
         texts[part] = json.dumps([p.text for p in prompts])
-        for kind, group in (("prompt", conditioning.tensors), ("negative", conditioning.negative)):
-            for name, tensor in group.items():
-                tensors[f"{part}/{kind}/{name}"] = tensor.contiguous()
+        texts[f"{part}/sha256"] = checksum(own, texts[part])
+        tensors |= own
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=texts)
 
@@ -102,18 +112,37 @@ def load_conditioning(path: str | Path, part: str) -> tuple[list[str], Condition
     """
     from safetensors import SafetensorError, safe_open
 
+    groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     try:
         with safe_open(str(path), framework="pt") as handle:
-            texts = (handle.metadata() or {}).get(part)
-            if texts is None:
-                raise UserError(f"{path}: holds no prompt set {part!r}; delete it and run again")
-            groups: dict[str, dict[str, Tensor]] = {"prompt": {}, "negative": {}}
-            for key in handle.keys():  # noqa: SIM118  (not a mapping)
-                owner, kind, name = key.split("/")
-                if owner == part:
-                    groups[kind][name] = handle.get_tensor(key)
+            head = handle.metadata() or {}
+            names = [key for key in handle.keys() if key.startswith(f"{part}/")]  # noqa: SIM118
+            own = {key: handle.get_tensor(key) for key in names}
+        if part not in head:
+            raise UserError(f"{path}: holds no prompt set {part!r}; delete it and run again")
+        for key, tensor in own.items():
+            _, kind, name = key.split("/")
+            groups[kind][name] = tensor
+        texts = json.loads(head[part])
+        known = head.get(f"{part}/sha256")  # files of earlier versions have none
+        if known is not None and checksum(own, head[part]) != known:
+            raise ValueError("checksum does not match")
+        _check(texts, groups)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the `embed` rule makes it") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged embeddings ({error}); delete it and run again") from None
-    return json.loads(texts), Conditioning(groups["prompt"], groups["negative"])
+    except (SafetensorError, OSError, ValueError, LookupError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: damaged embeddings ({reason}); delete it and run again") from None
+    return texts, Conditioning(groups["prompt"], groups["negative"])
+
+
+def _check(texts: Any, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise ValueError unless there is a row of each tensor for each text."""
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("no list of texts")
+    if "embeds" not in groups["prompt"]:
+        raise ValueError("no embeds")
+    for kind, group in groups.items():
+        for name, tensor in group.items():
+            if tensor.ndim == 0 or len(tensor) != len(texts):
+                raise ValueError(f"{kind}/{name} has no row for each of {len(texts)} texts")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from egrpo.rewards.network import (
     linear_head,
     normalised,
     pictures,
+    place,
     read_state,
+    refusing,
 )
 
 
@@ -32,16 +33,16 @@ class OpenAIClip:
     """
 
     def __init__(self, path: str, device: torch.device, name: str) -> None:
-        import clip
+        from clip.clip import _transform
+        from clip.model import build_model
 
-        if not Path(path).is_file():
-            raise UserError(f"{name}: {path}: no such file (OpenAI-format CLIP weights, .pt)")
-        try:
-            self.model, self.preprocess = clip.load(path, device=str(device), jit=False)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{name}: {path}: not CLIP weights: {reason}") from None
-        self.model.eval().requires_grad_(False)
+        state = read_state(path, name)
+        with refusing(f"{name}: {path}: not CLIP weights"):
+            self.model = build_model(state)  # as clip.load does, which runs code of the file
+        if device.type == "cpu":
+            self.model.float()
+        self.model = place(self.model, device, name)
+        self.preprocess = _transform(self.model.visual.input_resolution)
         self.device = device
 
     def pixels(self, images: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from egrpo.rewards.network import (
     load_strictly,
     pictures,
     read_state,
+    refusing,
 )
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
@@ -91,25 +92,25 @@ class ImageReward(Network):
         }
         if not vision or not text:
             raise UserError(f"{self.name}: {settings.path}: holds no blip.* weights of ImageReward")
-        eyes = BlipVisionModel(vision_config(vision, self.name, settings.path))
-        reader = BlipTextModel(
-            text_config(settings.med_config, vision, self.name), add_pooling_layer=False
-        )
+        with refusing(f"{self.name}: {settings.path}: does not fit"):
+            eyes = BlipVisionModel(vision_config(vision, self.name, settings.path))
+        with refusing(f"{self.name}: med_config: {settings.med_config}"):
+            reader = BlipTextModel(
+                text_config(settings.med_config, vision, self.name), add_pooling_layer=False
+            )
         load_strictly(eyes, vision, settings.path, self.name)
         load_strictly(reader, text, settings.path, self.name)
         self.eyes, self.reader = self.place(eyes), self.place(reader)
         head = linear_head(below(state, "mlp."), settings.path, self.name)
         self.head = self.place(head)
         source = settings.tokenizer
-        try:
+        with refusing(f"{self.name}: tokenizer: {source}"):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 source,
                 revision=settings.tokenizer_revision,
                 local_files_only=Path(source).is_dir(),
+                trust_remote_code=False,  # else it asks, and waits
             )
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.name}: tokenizer: {source}: {reason}") from None
         side = eyes.config.image_size
         self.preprocess = t.Compose(
             [
@@ -180,10 +181,8 @@ def text_config(path: str | None, vision: dict[str, Tensor], name: str) -> Any:
 
     given = dict(MED_CONFIG)
     if path is not None:
-        try:
-            read = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: med_config: {path}: {error}") from None
+        with refusing(f"{name}: med_config: {path}"):
+            read = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         given |= {k: read[k] for k in given if k in read}
     width = vision["embeddings.patch_embedding.weight"].shape[0]
     return BlipTextConfig(

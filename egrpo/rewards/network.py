@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from egrpo.config.rewards import NetworkReward
 from egrpo.errors import UserError, during
+from egrpo.rewards.torchscript import is_torchscript, read_torchscript
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -52,16 +54,8 @@ class Network(ABC):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def place(self, module: Any) -> Any:
-        """The network on its device, for inference.
-
-        Raises:
-            UserError: if the device cannot be used.
-        """
-        try:
-            return module.to(self.device).eval().requires_grad_(False)
-        except (RuntimeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.name}: device {self.device} cannot be used: {reason}") from None
+        """See :func:`place`."""
+        return place(module, self.device, self.name)
 
     def file(self, path: str, revision: str | None) -> str:
         """See :func:`local_file`."""
@@ -96,6 +90,16 @@ class Cosine(Network):
             self.texts.update(zip(new, features, strict=True))
         text = torch.stack([self.texts[p] for p in prompts])
         return (normalised(self.image_features(images)) * text).sum(-1)
+
+
+def place(module: Any, device: torch.device, name: str) -> Any:
+    """A network on its device, for inference.
+
+    Raises:
+        UserError: if the device cannot be used.
+    """
+    with refusing(f"{name}: device {device} cannot be used"):
+        return module.to(device).eval().requires_grad_(False)
 
 
 def pictures(images: Tensor) -> list[Image.Image]:
@@ -138,26 +142,56 @@ def local_file(path: str, revision: str | None, name: str) -> str:
         raise UserError(f"{name}: {path} at {revision}: cannot be fetched: {reason}") from None
 
 
-def read_state(path: str, name: str) -> dict[str, Any]:
-    """Tensors of a checkpoint: safetensors, or torch's format without code.
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a file into one line that begins with ``what``."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds, and all mean: not usable
+        reason = " ".join(f"{error or type(error).__name__}".split())[:200]
+        raise UserError(f"{what}: {reason}") from None
+
+
+def read_state(path: str, name: str) -> dict[str, Tensor]:
+    """Tensors of a checkpoint: safetensors, torch's format, TorchScript; none of its code runs.
+
+    Where the checkpoint holds them under ``state_dict``, beside other things, those.
 
     Raises:
         UserError: if the file is missing, damaged, or holds more than tensors.
     """
     if not Path(path).is_file():
         raise UserError(f"{name}: {path}: no such file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: {path}: cannot be read as weights: {reason}") from None
+    with refusing(f"{name}: {path}: cannot be read as weights"):
+        state = _state(path)
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
     if not isinstance(state, Mapping):
         raise UserError(f"{name}: {path}: holds a {type(state).__name__}, not a table of weights")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{name}: {path}: {key!r:.60} is a {type(value).__name__}, not weights")
     return dict(state)
+
+
+def _state(path: str) -> Any:
+    """What a checkpoint holds, whose parts are checked where its format has sums to check."""
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch checks no sums, and takes nothing at all from a part that is marked as a folder
+            folders = (part.filename for part in archive.infolist() if part.external_attr & 0x10)
+            spoilt = next(folders, None) or archive.testzip()
+        if spoilt is not None:
+            raise ValueError(f"its part {spoilt} is damaged")
+    if is_torchscript(path):
+        return read_torchscript(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_strictly(module: Any, state: Mapping[str, Tensor], path: str, name: str) -> None:
@@ -179,7 +213,8 @@ def load_strictly(module: Any, state: Mapping[str, Tensor], path: str, name: str
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(f"{name}: {path}: does not fit: {wrong[0]}{more}")
-    module.load_state_dict(state)
+    with refusing(f"{name}: {path}: does not fit"):
+        module.load_state_dict(state)
 
 
 def linear_head(state: Mapping[str, Tensor], path: str, name: str) -> torch.nn.Sequential:
@@ -190,16 +225,16 @@ def linear_head(state: Mapping[str, Tensor], path: str, name: str) -> torch.nn.S
     Raises:
         UserError: if there is no such chain.
     """
-    numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("layers.")})
-    try:
-        layers = []
+    layers: list[torch.nn.Linear] = []
+    with refusing(f"{name}: {path}: the head does not fit"):
+        numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("layers.")})
         for n in numbers:
             weight, bias = state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]
             layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
             layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+            if layers and layers[-1].out_features != layer.in_features:
+                raise ValueError(f"layers.{n} does not take what the layer before it gives")
             layers.append(layer)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{name}: {path}: the head does not fit: {error}") from None
     if not layers or layers[-1].out_features != 1:
         raise UserError(f"{name}: {path}: no head `layers.<n>.weight` that ends in one number")
     return torch.nn.Sequential(*layers)

@@ -11,7 +11,15 @@ from torch import Tensor
 from egrpo.config.rewards import Hps as HpsSettings
 from egrpo.config.rewards import OpenClip as OpenClipSettings
 from egrpo.errors import UserError
-from egrpo.rewards.network import MEAN, STD, Cosine, load_strictly, pictures, read_state
+from egrpo.rewards.network import (
+    MEAN,
+    STD,
+    Cosine,
+    load_strictly,
+    pictures,
+    read_state,
+    refusing,
+)
 
 
 class OpenClip(Cosine):
@@ -23,16 +31,17 @@ class OpenClip(Cosine):
         import open_clip
 
         super().__init__(settings, device)
-        architecture = self.architecture()
-        model, _, self.preprocess = open_clip.create_model_and_transforms(
-            architecture,
-            pretrained_text=False,
-            **self.published_preprocessing(),
-        )
+        with refusing(f"{self.name}: architecture: {settings.architecture}"):
+            architecture = self.architecture()
+            model, _, self.preprocess = open_clip.create_model_and_transforms(
+                architecture,
+                pretrained_text=False,
+                **self.published_preprocessing(),
+            )
+            self.tokenizer = open_clip.get_tokenizer(architecture)
         state = unwrapped(read_state(self.file(settings.path, settings.revision), self.name))
         load_strictly(model, state, settings.path, self.name)
         self.model = self.place(model)
-        self.tokenizer = open_clip.get_tokenizer(architecture)
 
     def architecture(self) -> str:
         """open_clip's name of the architecture; one in a file is made known to it."""
@@ -108,7 +117,6 @@ def padded_square(images: Tensor, side: int) -> Tensor:
     return f.normalize(x, MEAN, STD)
 
 
-def unwrapped(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of a checkpoint that may hold them under ``state_dict`` and as ``module.*``."""
-    inner = state.get("state_dict", state)
-    return {key.removeprefix("module."): value for key, value in inner.items()}
+def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a checkpoint that may hold them as ``module.*``."""
+    return {key.removeprefix("module."): value for key, value in state.items()}

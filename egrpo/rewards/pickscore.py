@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from egrpo.config.rewards import PickScore as Settings
-from egrpo.errors import UserError
-from egrpo.rewards.network import Cosine, pictures
+from egrpo.rewards.network import Cosine, pictures, refusing
 
 
 class PickScore(Cosine):
@@ -31,7 +30,7 @@ class PickScore(Cosine):
 
     def _from(self, cls: Any, key: str, source: str, revision: str | None) -> Any:
         local = Path(source).is_dir()
-        try:
+        with refusing(f"{self.name}: {key}: {source}: cannot be loaded"):
             if key == "path":
                 loaded, report = cls.from_pretrained(
                     source, revision=revision, local_files_only=local, output_loading_info=True
@@ -39,10 +38,12 @@ class PickScore(Cosine):
                 if report["missing_keys"]:
                     raise ValueError(f"{min(report['missing_keys'])} is missing")
                 return loaded
-            return cls.from_pretrained(source, revision=revision, local_files_only=local)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.name}: {key}: {source}: cannot be loaded: {reason}") from None
+            return cls.from_pretrained(
+                source,
+                revision=revision,
+                local_files_only=local,
+                trust_remote_code=False,  # else it asks, and waits
+            )
 
     def image_features(self, images: Tensor) -> Tensor:
         """See :class:`Cosine`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,9 @@ from egrpo.config.keys import plan_key
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import check_parts, plan_of, reads_profile
 from egrpo.core.entropy import MEASURES, step_entropy
+from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.plan import Plan
-from egrpo.core.schedule import check_sigmas
+from egrpo.core.schedule import Sigmas, check_sigmas
 from egrpo.core.spread import Spread
 from egrpo.errors import UserError
 from egrpo.store.files import read_json, write_json
@@ -26,8 +28,7 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
     The grid is the one that the profile was measured on, so that a profile of any model gives
     its own plan. Steps that cannot reach the threshold are said on stderr.
     """
-    metadata = read_table(profile, ENTROPY_PROFILE).schema.metadata
-    sigmas = check_sigmas(json.loads(metadata[b"sigmas"]))
+    sigmas, *_ = grid_of(profile)
     spreads = measured_spread(profile, run.train.rewards) if reads_profile(run) else ()
     made = plan_of(run, sigmas, spreads)
     check_parts(run, made)
@@ -67,6 +68,26 @@ def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
     ]
 
 
+def grid_of(profile: str | Path) -> tuple[Sigmas, str, float]:
+    """Grid, dynamics and noise level that a profile was measured with.
+
+    Raises:
+        UserError: if the file is missing or damaged, or does not say them.
+    """
+    metadata = read_table(profile, ENTROPY_PROFILE).schema.metadata
+    try:
+        sigmas = check_sigmas(json.loads(metadata[b"sigmas"]))
+        dynamics, level = metadata[b"dynamics"].decode(), float(metadata[b"noise_level"])
+        if dynamics not in STD or dynamics in DETERMINISTIC or not 0 < level < math.inf:
+            raise ValueError(f"dynamics {dynamics!r} at noise level {level}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"{profile}: does not say its grid (sigmas, dynamics, noise_level): {error}; delete it "
+            "and run again"
+        ) from None
+    return sigmas, dynamics, level
+
+
 def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[Spread]:
     """Spread of the rewards by step and span, from a profile.
 
@@ -81,6 +102,8 @@ def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[S
     for row in read_table(profile, ENTROPY_PROFILE).to_pylist():
         at, reward = (row["step"], row["span"]), row["quantity"].removeprefix("reward:")
         entropy[at] = {measure: row[measure] for measure in MEASURES}
+        if None in entropy[at].values():
+            raise UserError(f"{profile}: has steps without entropy; delete it and run again")
         pair = row["spread"], row["yardstick"]
         if row["quantity"].startswith("reward:") and reward in rewards and None not in pair:
             groups.setdefault(at, {}).setdefault(reward, []).append(pair)

@@ -10,7 +10,7 @@ from pathlib import Path
 from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.plan import Plan, make_plan
-from egrpo.core.schedule import Sigmas, check_sigmas, shifted_sigmas
+from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.spread import choose_threshold
 from egrpo.errors import UserError
 
@@ -42,7 +42,9 @@ def plan_text(
     if measure not in MEASURES:
         raise UserError(f"--measure: {measure!r}; choose {', '.join(MEASURES)}")
     if profile is not None:
-        sigmas, dynamics, noise_level = _grid_of(profile)
+        from egrpo.stages.plan import grid_of
+
+        sigmas, dynamics, noise_level = grid_of(profile)
     else:
         _check(shift, noise_level, dynamics)
     tau = _threshold(threshold, profile, rewards, measure, factor)
@@ -76,17 +78,6 @@ def _check(shift: float, noise_level: float, dynamics: str) -> None:
         )
     if not 1e-3 <= shift <= 1e3:
         raise UserError(f"--shift: must lie between 0.001 and 1000, got {shift}")
-
-
-def _grid_of(profile: Path) -> tuple[Sigmas, str, float]:
-    from egrpo.store.tables import ENTROPY_PROFILE, read_table
-
-    metadata = read_table(profile, ENTROPY_PROFILE).schema.metadata
-    return (
-        check_sigmas(json.loads(metadata[b"sigmas"])),
-        metadata[b"dynamics"].decode(),
-        float(metadata[b"noise_level"]),
-    )
 
 
 def _threshold(text: str, profile: Path | None, rewards: str, measure: str, factor: float) -> float:

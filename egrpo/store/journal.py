@@ -20,16 +20,19 @@ Line = dict[str, Any]
 
 
 def read(path: str | Path) -> Iterator[Line]:
-    """Complete lines in order; a torn last line (power loss, kill) is left out."""
+    """Complete lines in order, up to the first that is damaged or torn (power loss, kill)."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return
-    for raw in text.split("\n")[:-1]:
+    for raw in lines[:-1]:
         try:
-            yield json.loads(raw)
-        except json.JSONDecodeError:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
             return
+        if not isinstance(line, dict) or not isinstance(line.get("iteration"), int):
+            return
+        yield line
 
 
 def append(path: str | Path, line: Line) -> None:

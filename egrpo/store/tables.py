@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,8 +50,14 @@ class Table:
             "description": self.description,
             "egrpo_version": __version__,
             "git_commit": git_commit(),
+            **(metadata or {}),
         }
-        return pa.schema(fields, metadata={**head, **(metadata or {})})
+        return pa.schema(fields, metadata={**head, "sha256": head_checksum(head)})
+
+
+def head_checksum(head: Mapping[str, str]) -> str:
+    """SHA-256 of a table's metadata, of which Parquet itself keeps no sum."""
+    return hashlib.sha256(json.dumps(sorted(head.items())).encode()).hexdigest()
 
 
 ENTROPY_PROFILE = Table(
@@ -320,7 +328,13 @@ def write_table(
         data = data.sort_by([(name, "ascending") for name in table.sort])
     strings = [f.name for f in schema if f.type == TEXT]
     with replacing(path) as temporary:
-        pq.write_table(data, temporary, compression="zstd", use_dictionary=strings)
+        pq.write_table(
+            data,
+            temporary,
+            compression="zstd",
+            use_dictionary=strings,
+            write_page_checksum=True,
+        )
 
 
 def csv_text(table: Table, rows: Iterable[Mapping[str, Any]]) -> str:
@@ -339,12 +353,26 @@ def read_table(path: str | Path, table: Table) -> pa.Table:
         UserError: if the file is missing, damaged, or holds another table.
     """
     try:
-        data = pq.read_table(path)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            data = file.read()
+        data.validate(full=True)  # text is UTF-8, and offsets stay inside
+        head = {k.decode(): v.decode() for k, v in (data.schema.metadata or {}).items()}
+        known = head.pop("sha256", None)  # tables of earlier versions have none
+        if known is not None and known != head_checksum(head):
+            raise ValueError("the checksum of its metadata does not match")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `snakemake --cores all {path}` makes it") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: damaged Parquet ({error}); delete it and run again") from None
-    found = (data.schema.metadata or {}).get(b"schema", b"").decode()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: damaged Parquet ({reason}); delete it and run again") from None
+    found = head.get("schema", "unknown")
     if found != table.name:
-        raise UserError(f"{path}: holds table {found or 'unknown'!r}, expected {table.name!r}")
+        raise UserError(f"{path}: holds table {found!r}, expected {table.name!r}")
+    for name, kind, *_ in table.columns:
+        there = name in data.schema.names
+        if not there or data.schema.field(name).type != kind:
+            what = f"is {data.schema.field(name).type}, not {kind}" if there else "is missing"
+            raise UserError(f"{path}: column {name} {what}; delete it and run again")
+        if name in table.sort and data[name].null_count:
+            raise UserError(f"{path}: column {name} has empty cells; delete it and run again")
     return data

@@ -43,17 +43,42 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
             if length > 100 * 2**20:
                 raise ValueError("no header")
             header = json.loads(handle.read(length))
-    except (OSError, ValueError, struct.error) as error:
+        if not isinstance(header, dict):
+            raise ValueError("no header")
+        header.pop("__metadata__", None)
+        shapes = {name: _whole_numbers(entry["shape"]) for name, entry in header.items()}
+        ends = [_whole_numbers(entry["data_offsets"])[1] for entry in header.values()]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, struct.error) as error:
         raise UserError(
             f"{path}: not a whole safetensors file ({error}); download it again"
         ) from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if path.stat().st_size != 8 + length + end:
+    expected = 8 + length + max(ends, default=0)
+    if path.stat().st_size != expected:
         raise UserError(
-            f"{path}: {path.stat().st_size} bytes, {8 + length + end} expected; download it again"
+            f"{path}: {path.stat().st_size} bytes, {expected} expected; download it again"
         )
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return shapes
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(n) is int and n >= 0 for n in values):
+        raise ValueError(f"{values!r:.60} are not sizes")
+    return tuple(values)
+
+
+def _is_plain(name: object) -> bool:
+    """Whether it is the name of a file in the same folder."""
+    return isinstance(name, str) and "\0" not in name and name == Path(name).name
+
+
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; {remedy}") from None
+    return found
 
 
 def read_part(pipeline: Path, part: str) -> Part:
@@ -63,13 +88,13 @@ def read_part(pipeline: Path, part: str) -> Part:
         UserError: naming the file that is missing or damaged.
     """
     folder = pipeline / part
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json: {error}; is this a pipeline's folder?") from None
+    config = _read_object(folder / "config.json", "is this a pipeline's folder?")
     index = sorted(folder.glob("*.safetensors.index.json"))
     if index:
-        files = set(json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values())
+        names = _read_object(index[0], "download it again").get("weight_map")
+        if not isinstance(names, dict) or not all(_is_plain(n) for n in names.values()):
+            raise UserError(f"{index[0]}: no weight_map of file names; download it again")
+        files = set(names.values())
     else:
         files = {path.name for path in folder.glob("*.safetensors")}
     if not files:

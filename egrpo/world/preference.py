@@ -7,6 +7,7 @@ centred and saturated shapes, whatever the prompt says.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,15 +76,21 @@ def load_preference(path: str | Path) -> PreferenceModel:
         with safe_open(str(where), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{where} is not a safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "no format")
         raise ValueError(f"{where} holds {found}, expected {FORMAT}")
-    model = PreferenceModel([int(c) for c in metadata["channels"].split(",")])
+    widths = metadata.get("channels", "")
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3}){2}", widths, re.ASCII):
+        raise ValueError(f"{where}: channels {widths!r} are not three widths")
+    model = PreferenceModel([int(c) for c in widths.split(",")])
     missing = sorted(model.state_dict().keys() - tensors.keys())
     surplus = sorted(tensors.keys() - model.state_dict().keys())
     if missing or surplus:
         raise ValueError(f"{where}: missing weights {missing}, unknown weights {surplus}")
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     return model.eval().requires_grad_(False)
