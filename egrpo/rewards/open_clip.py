@@ -20,6 +20,7 @@ from egrpo.rewards.network import (
     read_state,
     refusing,
 )
+from egrpo.store.files import read_json
 
 
 class OpenClip(Cosine):
@@ -51,6 +52,9 @@ class OpenClip(Cosine):
         if name.endswith(".json"):
             if not Path(name).is_file():
                 raise UserError(f"{self.name}: architecture: {name}: no such file")
+            # open_clip keeps the path of a file that it cannot read, and then reads no other
+            if not isinstance(read_json(name), dict):
+                raise UserError(f"{self.name}: architecture: {name}: not a JSON object")
             open_clip.add_model_config(name)
             return Path(name).stem
         known = open_clip.list_models()
