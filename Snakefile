@@ -31,6 +31,7 @@ localrules:
     prepare_store,
     plan,
     comparison,
+    about,
     figures,
     result_table,
     result_figure,
@@ -43,6 +44,7 @@ rule all:
     input:
         f"{STUDY}/published-comparison.json",
         at.comparison,
+        at.about("comparison"),
         rules.figures.output,
         profiles(study.default_runs),
         plans(study.default_runs),

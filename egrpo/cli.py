@@ -348,6 +348,18 @@ def figures_command(results: str, run_configs: tuple[Path, ...]) -> None:
     draw(Layout(_study(results, run_configs)))
 
 
+@main.command("about")
+@RESULTS
+@click.option("--output", type=FILE, required=True, help="HTML file to write.")
+@RUN_CONFIGS
+def about_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> None:
+    """Versions, commits and all settings of some runs as one page."""
+    from egrpo.config.layout import Layout
+    from egrpo.stages.provenance import write_about
+
+    write_about(Layout(_study(results, run_configs)), output)
+
+
 @main.command("publish")
 @RESULTS
 @click.option("--store", type=EXISTING, required=True, help="Written by `egrpo prepare`.")

@@ -8,8 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,9 @@ from conftest import ROOT
 
 from egrpo.config.load import overlay, read_yaml
 from egrpo.store.tables import TABLES
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 TABLE = "run\tmethod.name\ttrain.learning_rate_scale\tmethod.threshold\n"
 RUNS = TABLE + "one\tegrpo\t\ntwo\tflow_grpo\t\nthree\tegrpo\t\tauto\n"
@@ -113,6 +117,7 @@ def test_dry_run_of_the_default_study_lists_the_jobs() -> None:
         "train": 2,
         "evaluate": 2,
         "evaluate_base": 1,
+        "about": 1,
         "comparison": 1,
         "figures": 1,
         "publish": 1,
@@ -365,3 +370,74 @@ def test_paper_makes_every_table_and_figure_and_trains_shared_runs_once(finished
     )
     assert planned(finished, "paper") == {}
     assert planned(finished) == {}
+
+
+@pytest.mark.slow
+def test_report_is_one_file_that_shows_everything_offline(finished: Path, browser: Browser) -> None:
+    done = snakemake(finished, "paper")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    file = finished.parent / "report.html"
+    done = snakemake(finished, "paper", "--report", str(file))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    asked: list[str] = []
+    wrong: list[str] = []
+    page.on("request", lambda r: asked.append(r.url) if not r.url.startswith("data:") else None)
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+
+    def opened(*way: str) -> list[list[str]]:
+        """Rows of the table of results behind these entries of the menu."""
+        page.goto(file.as_uri())
+        for entry in way:
+            page.get_by_text(entry, exact=True).last.click()
+        page.locator("table tbody tr").first.wait_for()
+        rows = page.locator("table tr").all()
+        return [[c.strip() for c in r.locator("th,td").all_inner_texts()] for r in rows]
+
+    def shown(row: int) -> Any:
+        page.locator("table tbody tr").nth(row).locator("a").first.click()
+        return page.frame_locator("iframe")
+
+    def drawn(spec: str) -> str:
+        """What one of the report's own charts, drawn on a canvas, is made from."""
+        page.locator("canvas").first.wait_for()
+        return file.read_text().partition(f"var {spec} =")[2].partition("</script>")[0]
+
+    page.goto(file.as_uri())
+    page.get_by_text("Which denoising steps should").wait_for()
+    rules = ("profile", "plan", "train", "evaluate", "result_table", "about")
+    assert all(f'"{rule}"' in drawn("rulegraph_spec") for rule in rules)
+
+    head, *tables = opened("Paper", "Tables")
+    assert [h.lower() for h in head[:4]] == ["shows", "method", "reward", "seed"]
+    assert tables[0][:4] == ["scores_of_all", "egrpo, flow_grpo", "verifier", "0, 1"]
+    frame = shown(0)
+    frame.locator("h3", has_text="second").first.wait_for()
+    row = frame.locator("tr", has=frame.get_by_role("cell", name="three")).first.inner_text()
+    texts = (results(finished) / "tables/scores_of_all.md").read_text().splitlines()
+    line = next(ln for ln in texts if ln.startswith("| three |"))
+    wanted = [cell.strip().replace("*", "").replace("\\", "") for cell in line.split("|")[1:-1]]
+    assert [cell.strip().replace("*", "") for cell in row.split("\t")] == wanted
+    page.locator("table tbody tr").first.locator("a").nth(1).click()
+    page.get_by_text("Best and second best are marked only where").wait_for()
+
+    _, *figures = opened("Paper", "Figures")
+    assert [row[0] for row in figures] == sorted(f"the_{kind}" for kind in KINDS)
+    page.locator("table tbody tr").first.locator("a").first.click()
+    image = page.locator("img[src^='data:image/png']")
+    image.wait_for()
+    assert image.evaluate("e => e.naturalWidth") > 500
+
+    opened("Configuration and versions")
+    frame = shown(0)
+    frame.locator("summary", has_text="one-s0").click()
+    text = frame.locator("body").inner_text()
+    assert "learning_rate_scale: 5.0" in text
+    assert f"torch\t{version('torch')}" in text
+    assert "one-s1" in text, "a run of the paper"
+    page.goto(file.as_uri())
+    page.get_by_text("Statistics", exact=True).click()
+    assert '"evaluate_base"' in drawn("runtimes_spec")
+    page.close()
+    assert set(asked) == {file.as_uri()}, "nothing comes over the network"
+    assert not wrong

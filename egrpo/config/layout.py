@@ -55,6 +55,10 @@ class Layout:
         """The table of the default runs against their base."""
         return self.root / "tables" / "comparison.parquet"
 
+    def about(self, runs: str) -> Path:
+        """Versions and settings of a set of runs, as a page."""
+        return self.root / f"about-{runs}.html"
+
     def target_settings(self, name: str) -> Path:
         """What a table or figure is made by, named by its digest."""
         spec = self.study.tables.get(name) or self.study.figures[name]

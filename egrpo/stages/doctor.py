@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.config.trees import check_trees, closed_form_plan, cost_of, reads_profile, tree_of
 from egrpo.errors import UserError
 from egrpo.stages.memory import BYTES, GIB, advice, memory
+from egrpo.stages.provenance import MISSING, versions
 from egrpo.store.weights import Part, read_part
 
 Level = Literal["ok", "warn", "FAIL"]
@@ -79,15 +78,10 @@ def _different(
 
 
 def _versions() -> Iterator[Finding]:
-    names = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "mlflow")
-    found, missing = [], []
-    for name in names:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-    python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
-    yield Finding("ok", "versions", ", ".join([python, *found]))
+    found = versions()
+    missing = [name for name, version in found.items() if version == MISSING]
+    there = (f"{name} {version}" for name, version in found.items() if name not in missing)
+    yield Finding("ok", "versions", ", ".join(there))
     if missing:
         yield Finding("FAIL", "versions", f"not installed: {', '.join(missing)}")
     try:

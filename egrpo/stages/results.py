@@ -17,15 +17,24 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from egrpo import __version__
 from egrpo.config.keys import digest, run_key
 from egrpo.config.layout import Layout
 from egrpo.config.models import TableSpec
 from egrpo.config.targets import BASE, check_table
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
+from egrpo.stages.html import html_page
+from egrpo.stages.provenance import made_at
 from egrpo.stages.results_text import markdown
-from egrpo.stages.tables import Key, Row, read_scores, same_keys, scores_of, train_record
+from egrpo.stages.tables import (
+    Key,
+    Row,
+    evaluations,
+    read_scores,
+    same_keys,
+    scores_of,
+    train_record,
+)
 from egrpo.store.files import write_text
 from egrpo.store.tables import RESULTS, SCORES, SNAPSHOTS, csv_text, read_table, write_table
 
@@ -54,7 +63,7 @@ class Model:
 
 
 def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
-    """Write one table as Parquet, CSV and Markdown.
+    """Write one table as Parquet, CSV, Markdown and HTML.
 
     Raises:
         UserError: as :func:`make_table`; no file is then written.
@@ -66,16 +75,12 @@ def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
         "caption": spec.caption,
         "interval_level": str(LEVEL),
     }
-    commits = [
-        (read_table(at.run(run) / "scores.parquet", SCORES).schema.metadata or {}).get(
-            b"git_commit", b""
-        )
-        for run in runs
-    ]
-    source = ", ".join(sorted({c.decode() or f"egrpo {__version__}" for c in commits}))
+    commits = {made_at(at.run(run) / "scores.parquet", SCORES) for run in runs}
+    source = ", ".join(sorted(commits))
     origin = f"Study {at.study.name}, scored at {source}, settings {metadata['config_hash']}."
     path = at.table(name)
-    texts = {".csv": csv_text(RESULTS, rows), ".md": markdown(name, spec, rows, origin)}
+    text = markdown(name, spec, rows, origin)
+    texts = {".csv": csv_text(RESULTS, rows), ".md": text, ".html": html_page(text)}
     write_table(path, RESULTS, rows, metadata=metadata)
     for ending, text in texts.items():
         write_text(path.with_suffix(ending), text)
@@ -168,7 +173,7 @@ def _at_end(run: str, at: Layout) -> Model:
         path=path,
         scores=read_scores(path),
         iterations=train["iterations"],
-        nfe=train["nfe_forward"] + train["nfe_train"] + train["nfe_reference"],
+        nfe=evaluations(train),
         seconds=train["seconds"],
         peak_memory_mib=train.get("peak_memory_mib"),
     )

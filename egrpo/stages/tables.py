@@ -24,6 +24,7 @@ from egrpo.config.load import load_run
 from egrpo.config.models import RunConfig
 from egrpo.core.bootstrap import paired_interval
 from egrpo.errors import UserError
+from egrpo.stages.html import html_page
 from egrpo.store.files import read_json, write_text
 from egrpo.store.tables import COMPARISON, IMAGES, SCORES, csv_text, read_table, write_table
 
@@ -63,7 +64,7 @@ class RunFiles:
 
 
 def make_comparison(runs: Mapping[str, RunFiles], output: str | Path) -> None:
-    """Write the comparison as Parquet to ``output``, and CSV and Markdown beside it.
+    """Write the comparison as Parquet to ``output``, and CSV, Markdown and HTML beside it.
 
     Args:
         runs: files by run id; rows keep this order in CSV and Markdown.
@@ -81,7 +82,9 @@ def make_comparison(runs: Mapping[str, RunFiles], output: str | Path) -> None:
     metadata = {"config_hash": digest(settings), "interval_level": "0.95"}
     write_table(path, COMPARISON, rows, metadata=metadata)
     write_text(path.with_suffix(".csv"), csv_text(COMPARISON, rows))
-    write_text(path.with_suffix(".md"), markdown(rows))
+    text = markdown(rows)
+    write_text(path.with_suffix(".md"), text)
+    write_text(path.with_suffix(".html"), html_page(text))
 
 
 def compare_run(run: str, files: RunFiles) -> list[Row]:
@@ -92,7 +95,7 @@ def compare_run(run: str, files: RunFiles) -> list[Row]:
         "run": run,
         "method": config.method.name,
         "iterations": train["iterations"],
-        "nfe": train["nfe_forward"] + train["nfe_train"] + train["nfe_reference"],
+        "nfe": evaluations(train),
         "seconds": train["seconds"],
     }
     pairs = {**_paired_scores(files), **_paired_images(files)}
@@ -230,6 +233,11 @@ def train_record(path: Path) -> Mapping[str, Any]:
     if missing:
         raise UserError(f"{path}: has no {missing[0]!r}; delete it and run the training again")
     return record
+
+
+def evaluations(train: Mapping[str, Any]) -> int:
+    """Network evaluations of a training: forward, forward+backward and reference passes."""
+    return int(train["nfe_forward"] + train["nfe_train"] + train["nfe_reference"])
 
 
 def decimals(low: float | None, high: float | None) -> int:

@@ -112,7 +112,7 @@ def sources(*parts):
     digest of their contents, its time is that of the last edit.
     """
     root = Path(workflow.basedir) / "egrpo"
-    files = [f for p in parts for f in (sorted((root / p).glob("*.py")) or [root / p])]
+    files = [f for p in parts for f in (sorted((root / p).glob("*.*")) or [root / p])]
     text = "".join(f"{file_identity(f)}  {f.relative_to(root)}\n" for f in files)
     path = Path(".snakemake", "egrpo", f"code-{keys.digest(text)}.txt")
     edited = max(f.stat().st_mtime for f in files)
@@ -217,11 +217,33 @@ def target(name):
     return at.table(name) if name in study.tables else at.figure(name)
 
 
-def figure(name, category):
+def labels(shows, runs):
+    """Labels of a result in `snakemake --report`: what it shows, of which runs."""
+
+    def few(values):
+        found = list(dict.fromkeys(map(str, values)))
+        return ", ".join(found) if len(found) <= 4 else f"{len(found)} of them"
+
+    of = [RUNS[run] for run in runs]
+    return {
+        "shows": shows,
+        "method": few(run.method.name for run in of),
+        "reward": few(" + ".join(run.train.rewards) for run in of),
+        "seed": few(run.seed for run in of),
+    }
+
+
+def target_labels(name):
+    """Labels of one table or figure of the study."""
+    spec = study.tables.get(name) or study.figures[name]
+    return labels(name, runs_of(spec.arms))
+
+
+def figure(name, category, runs=study.default_runs):
     """A picture with its caption, for `snakemake --report`."""
     return report(
         at.figures / f"{name}.png",
         caption=f"../report/{name}.rst",
         category=category,
-        labels={"figure": name.replace("_", " "), "study": study.name},
+        labels=labels(name.replace("_", " "), runs),
     )

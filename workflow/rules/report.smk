@@ -1,6 +1,6 @@
 # Tables and figures over runs, and their delivery to MLflow.
 
-PROFILED = bool(profiles(study.default_runs))
+PLANNED = [run for run in study.default_runs if needs_plan(RUNS[run])]
 
 
 rule comparison:
@@ -8,15 +8,22 @@ rule comparison:
         configs=lambda wc: configs(run_set(wc.set)),
         scores=lambda wc: results(run_set(wc.set), "scores.parquet", "images.parquet"),
         summaries=lambda wc: results(run_set(wc.set), "train.json"),
-        code=sources("core/bootstrap.py", "stages/tables.py", "store/tables.py"),
+        code=sources(
+            "core/bootstrap.py",
+            "stages/html.py",
+            "stages/tables.py",
+            "stages/templates",
+            "store/tables.py",
+        ),
     output:
         table=f"{STUDY}/tables/{{set}}.parquet",
         csv=f"{STUDY}/tables/{{set}}.csv",
-        markdown=report(
-            f"{STUDY}/tables/{{set}}.md",
+        markdown=f"{STUDY}/tables/{{set}}.md",
+        html=report(
+            f"{STUDY}/tables/{{set}}.html",
             caption="../report/comparison.rst",
             category="Results",
-            labels={"table": "{set}", "study": study.name},
+            labels=lambda wc: labels(wc.set.replace("_", " "), run_set(wc.set)),
         ),
     log:
         f"{STUDY}/logs/{{set}}.log",
@@ -49,7 +56,7 @@ rule figures:
             "store/tables.py",
         ),
     output:
-        **({n: figure(n, "Entropy") for n in ("entropy", "spread")} if PROFILED else {}),
+        **({n: figure(n, "Entropy", PLANNED) for n in ("entropy", "spread")} if PLANNED else {}),
         curves=figure("curves", "Training"),
         before_after=figure("before_after", "Results"),
     log:
@@ -70,19 +77,24 @@ rule result_table:
         results=table_inputs,
         code=sources(
             "core/intervals.py",
+            "stages/html.py",
+            "stages/provenance.py",
             "stages/results.py",
             "stages/results_text.py",
             "stages/tables.py",
+            "stages/templates",
             "store/tables.py",
         ),
     output:
         table=f"{STUDY}/tables/{{table}}.parquet",
         csv=f"{STUDY}/tables/{{table}}.csv",
-        markdown=report(
-            f"{STUDY}/tables/{{table}}.md",
+        markdown=f"{STUDY}/tables/{{table}}.md",
+        html=report(
+            f"{STUDY}/tables/{{table}}.html",
             caption="../report/result_table.rst",
             category="Paper",
-            labels=lambda wc: {"table": wc.table, "shows": study.tables[wc.table].caption},
+            subcategory="Tables",
+            labels=lambda wc: target_labels(wc.table),
         ),
     log:
         f"{STUDY}/logs/{{table}}.log",
@@ -121,7 +133,8 @@ rule result_figure:
             f"{STUDY}/figures/{{figure}}.png",
             caption="../report/result_figure.rst",
             category="Paper",
-            labels=lambda wc: {"figure": wc.figure, "shows": study.figures[wc.figure].caption},
+            subcategory="Figures",
+            labels=lambda wc: target_labels(wc.figure),
         ),
         svg=f"{STUDY}/figures/{{figure}}.svg",
     log:
@@ -132,6 +145,29 @@ rule result_figure:
         results=lambda wc, output: Path(output.png).parents[2],
     shell:
         "python -m egrpo figure --results {params.results:q} --settings {input.settings:q}"
+        " {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
+
+
+rule about:
+    input:
+        configs=lambda wc: configs(run_set(wc.set)),
+        results=lambda wc: results(run_set(wc.set), "scores.parquet", "train.json"),
+        code=sources("stages/html.py", "stages/provenance.py", "stages/templates"),
+    output:
+        page=report(
+            f"{STUDY}/about-{{set}}.html",
+            caption="../report/about.rst",
+            category="Configuration and versions",
+            labels=lambda wc: labels("versions and settings", run_set(wc.set)),
+        ),
+    log:
+        f"{STUDY}/logs/about-{{set}}.log",
+    conda:
+        "../../envs/egrpo.yaml"
+    params:
+        results=lambda wc, output: Path(output.page).parents[1],
+    shell:
+        "python -m egrpo about --results {params.results:q} --output {output.page:q}"
         " {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
 
 
@@ -182,10 +218,12 @@ rule suffixes:
 rule paper:
     input:
         lambda wc: some_targets("paper_runs"),
+        at.about("paper_runs"),
         f"{STUDY}/published-paper_runs.json",
 
 
 rule everything:
     input:
         targets("all_runs"),
+        at.about("all_runs"),
         f"{STUDY}/published-all_runs.json",
