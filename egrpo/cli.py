@@ -21,22 +21,48 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 class OneLineErrors(click.Group):
-    """Prints a :class:`UserError` as one line and exits with status 2, without a traceback."""
+    """Prints a :class:`UserError` as one line and exits with status 2, without a traceback.
+
+    On a terminal the line stands in a box, and other errors are shown with their source.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"egrpo: {error}", err=True)
+            _say(str(error))
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
         except Exception as error:
             from egrpo.store.files import full_disk, no_space
 
             if not no_space(error):
-                raise
+                if not sys.stderr.isatty():
+                    raise
+                _show_traceback()
+                sys.exit(1)
             where = getattr(error, "filename", None) or "results"
-            click.echo(f"egrpo: {full_disk(where)}", err=True)
+            _say(str(full_disk(where)))
         sys.exit(2)
+
+
+def _say(message: str) -> None:
+    if not sys.stderr.isatty():
+        click.echo(f"egrpo: {message}", err=True)
+        return
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    panel = Panel(Text(message), title="egrpo", title_align="left", border_style="red")
+    Console(stderr=True).print(panel)
+
+
+def _show_traceback() -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print_exception(suppress=[click])
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
