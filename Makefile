@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help demo paper test test-slurm lint ui clean
+.PHONY: help demo paper test test-slurm lint hooks ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ lint: .venv/ready ## the linters that .ci/run runs
 	mypy
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+
+hooks: .venv/ready ## have git run the linters before each commit
+	pre-commit install
 
 ui: .venv/ready ## browse the results in MLflow, on 127.0.0.1
 	@egrpo ui
