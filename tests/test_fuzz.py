@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from egrpo.cli import main
-from egrpo.config.docs import section
+from egrpo.documents.settings import section
 from egrpo.config.load import METHOD_MODELS, Study, check_files, load_run, load_study, numbers
 from egrpo.config.models import RunConfig, StudyConfig
 from egrpo.config.trees import check_trees
