@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from egrpo.documents.commands import commands_page
+from egrpo.documents.methods import drawings, methods_page
 from egrpo.documents.settings import reference_yaml, schema, settings_page
 from egrpo.documents.tables import tables_page
 from egrpo.store.files import write_text
@@ -15,6 +16,8 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/settings.md": settings_page,
     "docs/tables.md": tables_page,
     "docs/commands.md": commands_page,
+    "docs/methods.md": methods_page,
+    **drawings(),
 }
 """Generated texts, by path from the repository's root."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -18,3 +19,8 @@ def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return ["| " + " | ".join(line).strip() + " |" for line in lines]
+
+
+def paragraph(text: str) -> list[str]:
+    """Lines of one paragraph."""
+    return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
