@@ -180,7 +180,7 @@ with the same number of noise start from the same one.
 
 ![E-GRPO beside Flow-GRPO, MixGRPO and BranchGRPO](images/trees/overview.svg)
 
-Side by side: Flow-GRPO explores everywhere at once and cannot tell which step made an image good.
+In one view: Flow-GRPO explores everywhere at once and cannot tell which step made an image good.
 MixGRPO explores in a window. BranchGRPO splits, and judges an edge by all images below it. E-GRPO
 explores one step at a time from a common anchor, and makes a step longer where it would explore too
 little. That costs many forward evaluations, and few backward ones.
@@ -276,8 +276,8 @@ def methods_page() -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-OVERVIEW = (("egrpo",), ("flow_grpo", "mixgrpo", "branchgrpo"))
-"""Columns of the drawing that shows some methods side by side."""
+OVERVIEW = ("egrpo", "flow_grpo", "mixgrpo", "branchgrpo")
+"""Shown one above the other in one drawing."""
 
 
 def drawings() -> dict[str, Callable[[], str]]:
@@ -290,8 +290,7 @@ def drawings() -> dict[str, Callable[[], str]]:
         return lambda: svg_text(draw_tree(example(name)))
 
     def overview() -> str:
-        columns = [[(ENTRIES[name].title, example(name)) for name in part] for part in OVERVIEW]
-        return svg_text(draw_trees(columns))
+        return svg_text(draw_trees([(ENTRIES[name].title, example(name)) for name in OVERVIEW]))
 
     made = {name: of(name) for name in ENTRIES}
     made |= {"legend": lambda: svg_text(draw_legend()), "overview": overview}

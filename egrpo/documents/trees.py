@@ -27,8 +27,8 @@ Point = tuple[float, float]
 
 WIDTH, ROW, GAP = 5.6, 0.19, 0.8
 """Inches of the grid and of a row; rows between two groups."""
-LEFT, RIGHT, TOP, BOTTOM = 0.55, 1.3, 0.5, 0.34
-"""Inches around the tree: initial noises, groups, grid indices, cost."""
+LEFT, RIGHT, TOP, BOTTOM, HEAD = 0.55, 1.3, 0.5, 0.34, 0.3
+"""Inches around the tree: initial noises, groups, grid indices, cost; a heading."""
 CORNER = 0.09
 """Inches: radius of the corner where a branch leaves its anchor."""
 GREY, FAINT = "#8A8A8A", "#E4E4E4"
@@ -267,11 +267,6 @@ def _groups(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
         axes.text(right - 0.08, bottom, text, fontsize=8, color=INK, va="center")
 
 
-def _size(tree: Tree) -> tuple[float, float]:
-    """Inches of a whole drawing."""
-    return LEFT + WIDTH + RIGHT, TOP + _depth(tree) + BOTTOM
-
-
 def _depth(tree: Tree) -> float:
     """Inches from the first row to the last."""
     return (places(tree).rows - 1) * ROW + (0.22 if _by_depth(tree) else 0.0)
@@ -302,27 +297,20 @@ def _draw_into(axes: Axes, tree: Tree) -> None:
 
 def draw_tree(tree: Tree) -> Figure:
     """A figure of one tree."""
-    return draw_trees([[("", tree)]])
+    return draw_trees([("", tree)])
 
 
-def draw_trees(columns: Sequence[Sequence[tuple[str, Tree]]]) -> Figure:
-    """A figure of several trees in columns, each below its heading."""
+def draw_trees(trees: Sequence[tuple[str, Tree]]) -> Figure:
+    """A figure of several trees, each below its heading."""
     with matplotlib.rc_context({**STYLE, "figure.constrained_layout.use": False}):
-        heads = [[0.25 if head else 0.0 for head, _ in column] for column in columns]
-        tall = [
-            sum(above + _size(tree)[1] for above, (_, tree) in zip(h, column, strict=True))
-            for h, column in zip(heads, columns, strict=True)
-        ]
-        wide = LEFT + WIDTH + RIGHT
-        width, height = wide * len(columns), max(tall)
-        figure = Figure(figsize=(width, height))
-        for n, column in enumerate(columns):
-            y = height
-            for above, (head, tree) in zip(heads[n], column, strict=True):
-                _, high = _size(tree)
-                y -= above + high
-                box = (n * wide / width, y / height, wide / width, high / height)
-                _draw_into(figure.add_axes(box), tree)
-                x = (n * wide + LEFT) / width
-                figure.text(x, (y + high + 0.03) / height, head, fontsize=10, weight="bold")
+        sizes = [TOP + _depth(tree) + BOTTOM for _, tree in trees]
+        heads = [HEAD if head else 0.0 for head, _ in trees]
+        wide, y = LEFT + WIDTH + RIGHT, sum(sizes) + sum(heads)
+        tall = y
+        figure = Figure(figsize=(wide, tall))
+        for (head, tree), size, above in zip(trees, sizes, heads, strict=True):
+            y -= size + above
+            _draw_into(figure.add_axes((0, y / tall, 1, size / tall)), tree)
+            place = (LEFT / wide, (y + size + 0.02) / tall)
+            figure.text(*place, head, fontsize=10, weight="bold", color=INK)
     return figure
