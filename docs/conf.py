@@ -12,3 +12,6 @@ html_theme = "furo"
 html_title = "E-GRPO"
 html_copy_source = False
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+highlight_language = "none"  # code says what it is; output and formulas are no Python

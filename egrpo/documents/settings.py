@@ -211,7 +211,8 @@ def table(model: type[BaseModel], prefix: str = "", skip: tuple[str, ...] = ()) 
             )
         )
     head = ("setting", "default", "unit", "allowed", "what it is", "source of the default")
-    return rows(head, body) if body else []
+    filled = [n for n in range(len(head)) if any(line[n] for line in body)]
+    return rows([head[n] for n in filled], [[line[n] for n in filled] for line in body])
 
 
 def _sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
@@ -240,7 +241,7 @@ def settings_page() -> str:
     for kind, reward in REWARD_MODELS.items():
         out += ["", f"### `kind: {kind}`", "", first_line(reward)]
         body = table(reward, skip=("kind",))
-        out += ["", *body] if body else []
+        out += ["", *body] if len(body) > 2 else []
     out += [
         "",
         "## `methods.<name>`",

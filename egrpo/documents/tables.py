@@ -48,12 +48,14 @@ SELECT reward, avg(value) FROM 'results/laptop/runs/*/scores.parquet' GROUP BY r
 
 ```python
 import pandas as pd
+
 scores = pd.read_parquet("results/laptop/runs/egrpo-s0/scores.parquet")
 scores.groupby("reward")["value"].mean()
 ```
 
 ```python
 import polars as pl
+
 pl.scan_parquet("results/laptop/runs/*/scores.parquet").group_by("reward").agg(
     pl.col("value").mean()
 ).collect()
@@ -61,6 +63,7 @@ pl.scan_parquet("results/laptop/runs/*/scores.parquet").group_by("reward").agg(
 
 ```python
 import pyarrow.parquet as pq
+
 schema = pq.read_schema("results/laptop/runs/egrpo-s0/train_metrics.parquet")
 for column in schema:
     print(column.name, column.type, column.metadata[b"unit"].decode())
