@@ -2,6 +2,7 @@
 # make paper  every table and figure of the paper at laptop scale; hours, resumable
 # make test   all tests but those that need a SLURM
 # make test-slurm   those: a cluster of emulated nodes on this machine, which needs root
+# make docs   the docs site
 # make ui     browse the results in MLflow
 # PYTHON=python3.12 make …  chooses the interpreter that .venv is made with
 
@@ -11,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help demo paper test test-slurm lint hooks ui clean
+.PHONY: help demo paper test test-slurm lint hooks docs ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +47,10 @@ lint: .venv/ready ## the linters that .ci/run runs
 
 hooks: .venv/ready ## have git run the linters before each commit
 	pre-commit install
+
+docs: .venv/ready ## build the docs site; needs no network
+	python -m sphinx -E -W -n --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 ui: .venv/ready ## browse the results in MLflow, on 127.0.0.1
 	@egrpo ui

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from egrpo.config.docs import DOCUMENTS
-
 
 def egrpo(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -116,12 +114,6 @@ def test_cost_shows_the_arms_side_by_side(default_study: list[str]) -> None:
     assert "egrpo-s1" not in text
     assert "of several seeds the first is shown" in text
     assert "needs its profile; `snakemake --cores all plans` makes it" in text
-
-
-def test_generated_documents_are_in_step() -> None:
-    for path, make in DOCUMENTS.items():
-        text = (ROOT / path).read_text(encoding="utf-8")
-        assert text == make(), f"{path}: run `python -m egrpo.config.docs`"
 
 
 def test_damaged_inputs_of_stages_are_one_line(tmp_path: Path) -> None:

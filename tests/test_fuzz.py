@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from egrpo.cli import main
-from egrpo.config.docs import section
 from egrpo.config.load import METHOD_MODELS, Study, check_files, load_run, load_study, numbers
 from egrpo.config.models import RunConfig, StudyConfig
 from egrpo.config.trees import check_trees
+from egrpo.documents.settings import section
 from egrpo.errors import UserError
 
 METHODS = {"one": "egrpo", "two": "mixgrpo", "three": "branchgrpo", "four": "diffusion_nft"}

@@ -1,4 +1,4 @@
-"""Settings: models, loading and merging, generated documents."""
+"""Settings: models, loading and merging."""
 
 from egrpo.config.models import RunConfig, StudyConfig
 

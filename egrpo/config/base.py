@@ -13,9 +13,13 @@ MOST = 2**53
 """No setting's whole number is larger: JSON and Parquet keep these exactly."""
 
 
-def setting(default: Any, text: str, source: str = CHOICE, **bounds: Any) -> Any:
-    """A field with its sentence (unit included), the source of its default, and its bounds."""
-    return Field(default, description=text, json_schema_extra={"source": source}, **bounds)
+def setting(default: Any, text: str, source: str = CHOICE, *, unit: str = "", **bounds: Any) -> Any:
+    """A field with its sentence, the source of its default, its unit, and its bounds.
+
+    Every number but a seed has a unit; ``1`` is that of a plain number.
+    """
+    extra: dict[str, Any] = {"source": source, **({"unit": unit} if unit else {})}
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
 class Settings(BaseModel):

@@ -63,10 +63,10 @@ class Method(Settings):
     """Values of ``train.loss`` that the method's edges allow."""
 
     steps: int = setting(
-        16, "Sampling steps T in training.", f"{PAPER}, experiments", ge=3, le=1000
+        16, "Sampling steps T in training.", f"{PAPER}, experiments", unit="steps", ge=3, le=1000
     )
     group_size: int = setting(
-        12, "Samples G that share a group.", f"{PAPER}, experiments", ge=2, le=1024
+        12, "Samples G that share a group.", f"{PAPER}, experiments", unit="samples", ge=2, le=1024
     )
 
 
@@ -75,7 +75,7 @@ class Stochastic(Method):
 
     dynamics: Dynamics = setting("flow_sde", "Transition of the stochastic steps.", PAPER)
     noise_level: float = setting(
-        0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER, gt=0.0, le=5.0
+        0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER, unit="1", gt=0.0, le=5.0
     )
 
     @model_validator(mode="after")
@@ -92,15 +92,27 @@ class Branching(Stochastic):
         8,
         "Number of first steps that branch, or the list of their grid indices.",
         f"{PAPER}, Table 3",
+        unit="steps, or grid indices",
     )
     active_per_iteration: int | None = setting(
-        None, "Random number of these that branch in one iteration and prompt; null for all.", ge=1
+        None,
+        "Random number of these that branch in one iteration and prompt; null for all.",
+        unit="steps",
+        ge=1,
     )
     anchors: int = setting(
-        1, "Initial noises per prompt; each has its anchor and its groups.", PAPER, ge=1, le=1024
+        1,
+        "Initial noises per prompt; each has its anchor and its groups.",
+        PAPER,
+        unit="anchors",
+        ge=1,
+        le=1024,
     )
     granularities: list[int] = setting(
-        [1], "Strides of the suffix after a branch; several give a leaf each.", PAPER
+        [1],
+        "Strides of the suffix after a branch; several give a leaf each.",
+        PAPER,
+        unit="grid intervals",
     )
     suffix: Solver = setting("ode", SUFFIX_TEXT, PAPER)
 
@@ -159,18 +171,21 @@ class Merging(Branching):
         "Entropy threshold tau in `measure`; 0 merges nothing; auto takes the least entropy at "
         "which the profile shows enough spread of the trained rewards (`spread_factor`).",
         f"{PAPER}, Table 4",
+        unit="of `measure`",
     )
     spread_factor: float = setting(
         1.0,
         "threshold auto: spread of rewards in a group, over that of the noisy yardstick, which is "
         "enough.",
         f"{PAPER}, Fig. 1a",
+        unit="1",
         gt=0.0,
     )
     span: int | None = setting(
         None,
         "Fixed number of steps merged at every active step, in the place of the threshold.",
         f"{PAPER}, Table 2",
+        unit="grid intervals",
         ge=1,
     )
     measure: Literal["exp_per_dim", "nats_per_dim", "variance"] = setting(
@@ -215,10 +230,14 @@ class EgrpoEfficient(Merging):
         2,
         "Random number of these that branch in one iteration and prompt; null for all.",
         MEASURED,
+        unit="steps",
         ge=1,
     )
     granularities: list[int] = setting(
-        [4], "Strides of the suffix after a branch; several give a leaf each.", MEASURED
+        [4],
+        "Strides of the suffix after a branch; several give a leaf each.",
+        MEASURED,
+        unit="grid intervals",
     )
     suffix: Solver = setting("dpm2", SUFFIX_TEXT, MEASURED)
 
@@ -233,13 +252,21 @@ class G2rpo(Branching):
     }
 
     name: Literal["g2rpo"] = setting("g2rpo", "Name of the method.")
-    steps: int = setting(16, "Sampling steps T in training.", GRANULAR, ge=3, le=1000)
-    group_size: int = setting(12, "Samples G of each step.", GRANULAR, ge=2, le=1024)
+    steps: int = setting(16, "Sampling steps T in training.", GRANULAR, unit="steps", ge=3, le=1000)
+    group_size: int = setting(
+        12, "Samples G of each step.", GRANULAR, unit="samples", ge=2, le=1024
+    )
     active: int | list[int] = setting(
-        8, "Number of first steps that branch, or the list of their grid indices.", GRANULAR
+        8,
+        "Number of first steps that branch, or the list of their grid indices.",
+        GRANULAR,
+        unit="steps, or grid indices",
     )
     granularities: list[int] = setting(
-        [1, 2], "Strides of the suffix after a branch; several give a leaf each.", GRANULAR
+        [1, 2],
+        "Strides of the suffix after a branch; several give a leaf each.",
+        GRANULAR,
+        unit="grid intervals",
     )
 
 
@@ -259,13 +286,23 @@ class TempflowGrpo(Branching):
     }
 
     name: Literal["tempflow_grpo"] = setting("tempflow_grpo", "Name of the method.")
-    steps: int = setting(10, "Sampling steps T in training.", TEMPFLOW, ge=3, le=1000)
-    group_size: int = setting(6, "Successors K of each step and anchor.", TEMPFLOW, ge=2, le=1024)
+    steps: int = setting(10, "Sampling steps T in training.", TEMPFLOW, unit="steps", ge=3, le=1000)
+    group_size: int = setting(
+        6, "Successors K of each step and anchor.", TEMPFLOW, unit="samples", ge=2, le=1024
+    )
     anchors: int = setting(
-        4, "Initial noises per prompt; each has its anchor and its groups.", TEMPFLOW, ge=1, le=1024
+        4,
+        "Initial noises per prompt; each has its anchor and its groups.",
+        TEMPFLOW,
+        unit="anchors",
+        ge=1,
+        le=1024,
     )
     active: int | list[int] = setting(
-        9, "Number of first steps that branch, or the list of their grid indices.", TEMPFLOW
+        9,
+        "Number of first steps that branch, or the list of their grid indices.",
+        TEMPFLOW,
+        unit="steps, or grid indices",
     )
 
 
@@ -284,10 +321,10 @@ class FlowGrpo(Stochastic):
     }
 
     name: Literal["flow_grpo"] = setting("flow_grpo", "Name of the method.")
-    steps: int = setting(10, "Sampling steps T in training.", FLOW, ge=3, le=1000)
-    group_size: int = setting(24, "Samples G per prompt.", FLOW, ge=2, le=1024)
+    steps: int = setting(10, "Sampling steps T in training.", FLOW, unit="steps", ge=3, le=1000)
+    group_size: int = setting(24, "Samples G per prompt.", FLOW, unit="samples", ge=2, le=1024)
     trained_fraction: float = setting(
-        0.99, "First part of the steps that trains.", FLOW, gt=0.0, le=1.0
+        0.99, "First part of the steps that trains.", FLOW, unit="1", gt=0.0, le=1.0
     )
     initial_noise: InitialNoise = setting("own", NOISE_TEXT, FLOW)
 
@@ -295,7 +332,7 @@ class FlowGrpo(Stochastic):
 class Windowed(Stochastic):
     """What the methods with a window of stochastic steps share."""
 
-    window_size: int = setting(4, "Stochastic steps, all of them trained.", MIX, ge=1)
+    window_size: int = setting(4, "Stochastic steps, all of them trained.", MIX, unit="steps", ge=1)
     initial_noise: InitialNoise = setting("same", NOISE_TEXT, MIX)
 
     @model_validator(mode="after")
@@ -319,15 +356,17 @@ class FlowGrpoFast(Windowed):
     }
 
     name: Literal["flow_grpo_fast"] = setting("flow_grpo_fast", "Name of the method.")
-    steps: int = setting(10, "Sampling steps T in training.", FLOW, ge=3, le=1000)
+    steps: int = setting(10, "Sampling steps T in training.", FLOW, unit="steps", ge=3, le=1000)
     dynamics: Dynamics = setting("cps", "Transition of the stochastic steps.", FLOW)
     noise_level: float = setting(
-        0.8, "Noise level a (flow_sde, cps) or eta (dance_sde).", FLOW, gt=0.0, le=5.0
+        0.8, "Noise level a (flow_sde, cps) or eta (dance_sde).", FLOW, unit="1", gt=0.0, le=5.0
     )
-    group_size: int = setting(24, "Samples G per prompt.", FLOW, ge=2, le=1024)
-    window_size: int = setting(3, "Stochastic steps, all of them trained.", FLOW, ge=1)
+    group_size: int = setting(24, "Samples G per prompt.", FLOW, unit="samples", ge=2, le=1024)
+    window_size: int = setting(
+        3, "Stochastic steps, all of them trained.", FLOW, unit="steps", ge=1
+    )
     window_part: float = setting(
-        0.5, "The window lies in this first part of the schedule.", FLOW, gt=0.0, le=1.0
+        0.5, "The window lies in this first part of the schedule.", FLOW, unit="1", gt=0.0, le=1.0
     )
     initial_noise: InitialNoise = setting("shared", NOISE_TEXT, FLOW)
 
@@ -358,14 +397,19 @@ class DanceGrpo(Stochastic):
     }
 
     name: Literal["dancegrpo"] = setting("dancegrpo", "Name of the method.")
-    steps: int = setting(16, "Sampling steps T in training.", DANCE, ge=3, le=1000)
+    steps: int = setting(16, "Sampling steps T in training.", DANCE, unit="steps", ge=3, le=1000)
     dynamics: Dynamics = setting("dance_sde", "Transition of the stochastic steps.", DANCE)
     noise_level: float = setting(
-        0.3, "Noise level eta (dance_sde) or a (flow_sde, cps).", DANCE, gt=0.0, le=5.0
+        0.3, "Noise level eta (dance_sde) or a (flow_sde, cps).", DANCE, unit="1", gt=0.0, le=5.0
     )
-    group_size: int = setting(12, "Samples G per prompt.", DANCE, ge=2, le=1024)
+    group_size: int = setting(12, "Samples G per prompt.", DANCE, unit="samples", ge=2, le=1024)
     trained_fraction: float = setting(
-        0.6, "Part of all steps but the last that trains, drawn per sample.", DANCE, gt=0.0, le=1.0
+        0.6,
+        "Part of all steps but the last that trains, drawn per sample.",
+        DANCE,
+        unit="1",
+        gt=0.0,
+        le=1.0,
     )
     initial_noise: InitialNoise = setting("same", NOISE_TEXT, DANCE)
 
@@ -381,10 +425,14 @@ class MixGrpo(Windowed):
     }
 
     name: Literal["mixgrpo"] = setting("mixgrpo", "Name of the method.")
-    steps: int = setting(25, "Sampling steps T in training.", MIX, ge=3, le=1000)
-    group_size: int = setting(12, "Samples G per prompt.", MIX, ge=2, le=1024)
-    window_every: int = setting(25, "Iterations between two moves of the window.", MIX, ge=1)
-    window_stride: int = setting(1, "Steps of one move; 0 keeps the window at 0.", MIX, ge=0)
+    steps: int = setting(25, "Sampling steps T in training.", MIX, unit="steps", ge=3, le=1000)
+    group_size: int = setting(12, "Samples G per prompt.", MIX, unit="samples", ge=2, le=1024)
+    window_every: int = setting(
+        25, "Iterations between two moves of the window.", MIX, unit="iterations", ge=1
+    )
+    window_stride: int = setting(
+        1, "Steps of one move; 0 keeps the window at 0.", MIX, unit="grid intervals", ge=0
+    )
 
     def window_start(self, iteration: int) -> int:
         """Grid index of the window in an iteration counted from 1; back to 0 from the end."""
@@ -399,10 +447,12 @@ class MixGrpoFlash(MixGrpo):
     """MixGRPO-Flash: MixGRPO with fewer, second-order steps after the window."""
 
     name: Literal["mixgrpo_flash"] = setting("mixgrpo_flash", "Name of the method.")  # type: ignore[assignment]
-    window_every: int = setting(20, "Iterations between two moves of the window.", MIX, ge=1)
+    window_every: int = setting(
+        20, "Iterations between two moves of the window.", MIX, unit="iterations", ge=1
+    )
     suffix: Solver = setting("dpm2", SUFFIX_TEXT, MIX)
     suffix_ratio: float = setting(
-        0.4, "Part of the steps after the window that is kept.", MIX, gt=0.0, le=1.0
+        0.4, "Part of the steps after the window that is kept.", MIX, unit="1", gt=0.0, le=1.0
     )
 
 
@@ -418,18 +468,23 @@ class BranchGrpo(Stochastic):
     }
 
     name: Literal["branchgrpo"] = setting("branchgrpo", "Name of the method.")
-    steps: int = setting(20, "Sampling steps T in training.", BRANCH, ge=3, le=1000)
+    steps: int = setting(20, "Sampling steps T in training.", BRANCH, unit="steps", ge=3, le=1000)
     dynamics: Dynamics = setting("dance_sde", "Transition of the stochastic steps.", BRANCH)
     noise_level: float = setting(
-        0.3, "Noise level eta (dance_sde) or a (flow_sde, cps).", BRANCH, gt=0.0, le=5.0
+        0.3, "Noise level eta (dance_sde) or a (flow_sde, cps).", BRANCH, unit="1", gt=0.0, le=5.0
     )
-    group_size: int = setting(16, "Leaves: 2 to the number of splits.", BRANCH, ge=2, le=1024)
-    splits: list[int] = setting([0, 3, 6, 9], "Grid indices at which latents split.", BRANCH)
+    group_size: int = setting(
+        16, "Leaves: 2 to the number of splits.", BRANCH, unit="samples", ge=2, le=1024
+    )
+    splits: list[int] = setting(
+        [0, 3, 6, 9], "Grid indices at which latents split.", BRANCH, unit="grid index"
+    )
     width_share: float = setting(
         1.0,
         "Width pruning: after the last split only this best part of the leaves trains; 1 prunes "
         "nothing.",
         BRANCH,
+        unit="1",
         gt=0.0,
         le=1.0,
     )
@@ -437,11 +492,14 @@ class BranchGrpo(Stochastic):
         [],
         "Depth pruning: consecutive grid indices; edges that arrive there do not train.",
         BRANCH,
+        unit="grid index",
     )
     depth_every: int = setting(
-        30, "Iterations until those indices move forward by one.", BRANCH, ge=1
+        30, "Iterations until those indices move forward by one.", BRANCH, unit="iterations", ge=1
     )
-    depth_stop: int = setting(9, "Index at which the first of them stops.", BRANCH, ge=1)
+    depth_stop: int = setting(
+        9, "Index at which the first of them stops.", BRANCH, unit="grid index", ge=1
+    )
 
     def untrained(self, iteration: int) -> tuple[int, ...]:
         """Starts of the edges that depth pruning takes out, in an iteration counted from 1."""
@@ -486,12 +544,16 @@ class ForwardProcess(Method):
     dynamics: ClassVar[str] = "ode"
     noise_level: ClassVar[float] = 0.0
 
-    group_size: int = setting(24, "Samples G per prompt.", NFT, ge=2, le=1024)
+    group_size: int = setting(24, "Samples G per prompt.", NFT, unit="samples", ge=2, le=1024)
     times_per_sample: int = setting(
-        9, "Grid indices that each sample is noised to, drawn per sample.", NFT, ge=1
+        9,
+        "Grid indices that each sample is noised to, drawn per sample.",
+        NFT,
+        unit="grid indices",
+        ge=1,
     )
     times_part: float = setting(
-        1.0, "They are drawn from this first part of the schedule.", NFT, gt=0.0, le=1.0
+        1.0, "They are drawn from this first part of the schedule.", NFT, unit="1", gt=0.0, le=1.0
     )
     solver: Solver = setting("dpm2", "Solver of the samples: Euler, or DPM-Solver++.", NFT)
 
@@ -527,8 +589,8 @@ class DiffusionNft(ForwardProcess):
     }
 
     name: Literal["diffusion_nft"] = setting("diffusion_nft", "Name of the method.")
-    steps: int = setting(10, "Sampling steps T in training.", NFT, ge=3, le=1000)
-    beta: float = setting(1.0, "Mixing of the implicit policies.", NFT, gt=0.0)
+    steps: int = setting(10, "Sampling steps T in training.", NFT, unit="steps", ge=3, le=1000)
+    beta: float = setting(1.0, "Mixing of the implicit policies.", NFT, unit="1", gt=0.0)
 
 
 class Awm(ForwardProcess):
@@ -545,16 +607,20 @@ class Awm(ForwardProcess):
     }
 
     name: Literal["awm"] = setting("awm", "Name of the method.")
-    steps: int = setting(14, "Sampling steps T in training.", AWM, ge=3, le=1000)
+    steps: int = setting(14, "Sampling steps T in training.", AWM, unit="steps", ge=3, le=1000)
     times_per_sample: int = setting(
-        6, "Grid indices that each sample is noised to, drawn per sample.", AWM, ge=1
+        6,
+        "Grid indices that each sample is noised to, drawn per sample.",
+        AWM,
+        unit="grid indices",
+        ge=1,
     )
     times_part: float = setting(
-        0.9, "They are drawn from this first part of the schedule.", AWM, gt=0.0, le=1.0
+        0.9, "They are drawn from this first part of the schedule.", AWM, unit="1", gt=0.0, le=1.0
     )
     solver: Solver = setting("ode", "Solver of the samples: Euler, or DPM-Solver++.", AWM)
     weight: float = setting(
-        0.2, "Factor of the loss: advantages, clamped at 5, count within 1.", AWM, gt=0.0
+        0.2, "Factor of the loss: advantages, clamped at 5, count within 1.", AWM, unit="1", gt=0.0
     )
 
 

@@ -1,7 +1,7 @@
 """Every setting, with its unit, bounds, default and the default's source.
 
 Frozen, and unknown keys are refused. The commented reference YAML, the JSON schema and the
-settings page are generated from these classes (``egrpo.config.docs``).
+settings page are generated from these classes (``egrpo.documents``).
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ TOKEN = 16
 class Lora(Settings):
     """Low-rank adapters (peft)."""
 
-    rank: int = setting(32, "Rank of the adapters.", FLOW, ge=1)
-    alpha: int = setting(64, "Scale: adapters are multiplied by alpha / rank.", FLOW, ge=1)
+    rank: int = setting(32, "Rank of the adapters.", FLOW, unit="1", ge=1)
+    alpha: int = setting(
+        64, "Scale: adapters are multiplied by alpha / rank.", FLOW, unit="1", ge=1
+    )
     targets: list[str] | None = setting(
         None, "Names of the adapted linear layers; null takes the family's own list.", FLOW
     )
@@ -43,11 +45,17 @@ class Lora(Settings):
 class FeatureCache(Settings):
     """TaylorSeer (arXiv 2503.06923): predict some evaluations from those before."""
 
-    interval: int = setting(3, "Every so many steps the network is really evaluated.", ge=2)
-    warm_up: int = setting(
-        2, "First steps of a suffix on which it always is.", "diffusers: 3, for 50 steps", ge=1
+    interval: int = setting(
+        3, "Every so many steps the network is really evaluated.", unit="steps", ge=2
     )
-    order: int = setting(1, "Order of the Taylor series.", "diffusers", ge=0, le=3)
+    warm_up: int = setting(
+        2,
+        "First steps of a suffix on which it always is.",
+        "diffusers: 3, for 50 steps",
+        unit="steps",
+        ge=1,
+    )
+    order: int = setting(1, "Order of the Taylor series.", "diffusers", unit="1", ge=0, le=3)
 
 
 class Model(Settings):
@@ -64,22 +72,24 @@ class Model(Settings):
     )
     device: str = setting("auto", "torch device; auto takes CUDA where there is one.")
     height: int = setting(
-        720, "Image height in pixels, in training.", "DanceGRPO's FLUX recipe", ge=8
+        720, "Image height in pixels, in training.", "DanceGRPO's FLUX recipe", unit="pixels", ge=8
     )
     width: int = setting(
-        720, "Image width in pixels, in training.", "DanceGRPO's FLUX recipe", ge=8
+        720, "Image width in pixels, in training.", "DanceGRPO's FLUX recipe", unit="pixels", ge=8
     )
     guidance_scale: float = setting(
         1.0,
         "Classifier-free guidance, with `negative_prompt` where a prompt file has one, in sampling "
         "and in training; 1 means one evaluation per velocity, more means two. (Z-Image's pipeline "
         "counts from 0: its 5 is 6 here.)",
+        unit="1",
         ge=1.0,
     )
     embedded_guidance: float = setting(
         3.5,
         "Guidance that distilled models (FLUX.1-dev) take as an input; others ignore it.",
         f"{PAPER}, experiments",
+        unit="1",
         ge=0.0,
     )
     max_sequence_length: int | None = setting(
@@ -87,6 +97,7 @@ class Model(Settings):
         "Most text tokens (of SD3 and FLUX.1: of T5); null: what the family's pipeline takes, "
         "sd3 256, flux, qwen_image and z_image 512.",
         "diffusers' pipelines",
+        unit="tokens",
         ge=0,
         le=1024,
     )
@@ -148,6 +159,7 @@ class Prompts(Settings):
         None,
         "So many of the prompts to train on are drawn once and used, in the file's order; null: "
         "all. An embedded prompt takes 4 MiB of disk with FLUX.1.",
+        unit="prompts",
         ge=1,
     )
 
@@ -160,19 +172,27 @@ class Schedule(Settings):
         "Timestep shift s of s*t/(1+(s-1)*t); dynamic: exp(mu), where mu grows with the number of "
         "image tokens, by the four settings below.",
         f"{PAPER}, experiments",
+        unit="1",
     )
-    base_shift: float = setting(0.5, "mu at base_tokens.", "FLUX.1-dev's scheduler")
+    base_shift: float = setting(0.5, "mu at base_tokens.", "FLUX.1-dev's scheduler", unit="1")
     max_shift: float = setting(
-        1.15, "mu at max_tokens.", "FLUX.1-dev's scheduler; Qwen-Image's is 0.9"
+        1.15, "mu at max_tokens.", "FLUX.1-dev's scheduler; Qwen-Image's is 0.9", unit="1"
     )
-    base_tokens: int = setting(256, "Image tokens of base_shift.", "FLUX.1-dev's scheduler", ge=1)
+    base_tokens: int = setting(
+        256, "Image tokens of base_shift.", "FLUX.1-dev's scheduler", unit="tokens", ge=1
+    )
     max_tokens: int = setting(
-        4096, "Image tokens of max_shift.", "FLUX.1-dev's scheduler; Qwen-Image's is 8192", ge=1
+        4096,
+        "Image tokens of max_shift.",
+        "FLUX.1-dev's scheduler; Qwen-Image's is 8192",
+        unit="tokens",
+        ge=1,
     )
     terminal: float | None = setting(
         None,
         "Stretch the grid so that its last step starts here; null: leave it.",
         "Qwen-Image's scheduler has 0.02 (shift_terminal)",
+        unit="flow time",
         gt=0.0,
         lt=1.0,
     )
@@ -204,18 +224,27 @@ class Advantage(Settings):
     std: Literal["group", "batch"] = setting(
         "group", "Divide by the std of the group or of the whole batch.", f"{PAPER}, method"
     )
-    ddof: Literal[0, 1] = setting(1, "1 for the unbiased std, 0 for the population's.", PAPER)
-    eps: float = setting(1e-8, "Added to the std.", PAPER, gt=0.0)
-    clamp: float = setting(5.0, "Bound of the absolute advantage.", PAPER, gt=0.0)
+    ddof: Literal[0, 1] = setting(
+        1, "1 for the unbiased std, 0 for the population's.", PAPER, unit="1"
+    )
+    eps: float = setting(1e-8, "Added to the std.", PAPER, unit="of the reward", gt=0.0)
+    clamp: float = setting(5.0, "Bound of the absolute advantage.", PAPER, unit="1", gt=0.0)
 
 
 class Bound(Settings):
     """Where a monitor on the fixed held-out prompts shows that training goes wrong."""
 
-    least: float | None = setting(None, "Least value, in the monitor's unit.")
-    most: float | None = setting(None, "Largest value, in the monitor's unit.")
+    least: float | None = setting(
+        None, "Least value, in the monitor's unit.", unit="of the monitor"
+    )
+    most: float | None = setting(
+        None, "Largest value, in the monitor's unit.", unit="of the monitor"
+    )
     fall: float | None = setting(
-        None, "Furthest fall below the untrained model's value, in the monitor's unit.", ge=0.0
+        None,
+        "Furthest fall below the untrained model's value, in the monitor's unit.",
+        unit="of the monitor",
+        ge=0.0,
     )
     action: Literal["warn", "stop"] = setting(
         "warn", "Say so and go on, or end the training there and keep what it made."
@@ -231,38 +260,55 @@ class Bound(Settings):
 class Train(Settings):
     """The optimisation."""
 
-    rewards: dict[str, float] = setting(..., "Trained rewards: name -> weight.")
+    rewards: dict[str, float] = setting(..., "Trained rewards: name -> weight.", unit="1")
     iterations: int = setting(
-        300, "Iterations: rollout, advantages, optimizer step(s).", f"{PAPER}, experiments", ge=1
+        300,
+        "Iterations: rollout, advantages, optimizer step(s).",
+        f"{PAPER}, experiments",
+        unit="iterations",
+        ge=1,
     )
     prompts_per_iteration: int = setting(
         8,
         "Prompts of one iteration.",
         f"{PAPER}, experiments: 1 per GPU on 8 GPUs",
+        unit="prompts",
         ge=1,
     )
     learning_rate_full: float = setting(
-        2e-6, "Learning rate of full fine-tuning.", f"{PAPER}, experiments", gt=0.0
+        2e-6, "Learning rate of full fine-tuning.", f"{PAPER}, experiments", unit="1", gt=0.0
     )
     learning_rate_lora: float = setting(
         6e-5,
         "Learning rate of LoRA.",
         "30 times the full one, the ratio of DanceGRPO's two recipes (1e-5, 3e-4)",
+        unit="1",
         gt=0.0,
     )
     learning_rate_scale: float = setting(
-        1.0, "Factor on the method's learning rate; the same for all methods of a study.", gt=0.0
+        1.0,
+        "Factor on the method's learning rate; the same for all methods of a study.",
+        unit="1",
+        gt=0.0,
     )
-    weight_decay: float = setting(1e-4, "AdamW weight decay.", f"{PAPER}, experiments", ge=0.0)
-    adam_beta1: float = setting(0.9, "AdamW beta 1.", "torch's default", ge=0.0, lt=1.0)
-    adam_beta2: float = setting(0.999, "AdamW beta 2.", "torch's default", ge=0.0, lt=1.0)
-    adam_eps: float = setting(1e-8, "AdamW epsilon.", "torch's default", gt=0.0)
-    clip_range: float = setting(1e-4, "Clip range of the ratio.", f"{PAPER}, method", gt=0.0)
+    weight_decay: float = setting(
+        1e-4, "AdamW weight decay.", f"{PAPER}, experiments", unit="1", ge=0.0
+    )
+    adam_beta1: float = setting(0.9, "AdamW beta 1.", "torch's default", unit="1", ge=0.0, lt=1.0)
+    adam_beta2: float = setting(0.999, "AdamW beta 2.", "torch's default", unit="1", ge=0.0, lt=1.0)
+    adam_eps: float = setting(1e-8, "AdamW epsilon.", "torch's default", unit="1", gt=0.0)
+    clip_range: float = setting(
+        1e-4, "Clip range of the ratio.", f"{PAPER}, method", unit="1", gt=0.0
+    )
     max_grad_norm: float = setting(
-        1.0, "Gradients are clipped to this norm.", f"{PAPER}, experiments", gt=0.0
+        1.0, "Gradients are clipped to this norm.", f"{PAPER}, experiments", unit="1", gt=0.0
     )
     kl_weight: float = setting(
-        0.0, "Weight of the distance to the base model in the loss.", f"{PAPER}: no KL", ge=0.0
+        0.0,
+        "Weight of the distance to the base model in the loss.",
+        f"{PAPER}: no KL",
+        unit="1",
+        ge=0.0,
     )
     kl: Literal["velocity", "transition", "divergence"] = setting(
         "velocity",
@@ -274,6 +320,7 @@ class Train(Settings):
         "Optimizer steps of an iteration: samples are cut into this many parts. Of a method that "
         "branches at n steps of one anchor, n parts give one optimizer step after each, as in the "
         "code of E-GRPO.",
+        unit="optimizer steps",
         ge=1,
         le=1024,
     )
@@ -284,12 +331,13 @@ class Train(Settings):
         f"{PAPER}; {GUARD}; {NFT}",
     )
     ema_decay: float | None = setting(
-        None, "Decay of the averaged weights; null for none.", PAPER, gt=0.0, lt=1.0
+        None, "Decay of the averaged weights; null for none.", PAPER, unit="1", gt=0.0, lt=1.0
     )
     ema_ramp: float | None = setting(
         None,
         "The decay grows by this much an iteration, up to ema_decay; null: it is constant.",
         NFT,
+        unit="per iteration",
         gt=0.0,
         lt=1.0,
     )
@@ -300,18 +348,26 @@ class Train(Settings):
         None,
         "Prompts sampled together, of a process; the rewards of one such part are computed while "
         "the next is sampled. null: all.",
+        unit="prompts",
         ge=1,
     )
-    micro_batch: int = setting(96, "Most latents in one evaluation while sampling.", ge=1)
-    train_micro_batch: int = setting(16, "Most branch points in one forward/backward.", ge=1)
-    decode_batch: int = setting(96, "Most latents decoded at once.", ge=1)
-    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass.")
-    checkpoint_every: int = setting(10, "Iterations between checkpoints.", ge=1)
-    monitor_every: int = setting(
-        10, "Iterations between measurements on fixed held-out prompts; 0 for none.", ge=0
+    micro_batch: int = setting(
+        96, "Most latents in one evaluation while sampling.", unit="latents", ge=1
     )
-    monitor_prompts: int = setting(8, "Held-out prompts that are monitored.", ge=1)
-    monitor_samples: int = setting(2, "Samples of each monitored prompt.", ge=1)
+    train_micro_batch: int = setting(
+        16, "Most branch points in one forward/backward.", unit="latents", ge=1
+    )
+    decode_batch: int = setting(96, "Most latents decoded at once.", unit="latents", ge=1)
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass.")
+    checkpoint_every: int = setting(10, "Iterations between checkpoints.", unit="iterations", ge=1)
+    monitor_every: int = setting(
+        10,
+        "Iterations between measurements on fixed held-out prompts; 0 for none.",
+        unit="iterations",
+        ge=0,
+    )
+    monitor_prompts: int = setting(8, "Held-out prompts that are monitored.", unit="prompts", ge=1)
+    monitor_samples: int = setting(2, "Samples of each monitored prompt.", unit="images", ge=1)
     bounds: dict[str, Bound] = setting(
         {},
         "Bounds of monitors, against reward hacking: `reward/<name>`, `diversity` or "
@@ -321,38 +377,49 @@ class Train(Settings):
         [],
         "Network evaluations at which the weights are kept as well, to compare methods at equal "
         "cost; after the last iteration that stays within each.",
+        unit="network evaluations",
     )
 
 
 class Profile(Settings):
     """The empirical entropy profile of the base model."""
 
-    prompts: int = setting(8, "Training prompts that are profiled.", ge=1)
-    samples: int = setting(12, "Branches K from each anchor latent.", f"{PAPER}, Fig. 1a", ge=2)
-    spans: list[int] = setting([1, 2, 4, 6], "Spans that are measured.", f"{PAPER}, Table 2")
+    prompts: int = setting(8, "Training prompts that are profiled.", unit="prompts", ge=1)
+    samples: int = setting(
+        12, "Branches K from each anchor latent.", f"{PAPER}, Fig. 1a", unit="samples", ge=2
+    )
+    spans: list[int] = setting(
+        [1, 2, 4, 6], "Spans that are measured.", f"{PAPER}, Table 2", unit="grid intervals"
+    )
     noise_fraction: float = setting(
         0.1,
         "Yardstick: share of random noise on the final image.",
         f"{PAPER}, Fig. 1a",
+        unit="1",
         gt=0.0,
         lt=1.0,
     )
-    micro_batch: int = setting(96, "Most latents in one evaluation.", ge=1)
-    decode_batch: int = setting(96, "Most latents decoded at once.", ge=1)
+    micro_batch: int = setting(96, "Most latents in one evaluation.", unit="latents", ge=1)
+    decode_batch: int = setting(96, "Most latents decoded at once.", unit="latents", ge=1)
     shown: list[list[int]] = setting(
         [[2, 1], [6, 1], [6, 4]],
         "Branches whose images are kept: [step, span]; those off the schedule are left out.",
         f"{PAPER}, Fig. 1a",
+        unit="grid index, grid intervals",
     )
     strides: list[int] = setting(
-        [1, 2, 4], "Strides of the suffixes that `snakemake suffixes` compares with the exact one."
+        [1, 2, 4],
+        "Strides of the suffixes that `snakemake suffixes` compares with the exact one.",
+        unit="grid intervals",
     )
     solvers: list[Solver] = setting(["ode", "dpm2"], "Their solvers; each stride with each solver.")
     features: list[int] = setting(
-        [2, 3], "Intervals of model.feature_cache that `snakemake suffixes` compares as well."
+        [2, 3],
+        "Intervals of model.feature_cache that `snakemake suffixes` compares as well.",
+        unit="steps",
     )
     fp8: bool = setting(True, "Whether it compares float8 weights (model.fp8_weights) as well.")
-    shown_prompts: int = setting(2, "First prompts whose images are kept.", ge=0)
+    shown_prompts: int = setting(2, "First prompts whose images are kept.", unit="prompts", ge=0)
 
     @model_validator(mode="after")
     def _spans(self) -> Self:
@@ -364,21 +431,35 @@ class Profile(Settings):
 class Evaluate(Settings):
     """Evaluation on the held-out prompts."""
 
-    steps: int = setting(50, "ODE steps.", f"{PAPER}, experiments", ge=1, le=1000)
+    steps: int = setting(50, "ODE steps.", f"{PAPER}, experiments", unit="steps", ge=1, le=1000)
     height: int | None = setting(
-        None, "Image height in pixels; null: as in training. The paper's is 1024.", PAPER, ge=8
+        None,
+        "Image height in pixels; null: as in training. The paper's is 1024.",
+        PAPER,
+        unit="pixels",
+        ge=8,
     )
     width: int | None = setting(
-        None, "Image width in pixels; null: as in training. The paper's is 1024.", PAPER, ge=8
+        None,
+        "Image width in pixels; null: as in training. The paper's is 1024.",
+        PAPER,
+        unit="pixels",
+        ge=8,
     )
     guidance_scale: float | None = setting(
-        None, "Classifier-free guidance; null: as in training.", ge=1.0
+        None, "Classifier-free guidance; null: as in training.", unit="1", ge=1.0
     )
-    samples: int = setting(1, "Images of each prompt.", f"{PAPER}, experiments", ge=1)
-    prompts: int | None = setting(None, "First prompts that are used; null for all.", ge=1)
-    micro_batch: int = setting(96, "Most latents in one evaluation.", ge=1)
-    grid_prompts: int = setting(8, "Prompts shown in the image grids.", ge=1)
-    bootstrap: int = setting(10_000, "Resamples of the confidence intervals.", ge=100)
+    samples: int = setting(
+        1, "Images of each prompt.", f"{PAPER}, experiments", unit="images", ge=1
+    )
+    prompts: int | None = setting(
+        None, "First prompts that are used; null for all.", unit="prompts", ge=1
+    )
+    micro_batch: int = setting(96, "Most latents in one evaluation.", unit="latents", ge=1)
+    grid_prompts: int = setting(8, "Prompts shown in the image grids.", unit="prompts", ge=1)
+    bootstrap: int = setting(
+        10_000, "Resamples of the confidence intervals.", unit="resamples", ge=100
+    )
 
 
 class Tracking(Settings):
@@ -388,7 +469,7 @@ class Tracking(Settings):
         None, "Tracking server; null takes MLFLOW_TRACKING_URI, else SQLite in the results folder."
     )
     every_seconds: float = setting(
-        5.0, "Pause between deliveries of live metrics, seconds.", gt=0.0
+        5.0, "Pause between deliveries of live metrics, seconds.", unit="s", gt=0.0
     )
     enabled: bool = setting(True, "Deliver live metrics while training.")
 
@@ -518,6 +599,7 @@ class TableSpec(Settings):
         None,
         "Network evaluations of training at which the arms are also compared; cheapest: what the "
         "cheapest of them spends in all; null: only at the end.",
+        unit="network evaluations",
     )
 
     @property
@@ -542,11 +624,15 @@ class FigureSpec(Settings):
         [[2, 1], [6, 1], [6, 4]],
         "Branches shown, of those that profile.shown keeps: [step, span].",
         f"{PAPER}, Fig. 1a",
+        unit="grid index, grid intervals",
     )
     spans: list[int] = setting(
-        [1, 2, 4, 6], "Spans whose entropy is drawn, of profile.spans.", f"{PAPER}, Fig. 1b"
+        [1, 2, 4, 6],
+        "Spans whose entropy is drawn, of profile.spans.",
+        f"{PAPER}, Fig. 1b",
+        unit="grid intervals",
     )
-    prompts: int = setting(6, "Prompts of an image grid, or of branches.", ge=1)
+    prompts: int = setting(6, "Prompts of an image grid, or of branches.", unit="prompts", ge=1)
 
 
 class StudyConfig(Settings):

@@ -43,7 +43,7 @@ class NetworkReward(RewardSettings):
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "Type of the network's matrix products; weights and scores stay float32."
     )
-    batch: int = setting(64, "Most images scored at once.", ge=1)
+    batch: int = setting(64, "Most images scored at once.", unit="images", ge=1)
 
 
 class FileReward(NetworkReward):
@@ -142,7 +142,9 @@ class PickScore(NetworkReward):
         PICK,
     )
     processor_revision: str | None = setting(None, "Commit of the processor's hub id.")
-    divide_by: float = setting(1.0, "The score is divided by this; the paper's tables: 100.", gt=0)
+    divide_by: float = setting(
+        1.0, "The score is divided by this; the paper's tables: 100.", unit="1", gt=0
+    )
 
 
 class ImageReward(FileReward):
@@ -187,11 +189,15 @@ class UnifiedReward(RewardSettings):
     pattern: str = setting(
         r"Final Score:\s*([1-5](?:\.\d+)?)", "Where the answer has the score.", UNIFIED
     )
-    divide_by: float = setting(5.0, "The score is divided by this.", UNIFIED, gt=0.0)
-    side: int = setting(512, "Images are resized to this many pixels square.", UNIFIED, ge=16)
-    seconds: float = setting(120.0, "Time-out of one request, seconds.", UNIFIED, gt=0.0)
-    attempts: int = setting(5, "Tries of one image; after them its score is NaN.", ge=1)
-    concurrency: int = setting(16, "Requests at once.", ge=1)
+    divide_by: float = setting(5.0, "The score is divided by this.", UNIFIED, unit="1", gt=0.0)
+    side: int = setting(
+        512, "Images are resized to this many pixels square.", UNIFIED, unit="pixels", ge=16
+    )
+    seconds: float = setting(120.0, "Time-out of one request, seconds.", UNIFIED, unit="s", gt=0.0)
+    attempts: int = setting(
+        5, "Tries of one image; after them its score is NaN.", unit="tries", ge=1
+    )
+    concurrency: int = setting(16, "Requests at once.", unit="requests", ge=1)
     token_file: str | None = setting(None, "File with the token of the service.")
 
     @model_validator(mode="after")
@@ -220,11 +226,14 @@ class Remote(RewardSettings):
     encoding: Literal["png", "raw"] = setting(
         "png", "How images travel: compressed without loss, or as bytes with their shape."
     )
-    batch: int = setting(32, "Most images in one request.", ge=1)
-    concurrency: int = setting(2, "Requests at once.", ge=1)
-    seconds: float = setting(300.0, "Time-out of one request, seconds.", gt=0.0)
+    batch: int = setting(32, "Most images in one request.", unit="images", ge=1)
+    concurrency: int = setting(2, "Requests at once.", unit="requests", ge=1)
+    seconds: float = setting(300.0, "Time-out of one request, seconds.", unit="s", gt=0.0)
     patience: float = setting(
-        1800.0, "How long a run waits for a service that is away, seconds; then it ends.", ge=0.0
+        1800.0,
+        "How long a run waits for a service that is away, seconds; then it ends.",
+        unit="s",
+        ge=0.0,
     )
     token_file: str | None = setting(None, "File with the token of the service.")
 

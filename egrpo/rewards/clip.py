@@ -33,8 +33,14 @@ class OpenAIClip:
     """
 
     def __init__(self, path: str, device: torch.device, name: str) -> None:
-        from clip.clip import _transform
-        from clip.model import build_model
+        try:
+            from clip.clip import _transform
+            from clip.model import build_model
+        except ImportError as error:
+            raise UserError(
+                f"{name}: clip-anytorch cannot be imported ({error}); it needs setuptools below "
+                "82: pip install 'setuptools>=77.0.3,<82'"
+            ) from None
 
         state = read_state(path, name)
         with refusing(f"{name}: {path}: not CLIP weights"):
