@@ -70,6 +70,9 @@ def export(
     with _new_folder(folder) as new:
         for name, source in weights.items():
             _copy(source, new / name)
+            if source.name == "config.json":  # diffusers notes where the base model was
+                parts = read_json(source)
+                write_json(new / name, {k: _plain(value) for k, value in parts.items()})
         _write_results(at, settings, new)
         samples = _write_samples(at.run(run) / "images.parquet", new)
         shown = [without_folder(str(path)) for path in configs]
@@ -141,6 +144,10 @@ def _copy(source: Path, target: Path) -> None:
     """The content alone: the copy has the permissions of a new file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
+
+
+def _plain(value: object) -> object:
+    return without_folder(value) if isinstance(value, str) else value
 
 
 def _write_results(at: Layout, run: RunConfig, new: Path) -> None:

@@ -34,13 +34,13 @@ def loading(run: RunConfig, hub_id: str | None, prompt: str) -> str:
         given.append("transformer=transformer")
         lines += [
             f"transformer = {family.transformer_class}.from_pretrained(",
-            '    bundle, subfolder="transformer", torch_dtype=dtype',
+            '    bundle, subfolder="transformer", dtype=dtype',
             ")",
         ]
     revision = [f"revision={_python(model.revision)}"] if hub_id and model.revision else []
     lines += [
         f"pipe = {family.pipeline}.from_pretrained(",
-        f"    {', '.join(['base', 'torch_dtype=dtype', *revision, *given])}",
+        f"    {', '.join(['base', 'dtype=dtype', *revision, *given])}",
         ")",
         "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(",
         f"    pipe.scheduler.config, {', '.join(_schedule(run))}",

@@ -14,7 +14,6 @@ from egrpo.config.methods import Merging
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import learning_rate, needs_plan
 from egrpo.errors import UserError
-from egrpo.stages.loading import loading
 from egrpo.stages.plan import load_plan, plan_rows
 from egrpo.stages.report import read_rows, verdicts
 from egrpo.stages.sharing import shareable, without_folder
@@ -70,6 +69,8 @@ def model_card(
         UserError: if ``base_model`` is no hub id.
     """
     import jinja2
+
+    from egrpo.stages.loading import loading  # torch
 
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
         raise UserError(f"--base-model: {base_model!r} is no hub id (owner/name)")
