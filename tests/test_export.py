@@ -70,7 +70,7 @@ def settings_in(root: Path) -> tuple[str, str]:
     study = read_yaml(ROOT / "config/config.yaml")
     for key in ("seeds", "default_runs", "paper", "tables", "figures", "methods"):
         study.pop(key, None)
-    prompts = (ROOT / "assets/toy/prompts/heldout.txt").read_text().splitlines()
+    prompts = (ROOT / "assets/toy/prompts/heldout.txt").read_text().splitlines()[:4]
     (root / "mine.txt").write_text("\n".join([NASTY, *prompts]), encoding="utf-8")
     (root / "runs.tsv").write_text(
         "run\tmethod.name\tmodel.tuning\ttrain.iterations\n"
@@ -84,7 +84,7 @@ def settings_in(root: Path) -> tuple[str, str]:
             "results": str(root / "results"),
             "runs": str(root / "runs.tsv"),
             "model": {"path": str(ROOT / "assets/toy/pipeline")},
-            "prompts": {"heldout": str(root / "mine.txt")},
+            "prompts": {"heldout": str(root / "mine.txt"), "limit": 4},
             "train": {"learning_rate_scale": 1000.0},
             "evaluate": {"bootstrap": 200},
             "tracking": {"uri": "http://alice:hunter2@tracking.example:5000", "enabled": False},
