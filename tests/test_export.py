@@ -37,7 +37,8 @@ from egrpo.errors import UserError
 from egrpo.stages.embed import embed
 from egrpo.stages.evaluate import evaluate
 from egrpo.stages.export import INDEX, command, export
-from egrpo.stages.model_card import escaped
+from egrpo.stages.loading import loading
+from egrpo.stages.model_card import base_on_hub, escaped
 from egrpo.stages.report import read_rows
 from egrpo.stages.sharing import shareable
 from egrpo.stages.tables import read_images, readable
@@ -219,7 +220,7 @@ def test_the_bundle_alone_makes_the_same_weights_again(
     monkeypatch.chdir(bundle)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        for line in commands.splitlines():
+        for line in commands.replace("\\\n", "").splitlines():
             program, *words = shlex.split(line)
             assert program == "egrpo"
             main(words, standalone_mode=False)
@@ -326,10 +327,21 @@ def test_licence_and_base_model_as_the_user_says(made: Made, tmp_path: Path) -> 
     assert data.base_model_relation == "adapter"
     page = (folder / "README.md").read_text(encoding="utf-8")
     assert 'base = "owner/base-model"' in page
-    assert "apache-2.0. The base model's licence" in page
+    assert "`apache-2.0`, as whoever exported it states." in page
     with pytest.raises(UserError, match="--base-model: 'base' is no hub id"):
         export(made.at, "merged", folder, configs=made.configs, base_model="base")
     assert card(folder).data.base_model == "owner/base-model"  # what was there is there
+
+
+def test_a_pinned_hub_id_is_the_base_model(made: Made) -> None:
+    given = made.at.study.runs["merged"].model_dump()
+    given["model"] |= {"path": "owner/name", "revision": "abc123"}
+    run = RunConfig.model_validate(given)
+    assert base_on_hub(run) == "owner/name"
+    assert 'revision="abc123"' in loading(run, base_on_hub(run), "a fox")
+    assert base_on_hub(made.at.study.runs["merged"]) is None
+    unpinned = RunConfig.model_validate({**given, "model": {**given["model"], "revision": None}})
+    assert base_on_hub(unpinned) is None  # a folder that is not here
 
 
 # -- what may not leave this machine -------------------------------------------------------------

@@ -32,7 +32,7 @@ from egrpo.store.weights import read_header
 INDEX = "bundle.json"
 """Names the files of a bundle with their SHA-256; a folder that holds it is an earlier bundle."""
 SAMPLES = 4
-"""Held-out prompts whose image stands in the card by itself."""
+"""Held-out prompts whose images stand in the card."""
 DEFAULT_CONFIG = "config/config.yaml"
 
 
@@ -173,7 +173,7 @@ def _write_results(at: Layout, run: RunConfig, new: Path) -> None:
     make_comparison({run.run: files}, new / "comparison.parquet")
     images = new / "images"
     runs = [(run.run, files.images)]
-    before_after(files.base_images, runs, run.evaluate.grid_prompts, images / "before_after")
+    before_after(files.base_images, runs, SAMPLES, images / "before_after")
     curves_figure([new / "train_metrics.parquet"], list(run.train.rewards), images / "curves")
     (images / "curves.svg").unlink()
 

@@ -208,7 +208,7 @@ def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
         ("network evaluations, sampling", f"{train['nfe_forward']:,}"),
         ("network evaluations, forward and backward", f"{train['nfe_train']:,}"),
         ("network evaluations, base model for the KL term", f"{train['nfe_reference']:,}"),
-        ("seconds", f"{train['seconds']:,.0f}"),
+        ("seconds of training", f"{train['seconds']:,.0f}"),
         ("peak memory", f"{train['peak_memory_mib']:,.0f} MiB"),
         ("seed", str(run.seed)),
     ]
