@@ -283,6 +283,8 @@ def test_plan_and_costs_are_told(made: Made) -> None:
     spent = json.loads((made.bundle("merged") / "train.json").read_text())
     assert f"| network evaluations, sampling | {spent['nfe_forward']:,} |" in page
     assert spent["key"] in page
+    made_by = "results/laptop/runs/merged/scores.parquet --configfile study.yaml more.yaml"
+    assert f"snakemake --cores all {made_by}\n" in page
     other = (made.bundle("whole") / "README.md").read_text(encoding="utf-8")
     assert "The method has no merge plan." in other
     assert not (made.bundle("whole") / "plan.json").exists()
@@ -470,7 +472,7 @@ def test_an_earlier_bundle_is_replaced_and_nothing_else_is(made: Made, tmp_path:
         ("config.yaml", "config.yaml"),
         ("scores.parquet", "scores.parquet"),
         ("plan.json", "plan.json"),
-        ("adapter/pytorch_lora_weights.safetensors", "train.json"),
+        ("adapter/pytorch_lora_weights.safetensors", "adapter"),
     ],
 )
 def test_a_missing_result_is_named_with_the_command_that_makes_it(
@@ -479,6 +481,8 @@ def test_a_missing_result_is_named_with_the_command_that_makes_it(
     path = made.at.run("merged") / file
     how = command(made.configs, made.at.run("merged") / target)
     assert how.endswith(f"--configfile {' '.join(made.configs)}")
+    if target == "adapter":
+        how = f"rm -r {path.parent}; {how}"
     path.rename(tmp_path / "away")
     try:
         with pytest.raises(UserError, match=re.escape(f"{path}: no such file; `{how}` makes it")):
@@ -520,7 +524,8 @@ def test_a_study_that_was_edited_since(made: Made, tmp_path: Path) -> None:
     configs = (*made.configs, str(tmp_path / "edit.yaml"))
     with pytest.raises(UserError, match="not the settings that the study has now") as refusal:
         export(Layout(load_study(*configs)), "whole", configs=configs)
-    assert command(configs, made.at.run("whole") / "scores.parquet") in str(refusal.value)
+    assert f"{made.at.run('whole') / 'scores.parquet'}" in str(refusal.value)
+    assert f"--configfile {' '.join(configs)}` makes anew" in str(refusal.value)
 
 
 def test_the_command_and_an_unknown_run(made: Made) -> None:

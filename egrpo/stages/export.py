@@ -76,16 +76,18 @@ def export(
         _write_results(at, settings, new)
         samples = _write_samples(at.run(run) / "images.parquet", new)
         shown = [without_folder(str(path)) for path in configs]
-        made_by = command(shown, without_folder(str(at.run(run) / "scores.parquet")))
-        card = model_card(settings, new, samples, made_by, licence, base_model)
+        scores = at.run(run) / "scores.parquet"
+        if scores.is_absolute():
+            scores = scores.relative_to(Path(at.study.results).parent)
+        card = model_card(settings, new, samples, command(shown, scores), licence, base_model)
         write_text(new / "README.md", card)
         write_json(new / INDEX, {"run": run, "study": settings.study, "files": _sums(new)})
     return folder
 
 
-def command(configs: Sequence[str | Path], target: str | Path) -> str:
-    """What makes a result of the study."""
-    words = ["snakemake", "--cores", "all", str(target)]
+def command(configs: Sequence[str | Path], *targets: str | Path) -> str:
+    """What makes results of the study."""
+    words = ["snakemake", "--cores", "all", *map(str, targets)]
     if [str(path) for path in configs] != [DEFAULT_CONFIG]:
         words += ["--configfile", *map(str, configs)]
     return shlex.join(words)
@@ -98,9 +100,10 @@ def _settings_of(at: Layout, run: str, configs: Sequence[str | Path]) -> RunConf
     made = load_run(path)
     untracked = made.model_copy(update={"tracking": of_study.tracking})
     if settings_key(untracked) != settings_key(of_study):
+        stale = path, at.run(run) / "scores.parquet", at.base(run) / "scores.parquet"
         raise UserError(
-            f"{path}: not the settings that the study has now; "
-            f"`{command(configs, at.run(run) / 'scores.parquet')}` makes the run anew"
+            f"{path}: not the settings that the study has now; `{command(configs, *stale)}` makes "
+            "anew what they touch"
         )
     return made
 
@@ -129,7 +132,9 @@ def _inputs(at: Layout, run: RunConfig, configs: Sequence[str | Path]) -> dict[s
     sources = {name: folder / "adapter" / file for name, file in weights.items()}
     trained = train_record(folder / "train.json").get("trainable_parameters")
     for path in sources.values():
-        _there(path, command(configs, folder / "train.json"))
+        if path.parent.exists():  # to snakemake the folder is the result
+            _there(path, f"rm -r {path.parent}; {command(configs, path.parent)}")
+        _there(path, command(configs, path.parent))
         if path.suffix == ".safetensors" and run.model.tuning == "lora":
             count = sum(prod(shape) for shape in read_header(path).values())
             if trained is not None and count != trained:

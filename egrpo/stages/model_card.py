@@ -195,7 +195,7 @@ def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
     weights = ", ".join(f"{escaped(name)} (weight {w:g})" for name, w in t.rewards.items())
     return [
         ("trained on", weights),
-        ("what is trained", f"{tuned}; {train['trainable_parameters']:,} parameters"),
+        ("what is trained", f"{tuned}; {train.get('trainable_parameters', 0):,} parameters"),
         ("sampling steps in training", f"{run.method.steps}, {shift}"),
         ("samples of a group", str(run.method.group_size)),
         ("image size in training", f"{run.model.height} x {run.model.width} pixels"),
@@ -209,7 +209,7 @@ def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
         ("network evaluations, forward and backward", f"{train['nfe_train']:,}"),
         ("network evaluations, base model for the KL term", f"{train['nfe_reference']:,}"),
         ("seconds of training", f"{train['seconds']:,.0f}"),
-        ("peak memory", f"{train['peak_memory_mib']:,.0f} MiB"),
+        ("peak memory", f"{train.get('peak_memory_mib', 0):,.0f} MiB"),
         ("seed", str(run.seed)),
     ]
 
