@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from egrpo import __version__
 from egrpo.errors import UserError
@@ -415,6 +416,52 @@ def report_command(config: Path) -> None:
     from egrpo.stages.report import print_report
 
     print_report(Layout(load_study(config)).comparison)
+
+
+def _runs_of_study(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Run ids for the shell; whatever is wrong with the settings, it says nothing."""
+    from egrpo.config.load import load_study
+
+    try:
+        study = load_study(*(ctx.params.get("configs") or ["config/config.yaml"]))
+    except Exception:
+        return []
+    return [CompletionItem(run) for run in study.runs if run.startswith(incomplete)]
+
+
+@main.command("export")
+@click.argument("run", shell_complete=_runs_of_study)
+@click.option(
+    "--config",
+    "configs",
+    type=FILE,
+    multiple=True,
+    default=["config/config.yaml"],
+    show_default=True,
+    help="Study; given again, a file is laid over those before.",
+)
+@click.option("--output", type=FILE, help="Folder to make; left out: export/RUN of the study.")
+@click.option("--license", "licence", help="Of the weights, as hubs name it: apache-2.0, other, …")
+@click.option("--base-model", help="The base model's hub id, where the study names a folder.")
+def export_command(run: str, configs: tuple[Path, ...], output: Path | None, **says: Any) -> None:
+    """Bundle the trained RUN for others: weights, settings, plan, scores, model card."""
+    from egrpo.config.layout import Layout
+    from egrpo.config.load import load_study
+    from egrpo.stages.export import export
+
+    folder = export(Layout(load_study(*configs)), run, output, configs=configs, **says)
+    click.echo(f"{folder}: ready to share, for example by `hf upload OWNER/NAME {folder}`")
+
+
+@main.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Print what makes SHELL complete commands, options and run ids of `egrpo`."""
+    found = get_completion_class(shell)
+    assert found is not None  # click has all three
+    click.echo(found(main, {}, "egrpo", "_EGRPO_COMPLETE").source())
 
 
 @main.command("ui")

@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
 from conftest import small_run
+from PIL import Image
 from torch import Tensor
 
 from egrpo.config.models import Model, RunConfig, Schedule
 from egrpo.config.prompts import Prompt
-from egrpo.config.trees import training_sigmas
+from egrpo.config.trees import evaluation_sigmas, training_sigmas
 from egrpo.core.executor import execute
 from egrpo.core.methods import chains
 from egrpo.core.schedule import Sigmas, shifted_sigmas
@@ -24,6 +26,7 @@ from egrpo.errors import UserError
 from egrpo.models import load_model
 from egrpo.models.base import ADAPTER_FILE, FlowModel
 from egrpo.models.packing import packed, token_positions, unpacked
+from egrpo.stages.loading import loading
 from egrpo.stages.train import Trainer
 
 FAMILIES = list(tiny_models.FAMILIES)
@@ -213,6 +216,58 @@ def test_training_changes_the_loss_and_its_adapter_loads_in_stock_diffusers(
         [theirs(pipe, family, noise[[i]], p, guidance) for i, p in enumerate(PROMPTS[:2])]
     )
     assert (images.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("family", "tuning"), [*((family, "lora") for family in FAMILIES), ("flux", "full")]
+)
+def test_the_snippet_of_a_model_card_draws_what_we_draw(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    family: str,
+    tuning: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python for stock diffusers alone, with the run's own grid, guidance, size and weights."""
+    # one mu at all sizes: these VAEs halve once, so that a token is smaller than a real model's
+    dynamic = {"shift": "dynamic", "base_shift": 0.8, "max_shift": 0.8}
+    grids = {"flux": dynamic, "qwen_image": {**dynamic, "terminal": 0.02}}
+    run = family_run(
+        folders[family],
+        family,
+        **{
+            "model.guidance_scale": GUIDANCE[family],
+            "model.tuning": tuning,
+            "model.dtype": "float32",
+            "evaluate.steps": STEPS,
+            "evaluate.height": HEIGHT,
+            "evaluate.width": WIDTH,
+            **{f"schedule.{k}": v for k, v in grids.get(family, {"shift": 2.0}).items()},
+        },
+    )
+    model = load_model(run.evaluation_model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weights in model.prepare_training(0):
+            weights.add_(0.05 * torch.randn(weights.shape, generator=generator))
+    model.save(tmp_path / ("transformer" if tuning == "full" else ""))
+    trained, base = load_model(run.evaluation_model), load_model(run.evaluation_model)
+    trained.load(tmp_path / ("transformer" if tuning == "full" else ""))
+    noise = torch.randn(1, *base.image_shape, generator=torch.manual_seed(4))
+    prompt = Prompt(PROMPTS[0].text)
+    images, untrained = (
+        ours(m, noise, [prompt], evaluation_sigmas(run))[0].permute(1, 2, 0).int().numpy()
+        for m in (trained, base)
+    )
+    assert abs(images - untrained).max() > 8
+    (tmp_path / folders[family].name).symlink_to(folders[family])
+    monkeypatch.chdir(tmp_path)
+    seeded = "generator=torch.Generator().manual_seed(0)"
+    code = loading(run, None, prompt.text)
+    assert seeded in code
+    latents = packed(noise) if family in ("flux", "qwen_image") else noise
+    exec(code.replace(seeded, "latents=latents"), {"latents": latents})
+    assert abs(np.asarray(Image.open("image.png"), int) - images).max() <= 1
 
 
 def _plan(run: RunConfig) -> Any:

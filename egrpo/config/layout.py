@@ -81,6 +81,10 @@ class Layout:
         """One figure; the ``.svg`` lies beside it."""
         return self.figures / f"{name}.png"
 
+    def bundle(self, run: str) -> Path:
+        """Folder that ``egrpo export`` makes for sharing a run."""
+        return self.root / "export" / run
+
     def arm(self, arm: str) -> list[str]:
         """Runs of one arm, by seed."""
         return [name for name, run in self.study.runs.items() if run.arm == arm]

@@ -39,15 +39,25 @@ class Table:
     sort: tuple[str, ...] = ()
 
     def schema(self, metadata: Mapping[str, str] | None = None) -> pa.Schema:
-        """Arrow schema with unit and description on each field."""
+        """Arrow schema with unit and description on each field.
+
+        The file's own metadata has them too, for readers that show none of a field: ``units`` and
+        ``descriptions``, and both under the name that pandas takes its ``attrs`` from.
+        """
         fields = [
             pa.field(name, kind, metadata={"unit": unit, "description": text})
             for name, kind, unit, text in self.columns
         ]
+        about = {
+            "units": {name: unit for name, _, unit, _ in self.columns},
+            "descriptions": {name: text for name, _, _, text in self.columns},
+        }
         head = {
             "schema": self.name,
             "schema_version": str(self.version),
             "description": self.description,
+            **{key: json.dumps(texts) for key, texts in about.items()},
+            "PANDAS_ATTRS": json.dumps(about),
             "egrpo_version": __version__,
             "git_commit": git_commit(),
             **(metadata or {}),

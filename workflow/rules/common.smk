@@ -111,7 +111,8 @@ def sources(*parts):
     One file, because the plan of a sweep takes time for each input of each job. Its name holds the
     digest of their contents, its time is that of the last edit.
     """
-    root = Path(workflow.basedir) / "egrpo"
+    base = Path(workflow.basedir)  # of workflow/Snakefile, where that was called: one folder below
+    root = next(p / "egrpo" for p in (base, base.parent) if (p / "egrpo").is_dir())
     files = [f for p in parts for f in (sorted((root / p).glob("*.*")) or [root / p])]
     text = "".join(f"{file_identity(f)}  {f.relative_to(root)}\n" for f in files)
     path = Path(".snakemake", "egrpo", f"code-{keys.digest(text)}.txt")

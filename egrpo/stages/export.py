@@ -1,0 +1,261 @@
+"""A trained run as a folder for others, in the layout that model hubs expect.
+
+Weights, settings, plan, scores of the run and of its base model, their comparison, some images, and
+a model card (``README.md``). Nothing in it says where on this machine it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+from egrpo.config.keys import settings_key
+from egrpo.config.layout import Layout
+from egrpo.config.load import load_run, yaml_of
+from egrpo.config.models import RunConfig
+from egrpo.config.trees import needs_plan
+from egrpo.errors import UserError
+from egrpo.stages.model_card import Sample, model_card
+from egrpo.stages.plan import load_plan
+from egrpo.stages.sharing import shareable, without_folder
+from egrpo.stages.tables import Key, RunFiles, make_comparison, read_images, train_record
+from egrpo.store.files import full_disk, no_space, read_json, write_json, write_text
+from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
+from egrpo.store.weights import read_header
+
+INDEX = "bundle.json"
+"""Names the files of a bundle with their SHA-256; a folder that holds it is an earlier bundle."""
+SAMPLES = 4
+"""Held-out prompts whose images stand in the card."""
+DEFAULT_CONFIG = "config/config.yaml"
+
+
+def export(
+    at: Layout,
+    run: str,
+    output: Path | None = None,
+    *,
+    configs: Sequence[str | Path] = (DEFAULT_CONFIG,),
+    licence: str | None = None,
+    base_model: str | None = None,
+) -> Path:
+    """Write the bundle of one run, whole or not at all; an earlier bundle there is replaced.
+
+    Args:
+        at, run: the study, and a run of it that is trained and evaluated.
+        output: folder to make; None: ``export/<run>`` in the study's results.
+        configs: files of the study, for the commands that are shown.
+        licence, base_model: what the card says of them; None: no licence, and the base model only
+            where the settings name it by its hub id.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: naming the result that is missing and the command that makes it, or what stands
+            in the way of the folder.
+    """
+    if run not in at.study.runs:
+        known = ", ".join(at.study.runs)
+        raise UserError(f"{', '.join(map(str, configs))}: no run {run!r}; there are {known}")
+    settings = _settings_of(at, run, configs)
+    weights = _inputs(at, settings, configs)
+    folder = output or at.bundle(run)
+    with _new_folder(folder) as new:
+        for name, source in weights.items():
+            _copy(source, new / name)
+            if source.name == "config.json":  # diffusers notes where the base model was
+                parts = read_json(source)
+                write_json(new / name, {k: _plain(value) for k, value in parts.items()})
+        _write_results(at, settings, new)
+        samples = _write_samples(at.run(run) / "images.parquet", new)
+        shown = [without_folder(str(path)) for path in configs]
+        scores = at.run(run) / "scores.parquet"
+        if scores.is_absolute():
+            scores = scores.relative_to(Path(at.study.results).parent)
+        card = model_card(settings, new, samples, command(shown, scores), licence, base_model)
+        write_text(new / "README.md", card)
+        write_json(new / INDEX, {"run": run, "study": settings.study, "files": _sums(new)})
+    return folder
+
+
+def command(configs: Sequence[str | Path], *targets: str | Path) -> str:
+    """What makes results of the study."""
+    words = ["snakemake", "--cores", "all", *map(str, targets)]
+    if [str(path) for path in configs] != [DEFAULT_CONFIG]:
+        words += ["--configfile", *map(str, configs)]
+    return shlex.join(words)
+
+
+def _settings_of(at: Layout, run: str, configs: Sequence[str | Path]) -> RunConfig:
+    """The settings that the run was made with, which must be the study's."""
+    path, of_study = at.config(run), at.study.runs[run]
+    _there(path, command(configs, path))
+    made = load_run(path)
+    untracked = made.model_copy(update={"tracking": of_study.tracking})
+    if settings_key(untracked) != settings_key(of_study):
+        stale = path, at.run(run) / "scores.parquet", at.base(run) / "scores.parquet"
+        raise UserError(
+            f"{path}: not the settings that the study has now; `{command(configs, *stale)}` makes "
+            "anew what they touch"
+        )
+    return made
+
+
+def _there(path: Path, how: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `{how}` makes it")
+
+
+def _inputs(at: Layout, run: RunConfig, configs: Sequence[str | Path]) -> dict[str, Path]:
+    """The weights by their name in the bundle; all else that the bundle needs is there too."""
+    folder, base = at.run(run.run), at.base(run.run)
+    needed = ["train.json", "train_metrics.parquet", "scores.parquet", "images.parquet"]
+    needed += ["plan.json"] if needs_plan(run) else []
+    found = [folder / name for name in needed]
+    found += [base / name for name in ("scores.parquet", "images.parquet")]
+    for path in found:
+        _there(path, command(configs, path))
+    weights = {
+        "lora": {"pytorch_lora_weights.safetensors": "pytorch_lora_weights.safetensors"},
+        "full": {
+            f"transformer/{name}": name
+            for name in ("config.json", "diffusion_pytorch_model.safetensors")
+        },
+    }[run.model.tuning]
+    sources = {name: folder / "adapter" / file for name, file in weights.items()}
+    trained = train_record(folder / "train.json").get("trainable_parameters")
+    for path in sources.values():
+        if path.parent.exists():  # to snakemake the folder is the result
+            _there(path, f"rm -r {path.parent}; {command(configs, path.parent)}")
+        _there(path, command(configs, path.parent))
+        if path.suffix == ".safetensors" and run.model.tuning == "lora":
+            count = sum(prod(shape) for shape in read_header(path).values())
+            if trained is not None and count != trained:
+                raise UserError(
+                    f"{path}: holds {count:,} weights, but {trained:,} were trained; delete the "
+                    "folder and train the run again"
+                )
+    return sources
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The content alone: the copy has the permissions of a new file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _plain(value: object) -> object:
+    return without_folder(value) if isinstance(value, str) else value
+
+
+def _write_results(at: Layout, run: RunConfig, new: Path) -> None:
+    """Settings, plan, tables and figures."""
+    from egrpo.stages.curves import curves_figure
+    from egrpo.stages.image_grid import before_after
+
+    folder, files = at.run(run.run), RunFiles.at(at.run(run.run), at.base(run.run))
+    settings, notes = shareable(run)
+    head = [f"# Run {run.run}: all its settings, resolved.", *(f"# {note}" for note in notes)]
+    write_text(new / "config.yaml", "\n".join(head) + "\n" + yaml_of(settings))
+    for name, source, table in (
+        ("train_metrics.parquet", folder / "train_metrics.parquet", TRAIN_METRICS),
+        ("scores.parquet", files.scores, SCORES),
+        ("base_scores.parquet", files.base_scores, SCORES),
+    ):
+        read_table(source, table)  # refuses a damaged one
+        _copy(source, new / name)
+    _copy(files.train, new / "train.json")
+    if needs_plan(run):
+        load_plan(folder / "plan.json")
+        _copy(folder / "plan.json", new / "plan.json")
+    make_comparison({run.run: files}, new / "comparison.parquet")
+    images = new / "images"
+    runs = [(run.run, files.images)]
+    before_after(files.base_images, runs, SAMPLES, images / "before_after")
+    curves_figure([new / "train_metrics.parquet"], list(run.train.rewards), images / "curves")
+    (images / "curves.svg").unlink()
+
+
+def _write_samples(images: Path, new: Path) -> list[Sample]:
+    """The first image of the first prompts, each as a file of its own."""
+    found = read_images(images)
+    firsts: dict[int, Key] = {}
+    for key in sorted(found):
+        firsts.setdefault(key[0], key)
+    samples = []
+    for number, key in enumerate(list(firsts.values())[:SAMPLES], start=1):
+        name = f"images/sample-{number}.png"
+        (new / name).write_bytes(found[key])
+        samples.append(Sample(key[2], name))
+    return samples
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, but of the index."""
+    out = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / INDEX:
+            with open(path, "rb") as handle:
+                out[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                    handle, "sha256"
+                ).hexdigest()
+    return out
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place in the end, or leaves no trace."""
+    _may_be_replaced(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{what}") for what in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+    except Exception as error:
+        if no_space(error):
+            raise full_disk(target) from None
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _may_be_replaced(folder: Path) -> None:
+    """Nothing, an empty folder, or an earlier bundle as it was made.
+
+    Raises:
+        UserError: naming what would be lost.
+    """
+    remedy = "move it away, or choose another folder by --output"
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; {remedy}")
+    there = _sums(folder)
+    known: dict[str, str] = {}
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        known = index.get("files", {}) if isinstance(index, dict) else {}
+    elif not any(folder.iterdir()):
+        return
+    changed = [name for name, checksum in there.items() if known.get(name) != checksum]
+    if changed or not known:
+        name = changed[0] if changed else INDEX
+        what = "has changed since it was exported" if name in known else "is no file of a bundle"
+        raise UserError(f"{folder}: {name} {what}, and would be lost; {remedy}")

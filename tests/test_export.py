@@ -1,0 +1,569 @@
+"""Bundles for sharing: real trained runs, loaded again by stock diffusers and huggingface_hub."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL
+from markdown_it import MarkdownIt
+from PIL import Image
+from safetensors.torch import load_file
+from test_cli import egrpo, refused
+from test_data import snippets
+
+from egrpo.cli import main
+from egrpo.config.layout import Layout
+from egrpo.config.load import load_run, load_study, overlay, read_yaml
+from egrpo.config.models import RunConfig
+from egrpo.config.trees import needs_plan, plan_of, training_sigmas
+from egrpo.core.seeds import normal
+from egrpo.errors import UserError
+from egrpo.stages.embed import embed
+from egrpo.stages.evaluate import evaluate
+from egrpo.stages.export import INDEX, command, export
+from egrpo.stages.loading import loading
+from egrpo.stages.model_card import base_on_hub, escaped
+from egrpo.stages.report import read_rows
+from egrpo.stages.sharing import shareable
+from egrpo.stages.tables import read_images, readable
+from egrpo.stages.train_run import train
+from egrpo.store.files import write_json
+
+SECRETS = ("hunter2", "tracking.example", "sk-123", "alice", "s3cret")
+NASTY = 'a |pipe|, <b>bold</b> *stars* `ticks` [link](x) $m$ & _under_ ``` ü \\ "quoted"'
+
+
+def brightness(images: Any, prompts: list[str], **options: Any) -> Any:
+    """A reward of one's own, whose options hold what is nobody's business."""
+    return np.asarray(images, dtype=np.float64).mean(axis=(1, 2, 3)) / 255.0
+
+
+@dataclass(frozen=True)
+class Made:
+    """A study of two trained and evaluated runs, and the bundle of each."""
+
+    configs: tuple[str, ...]
+    at: Layout
+    embeddings: Path
+
+    def bundle(self, run: str) -> Path:
+        return self.at.bundle(run)
+
+
+def settings_in(root: Path) -> tuple[str, str]:
+    """The default study made small, with absolute paths and secrets, and what is laid over it."""
+    study = read_yaml(ROOT / "config/config.yaml")
+    for key in ("seeds", "default_runs", "paper", "tables", "figures", "methods"):
+        study.pop(key, None)
+    prompts = (ROOT / "assets/toy/prompts/heldout.txt").read_text().splitlines()[:4]
+    (root / "mine.txt").write_text("\n".join([NASTY, *prompts]), encoding="utf-8")
+    (root / "runs.tsv").write_text(
+        "run\tmethod.name\tmodel.tuning\ttrain.iterations\n"
+        "merged\tegrpo\tlora\t2\n"
+        "whole\tflow_grpo\tfull\t1\n"
+    )
+    study = overlay(study, SMALL)
+    study = overlay(
+        study,
+        {
+            "results": str(root / "results"),
+            "runs": str(root / "runs.tsv"),
+            "model": {"path": str(ROOT / "assets/toy/pipeline")},
+            "prompts": {"heldout": str(root / "mine.txt"), "limit": 4},
+            "train": {"learning_rate_scale": 1000.0},
+            "evaluate": {"bootstrap": 200},
+            "tracking": {"uri": "http://alice:hunter2@tracking.example:5000", "enabled": False},
+            "methods": {
+                "egrpo": {"group_size": 3, "active": 3},
+                "flow_grpo": {"group_size": 4, "steps": 5},
+            },
+        },
+    )
+    options = {
+        "api_key": "sk-123",
+        "where": f"{root}/cache/model.bin",
+        "more": ["see https://alice:s3cret@host.example/x", {"auth_header": "s3cret", "n": 3}],
+    }
+    own = {"kind": "custom", "function": "test_export:brightness", "options": options}
+    (root / "study.yaml").write_text(yaml.safe_dump(study))
+    toys = dict.fromkeys(("verifier", "verifier_exact", "preference"))  # know the toy's words only
+    more = {
+        "rewards": {**toys, "own *bright*": own},
+        "train": {"rewards": {"verifier": None, "jpeg": 1.0}},
+    }
+    (root / "more.yaml").write_text(yaml.safe_dump(more))
+    return str(root / "study.yaml"), str(root / "more.yaml")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("shared")
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        configs = settings_in(root)
+        at = Layout(load_study(*configs))
+        embeddings = root / "embeddings.safetensors"
+        for name, run in at.study.runs.items():
+            folder = at.run(name)
+            folder.mkdir(parents=True)
+            at.config(name).write_text(yaml.safe_dump(run.model_dump(), sort_keys=False))
+            if not embeddings.exists():
+                embed(run, embeddings)
+            plan = plan_of(run, training_sigmas(run)) if needs_plan(run) else None
+            if plan is not None:
+                write_json(folder / "plan.json", plan.to_dict())
+            train(run, plan, embeddings, state=root / "state" / name, output=folder)
+            tables = "scores.parquet", "images.parquet"
+            evaluate(run, embeddings, folder / "adapter", *(folder / table for table in tables))
+            if not at.base(name).exists():
+                evaluate(run, embeddings, None, *(at.base(name) / table for table in tables))
+            export(at, name, configs=configs)
+    finally:
+        os.chdir(before)
+    return Made(configs, at, embeddings)
+
+
+def card(folder: Path) -> Any:
+    from huggingface_hub import ModelCard
+
+    return ModelCard.load(folder / "README.md")
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def test_the_weights_are_the_trained_ones(made: Made) -> None:
+    name = "pytorch_lora_weights.safetensors"
+    trained = made.at.run("merged") / "adapter" / name
+    assert (made.bundle("merged") / name).read_bytes() == trained.read_bytes()
+    whole = made.bundle("whole") / "transformer"
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    for path in whole.iterdir():
+        trained = made.at.run("whole") / "adapter" / path.name
+        if path.suffix == ".safetensors":
+            assert path.read_bytes() == trained.read_bytes()
+        else:  # diffusers notes the base model's folder in it
+            own = {"_name_or_path": "pipeline"}
+            assert json.loads(path.read_text()) == {**json.loads(trained.read_text()), **own}
+
+
+@pytest.mark.parametrize("run", ["merged", "whole"])
+def test_the_cards_snippet_draws_the_evaluations_image(
+    made: Made, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Word for word, in a copy of the bundle beside the base model, without this project's code."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    bundle = tmp_path / "bundle"
+    shutil.copytree(made.bundle(run), bundle)
+    (bundle / "pipeline").symlink_to(ROOT / "assets/toy/pipeline")
+    monkeypatch.chdir(bundle)
+    (code,) = [text for _, language, text in snippets(Path("README.md")) if language == "python"]
+    assert "egrpo" not in code
+    space: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), space)
+    assert Image.open("image.png").size == (32, 32)
+
+    if run == "merged":
+        stored = load_file("pytorch_lora_weights.safetensors")
+        loaded = dict(space["pipe"].transformer.named_parameters())
+        for name, tensor in stored.items():
+            own = name.removeprefix("transformer.").replace(".weight", ".default_0.weight")
+            assert torch.equal(loaded[own], tensor), name
+        assert len(stored) > 10
+
+    pipe = space["pipe"]
+    side = 32 // pipe.vae_scale_factor
+    noise = normal((pipe.transformer.config.in_channels, side, side), "evaluate", 0, -1, 0)[None]
+    again = code.replace("generator=torch.Generator().manual_seed(0)", "latents=noise")
+    exec(compile(again, "README.md", "exec"), {"noise": noise})
+    drawn = np.asarray(Image.open("image.png"), dtype=np.int64)
+    evaluated, untrained = (
+        np.asarray(Image.open(io.BytesIO(read_images(folder / "images.parquet")[0, 0, NASTY])), int)
+        for folder in (made.at.run(run), made.at.base(run))
+    )
+    assert np.abs(drawn - evaluated).max() <= 1  # rounding to 8 bits
+    assert np.abs(untrained - evaluated).max() > 8, "training must have changed the image"
+
+
+def test_the_bundle_alone_makes_the_same_weights_again(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of the card, as they stand, beside base model, prompts and rewards."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(made.bundle("merged"), bundle)
+    (bundle / "pipeline").symlink_to(ROOT / "assets/toy/pipeline")
+    (bundle / "assets").symlink_to(ROOT / "assets")
+    shutil.copy(Path(made.configs[0]).with_name("mine.txt"), bundle)
+    blocks = [text for _, language, text in snippets(bundle / "README.md") if language == "sh"]
+    (commands,) = [text for text in blocks if text.startswith("egrpo embed")]
+    monkeypatch.chdir(bundle)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for line in commands.replace("\\\n", "").splitlines():
+            program, *words = shlex.split(line)
+            assert program == "egrpo"
+            main(words, standalone_mode=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    weights = "pytorch_lora_weights.safetensors"
+    again, first = load_file(bundle / "again/adapter" / weights), load_file(bundle / weights)
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    scores = [pq.read_table(bundle / name) for name in ("again/scores.parquet", "scores.parquet")]
+    assert scores[0].equals(scores[1])
+
+
+# -- the card ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["merged", "whole"])
+def test_huggingface_hub_reads_the_cards_numbers(made: Made, run: str) -> None:
+    folder = made.bundle(run)
+    data = card(folder).data
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "text-to-image")
+    assert {"egrpo", "grpo", "flow-matching", "diffusers"} <= set(data.tags)
+    assert ("lora" in data.tags) == (run == "merged")
+    assert data.base_model is None  # a folder is no hub id
+    assert data.license is None
+    rows = {row["reward"]: row for row in read_rows(made.bundle(run) / "comparison.parquet")}
+    assert {"jpeg", "own *bright*", "diversity", "distance_to_base"} <= set(rows)
+    found = {result.metric_type: result for result in data.eval_results}
+    assert set(found) == set(rows)
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for reward, row in rows.items():
+        assert found[reward].metric_value == row["trained"]
+        for key in ("base", "difference", "low", "high"):
+            assert found[reward].metric_args[key] == row[key]
+        shown = readable(row)
+        cells = " | ".join(shown[key] for key in ("base", "trained", "difference", "interval"))
+        assert cells in page
+    assert data.widget[0]["text"] == " ".join(NASTY.split())
+    for sample in data.widget:
+        assert (folder / sample["output"]["url"]).is_file()
+
+
+def test_the_comparison_can_be_made_again_from_the_scores(made: Made) -> None:
+    folder = made.bundle("merged")
+    means = {}
+    for name in ("scores", "base_scores"):
+        scores = pq.read_table(folder / f"{name}.parquet").to_pandas()
+        means[name] = scores.groupby("reward")["value"].mean()
+    rows = {row["reward"]: row for row in read_rows(folder / "comparison.parquet")}
+    for reward in means["scores"].index:
+        assert means["scores"][reward] == pytest.approx(rows[reward]["trained"])
+        assert means["base_scores"][reward] == pytest.approx(rows[reward]["base"])
+
+
+def test_plan_and_costs_are_told(made: Made) -> None:
+    page = (made.bundle("merged") / "README.md").read_text(encoding="utf-8")
+    plan = json.loads((made.bundle("merged") / "plan.json").read_text())
+    assert "3 of the 16 sampling steps explore" in page
+    for step, span in zip(plan["active"], plan["spans"], strict=True):
+        assert f"| {step} | {span} | {plan['sigmas'][step]:.4f} |" in page
+    spent = json.loads((made.bundle("merged") / "train.json").read_text())
+    assert f"| network evaluations, sampling | {spent['nfe_forward']:,} |" in page
+    assert spent["key"] in page
+    made_by = "results/laptop/runs/merged/scores.parquet --configfile study.yaml more.yaml"
+    assert f"snakemake --cores all {made_by}\n" in page
+    other = (made.bundle("whole") / "README.md").read_text(encoding="utf-8")
+    assert "The method has no merge plan." in other
+    assert not (made.bundle("whole") / "plan.json").exists()
+
+
+def cells_of(markdown: str) -> list[str]:
+    """Texts of a page's table cells, as a reader sees them."""
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)
+    out = []
+    for before, token in itertools.pairwise(tokens):
+        if before.type in ("td_open", "th_open"):
+            out.append("".join(child.content for child in token.children or []))
+    return out
+
+
+@pytest.mark.parametrize("text", [NASTY, "own *bright*", "# no heading", "a_b_c", "&amp; <!-- x"])
+def test_texts_of_users_are_shown_as_they_are(text: str) -> None:
+    table = f"| a | b |\n|---|---|\n| {escaped(text)} | **{escaped(text)}** |\n"
+    assert cells_of(table) == ["a", "b", text, text]
+
+
+def test_every_table_of_the_card_is_one(made: Made) -> None:
+    body = card(made.bundle("merged")).text
+    cells = cells_of(body)
+    for text in ("own *bright*", "distance_to_base", "images/"):
+        assert text in cells
+    assert "{{" not in body
+    assert "None" not in body.replace("=None", "").replace("None is stated", "")
+
+
+def test_licence_and_base_model_as_the_user_says(made: Made, tmp_path: Path) -> None:
+    folder = export(
+        made.at,
+        "merged",
+        tmp_path / "b",
+        configs=made.configs,
+        licence="apache-2.0",
+        base_model="owner/base-model",
+    )
+    data = card(folder).data
+    assert (data.license, data.base_model) == ("apache-2.0", "owner/base-model")
+    assert data.base_model_relation == "adapter"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert 'base = "owner/base-model"' in page
+    assert "`apache-2.0`, as whoever exported it states." in page
+    with pytest.raises(UserError, match="--base-model: 'base' is no hub id"):
+        export(made.at, "merged", folder, configs=made.configs, base_model="base")
+    assert card(folder).data.base_model == "owner/base-model"  # what was there is there
+
+
+def test_a_pinned_hub_id_is_the_base_model(made: Made) -> None:
+    given = made.at.study.runs["merged"].model_dump()
+    given["model"] |= {"path": "owner/name", "revision": "abc123"}
+    run = RunConfig.model_validate(given)
+    assert base_on_hub(run) == "owner/name"
+    assert 'revision="abc123"' in loading(run, base_on_hub(run), "a fox")
+    assert base_on_hub(made.at.study.runs["merged"]) is None
+    unpinned = RunConfig.model_validate({**given, "model": {**given["model"], "revision": None}})
+    assert base_on_hub(unpinned) is None  # a folder that is not here
+
+
+# -- what may not leave this machine -------------------------------------------------------------
+
+
+def texts_in(folder: Path) -> dict[str, str]:
+    """Everything readable in a bundle, by file; Parquet and safetensors opened."""
+    out = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            text = path.read_bytes().decode("utf-8", "replace")
+            if path.suffix == ".parquet":
+                data = pq.read_table(path)
+                text += repr(data.to_pylist()) + repr(data.schema.metadata)
+            out[str(path.relative_to(folder))] = text
+    return out
+
+
+@pytest.mark.parametrize("run", ["merged", "whole"])
+def test_no_secret_and_no_path_of_this_machine(made: Made, run: str) -> None:
+    texts = texts_in(made.bundle(run))
+    assert "README.md" in texts
+    home = str(Path(made.configs[0]).parent)
+    told = repr(load_run(made.at.config(run)))
+    for word in (*SECRETS, home, str(ROOT)):
+        assert word in told or word == str(ROOT)
+        for name, text in texts.items():
+            assert word not in text, f"{word} in {name}"
+    settings = texts["config.yaml"]
+    assert not re.search(r"(^|[\s\"':=])/[\w.-]+/", settings)
+    for note in ("tracking.uri: left out", "model.path: pipeline, without its folder"):
+        assert note in settings
+        assert note in texts["README.md"].replace("\\", "")
+
+
+def test_shared_settings_are_settings(made: Made) -> None:
+    shared = load_run(made.bundle("merged") / "config.yaml")
+    own = load_run(made.at.config("merged"))
+    assert shared.tracking.uri is None
+    assert shared.model.path == "pipeline"
+    options = shared.rewards["own *bright*"].options  # type: ignore[union-attr]
+    assert options["api_key"] is None
+    assert options["where"] == "model.bin"
+    assert options["more"] == ["see https://host.example/x", {"auth_header": None, "n": 3}]
+    for section in ("method", "schedule", "train", "evaluate", "profile", "advantage"):
+        assert getattr(shared, section) == getattr(own, section)
+
+
+def test_addresses_and_tokens_of_services_are_left_out(made: Made) -> None:
+    given = made.at.study.runs["merged"].model_dump()
+    services = {
+        "far": {
+            "kind": "remote",
+            "url": "http://bob:pw@10.1.2.3:8800",
+            "reward": "clip",
+            "token_file": "~/token",
+        },
+        "judge": {"kind": "unifiedreward", "url": "https://gpu7.internal/v1"},
+    }
+    run = RunConfig.model_validate({**given, "rewards": {**given["rewards"], **services}})
+    settings, notes = shareable(run)
+    RunConfig.model_validate(settings)
+    for word in ("bob", "10.1.2.3", 'token"', "gpu7", "~/"):
+        assert word not in json.dumps(settings)
+    assert {"rewards.far.url: left out", "rewards.far.token_file: left out"} <= set(notes)
+    assert given == made.at.study.runs["merged"].model_dump()  # the run itself is untouched
+
+
+# -- the folder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["merged", "whole"])
+def test_files_are_named_as_hubs_want_them(made: Made, run: str) -> None:
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.repocard import metadata_load
+
+    folder = made.bundle(run)
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    for name in names:
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
+        assert operation.path_in_repo == name
+    assert {"README.md", "config.yaml", "train.json", "scores.parquet"} <= set(names)
+    assert not [name for name in names if name.startswith(".") or " " in name]
+    assert metadata_load(folder / "README.md")["model-index"][0]["name"]
+    index = json.loads((folder / INDEX).read_text())
+    assert sorted(index["files"]) == [name for name in sorted(names) if name != INDEX]
+    for name in names:
+        assert (folder / name).stat().st_mode & 0o444 == 0o444
+
+
+def test_an_earlier_bundle_is_replaced_and_nothing_else_is(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    folder.mkdir()
+
+    def again() -> None:
+        export(made.at, "whole", folder, configs=made.configs)
+
+    again()  # an empty folder
+    first = sorted(path.name for path in folder.iterdir())
+    again()
+    assert sorted(path.name for path in folder.iterdir()) == first
+    (folder / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match=r"b: mine\.txt is no file of a bundle.*--output"):
+        again()
+    (folder / "mine.txt").unlink()
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(page + "edited", encoding="utf-8")
+    with pytest.raises(UserError, match=r"README\.md has changed since it was exported"):
+        again()
+    assert (folder / "README.md").read_text(encoding="utf-8").endswith("edited")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"thesis\.tex is no file of a bundle"):
+        export(made.at, "whole", tmp_path / "other", configs=made.configs)
+    with pytest.raises(UserError, match=r"thesis\.tex: is a file"):
+        export(made.at, "whole", tmp_path / "other/thesis.tex", configs=made.configs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "other"]
+
+
+# -- what is missing -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "target"),
+    [
+        ("config.yaml", "config.yaml"),
+        ("scores.parquet", "scores.parquet"),
+        ("plan.json", "plan.json"),
+        ("adapter/pytorch_lora_weights.safetensors", "adapter"),
+    ],
+)
+def test_a_missing_result_is_named_with_the_command_that_makes_it(
+    made: Made, tmp_path: Path, file: str, target: str
+) -> None:
+    path = made.at.run("merged") / file
+    how = command(made.configs, made.at.run("merged") / target)
+    assert how.endswith(f"--configfile {' '.join(made.configs)}")
+    if target == "adapter":
+        how = f"rm -r {path.parent}; {how}"
+    path.rename(tmp_path / "away")
+    try:
+        with pytest.raises(UserError, match=re.escape(f"{path}: no such file; `{how}` makes it")):
+            export(made.at, "merged", tmp_path / "b", configs=made.configs)
+    finally:
+        (tmp_path / "away").rename(path)
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_bases_results_are_needed_too(made: Made, tmp_path: Path) -> None:
+    path = made.at.base("merged") / "images.parquet"
+    path.rename(tmp_path / "away")
+    try:
+        with pytest.raises(UserError, match=re.escape(f"{path}: no such file; `snakemake")):
+            export(made.at, "merged", tmp_path / "b", configs=made.configs)
+    finally:
+        (tmp_path / "away").rename(path)
+
+
+def test_weights_that_were_not_trained_here(made: Made, tmp_path: Path) -> None:
+    path = made.at.run("merged") / "adapter/pytorch_lora_weights.safetensors"
+    path.rename(tmp_path / "away")
+    try:
+        from safetensors.torch import save_file
+
+        save_file({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, path)
+        with pytest.raises(UserError, match=r"holds 4 weights, but .* were trained"):
+            export(made.at, "merged", tmp_path / "b", configs=made.configs)
+        path.write_bytes(path.read_bytes()[:-3])
+        with pytest.raises(UserError, match=r"not a whole safetensors file|bytes, .* expected"):
+            export(made.at, "merged", tmp_path / "b", configs=made.configs)
+    finally:
+        (tmp_path / "away").replace(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == []
+
+
+def test_a_study_that_was_edited_since(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "edit.yaml").write_text("train: {iterations: 9, learning_rate_scale: 1.0}\n")
+    configs = (*made.configs, str(tmp_path / "edit.yaml"))
+    with pytest.raises(UserError, match="not the settings that the study has now") as refusal:
+        export(Layout(load_study(*configs)), "whole", configs=configs)
+    assert f"{made.at.run('whole') / 'scores.parquet'}" in str(refusal.value)
+    assert f"--configfile {' '.join(configs)}` makes anew" in str(refusal.value)
+
+
+def test_the_command_and_an_unknown_run(made: Made) -> None:
+    words = [part for path in made.configs for part in ("--config", path)]
+    refused(egrpo("export", "mergd", *words), "no run 'mergd'; there are merged, whole")
+    done = egrpo("export", "merged", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{made.bundle('merged')}: ready to share")
+
+
+def test_damaged_scores_leave_nothing_behind(made: Made, tmp_path: Path) -> None:
+    path = made.at.run("merged") / "scores.parquet"
+    kept = path.read_bytes()
+    try:
+        path.write_bytes(kept[:200])
+        with pytest.raises(UserError, match=r"scores\.parquet: damaged Parquet"):
+            export(made.at, "merged", tmp_path / "b", configs=made.configs)
+    finally:
+        path.write_bytes(kept)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- the page's snippets -------------------------------------------------------------------------
+
+
+def test_snippets_of_the_page_about_bundles_run(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = [
+        code
+        for heading, language, code in snippets(ROOT / "docs/data.md")
+        if language == "python" and heading == "A run for others"
+    ]
+    assert len(codes) == 1
+    monkeypatch.chdir(made.bundle("merged").parent)
+    Path("egrpo-s0").symlink_to("merged")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(codes[0], "docs/data.md", "exec"), {"__name__": "snippet"})
+    assert "text-to-image" in printed.getvalue()
+    assert "jpeg" in printed.getvalue()
