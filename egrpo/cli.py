@@ -304,6 +304,7 @@ def tables_command(results: str, output: Path, run_configs: tuple[Path, ...]) ->
     make_comparison(files, output)
 
 
+PAGE = click.Choice(["index", "paper", "everything"])
 TARGET = click.option("--settings", type=EXISTING, required=True, help="What makes it (workflow).")
 
 
@@ -346,6 +347,30 @@ def figures_command(results: str, run_configs: tuple[Path, ...]) -> None:
     from egrpo.stages.draw import draw
 
     draw(Layout(_study(results, run_configs)))
+
+
+@main.command("page")
+@RESULTS
+@click.option("--page", type=PAGE, default="index", show_default=True, help="Which one.")
+@click.option("--table", "tables", type=EXISTING, multiple=True, help="Settings of a table.")
+@click.option("--figure", "figures", type=EXISTING, multiple=True, help="Settings of a figure.")
+@RUN_CONFIGS
+def page_command(
+    results: str,
+    page: str,
+    tables: tuple[Path, ...],
+    figures: tuple[Path, ...],
+    run_configs: tuple[Path, ...],
+) -> None:
+    """Tell the story of a study on one page that needs no network."""
+    from egrpo.config.layout import Layout
+    from egrpo.config.load import load_target
+    from egrpo.config.models import FigureSpec, TableSpec
+    from egrpo.stages.page import make_page
+
+    at = Layout(_study(results, run_configs))
+    shown = dict(load_target(path, TableSpec) for path in tables)
+    make_page(page, at, shown, dict(load_target(path, FigureSpec) for path in figures))
 
 
 @main.command("publish")

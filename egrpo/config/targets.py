@@ -17,7 +17,7 @@ BASE = "base"
 
 RESERVED = (
     *KEYS,
-    *("all", "everything", "paper", "plans", "publish", "settings"),
+    *("all", "everything", "page", "paper", "plans", "publish", "settings"),
     *("comparison", "paper_runs", "all_runs", "before_after", "curves", "entropy", "spread"),
     *("evaluate_base", "figures", "prepare_store", "result_figure", "result_table", "run_config"),
     *("suffix_quality", "toy_world"),

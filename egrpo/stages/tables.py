@@ -36,6 +36,16 @@ TRAIN_KEYS = ("iterations", "nfe_forward", "nfe_train", "nfe_reference", "second
 MEASURED = ("diversity", "distance_to_base")
 """Rows of the comparison that are measured on the images instead of scored by a reward."""
 
+HOW_TO_READ = (
+    "Held-out prompts, paired by prompt and sample. In brackets: 95% interval of the "
+    "difference, bootstrap over prompts. It holds for this trained model; how much another "
+    "training seed would differ needs runs with other seeds. Rewards that a run was trained "
+    "on are bold. diversity: mean RMS pixel distance between the samples of one prompt; "
+    "distance_to_base: mean RMS pixel distance to the base model's image of the same prompt "
+    "and noise; both in [0, 1]."
+)
+"""What a reader of the comparison must know."""
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -266,12 +276,7 @@ def markdown(rows: Iterable[Row]) -> str:
     lines = [
         "# Trained runs against their base model",
         "",
-        "Held-out prompts, paired by prompt and sample. In brackets: 95% interval of the "
-        "difference, bootstrap over prompts. It holds for this trained model; how much another "
-        "training seed would differ needs runs with other seeds. Rewards that a run was trained "
-        "on are bold. diversity: mean RMS pixel distance between the samples of one prompt; "
-        "distance_to_base: mean RMS pixel distance to the base model's image of the same prompt "
-        "and noise; both in [0, 1].",
+        HOW_TO_READ,
         "",
         "| run | method | reward | base | trained | difference | 95% interval | pairs | failed "
         "| iterations | network evaluations | seconds |",
