@@ -34,6 +34,7 @@ localrules:
     figures,
     result_table,
     result_figure,
+    page,
     publish,
 
 
@@ -43,6 +44,7 @@ rule all:
     input:
         f"{STUDY}/published-comparison.json",
         at.comparison,
+        at.page("index"),
         rules.figures.output,
         profiles(study.default_runs),
         plans(study.default_runs),

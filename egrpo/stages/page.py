@@ -105,7 +105,7 @@ def content(
         "comparison": comparison(rows),
         "tables": [result_view(key, spec, at) for key, spec in tables.items()],
         "figures": [
-            (key, picture(at.figure(key).with_suffix(""), spec.caption))
+            (key, picture(at.figure(key).with_suffix(""), spec.kind, spec.caption))
             for key, spec in left.items()
         ],
         "gallery": make_gallery(at, list(dict.fromkeys(arms))),
@@ -124,7 +124,7 @@ def _lead(kind: str, name: str, at: Layout, figures: dict[str, FigureSpec]) -> P
     for key, spec in figures.items():
         if spec.kind == kind:
             del figures[key]
-            return picture(at.figure(key).with_suffix(""), spec.caption)
+            return picture(at.figure(key).with_suffix(""), spec.kind, spec.caption)
     stem = at.figures / kind
     wanted = kind == "curves" or any(needs_plan(run) for run in at.study.runs.values())
     if (
@@ -133,7 +133,7 @@ def _lead(kind: str, name: str, at: Layout, figures: dict[str, FigureSpec]) -> P
         or (name == "everything" and not stem.with_suffix(".png").exists())
     ):
         return None
-    return picture(stem, "")
+    return picture(stem, kind)
 
 
 def render(template: str, **values: Any) -> str:

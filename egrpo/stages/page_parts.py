@@ -33,14 +33,20 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: its data URI and what it shows."""
+    """A figure: its data URI, what it shows, and whether it is drawn of lines alone."""
 
     uri: str
     caption: str
+    lines: bool
 
 
-def picture(stem: Path, caption: str) -> Picture:
+def picture(stem: Path, kind: str, caption: str = "") -> Picture:
     """The smaller of a figure's SVG and PNG; one with large images as WebP.
+
+    Args:
+        stem: path without ending.
+        kind: as in ``FigureSpec``.
+        caption: what it shows; empty where the template says it.
 
     Raises:
         UserError: if there is neither.
@@ -49,11 +55,11 @@ def picture(stem: Path, caption: str) -> Picture:
     if not files:
         raise UserError(f"{stem}.png: no such figure; `snakemake --cores all {stem}.png` makes it")
     file = min(files, key=lambda path: path.stat().st_size)
-    png = stem.with_suffix(".png")
+    png, lines = stem.with_suffix(".png"), kind not in ("branches", "images")
     if file.stat().st_size > LARGE and png in files:
-        return Picture(thumbnail(open_grid(png), WIDE), caption)
-    kind = "image/svg+xml" if file.suffix == ".svg" else "image/png"
-    return Picture(uri(file.read_bytes(), kind), caption)
+        return Picture(thumbnail(open_grid(png), WIDE), caption, lines)
+    content = "image/svg+xml" if file.suffix == ".svg" else "image/png"
+    return Picture(uri(file.read_bytes(), content), caption, lines)
 
 
 # --- against the base model -----------------------------------------------------------------------

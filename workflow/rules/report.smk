@@ -158,6 +158,45 @@ rule publish:
         " 3>&2 2> >(tee {log:q} >&3)"
 
 
+# One file that tells the story; results/index.html, which leads to it, is written beside.
+rule page:
+    input:
+        configs=lambda wc: configs(run_set(PAGES[wc.page])),
+        table=lambda wc: at.table(PAGES[wc.page]),
+        figures=lambda wc: [] if wc.page == "paper" else default_figures(),
+        targets=lambda wc: targets(PAGES[wc.page]),
+        target_settings=lambda wc: [at.target_settings(n) for n in names(PAGES[wc.page])],
+        plans=lambda wc: plans(run_set(PAGES[wc.page]), "plan.json", "merge_plan.parquet"),
+        training=lambda wc: results(
+            run_set(PAGES[wc.page]), "monitor", "train.json", "train_metrics.parquet"
+        ),
+        prompts=lambda wc: sorted({RUNS[run].prompts.heldout for run in run_set(PAGES[wc.page])}),
+        code=sources(
+            "config/layout.py",
+            "stages/gallery.py",
+            "stages/page.py",
+            "stages/page_parts.py",
+            "stages/report.py",
+            "stages/results_text.py",
+            "stages/tables.py",
+            "stages/templates",
+            "store/tables.py",
+        ),
+    output:
+        page=f"{STUDY}/{{page}}.html",
+    log:
+        f"{STUDY}/logs/page-{{page}}.log",
+    conda:
+        "../../envs/egrpo.yaml"
+    params:
+        results=lambda wc, output: Path(output.page).parents[1],
+        tables=lambda wc: settings_options("--table", PAGES[wc.page], study.tables),
+        figures=lambda wc: settings_options("--figure", PAGES[wc.page], study.figures),
+    shell:
+        "python -m egrpo page --results {params.results:q} --page {wildcards.page}"
+        " {params.tables:q} {params.figures:q} {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
+
+
 # Every table and figure of the study is a target by its name.
 for name in (*study.tables, *study.figures):
 
@@ -183,9 +222,11 @@ rule paper:
     input:
         lambda wc: some_targets("paper_runs"),
         f"{STUDY}/published-paper_runs.json",
+        at.page("paper"),
 
 
 rule everything:
     input:
         targets("all_runs"),
         f"{STUDY}/published-all_runs.json",
+        at.page("everything"),

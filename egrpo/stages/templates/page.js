@@ -7,9 +7,8 @@
   const show = () => {
     const i = Number(slider.value);
     const sample = Number(gallery.querySelector("[name=sample]:checked").value);
-    const text = `iteration ${data.iterations[i]}`;
-    slider.setAttribute("aria-valuetext", text);
-    document.getElementById("shown").textContent = text;
+    slider.setAttribute("aria-valuetext", `iteration ${data.iterations[i]}`);
+    document.getElementById("shown").textContent = data.iterations[i];
     for (const image of gallery.querySelectorAll("img[data-column]")) {
       const column = data.columns[image.dataset.column];
       image.src = data.images[last(column.frames, i)[image.dataset.prompt][sample]];
