@@ -9,6 +9,7 @@ from typing import Any
 
 from egrpo.config.layout import Layout
 from egrpo.config.models import TableSpec
+from egrpo.config.targets import BASE
 from egrpo.config.trees import learning_rate, needs_plan
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
@@ -124,7 +125,7 @@ def plan_views(at: Layout) -> list[dict[str, Any]]:
         rows = read_table(at.run(names[0]) / "merge_plan.parquet", MERGE_PLAN).to_pylist()
         views.append(
             {
-                "runs": names,
+                "names": _arms(names, at),
                 "steps": plan.steps,
                 "rows": sorted(rows, key=lambda row: row["step"]),
                 "threshold": plan.threshold,
@@ -134,6 +135,13 @@ def plan_views(at: Layout) -> list[dict[str, Any]]:
             }
         )
     return views
+
+
+def _arms(runs: Sequence[str], at: Layout) -> list[str]:
+    """Arms of runs; a run whose arm has no other goes by its own name."""
+    arms = [at.study.runs[run].arm for run in runs]
+    named = [arm if len(at.arm(arm)) > 1 else run for arm, run in zip(arms, runs, strict=True)]
+    return list(dict.fromkeys(named))
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -175,11 +183,13 @@ def result_view(name: str, spec: TableSpec, at: Layout) -> dict[str, Any]:
 
 def _section(path: Path, heading: str, spec: TableSpec, rows: Sequence[Row]) -> dict[str, Any]:
     arms = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    for arm in (BASE, *spec.sections[heading]):
         found = {row["reward"]: row for row in rows if row["arm"] == arm}
         lacking = [reward for reward in spec.rewards if reward not in found]
         if lacking:
-            raise UserError(f"{path}: has no {lacking[0]} of {arm}; delete it and run again")
+            raise UserError(
+                f"{path}: section {heading!r} has no {lacking[0]} of {arm}; delete it and run again"
+            )
         cells = [
             {**found[reward], "number": mean, "interval": interval}
             for reward in spec.rewards
@@ -187,8 +197,6 @@ def _section(path: Path, heading: str, spec: TableSpec, rows: Sequence[Row]) -> 
         ]
         first = cells[0]
         arms.append({"arm": arm, "method": first["method"], "cells": cells, "costs": costs(first)})
-    if not arms:
-        raise UserError(f"{path}: has no row of section {heading!r}; delete it and run again")
     return {"heading": heading, "arms": arms, "failures": failures(rows)}
 
 
