@@ -401,7 +401,10 @@ def report_command(config: Path) -> None:
     from egrpo.config.load import load_study
     from egrpo.stages.report import print_report
 
-    print_report(Layout(load_study(config)).comparison)
+    at = Layout(load_study(config))
+    print_report(at.comparison)
+    if at.page("index").exists():
+        click.echo(f"The story on one page: {at.page('index')}")
 
 
 @main.command("ui")

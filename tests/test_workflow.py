@@ -243,6 +243,7 @@ def test_whole_study_gives_every_result(finished: Path) -> None:
     ).stdout
     assert "verifier" in report
     assert "make ui" in report
+    assert f"The story on one page: {at / 'index.html'}" in report
 
 
 @pytest.mark.slow

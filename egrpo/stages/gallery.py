@@ -130,18 +130,19 @@ def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
     metrics = {run.run: _monitored(at.run(run.run) / "train_metrics.parquet") for run in runs}
     shown = {run.run: _shown(found[run.run], gallery.iterations) for run in runs}
     texts = _Texts(metrics, shown, gallery.rewards)
-    start = found[first.run][min(found[first.run])]
-    gallery.columns = [Column("base", "", [0], [texts.of(first.run, 0)], [cutter.cut(start)])]
+    start = min(found[first.run])  # 0, before anything was trained
+    values, frames = texts.of(first.run, start), cutter.cut(found[first.run][start])
+    gallery.columns = [Column("base", "", [start], [values], [frames])]
     for run in runs:
         iterations = shown[run.run]
-        frames = {i: cutter.cut(found[run.run][i]) for i in dict.fromkeys(iterations)}
+        cut = {i: cutter.cut(found[run.run][i]) for i in dict.fromkeys(iterations)}
         gallery.columns.append(
             Column(
                 run.run,
                 run.method.name,
                 iterations,
                 [texts.of(run.run, i) for i in iterations],
-                [frames[i] for i in iterations],
+                [cut[i] for i in iterations],
             )
         )
     gallery.images = list(cutter.images)
@@ -159,7 +160,8 @@ def grids_of(folder: Path) -> Grids:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; `snakemake --cores all {folder}` makes it")
-    return {int(path.stem.rpartition("-")[2]): path for path in folder.glob("iteration-*.png")}
+    found = {path.stem.removeprefix("iteration-"): path for path in folder.glob("iteration-*.png")}
+    return {int(number): path for number, path in found.items() if number.isdecimal()}
 
 
 def _comparable(run: RunConfig) -> str:
