@@ -420,18 +420,18 @@ def test_many_runs_are_cut_to_what_a_page_bears(tmp_path: Path, size: int, limit
     assert made.small == (size == 8)
 
 
-def test_large_images_become_thumbnails(tmp_path: Path) -> None:
-    run = config(
-        "big", heldout(tmp_path, 2), model={"path": "m", "width": 640, "height": 320},
-        train=train(),
-    )  # fmt: skip
-    made = gallery_of(tmp_path, run)
+@pytest.mark.parametrize(("size", "shown"), [((640, 320), (256, 128)), ((80, 400), (51, 256))])
+def test_large_images_become_thumbnails(
+    tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    model = {"path": "m", "width": size[0], "height": size[1]}
+    made = gallery_of(tmp_path, config("big", heldout(tmp_path, 2), model=model, train=train()))
     assert not made.small
-    assert (made.width, made.height) == (256, 128)
+    assert (made.width, made.height) == shown
     for uri in made.images:
         kind, _, content = uri.partition(";base64,")
         image = Image.open(io.BytesIO(base64.b64decode(content)))
-        assert (kind, image.format, image.size) == ("data:image/webp", "WEBP", (256, 128))
+        assert (kind, image.format, image.size) == ("data:image/webp", "WEBP", shown)
 
 
 def test_only_runs_with_the_same_monitors_stand_together(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,49 +107,78 @@ def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
         alike.setdefault(_comparable(run), []).append(run)
     comparable = max(alike.values(), key=len)
     runs = comparable[:MOST_ARMS]
-    first, train, model = runs[0], runs[0].train, runs[0].model
-    prompts = [prompt.text for prompt in read_prompts(first.prompts.heldout)]
-    prompts = prompts[: train.monitor_prompts]
-    every = sorted({iteration for run in runs for iteration in found[run.run]})
-    small = max(model.width, model.height) <= SMALL
+    grids = {run.run: found[run.run] for run in runs}
+    prompts = read_prompts(runs[0].prompts.heldout)[: runs[0].train.monitor_prompts]
+    gallery = _empty(runs, grids, [prompt.text for prompt in prompts])
+    _fill(gallery, at, runs, grids, len(prompts))
+    if unseen := [run.run for run in firsts if run not in monitored]:
+        gallery.left_out.append(f"Not monitored (train.monitor_every): {', '.join(unseen)}.")
+    if others := [run.run for run in monitored if run not in comparable]:
+        gallery.left_out.append(
+            "Not shown, because base model, image size or monitors differ from these runs': "
+            f"{', '.join(others)}."
+        )
+    if len(runs) < len(comparable):
+        gallery.left_out.append(f"Shown are the first {len(runs)} of {len(comparable)} arms.")
+    if any(len(at.arm(run.arm)) > 1 for run in runs):
+        gallery.left_out.append("Of an arm with several seeds the first is shown.")
+    iterations = {iteration for own in grids.values() for iteration in own}
+    for what, shown, there in (
+        ("prompts", len(gallery.prompts), len(prompts)),
+        ("samples of each prompt", gallery.samples, runs[0].train.monitor_samples),
+        ("iterations", len(gallery.iterations), len(iterations)),
+    ):
+        if shown < there:
+            gallery.left_out.append(f"Shown are {shown} of {there} monitored {what}.")
+    return gallery
+
+
+def _empty(
+    runs: Sequence[RunConfig], grids: Mapping[str, Grids], prompts: Sequence[str]
+) -> Gallery:
+    """What is shown, as far as a page bears it, still without images."""
+    train, width, height = runs[0].train, runs[0].model.width, runs[0].model.height
+    every = sorted({iteration for own in grids.values() for iteration in own})
+    small = max(width, height) <= SMALL
     rows = min(len(prompts), MOST_PROMPTS)
     most = (MOST_SMALL if small else MOST_LARGE) // (rows * len(runs))
     samples = min(max(most // min(len(every), POSITIONS), 1), train.monitor_samples)
-    scale = max(1, ENLARGED // model.width) if small else min(1.0, THUMBNAIL / max(model.width, 1))
-    gallery = Gallery(
+    scale = max(1, ENLARGED // width) if small else min(1.0, THUMBNAIL / max(width, height))
+    rewards = list(dict.fromkeys(name for run in runs for name in run.train.rewards))
+    return Gallery(
         iterations=_spread(every, max(most // samples, 2)),
-        prompts=prompts[:rows],
+        prompts=list(prompts[:rows]),
         samples=samples,
-        rewards=list(dict.fromkeys(name for run in runs for name in run.train.rewards)),
-        width=round(model.width * scale),
-        height=round(model.height * scale),
+        rewards=rewards[:MOST_REWARDS],
+        width=round(width * scale),
+        height=round(height * scale),
         small=small,
     )
-    gallery.rewards = gallery.rewards[:MOST_REWARDS]
-    cutter = _Cutter(first, len(prompts), gallery)
+
+
+def _fill(
+    gallery: Gallery,
+    at: Layout,
+    runs: Sequence[RunConfig],
+    grids: Mapping[str, Grids],
+    prompts: int,
+) -> None:
+    """Add the columns; ``prompts`` are those that were monitored."""
+    cutter = _Cutter(runs[0], prompts, gallery)
     metrics = {run.run: _monitored(at.run(run.run) / "train_metrics.parquet") for run in runs}
-    shown = {run.run: _shown(found[run.run], gallery.iterations) for run in runs}
+    shown = {run.run: _shown(grids[run.run], gallery.iterations) for run in runs}
     texts = _Texts(metrics, shown, gallery.rewards)
-    start = min(found[first.run])  # 0, before anything was trained
-    values, frames = texts.of(first.run, start), cutter.cut(found[first.run][start])
-    gallery.columns = [Column("base", "", [start], [values], [frames])]
+    first, start = runs[0].run, min(grids[runs[0].run])  # 0, before anything was trained
+    values, frames = texts.of(first, start), cutter.cut(grids[first][start])
+    gallery.columns.append(Column("base", "", [start], [values], [frames]))
     for run in runs:
         iterations = shown[run.run]
-        cut = {i: cutter.cut(found[run.run][i]) for i in dict.fromkeys(iterations)}
+        cut = {i: cutter.cut(grids[run.run][i]) for i in dict.fromkeys(iterations)}
+        values_at = [texts.of(run.run, i) for i in iterations]
         gallery.columns.append(
-            Column(
-                run.run,
-                run.method.name,
-                iterations,
-                [texts.of(run.run, i) for i in iterations],
-                [cut[i] for i in iterations],
-            )
+            Column(run.run, run.method.name, iterations, values_at, [cut[i] for i in iterations])
         )
     gallery.images = list(cutter.images)
-    gallery.left_out = _left_out(
-        gallery, firsts, monitored, comparable, len(prompts), train.monitor_samples, len(every), at
-    )
-    return gallery
 
 
 def grids_of(folder: Path) -> Grids:
@@ -293,41 +322,3 @@ class _Texts:
             "-" if v is None or v != v else f"{v:.{self.digits[name]}f}"
             for v, name in zip(values, self.rewards, strict=True)
         ]
-
-
-def _left_out(
-    gallery: Gallery,
-    firsts: Sequence[RunConfig],
-    monitored: Sequence[RunConfig],
-    comparable: Sequence[RunConfig],
-    prompts: int,
-    samples: int,
-    iterations: int,
-    at: Layout,
-) -> list[str]:
-    """What is not shown, one sentence each."""
-    said = []
-
-    def names(runs: Iterable[RunConfig]) -> str:
-        return ", ".join(run.run for run in runs)
-
-    if unseen := [run for run in firsts if run not in monitored]:
-        said.append(f"Not monitored (train.monitor_every): {names(unseen)}.")
-    if others := [run for run in monitored if run not in comparable]:
-        said.append(
-            "Not shown, because base model, image size or monitors differ from these runs': "
-            f"{names(others)}."
-        )
-    runs = len(gallery.columns) - 1
-    if runs < len(comparable):
-        said.append(f"Shown are the first {runs} of {len(comparable)} arms.")
-    if any(len(at.arm(run.arm)) > 1 for run in comparable[:runs]):
-        said.append("Of an arm with several seeds the first is shown.")
-    for what, shown, there in (
-        ("prompts", len(gallery.prompts), prompts),
-        ("samples of each prompt", gallery.samples, samples),
-        ("iterations", len(gallery.iterations), iterations),
-    ):
-        if shown < there:
-            said.append(f"Shown are {shown} of {there} monitored {what}.")
-    return said
