@@ -28,7 +28,7 @@ SMALL, ENLARGED, THUMBNAIL = 64, 96, 256
 """Pixels across: of images that are kept pixel by pixel, how large these are shown, and how large
 others are kept at most."""
 MOST_SMALL, MOST_LARGE = 1000, 480
-"""Images on one page, about 2 and 6 MB."""
+"""Images on one page: up to 2 MB of small ones, 8 MB of photographs."""
 POSITIONS = 7
 """Iterations that go before further samples."""
 
