@@ -35,6 +35,7 @@ localrules:
     figures,
     result_table,
     result_figure,
+    page,
     publish,
 
 
@@ -45,6 +46,7 @@ rule all:
         f"{STUDY}/published-comparison.json",
         at.comparison,
         at.about("comparison"),
+        at.page("index"),
         rules.figures.output,
         profiles(study.default_runs),
         plans(study.default_runs),

@@ -331,6 +331,7 @@ def tables_command(results: str, output: Path, run_configs: tuple[Path, ...]) ->
     make_comparison(files, output)
 
 
+PAGE = click.Choice(["index", "paper", "everything"])
 TARGET = click.option("--settings", type=EXISTING, required=True, help="What makes it (workflow).")
 
 
@@ -387,6 +388,30 @@ def about_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> 
     write_about(Layout(_study(results, run_configs)), output)
 
 
+@main.command("page")
+@RESULTS
+@click.option("--page", type=PAGE, default="index", show_default=True, help="Which one.")
+@click.option("--table", "tables", type=EXISTING, multiple=True, help="Settings of a table.")
+@click.option("--figure", "figures", type=EXISTING, multiple=True, help="Settings of a figure.")
+@RUN_CONFIGS
+def page_command(
+    results: str,
+    page: str,
+    tables: tuple[Path, ...],
+    figures: tuple[Path, ...],
+    run_configs: tuple[Path, ...],
+) -> None:
+    """Tell the story of a study on one page that needs no network."""
+    from egrpo.config.layout import Layout
+    from egrpo.config.load import load_target
+    from egrpo.config.models import FigureSpec, TableSpec
+    from egrpo.stages.page import make_page
+
+    at = Layout(_study(results, run_configs))
+    shown = dict(load_target(path, TableSpec) for path in tables)
+    make_page(page, at, shown, dict(load_target(path, FigureSpec) for path in figures))
+
+
 @main.command("publish")
 @RESULTS
 @click.option("--store", type=EXISTING, required=True, help="Written by `egrpo prepare`.")
@@ -415,7 +440,10 @@ def report_command(config: Path) -> None:
     from egrpo.config.load import load_study
     from egrpo.stages.report import print_report
 
-    print_report(Layout(load_study(config)).comparison)
+    at = Layout(load_study(config))
+    print_report(at.comparison)
+    if at.page("index").exists():
+        click.echo(f"The story on one page: {at.page('index')}")
 
 
 def _runs_of_study(

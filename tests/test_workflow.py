@@ -120,6 +120,7 @@ def test_dry_run_of_the_default_study_lists_the_jobs() -> None:
         "about": 1,
         "comparison": 1,
         "figures": 1,
+        "page": 1,
         "publish": 1,
     }
 
@@ -128,6 +129,7 @@ def test_another_model_gets_the_same_targets_by_a_config(tmp_path: Path) -> None
     """Model, prompts and rewards change; arms, tables and figures stay."""
     wanted = planned(None, "--forceall", "paper")
     assert wanted["train"] == wanted["evaluate"] == 72
+    assert wanted["page"] == 1
     mine = read_yaml(ROOT / "config/my_model.yaml")
     for path in (mine["model"]["path"], mine["prompts"]["train"], mine["rewards"]["clip"]["path"]):
         assert not (ROOT / path).exists(), "files that a user brings"
@@ -209,6 +211,8 @@ def test_whole_study_gives_every_result(finished: Path) -> None:
     for name in ("curves", "before_after", "entropy", "spread"):
         assert (at / f"figures/{name}.png").stat().st_size > 5000
     assert {p.name for p in (at / "runs").iterdir()} == {"one-s0", "two-s0"}, "default runs only"
+    assert 100_000 < (at / "index.html").stat().st_size < 2_000_000
+    assert "url=small/index.html" in (at.parent / "index.html").read_text()
     found = {}
     for path in sorted(at.rglob("*.parquet")):
         schema = pq.read_schema(path)
@@ -244,6 +248,7 @@ def test_whole_study_gives_every_result(finished: Path) -> None:
     ).stdout
     assert "verifier" in report
     assert "make ui" in report
+    assert f"The story on one page: {at / 'index.html'}" in report
 
 
 @pytest.mark.slow
@@ -304,6 +309,9 @@ def test_an_edit_of_the_code_runs_again_what_it_decides(finished: Path, tmp_path
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy2(ROOT / "Snakefile", tmp_path)
     assert planned(finished, where=tmp_path) == {}
+    with (tmp_path / "egrpo/stages/templates/page.css").open("a") as source:
+        source.write("/* edited */\n")
+    assert planned(finished, where=tmp_path) == {"all": 1, "page": 1}
     with (tmp_path / "egrpo/core/loss.py").open("a") as source:
         source.write("# edited\n")
     jobs = planned(finished, where=tmp_path)
@@ -361,6 +369,11 @@ def test_paper_makes_every_table_and_figure_and_trains_shared_runs_once(finished
             assert 0 < row["nfe"] <= (EVALUATIONS if row["at"] == "evaluations" else 2000)
             assert row["peak_memory_mib"] > 100
     assert pq.read_table(at / "runs/one-s0/suffixes.parquet").num_rows
+    page = (at / "paper.html").read_text()
+    for name in ("scores_of_all", "the_branches", "the_images"):
+        assert f'<h3 id="{name}">' in page
+    assert page.count("data:image/") > len(KINDS)
+    assert "small/paper.html" in (at.parent / "index.html").read_text()
     text = (at / "tables/scores_of_all.md").read_text()
     assert f"## At equal network evaluations ({EVALUATIONS})" in text
     assert (at / "tables/scores_of_all.csv").read_text().count("\n") == len(rows) + 1

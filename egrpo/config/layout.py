@@ -8,6 +8,9 @@ from pathlib import Path
 from egrpo.config.keys import KEYS, digest, embedding_key, evaluation_key, profile_key
 from egrpo.config.load import Study
 
+PAGES = {"index": "comparison", "paper": "paper_runs", "everything": "all_runs"}
+"""Pages of a study, by file name, and the comparison that each tells of."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -68,6 +71,10 @@ class Layout:
     def figures(self) -> Path:
         """Folder of the pictures."""
         return self.root / "figures"
+
+    def page(self, name: str) -> Path:
+        """One of :data:`PAGES`; the first page of all studies lies one folder above."""
+        return self.root / f"{name}.html"
 
     def branches(self, run: str) -> Path:
         """Images of some groups of that profile."""

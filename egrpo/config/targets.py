@@ -17,10 +17,10 @@ BASE = "base"
 
 RESERVED = (
     *KEYS,
-    *("all", "everything", "paper", "plans", "publish", "settings"),
+    *("about", "all", "everything", "page", "paper", "plans", "publish", "settings"),
     *("comparison", "paper_runs", "all_runs", "before_after", "curves", "entropy", "spread"),
     *("evaluate_base", "figures", "prepare_store", "result_figure", "result_table", "run_config"),
-    *("suffix_quality", "toy_world"),
+    *("suffix_quality", "suffixes", "toy_world"),
 )
 """Names of rules and files that a table or figure of a study must not take."""
 

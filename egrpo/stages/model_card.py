@@ -15,6 +15,7 @@ from egrpo.config.models import RunConfig
 from egrpo.config.trees import learning_rate, needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.plan import load_plan, plan_rows
+from egrpo.stages.render import escaped, render
 from egrpo.stages.report import read_rows, verdicts
 from egrpo.stages.sharing import shareable, without_folder
 from egrpo.stages.tables import MEASURED, Row, readable
@@ -24,9 +25,7 @@ from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-TEMPLATES = Path(__file__).with_name("templates")
 TASK = "text-to-image"
-_PUNCTUATION = re.compile(r"([\\`*_\[\]<>#|~$&@])")
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,6 @@ class Sample:
 
     prompt: str
     file: str
-
-
-def escaped(text: str) -> str:
-    """A user's text within a line of Markdown: shown as it is, whatever it holds."""
-    return _PUNCTUATION.sub(r"\\\1", " ".join(text.split()))
 
 
 def model_card(
@@ -68,24 +62,14 @@ def model_card(
     Raises:
         UserError: if ``base_model`` is no hub id.
     """
-    import jinja2
-
     from egrpo.stages.loading import loading  # torch
 
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
         raise UserError(f"--base-model: {base_model!r} is no hub id (owner/name)")
     hub_id = base_model or base_on_hub(run)
     rows = read_rows(folder / "comparison.parquet")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["escaped"] = escaped
-    page = environment.get_template("model_card.md.j2").render(
+    page = render(
+        "model_card.md.j2",
         run=run,
         samples=samples,
         licence=licence,

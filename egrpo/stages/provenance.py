@@ -13,7 +13,8 @@ from egrpo.config.keys import run_key
 from egrpo.config.layout import Layout
 from egrpo.config.load import yaml_of
 from egrpo.config.models import RunConfig
-from egrpo.stages.html import render
+from egrpo.stages.render import render
+from egrpo.stages.sharing import shareable
 from egrpo.stages.tables import evaluations, train_record
 from egrpo.store.files import write_text
 from egrpo.store.tables import SCORES, Table, git_commit, read_table
@@ -58,11 +59,6 @@ def made_at(path: str | Path, table: Table) -> str:
     return commit or f"egrpo {head.get(b'egrpo_version', b'?').decode()}"
 
 
-def shown_settings(run: RunConfig) -> str:
-    """A run's settings as YAML, without where it is tracked, which may hold a password."""
-    return yaml_of(run.model_dump(exclude={"tracking"}))
-
-
 def describe(run: RunConfig, train: Mapping[str, Any]) -> dict[str, str]:
     """What a reader wants to know of a run first, by heading."""
     weights = run.train.rewards
@@ -89,7 +85,7 @@ def write_about(at: Layout, output: str | Path) -> None:
         row = describe(run, train_record(at.run(name) / "train.json"))
         rows.append({**row, "scored at": made_at(at.run(name) / "scores.parquet", SCORES)})
         if run.arm not in {at.study.runs[shown].arm for shown in settings}:
-            settings[name] = shown_settings(run)
+            settings[name] = yaml_of(shareable(run)[0])
     title = f"Study {at.study.name}: versions and settings"
     page = render("about.html.j2", title=title, versions=versions(), runs=rows, settings=settings)
     write_text(output, page)

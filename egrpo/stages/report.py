@@ -40,7 +40,7 @@ def short_table(comparison: str | Path) -> str:
         return "  ".join(["  " + first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)])
 
     lines = [line(HEADER), line(["-" * w for w in widths])]
-    for heading, part in _by_run(rows):
+    for heading, part in by_run(rows):
         lines += [heading, *(line(_cells(row)) for row in part)]
     return "\n".join([*lines, NOTE, "", *verdicts(rows), OPEN_UI]) + "\n"
 
@@ -56,7 +56,7 @@ def print_report(comparison: str | Path, console: Console | None = None) -> None
         console.file.write(short_table(comparison))
         return
     rows = read_rows(comparison)
-    for heading, part in _by_run(rows):
+    for heading, part in by_run(rows):
         table = Table(
             title=Text(heading),
             title_justify="left",
@@ -92,26 +92,25 @@ def read_rows(comparison: str | Path) -> list[Row]:
 
 def verdicts(rows: Iterable[Row]) -> list[str]:
     """One line for each trained reward: on which side of 0 its interval lies."""
-    lines = []
-    for row in rows:
-        if not row["trained_on"]:
-            continue
-        low, high = row["low"], row["high"]
-        interval = readable(row)["interval"]
-        if low is None:
-            text = "has no interval (fewer than two prompts with valid scores)."
-        elif low > 0:
-            text = f"95% interval {interval} lies above 0: better than the base model."
-        elif high < 0:
-            text = f"95% interval {interval} lies below 0: worse than the base model."
-        else:
-            text = f"95% interval {interval} contains 0: no difference from the base is shown."
-        failed = f" Scoring failed for {row['invalid']} pairs." if row["invalid"] else ""
-        lines.append(f"{row['run']}, {row['reward']}: {text}{failed}")
-    return lines
+    return [f"{r['run']}, {r['reward']}: {verdict(r)}" for r in rows if r["trained_on"]]
 
 
-def _by_run(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def verdict(row: Row) -> str:
+    """On which side of 0 the interval of a row lies, in words."""
+    low, high = row["low"], row["high"]
+    interval = readable(row)["interval"]
+    if low is None:
+        text = "has no interval (fewer than two prompts with valid scores)."
+    elif low > 0:
+        text = f"95% interval {interval} lies above 0: better than the base model."
+    elif high < 0:
+        text = f"95% interval {interval} lies below 0: worse than the base model."
+    else:
+        text = f"95% interval {interval} contains 0: no difference from the base is shown."
+    return text + (f" Scoring failed for {row['invalid']} pairs." if row["invalid"] else "")
+
+
+def by_run(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """Rows of each run below its heading: method, network evaluations and time of training."""
     out = []
     for run, part in groupby(rows, key=lambda row: str(row["run"])):

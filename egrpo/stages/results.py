@@ -23,8 +23,8 @@ from egrpo.config.models import TableSpec
 from egrpo.config.targets import BASE, check_table
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
-from egrpo.stages.html import html_page
 from egrpo.stages.provenance import made_at
+from egrpo.stages.render import html_page
 from egrpo.stages.results_text import markdown
 from egrpo.stages.tables import (
     Key,

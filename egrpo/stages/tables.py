@@ -24,7 +24,7 @@ from egrpo.config.load import load_run
 from egrpo.config.models import RunConfig
 from egrpo.core.bootstrap import paired_interval
 from egrpo.errors import UserError
-from egrpo.stages.html import html_page
+from egrpo.stages.render import html_page
 from egrpo.store.files import read_json, write_text
 from egrpo.store.tables import COMPARISON, IMAGES, SCORES, csv_text, read_table, write_table
 
@@ -36,6 +36,16 @@ Pixels = npt.NDArray[np.float32]
 TRAIN_KEYS = ("iterations", "nfe_forward", "nfe_train", "nfe_reference", "seconds")
 MEASURED = ("diversity", "distance_to_base")
 """Rows of the comparison that are measured on the images instead of scored by a reward."""
+
+HOW_TO_READ = (
+    "Held-out prompts, paired by prompt and sample. In brackets: 95% interval of the "
+    "difference, bootstrap over prompts. It holds for this trained model; how much another "
+    "training seed would differ needs runs with other seeds. Rewards that a run was trained "
+    "on are bold. diversity: mean RMS pixel distance between the samples of one prompt; "
+    "distance_to_base: mean RMS pixel distance to the base model's image of the same prompt "
+    "and noise; both in [0, 1]."
+)
+"""What a reader of the comparison must know."""
 
 
 @dataclass(frozen=True)
@@ -274,12 +284,7 @@ def markdown(rows: Iterable[Row]) -> str:
     lines = [
         "# Trained runs against their base model",
         "",
-        "Held-out prompts, paired by prompt and sample. In brackets: 95% interval of the "
-        "difference, bootstrap over prompts. It holds for this trained model; how much another "
-        "training seed would differ needs runs with other seeds. Rewards that a run was trained "
-        "on are bold. diversity: mean RMS pixel distance between the samples of one prompt; "
-        "distance_to_base: mean RMS pixel distance to the base model's image of the same prompt "
-        "and noise; both in [0, 1].",
+        HOW_TO_READ,
         "",
         "| run | method | reward | base | trained | difference | 95% interval | pairs | failed "
         "| iterations | network evaluations | seconds |",

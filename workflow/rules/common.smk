@@ -6,7 +6,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from egrpo.config import keys, load
-from egrpo.config.layout import Layout
+from egrpo.config.layout import PAGES, Layout
 from egrpo.config.trees import check_trees, needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
@@ -40,7 +40,8 @@ wildcard_constraints:
     run="|".join(re.escape(name) for name in RUNS),
     stage="|".join(keys.KEYS),
     key="[0-9a-f]+",
-    set="comparison|paper_runs|all_runs",
+    set="|".join(PAGES.values()),
+    page="|".join(PAGES),
     table="|".join(study.tables) or "(?!)",
     figure="|".join(study.figures) or "(?!)",
 
@@ -108,6 +109,8 @@ def prompt_files(run):
 def sources(*parts):
     """A file that stands for the source files behind a stage: an edit makes its outputs again.
 
+    A part is a file, or a folder with its Python files or, where it has none, all its files.
+
     One file, because the plan of a sweep takes time for each input of each job. Its name holds the
     digest of their contents, its time is that of the last edit.
     """
@@ -129,9 +132,10 @@ def configs(runs):
     return [at.config(run) for run in runs]
 
 
-def plans(runs):
-    """Merge plans of those runs that merge."""
-    return [at.run(run) / "plan.json" for run in runs if needs_plan(RUNS[run])]
+def plans(runs, *files):
+    """Merge plans of those runs that merge, or other files of them."""
+    planned = [run for run in runs if needs_plan(RUNS[run])]
+    return [at.run(run) / file for run in planned for file in files or ("plan.json",)]
 
 
 def profiles(runs):
@@ -167,10 +171,21 @@ def run_set(name):
     }[name]
 
 
+def names(set):
+    """Names of the tables and figures that are delivered with a set of runs."""
+    named = {"comparison": (), "paper_runs": study.paper}
+    return named.get(set, (*study.tables, *study.figures))
+
+
 def targets(set):
-    """Tables and figures that are delivered with a set of runs."""
-    names = {"comparison": (), "paper_runs": study.paper}
-    return [target(n) for n in names.get(set, (*study.tables, *study.figures))]
+    """Their files."""
+    return [target(n) for n in names(set)]
+
+
+def settings_options(option, set, specs):
+    """Command line words that name the settings of those targets that are among ``specs``."""
+    files = [str(at.target_settings(n)) for n in names(set) if n in specs]
+    return [word for file in files for word in (option, file)]
 
 
 def some_targets(set):

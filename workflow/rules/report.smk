@@ -10,9 +10,10 @@ rule comparison:
         summaries=lambda wc: results(run_set(wc.set), "train.json"),
         code=sources(
             "core/bootstrap.py",
-            "stages/html.py",
+            "stages/render.py",
             "stages/tables.py",
-            "stages/templates",
+            "stages/templates/document.css",
+            "stages/templates/document.html.j2",
             "store/tables.py",
         ),
     output:
@@ -77,12 +78,13 @@ rule result_table:
         results=table_inputs,
         code=sources(
             "core/intervals.py",
-            "stages/html.py",
+            "stages/render.py",
             "stages/provenance.py",
             "stages/results.py",
             "stages/results_text.py",
             "stages/tables.py",
-            "stages/templates",
+            "stages/templates/document.css",
+            "stages/templates/document.html.j2",
             "store/tables.py",
         ),
     output:
@@ -152,7 +154,14 @@ rule about:
     input:
         configs=lambda wc: configs(run_set(wc.set)),
         results=lambda wc: results(run_set(wc.set), "scores.parquet", "train.json"),
-        code=sources("stages/html.py", "stages/provenance.py", "stages/templates"),
+        code=sources(
+            "stages/provenance.py",
+            "stages/render.py",
+            "stages/sharing.py",
+            "stages/templates/about.html.j2",
+            "stages/templates/document.css",
+            "stages/templates/document.html.j2",
+        ),
     output:
         page=report(
             f"{STUDY}/about-{{set}}.html",
@@ -194,6 +203,47 @@ rule publish:
         " 3>&2 2> >(tee {log:q} >&3)"
 
 
+# One file that tells the story; results/index.html, which leads to it, is written beside.
+rule page:
+    input:
+        configs=lambda wc: configs(run_set(PAGES[wc.page])),
+        table=lambda wc: at.table(PAGES[wc.page]),
+        figures=lambda wc: [] if wc.page == "paper" else default_figures(),
+        targets=lambda wc: targets(PAGES[wc.page]),
+        target_settings=lambda wc: [at.target_settings(n) for n in names(PAGES[wc.page])],
+        plans=lambda wc: plans(run_set(PAGES[wc.page]), "plan.json", "merge_plan.parquet"),
+        training=lambda wc: results(
+            run_set(PAGES[wc.page]), "monitor", "train.json", "train_metrics.parquet"
+        ),
+        prompts=lambda wc: sorted({RUNS[run].prompts.heldout for run in run_set(PAGES[wc.page])}),
+        code=sources(
+            "config/layout.py",
+            "stages/gallery.py",
+            "stages/page.py",
+            "stages/page_parts.py",
+            "stages/provenance.py",
+            "stages/render.py",
+            "stages/report.py",
+            "stages/results_text.py",
+            "stages/tables.py",
+            "stages/templates",
+            "store/tables.py",
+        ),
+    output:
+        page=f"{STUDY}/{{page}}.html",
+    log:
+        f"{STUDY}/logs/page-{{page}}.log",
+    conda:
+        "../../envs/egrpo.yaml"
+    params:
+        results=lambda wc, output: Path(output.page).parents[1],
+        tables=lambda wc: settings_options("--table", PAGES[wc.page], study.tables),
+        figures=lambda wc: settings_options("--figure", PAGES[wc.page], study.figures),
+    shell:
+        "python -m egrpo page --results {params.results:q} --page {wildcards.page}"
+        " {params.tables:q} {params.figures:q} {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
+
+
 # Every table and figure of the study is a target by its name.
 for name in (*study.tables, *study.figures):
 
@@ -220,6 +270,7 @@ rule paper:
         lambda wc: some_targets("paper_runs"),
         at.about("paper_runs"),
         f"{STUDY}/published-paper_runs.json",
+        at.page("paper"),
 
 
 rule everything:
@@ -227,3 +278,4 @@ rule everything:
         targets("all_runs"),
         at.about("all_runs"),
         f"{STUDY}/published-all_runs.json",
+        at.page("everything"),

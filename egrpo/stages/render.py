@@ -1,28 +1,43 @@
-"""HTML that needs nothing beside itself: templates, and Markdown as a page."""
+"""Templates of pages and model cards, and Markdown as a page."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markdown_it import MarkdownIt
 from markupsafe import Markup
+
+PUNCTUATION = re.compile(r"([\\`*_\[\]<>#|~$&@])")
+"""What Markdown would take as its own."""
+
+
+def escaped(text: str) -> str:
+    """A user's text within a line of Markdown: shown as it is, whatever it holds."""
+    return PUNCTUATION.sub(r"\\\1", " ".join(text.split()))
 
 
 @cache
 def _templates() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("egrpo.stages"),
-        autoescape=True,
+        autoescape=select_autoescape(("html.j2",)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters["escaped"] = escaped
+    return environment
 
 
 def render(template: str, **values: Any) -> str:
-    """A file of ``egrpo/stages/templates`` with its values, which are escaped."""
+    """A file of ``egrpo/stages/templates``, filled.
+
+    In ``*.html.j2`` values are escaped; in Markdown the filter ``escaped`` does it where needed.
+    """
     return _templates().get_template(template).render(**values)
 
 
