@@ -199,6 +199,11 @@ class FlowModel(ABC):
         """Classifier-free guidance of two velocities [B, C, h, w]."""
         return negative + self.settings.guidance_scale * (prompt - negative)
 
+    @staticmethod
+    def stock_guidance(settings: Model) -> dict[str, float]:
+        """Arguments of the stock pipeline's call that mean the same guidance."""
+        return {"guidance_scale": settings.guidance_scale}
+
     def to_vae(self, z: Tensor) -> Tensor:
         """Latents [n, C, h, w] in the VAE's scale."""
         config = self.vae.config

@@ -6,13 +6,16 @@ Sources: the stock pipelines of diffusers (``StableDiffusion3Pipeline``, ``FluxP
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from egrpo.models.base import ATTENTION, FlowModel, Tensors
 from egrpo.models.packing import packed, token_positions, unpacked
+
+if TYPE_CHECKING:
+    from egrpo.config.models import Model
 
 
 class SD3(FlowModel):
@@ -69,6 +72,14 @@ class Flux(FlowModel):
         "ff_context.net.2",
     )
     tokens = 512
+
+    @staticmethod
+    def stock_guidance(settings: Model) -> dict[str, float]:
+        """See :class:`FlowModel`."""
+        return {
+            "guidance_scale": settings.embedded_guidance,
+            "true_cfg_scale": settings.guidance_scale,
+        }
 
     @property
     def channels(self) -> int:
@@ -150,6 +161,11 @@ class QwenImage(FlowModel):
         )[0]
         return unpacked(v, rows, columns)
 
+    @staticmethod
+    def stock_guidance(settings: Model) -> dict[str, float]:
+        """See :class:`FlowModel`."""
+        return {"true_cfg_scale": settings.guidance_scale}
+
     def guide(self, prompt: Tensor, negative: Tensor) -> Tensor:
         """Guidance with each token's norm kept, as the stock pipeline does."""
         rows, columns = prompt.shape[-2:]
@@ -189,6 +205,11 @@ class ZImage(FlowModel):
         "feed_forward.w3",
     )
     tokens = 512
+
+    @staticmethod
+    def stock_guidance(settings: Model) -> dict[str, float]:
+        """See :class:`FlowModel`; the pipeline counts from 0."""
+        return {"guidance_scale": settings.guidance_scale - 1.0}
 
     def encode_prompt(self, pipe: Any, text: str) -> dict[str, Tensor]:
         """``embeds`` [1, L, D], ``lengths`` [1]."""

@@ -96,17 +96,11 @@ def _schedule(run: RunConfig) -> list[str]:
 def _call(run: RunConfig) -> list[str]:
     """Arguments of the pipeline's call that say the evaluation's guidance and size."""
     model = run.evaluation_model
-    scale = model.guidance_scale
-    guidance = {
-        "sd3": [f"guidance_scale={scale}"],
-        "flux": [f"guidance_scale={model.embedded_guidance}", f"true_cfg_scale={scale}"],
-        "qwen_image": [f"true_cfg_scale={scale}"],
-        "z_image": [f"guidance_scale={scale - 1.0}"],  # counts from 0
-    }[model.family]
-    negative = ['negative_prompt=""'] if scale > 1 else []
+    guidance = FAMILIES[model.family].stock_guidance(model)
+    negative = ['negative_prompt=""'] if model.guidance_scale > 1 else []
     length = model.max_sequence_length
     return [
-        *guidance,
+        *(f"{name}={value}" for name, value in guidance.items()),
         *negative,
         f"height={model.height}",
         f"width={model.width}",
