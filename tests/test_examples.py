@@ -1,0 +1,132 @@
+"""The examples of `examples/`: a reward, a method, a model family, each as its page says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small_run, write_run
+
+from egrpo.config.load import load_study
+from egrpo.rewards import load_rewards, score_all
+from egrpo.store.tables import ROLLOUTS, read_table
+
+COPIED = (
+    *("egrpo", "tests", "config", "assets", "docs", "workflow"),
+    *("Snakefile", "Makefile", "pyproject.toml"),
+)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the project that may be changed; git applies patches in any folder."""
+    copy = tmp_path / "project"
+    copy.mkdir()
+    left_out = shutil.ignore_patterns("__pycache__", "_build", "*.png")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=left_out)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def run(*words: str | Path, folder: Path) -> str:
+    """What a command said that has to succeed, with the project of ``folder``."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
+    env |= {"PYTHONPATH": str(folder), "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    env["OMP_NUM_THREADS"] = "1"  # tests run side by side
+    done = subprocess.run(map(str, words), cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+def commands(heading: str) -> list[list[str]]:
+    """Commands of a section of the examples' page."""
+    text = (ROOT / "examples/README.md").read_text().split(f"## {heading}")[1].split("\n## ")[0]
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.S))
+    return [line.split("#")[0].split() for line in blocks.splitlines()]
+
+
+def follow(heading: str, patch: str, checkout: Path) -> str:
+    """Apply, make the documents again and test, as the page says; what the tests said."""
+    apply, documents, tests = commands(heading)
+    assert apply == ["git", "apply", f"examples/{patch}"]
+    run("git", "apply", ROOT / apply[-1], folder=checkout)
+    for words in (documents, tests):
+        assert words[0] == "python"
+    run(sys.executable, *documents[1:], folder=checkout)
+    return run(sys.executable, *tests[1:], folder=checkout)
+
+
+def test_colourfulness_is_that_of_the_paper() -> None:
+    """Against Hasler and Süsstrunk's formula, written with numpy, and on colours known by hand."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 3, 8, 10), dtype=np.uint8)
+    pixels[1] = pixels[1, :1]  # grey
+    pixels[2] = np.array([255, 0, 0])[:, None, None]
+    study = load_study(Path("config/config.yaml"), Path("examples/colourfulness.yaml"))
+    settings = study.runs["egrpo-s0"]
+    assert dict(settings.train.rewards) == {"colour": 1.0}
+    model = load_rewards({"colour": settings.rewards["colour"]}, "cpu")
+    got = score_all(model, torch.from_numpy(pixels), ["", "", ""])["colour"]
+    for image, value in zip(pixels.astype(float), got, strict=True):
+        red, green, blue = image
+        rg, yb = red - green, 0.5 * (red + green) - blue
+        spread, shift = np.hypot(rg.std(), yb.std()), np.hypot(rg.mean(), yb.mean())
+        assert value == pytest.approx((spread + 0.3 * shift) / 100, rel=1e-5)
+    assert got[1] == 0
+    assert got[2] == pytest.approx(0.3 * 255 * 1.25**0.5 / 100, rel=1e-5)
+
+
+def test_a_run_trains_on_colourfulness(embeddings: Path, tmp_path: Path) -> None:
+    words = {"kind": "custom", "function": "examples.colourfulness:colourfulness"}
+    change = {"rewards.colour": words, "train.rewards": {"verifier": None, "colour": 1.0}}
+    config = write_run(small_run("x", **change, **{"train.iterations": 2}), tmp_path / "run.yaml")
+    plan, profile = tmp_path / "plan.json", tmp_path / "profile.parquet"
+    steps = ["profile", "--output", profile, "--branches", tmp_path / "branches.parquet"]
+    egrpo = (sys.executable, "-m", "egrpo")
+    common = ("--run-config", config)
+    run(*egrpo, *steps, *common, "--embeddings", embeddings, folder=ROOT)
+    made = ("--output", plan, "--table", tmp_path / "plan.parquet")
+    run(*egrpo, "plan", *common, "--profile", profile, *made, folder=ROOT)
+    out = ("--state", tmp_path / "state", "--output", tmp_path / "out")
+    run(*egrpo, "train", *common, "--embeddings", embeddings, "--plan", plan, *out, folder=ROOT)
+    table = read_table(tmp_path / "out/rollouts.parquet", ROLLOUTS)
+    assert set(table["reward"].to_pylist()) == {"colour"}
+    assert len(set(table["value"].to_pylist())) > 10
+    assert any(table["advantage"].to_pylist())
+
+
+def test_a_method_is_added_as_the_page_says(checkout: Path) -> None:
+    said = follow("A method", "add_method.patch", checkout)
+    passed = re.search(r"(\d+) passed", said)
+    assert passed
+    assert int(passed[1]) >= 9, "recipe, walks, edges, parts, cost"
+    assert "| `stochastic_steps` | `4` | steps |" in (checkout / "docs/settings.md").read_text()
+    assert "images/trees/scattered.svg" in (checkout / "docs/methods.md").read_text()
+    assert (checkout / "docs/images/trees/scattered.svg").stat().st_size > 3000
+    (checkout / "mine.tsv").write_text("run\tmethod.name\nscattered\tscattered\n")
+    (checkout / "mine.yaml").write_text(
+        "runs: mine.tsv\ntables: null\nfigures: null\npaper: null\n"
+    )
+    files = ("config/config.yaml", "mine.yaml", "default.yaml")
+    (checkout / "default.yaml").write_text("default_runs: null\nseeds: null\n")
+    told = run(sys.executable, "-m", "egrpo", "cost", *files, folder=checkout)
+    line = next(ln for ln in told.splitlines() if ln.startswith("scattered"))
+    assert line.split()[2:4] == [str(12 * 16), str(12 * 4)], "forward, forward and backward"
+
+
+def test_a_model_family_is_added_as_the_page_says(checkout: Path) -> None:
+    said = follow("A model family", "add_family.patch", checkout)
+    passed = re.search(r"(\d+) passed", said)
+    assert passed
+    assert int(passed[1]) >= 11, "images, guidance, adapters, 16 bits, the model card"
+    assert "aura_flow" in (checkout / "workflow/schemas/run.schema.json").read_text()
