@@ -152,19 +152,30 @@ def find_or_create(
     name: str,
     tags: Mapping[str, str],
 ) -> Run:
-    """The run with this kind and key; created with ``name`` and ``tags`` if there is none.
+    """The run with this kind and key, with these tags; created as ``name`` if there is none.
 
     Two processes may create one each at the same time: the younger one is deleted again.
     """
+    tags = {"kind": kind, **tags}
     found = find_run(client, experiment_id, kind, key)
-    if found is not None:
-        return found
-    every = {"egrpo.kind": kind, "egrpo.key": key, "mlflow.source.name": "egrpo", **tags}
-    made = client.create_run(experiment_id, tags=every, run_name=name)
-    found = find_run(client, experiment_id, kind, key) or made
-    if found.info.run_id != made.info.run_id:
-        client.delete_run(made.info.run_id)
+    if found is None:
+        every = {"egrpo.kind": kind, "egrpo.key": key, **origin(), **tags}
+        made = client.create_run(experiment_id, tags=every, run_name=name)
+        found = find_run(client, experiment_id, kind, key) or made
+        if found.info.run_id != made.info.run_id:
+            client.delete_run(made.info.run_id)
+    keep_tags(client, found, tags)
     return found
+
+
+def keep_tags(client: MlflowClient, record: Run, tags: Mapping[str, str]) -> None:
+    """Set the tags that a run lacks or has otherwise."""
+    from mlflow.entities import RunTag
+
+    held = record.data.tags
+    missing = [RunTag(k, v) for k, v in tags.items() if held.get(k) != v]
+    if missing:
+        client.log_batch(record.info.run_id, tags=missing)
 
 
 def find_or_create_study(client: MlflowClient, experiment_id: str, study: str) -> str:
@@ -180,8 +191,6 @@ def find_or_create_run(
 
     record = find_or_create(client, experiment_id, "train", key, run.run, run_tags(run, parent))
     run_id = str(record.info.run_id)
-    if parent and record.data.tags.get("mlflow.parentRunId") != parent:
-        client.set_tag(run_id, "mlflow.parentRunId", parent)
     params = [Param(k, v) for k, v in settings(run).items() if k not in record.data.params]
     for start in range(0, len(params), PARAMS_PER_BATCH):
         client.log_batch(run_id, params=params[start : start + PARAMS_PER_BATCH])
@@ -189,23 +198,32 @@ def find_or_create_run(
 
 
 def run_tags(run: RunConfig, parent: str | None) -> dict[str, str]:
-    """What a run can be filtered by in MLflow."""
-    commit = git_commit()
+    """What a run and its evaluation are filtered by in MLflow: names that need no quotes there."""
     tags = {
-        "egrpo.run": run.run,
-        "egrpo.method": run.method.name,
-        "egrpo.arm": run.arm,
-        "egrpo.seed": str(run.seed),
-        "egrpo.rewards": ",".join(sorted(run.train.rewards)),
-        "egrpo.git_commit": commit.removesuffix("+dirty"),
-        "egrpo.git_dirty": str(commit.endswith("+dirty")).lower(),
-        "mlflow.source.git.commit": commit.removesuffix("+dirty"),
-        "egrpo.slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+        "run": run.run,
+        "arm": run.arm,
+        "method": run.method.name,
+        "reward": ",".join(sorted(run.train.rewards)),
+        "seed": str(run.seed),
         "mlflow.parentRunId": parent or "",
     }
     threshold = getattr(run.method, "threshold", None)  # only some methods have one
     if threshold is not None:
-        tags["egrpo.threshold"] = str(threshold)
+        tags["threshold"] = str(threshold)
+    return {k: v for k, v in tags.items() if v}
+
+
+def origin() -> dict[str, str]:
+    """What made a run, as it was when the run was created."""
+    commit = git_commit()
+    clean = commit.removesuffix("+dirty")
+    tags = {
+        "mlflow.source.name": "egrpo",
+        "mlflow.source.git.commit": clean,
+        "egrpo.git_commit": clean,
+        "egrpo.git_dirty": str(commit != clean).lower(),
+        "egrpo.slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+    }
     return {k: v for k, v in tags.items() if v}
 
 
