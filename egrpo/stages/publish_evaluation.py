@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = dict[str, Any]
-SAMPLES, PIXELS = 4, 256
-"""Most images of a prompt beside each other in a table, and the size of each."""
+PIXELS = 256
+"""Most pixels of an image in a table, each way; the full ones lie in ``images.parquet``."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,9 @@ def _send_tables(
     if "images.json" not in held:  # log_table appends to one that is there
         samples = _first_images(files.folder, files.prompts)
         prompts = {row["prompt_id"]: row["prompt"] for row in scores}
-        rows = [[_small(image) for image in own[:SAMPLES]] for own in samples.values()]
         table = {
             "prompt": [prompts[prompt_id] for prompt_id in samples],
-            "samples": [Shown(_grid([row])) for row in rows],
+            "samples": [Shown(_two(own)) for own in samples.values()],
         }
         client.log_table(run_id, table, "images.json")
     if "scores.json" not in held:
@@ -155,11 +154,20 @@ def _first_images(folder: Path, prompts: int) -> dict[int, list[Image]]:
     return found
 
 
-def _small(image: Image) -> Image:
-    """At most PIXELS wide and high: the full image lies in ``images.parquet``."""
-    copy = image.copy()
-    copy.thumbnail((PIXELS, PIXELS))
-    return copy
+def _two(samples: list[Image]) -> Image:
+    """Two samples beside each other, as the upper half of a square.
+
+    MLflow's comparison of tables cuts off the lower half of what it shows.
+    """
+    from PIL import Image
+
+    small = [image.copy() for image in samples[:2]]
+    for image in small:
+        image.thumbnail((PIXELS, PIXELS))
+    width, height = small[0].size
+    square = Image.new("RGB", (2 * width, 2 * height), "white")
+    square.paste(_grid([small]), (0, 0))
+    return square
 
 
 def _grid(rows: list[list[Image]]) -> Image:

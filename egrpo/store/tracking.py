@@ -201,7 +201,7 @@ def run_tags(run: RunConfig, parent: str | None) -> dict[str, str]:
     """What a run and its evaluation are filtered by in MLflow: names that need no quotes there."""
     tags = {
         "run": run.run,
-        "arm": run.arm,
+        "arm": run.arm or run.run,
         "method": run.method.name,
         "reward": ",".join(sorted(run.train.rewards)),
         "seed": str(run.seed),
