@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import multiprocessing
 import os
@@ -21,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tracked import line, picture, prompts_of, results_of, run_config, study_of
 
-from egrpo.config.keys import evaluation_key, profile_key
 from egrpo.config.layout import Layout
 from egrpo.config.load import Study
-from egrpo.config.methods import Egrpo
-from egrpo.config.models import Model, Prompts, RunConfig, Tracking, Train
+from egrpo.config.models import Model, RunConfig
 from egrpo.config.rewards import Verifier
 from egrpo.errors import UserError
 from egrpo.stages.prepare import prepare
 from egrpo.stages.publish import publish
 from egrpo.stages.ui import free_port, serve
-from egrpo.store import journal, live, tables, tracking
+from egrpo.store import journal, live, tracking
 from egrpo.store.files import read_json, write_json, write_text
 from egrpo.store.live import LiveTracker
 from egrpo.store.tracking import deliver, open_client
@@ -41,35 +39,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 REQUEST_TIMEOUT = 10.0
 """Seconds of `tracking.configure`: whatever waits for a server that hangs takes at least that."""
-
-
-def run_config(run: str = "a", uri: str | None = None, **fields: Any) -> RunConfig:
-    return RunConfig(
-        run=run,
-        study="small",
-        model=fields.pop("model", Model(path="weights")),
-        prompts=fields.pop("prompts", Prompts(train="train.txt", heldout="heldout.txt")),
-        rewards={"verifier": Verifier(kind="verifier")},
-        train=Train(rewards={"verifier": 1.0}, iterations=5),
-        method=Egrpo(threshold=2.2),
-        tracking=Tracking(uri=uri, every_seconds=0.05),
-        **fields,
-    )
-
-
-def study_of(folder: Path, *runs: RunConfig) -> Study:
-    return Study("small", str(folder / "results"), {r.run: r for r in runs or [run_config()]})
-
-
-def line(iteration: int, **metrics: float | None) -> dict[str, Any]:
-    values = {"reward/verifier": iteration / 8, "loss": -iteration / 4, **metrics}
-    return {
-        "iteration": iteration,
-        "time": 1.79e9 + iteration,
-        "nfe": 100 * iteration,
-        "metrics": values,
-        "rollouts": {"step": [0] * 50},
-    }
 
 
 def curve(client: Any, run_id: str) -> Counter[tuple[str, int]]:
@@ -104,19 +73,6 @@ def new_run(store: Path, key: str = "k", **fields: Any) -> tuple[Any, str]:
         client, ids["experiment_id"], run, key, ids["parent_run_id"]
     )
     return client, run_id
-
-
-def picture(file: Path, colour: int = 0) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(png(colour))
-
-
-def png(colour: int) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (colour, 0, 0)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(autouse=True)
@@ -492,63 +448,6 @@ def test_eight_jobs_log_at_once(
 # ---------------------------------------------------------------- publish
 
 
-def results_of(folder: Path, run: RunConfig) -> Study:
-    """All results of a study with one run, as the workflow leaves them."""
-    study = study_of(folder, run)
-    root = Path(study.results) / study.name
-    own = root / "runs" / run.run
-    write_json(own / "train.json", {"run": run.run, "key": "k"})
-    write_json(own / "plan.json", {"steps": [0]})
-    write_text(own / "config.yaml", f"run: {run.run}\n")
-    write_text(own / "adapter" / "adapter_model.safetensors", "weights")
-    write_text(own / "adapter" / ".snakemake_timestamp", "")
-    picture(own / "monitor" / "iteration-000000.png")
-    lines = [line(i, absent=None) for i in range(6)]
-    rows = [
-        {"run": run.run, "iteration": x["iteration"], "nfe": x["nfe"], "metric": k, "value": v}
-        for x in lines
-        for k, v in x["metrics"].items()
-    ]
-    tables.write_table(own / "train_metrics.parquet", tables.TRAIN_METRICS, rows)
-    head = {"prompt_id": 0, "prompt": "a red square", "sample": 0}
-    base = root / "base" / evaluation_key(run)
-    for folder, colour, values in ((own, 200, (0.5, 1.0, None)), (base, 0, (0.25, 0.75, None))):
-        image = {"run": folder.name, **head, "png": png(colour)}
-        tables.write_table(folder / "images.parquet", tables.IMAGES, [image])
-        scores = [
-            {"run": folder.name, **head, "sample": s, "reward": "verifier", "value": v}
-            for s, v in enumerate(values)
-        ]
-        tables.write_table(folder / "scores.parquet", tables.SCORES, scores)
-    profile = root / "profiles" / profile_key(run) / "entropy_profile.parquet"
-    tables.write_table(profile, tables.ENTROPY_PROFILE, [])
-    row = {
-        "run": run.run,
-        "method": "egrpo",
-        "reward": "verifier",
-        "trained_on": True,
-        "base": 0.5,
-        "trained": 0.75,
-        "difference": 0.25,
-        "low": 0.125,
-        "high": 0.5,
-        "pairs": 2,
-        "invalid": 1,
-        "iterations": 5,
-        "nfe": 500,
-        "seconds": 2.0,
-    }
-    tables.write_table(root / "tables" / "comparison.parquet", tables.COMPARISON, [row])
-    picture(root / "figures" / "curves.png")
-    return study
-
-
-def prompts_of(folder: Path) -> Prompts:
-    for name in ("train", "heldout"):
-        write_text(folder / f"{name}.txt", f"{name}\n")
-    return Prompts(train=str(folder / "train.txt"), heldout=str(folder / "heldout.txt"))
-
-
 def published(folder: Path, store: Path) -> Study:
     """A study with one run, all of it delivered."""
     study = results_of(folder, run_config(prompts=prompts_of(folder)))
@@ -646,10 +545,10 @@ def test_the_adapter_is_one_logged_model_with_its_evaluation(store: Path, tmp_pa
     assert run.info.run_name == "a"
     assert [m.model_id for m in run.outputs.model_outputs] == [model.model_id]
     files = client.list_logged_model_artifacts(model.model_id)
-    assert [f.path for f in files] == ["adapter_model.safetensors"]
+    assert [f.path for f in files] == ["pytorch_lora_weights.safetensors"]
     assert f"models:/{model.model_id}" in run.data.tags["mlflow.note.content"]
     # trained again to other weights, under the same key: they are replaced
-    adapter = Layout(study).run("a") / "adapter" / "adapter_model.safetensors"
+    adapter = Layout(study).run("a") / "adapter" / "pytorch_lora_weights.safetensors"
     write_text(adapter, "others")
     publish(study, store, Layout(study).comparison, tmp_path / "published.json")
     assert [m.model_id for m in client.search_logged_models([experiment])] == [model.model_id]
@@ -715,7 +614,7 @@ def test_ui_without_a_store_and_with_a_server(
     printed = capsys.readouterr().out
     found = [line for line in printed.splitlines() if line.startswith("http")]
     assert all(line.startswith("http://host:5000/#/experiments/7/") for line in found)
-    assert len(found) == 5
+    assert len(found) == 6
     assert "secret" not in printed
 
 

@@ -28,11 +28,13 @@ JsonObject = dict[str, Any]
 # ---------------------------------------------------------------- addresses
 
 
-def address(experiment: str, view: str = "", charts: bool = False) -> str:
-    """The part of an address behind the server: the runs page, as a view shows it."""
-    query = {"workflowType": "machine_learning"}  # the page for language models is the default
-    if charts:
-        query["compareRunsMode"] = "CHART"
+def address(experiment: str, view: str = "", mode: str = "TABLE") -> str:
+    """The part of an address behind the server: the runs page, as a view shows it.
+
+    Args:
+        mode: TABLE, CHART, or ARTIFACT, which compares the tables of runs.
+    """
+    query = {"workflowType": "machine_learning", "compareRunsMode": mode}
     if view:
         query["viewStateShareKey"] = view
     return f"#/experiments/{experiment}/runs?{urlencode(query)}"
@@ -41,17 +43,15 @@ def address(experiment: str, view: str = "", charts: bool = False) -> str:
 def addresses(experiment: str) -> list[tuple[str, str]]:
     """What is worth opening, the best first: (address, what it shows)."""
     return [
-        (address(experiment, TRAINING, charts=True), "training runs: curves and images"),
-        (address(experiment, SEEDS, charts=True), "the same, as means over seeds"),
-        (
-            address(experiment, EVALUATIONS),
-            "evaluations, the largest gain first; the third button shows images prompt by prompt",
-        ),
+        (address(experiment, TRAINING, "CHART"), "training runs: curves and images"),
+        (address(experiment, SEEDS, "CHART"), "the same, as means over seeds"),
+        (address(experiment, EVALUATIONS), "evaluations, the largest gain first"),
+        (address(experiment, EVALUATIONS, "ARTIFACT"), "their images, prompt by prompt"),
         (
             f"#/experiments/{experiment}/models?workflowType=machine_learning",
-            "LoRA adapters with their evaluation",
+            "trained adapters with their evaluation",
         ),
-        (address(experiment), "the tree study, runs, evaluations: tick `Expand rows`"),
+        (address(experiment), "the tree of study, runs, evaluations: `+` opens a row"),
     ]
 
 
