@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 30_000  # ms that a page may take to show something; it takes some hundred
 ASSISTANT_SEEN = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
@@ -42,6 +48,21 @@ PIXEL = """async image => {
   context.drawImage(image, 0, 0, 1, 1);
   return Array.from(context.getImageData(0, 0, 1, 1).data).slice(0, 3);
 }"""
+
+
+@contextmanager
+def chromium() -> Iterator[Browser | None]:
+    """Headless Chromium, as installed on this machine, with a fresh profile; None without one."""
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None:
+        yield None
+        return
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS.split())
+        yield started
+        started.close()
 
 
 @contextmanager
@@ -165,11 +186,55 @@ class Pages:
 
     # ------------------------------------------------------------ pictures
 
-    def picture(self, file: Path, part: Locator | None = None) -> None:
-        """Screenshot of the window or of a part of it, with 256 colours at most."""
-        from PIL import Image
+    def hide_frame(self) -> None:
+        """Leave the room of the sidebar to the page, and that of the chat's button."""
+        self.page.get_by_role("button", name="Toggle sidebar").click()
+        self.page.add_style_tag(content="[data-assistant-ui] { display: none }")
 
-        shot = part.screenshot() if part is not None else self.page.screenshot()
-        with Image.open(io.BytesIO(shot)) as image:
-            few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            few.save(file, optimize=True)
+    def hide_runs(self) -> None:
+        """Leave the room of the list of runs to what stands beside it."""
+        self.page.locator(
+            "[data-component-id='mlflow.experiment_page.table_resizer.collapse']"
+        ).click()
+
+    def picture_of_curves(self, address: str, metric: str, file: Path) -> None:
+        """The list of training runs beside their curves against both axes."""
+        self.open(address)
+        self.hide_banner()
+        self.hide_frame()
+        for axis in ("nfe", "Step"):
+            self.chart(metric, axis)
+        save(file, self.page.screenshot())
+
+    def picture_of_grids(self, address: str, steps: list[int], file: Path) -> None:
+        """The card with the monitor's grids, at some iterations, below each other."""
+        self.open(address)
+        self.hide_frame()
+        shots = []
+        for step in steps:
+            self.images_at(step)
+            shots.append(self.images().screenshot())
+        save(file, *shots)
+
+    def picture_of_samples(self, address: str, file: Path) -> None:
+        """The same prompts and noise under several runs, beside each other."""
+        self.open(address)
+        self.hide_banner()
+        self.hide_frame()
+        self.hide_runs()
+        self.page.locator("img[src*='table_images']").nth(2).wait_for()
+        self.page.wait_for_function("[...document.images].every(image => image.complete)")
+        save(file, self.page.screenshot())
+
+
+def save(file: Path, *shots: bytes) -> None:
+    """Screenshots below each other."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(shot)).convert("RGB") for shot in shots]
+    size = max(i.width for i in images), sum(i.height for i in images)
+    whole, top = Image.new("RGB", size, "white"), 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
+    whole.save(file, optimize=True)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from mlflow_pages import Pages, interface
+from PIL import Image
 from tracked import line, picture, prompts_of, results_of, run_config, study_of, write_metrics
 
 from egrpo.config.layout import Layout
@@ -119,7 +120,7 @@ def server(addresses: list[str]) -> str:
 
 
 def test_the_first_address_shows_the_curves_of_all_training_runs(
-    addresses: list[str], pages: Pages, tmp_path: Path
+    addresses: list[str], pages: Pages
 ) -> None:
     pages.open(addresses[0])
     assert pages.runs(list(COST)) == list(COST)
@@ -128,9 +129,6 @@ def test_the_first_address_shows_the_curves_of_all_training_runs(
     assert dict(pages.chart("monitor/reward/verifier", "nfe")) == {
         run: {cost * step: expected[run][step] for step in STEPS} for run, cost in COST.items()
     }
-    pages.hide_banner()
-    pages.picture(tmp_path / "runs.png")
-    assert 10_000 < (tmp_path / "runs.png").stat().st_size < 300_000
 
 
 def test_grids_at_successive_iterations(addresses: list[str], pages: Pages) -> None:
@@ -215,14 +213,13 @@ def test_evaluations_by_gain(addresses: list[str], pages: Pages) -> None:
     assert [row["tags.`method`"] for row in rows] == ["egrpo", "egrpo", "flow_grpo", "base"]
 
 
-def test_images_prompt_by_prompt(addresses: list[str], pages: Pages, tmp_path: Path) -> None:
+def test_images_prompt_by_prompt(addresses: list[str], pages: Pages) -> None:
     pages.open(addresses[3])
     pages.page.get_by_text("a red square").wait_for()
     images = pages.page.locator("img[src*='table_images']")
     images.nth(1).wait_for()
     # the base model's samples are black here, the others red; the lower half of a square is white
     assert pages.mean_colour(images.first)[0] > pages.mean_colour(images.first)[1] > 0
-    pages.picture(tmp_path / "compare.png")
 
 
 def run_page(addresses: list[str], study: Study, name: str) -> str:
@@ -264,3 +261,20 @@ def test_the_adapter_and_the_settings(addresses: list[str], study: Study, pages:
     pages.page.get_by_text("verifier/difference").wait_for()
     pages.page.get_by_text("Artifacts", exact=True).click()
     pages.page.get_by_text("pytorch_lora_weights.safetensors").wait_for()
+
+
+# ---------------------------------------------------------------- pictures of the docs
+
+
+def test_the_pictures_of_the_docs_can_be_taken(
+    addresses: list[str], pages: Pages, tmp_path: Path
+) -> None:
+    curves, grids, samples = (tmp_path / f"{name}.png" for name in ("curves", "grids", "samples"))
+    pages.picture_of_curves(addresses[0], "monitor/reward/verifier", curves)
+    pages.picture_of_grids(addresses[0], [STEPS[0], STEPS[-1]], grids)
+    pages.picture_of_samples(addresses[3], samples)
+    for file in (curves, grids, samples):
+        with Image.open(file) as image:
+            assert image.width > 500
+            assert len(image.getcolors()) > 20  # not an empty page
+        assert file.stat().st_size < 300_000

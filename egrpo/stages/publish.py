@@ -11,6 +11,7 @@ from egrpo.stages.notes import STUDY_NOTE
 from egrpo.stages.prepare import ensure, study_uri
 from egrpo.stages.publish_evaluation import EvaluationFiles, send_evaluation
 from egrpo.stages.publish_run import publish_run
+from egrpo.stages.style import INK, PALETTE
 from egrpo.store import tracking
 from egrpo.store.deliver import finish, send_files, send_note
 from egrpo.store.files import read_json, write_json
@@ -43,12 +44,13 @@ def publish(study: Study, store: Path, table: Path, output: Path) -> None:
     comparison = read_table(table, COMPARISON).to_pylist()
     found: dict[str, Any] = {}
     try:
-        for name, run in study.runs.items():
+        for number, (name, run) in enumerate(study.runs.items()):
             own = [row for row in comparison if row["run"] == name]
-            found[name] = publish_run(client, experiment, run, root, parent, own)
+            colour = PALETTE[number % len(PALETTE)]
+            found[name] = publish_run(client, experiment, run, root, parent, own, colour)
         bases = [EvaluationFiles.base(run, root) for run in study.runs.values()]
         for base in {files.folder: files for files in reversed(bases)}.values():
-            send_evaluation(client, experiment, base, parent)
+            send_evaluation(client, experiment, base, parent, INK)
         for folder in ("tables", "figures"):
             send_files(client, parent, folder, [root / folder])
         send_note(client, parent, STUDY_NOTE)

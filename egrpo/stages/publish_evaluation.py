@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from egrpo.config.keys import evaluation_key
 from egrpo.config.models import RunConfig
 from egrpo.store import tracking
-from egrpo.store.deliver import digest_of, finish, send_datasets, send_values
+from egrpo.store.deliver import digest_of, finish, send_colour, send_datasets, send_values
 from egrpo.store.tables import IMAGES, SCORES, read_table
 
 if TYPE_CHECKING:
@@ -71,12 +71,14 @@ def send_evaluation(
     experiment: str,
     files: EvaluationFiles,
     parent: str,
+    colour: str,
     comparison: list[Row] | None = None,
     model: str | None = None,
 ) -> None:
     """A run below ``parent``, found by the contents of its scores.
 
     Args:
+        colour: of its bars and points, as `#0072B2`.
         comparison: rows of the comparison about it, for the gains.
         model: MLflow's id of the logged model that was evaluated.
     """
@@ -88,6 +90,7 @@ def send_evaluation(
     send_values(client, record, _values(scores, comparison or []), model)
     send_datasets(client, run_id, {files.heldout: "evaluation"})
     _send_tables(client, run_id, scores, files)
+    send_colour(client, run_id, colour)
     finish(client, run_id)
 
 

@@ -12,7 +12,14 @@ from egrpo.errors import UserError
 from egrpo.stages.notes import run_note
 from egrpo.stages.publish_evaluation import EvaluationFiles, send_evaluation
 from egrpo.store import journal, tracking
-from egrpo.store.deliver import finish, send_datasets, send_files, send_model, send_note
+from egrpo.store.deliver import (
+    finish,
+    send_colour,
+    send_datasets,
+    send_files,
+    send_model,
+    send_note,
+)
 from egrpo.store.files import read_json
 from egrpo.store.tables import TRAIN_METRICS, read_table
 
@@ -29,6 +36,7 @@ def publish_run(
     root: Path,
     parent: str,
     comparison: list[Row],
+    colour: str,
 ) -> str:
     """Deliver what is missing of a training run and of its evaluation.
 
@@ -36,6 +44,7 @@ def publish_run(
         root: folder of the study's results.
         parent: MLflow's id of the study's run.
         comparison: rows of the comparison about this run.
+        colour: of its curves, as `#0072B2`.
 
     Returns:
         MLflow's id of the training run.
@@ -56,7 +65,8 @@ def publish_run(
     send_files(client, run_id, "", [f for f in records if f.exists()])
     model = send_model(client, experiment, run_id, run, folder / "adapter")
     files = EvaluationFiles.trained(run, root)
-    send_evaluation(client, experiment, files, run_id, comparison, model)
+    send_evaluation(client, experiment, files, run_id, colour, comparison, model)
+    send_colour(client, run_id, colour)
     send_note(client, run_id, run_note(run, comparison, model))
     finish(client, run_id)
     return run_id

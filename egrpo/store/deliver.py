@@ -64,6 +64,12 @@ def send_note(client: MlflowClient, run_id: str, text: str) -> None:
     )
 
 
+def send_colour(client: MlflowClient, run_id: str, colour: str) -> None:
+    """Colour of a run in MLflow's charts, unless it has one: else runs get them by chance."""
+    if "mlflow.runColor" not in client.get_run(run_id).data.tags:
+        client.set_tag(run_id, "mlflow.runColor", colour)
+
+
 def send_values(
     client: MlflowClient, record: Run, values: Mapping[str, float | None], model: str | None = None
 ) -> None:
