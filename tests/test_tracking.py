@@ -535,6 +535,8 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
 
 
 def test_the_adapter_is_one_logged_model_with_its_evaluation(store: Path, tmp_path: Path) -> None:
+    from mlflow.artifacts import download_artifacts
+
     study = published(tmp_path, store)
     client, ids = open_client(read_json(store)["uri"]), read_json(store)
     experiment = ids["experiment_id"]
@@ -552,8 +554,8 @@ def test_the_adapter_is_one_logged_model_with_its_evaluation(store: Path, tmp_pa
     write_text(adapter, "others")
     publish(study, store, Layout(study).comparison, tmp_path / "published.json")
     assert [m.model_id for m in client.search_logged_models([experiment])] == [model.model_id]
-    stored = Path(model.artifact_location) / adapter.name
-    assert stored.read_text() == "others"
+    folder = download_artifacts(f"models:/{model.model_id}", tracking_uri=ids["uri"])
+    assert (Path(folder) / adapter.name).read_text() == "others"
 
 
 def test_what_somebody_edited_in_mlflow_stays(store: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,12 +266,18 @@ class Held:
     pieces: set[tuple[str, int]] = field(default_factory=set)
 
 
-def held(client: MlflowClient, run_id: str) -> Held:
-    """Ask the server. Needed once per connection, and again after a failed delivery."""
+def held(client: MlflowClient, run_id: str, wanted: Collection[int] | None = None) -> Held:
+    """Ask the server. Needed once per connection, and again after a failed delivery.
+
+    Args:
+        wanted: where all of these iterations are complete, nothing more is asked.
+    """
     names = set(client.get_run(run_id).data.metrics)
     if not names:
         return Held()
     done = {m.step for m in client.get_metric_history(run_id, ITERATION_DONE)}
+    if wanted is not None and done.issuperset(wanted):
+        return Held(done)
     pieces = {
         (name, metric.step)
         for name in names
@@ -297,7 +303,8 @@ def deliver(
     Returns:
         Number of iterations that were sent.
     """
-    known = held(client, run_id) if known is None else known
+    lines = list(lines)
+    known = held(client, run_id, {x["iteration"] for x in lines}) if known is None else known
     missing: dict[int, Mapping[str, Any]] = {}
     for line in lines:
         if line["iteration"] not in known.done:
