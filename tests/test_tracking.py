@@ -534,7 +534,9 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
         assert {k: found["tags"].get(k) for k in expected} == expected
 
 
-def test_the_adapter_is_one_logged_model_with_its_evaluation(store: Path, tmp_path: Path) -> None:
+def test_the_adapter_is_one_logged_model_with_its_evaluation(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow.artifacts import download_artifacts
 
     study = published(tmp_path, store)
@@ -554,7 +556,8 @@ def test_the_adapter_is_one_logged_model_with_its_evaluation(store: Path, tmp_pa
     write_text(adapter, "others")
     publish(study, store, Layout(study).comparison, tmp_path / "published.json")
     assert [m.model_id for m in client.search_logged_models([experiment])] == [model.model_id]
-    folder = download_artifacts(f"models:/{model.model_id}", tracking_uri=ids["uri"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", ids["uri"])
+    folder = download_artifacts(f"models:/{model.model_id}")
     assert (Path(folder) / adapter.name).read_text() == "others"
 
 
