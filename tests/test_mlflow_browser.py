@@ -81,8 +81,8 @@ def large_study(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Both studies delivered to one store."""
+def study(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Both studies delivered to one store; not without a browser."""
     folder = tmp_path_factory.mktemp("mlflow")
     before = os.environ.pop("MLFLOW_TRACKING_URI", None)
     study = small_study(folder)
