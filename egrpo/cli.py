@@ -494,7 +494,7 @@ def completion_command(shell: str) -> None:
 
 @main.command("ui")
 @CONFIG
-@click.option("--port", type=int, default=5000, show_default=True, help="Wanted port.")
+@click.option("--port", type=int, default=5000, show_default=True, help="Wanted port; 0 for any.")
 def ui_command(config: Path, port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
     from egrpo.config.layout import Layout

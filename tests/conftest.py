@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
+from mlflow_pages import CHROMIUM, chromium
 
 from egrpo.config.load import Row, overlay, read_yaml, resolve_run
 from egrpo.config.models import RunConfig, StudyConfig
@@ -79,22 +79,12 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM_FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """Headless Chromium, as installed on this machine, with a fresh profile."""
-    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(CHROMIUM)} is installed (Debian: apt install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS.split())
+    with chromium() as started:
+        if started is None:
+            pytest.skip(
+                f"none of {', '.join(CHROMIUM)} is installed (Debian: apt install chromium)"
+            )
         yield started
-        started.close()

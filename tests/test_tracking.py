@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import multiprocessing
 import os
@@ -21,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tracked import line, picture, prompts_of, results_of, run_config, study_of
 
-from egrpo.config.keys import evaluation_key, profile_key
 from egrpo.config.layout import Layout
 from egrpo.config.load import Study
-from egrpo.config.methods import Egrpo
-from egrpo.config.models import Model, Prompts, RunConfig, Tracking, Train
+from egrpo.config.models import Model, RunConfig
 from egrpo.config.rewards import Verifier
 from egrpo.errors import UserError
 from egrpo.stages.prepare import prepare
 from egrpo.stages.publish import publish
 from egrpo.stages.ui import free_port, serve
-from egrpo.store import journal, live, tables, tracking
+from egrpo.store import journal, live, tracking
 from egrpo.store.files import read_json, write_json, write_text
 from egrpo.store.live import LiveTracker
 from egrpo.store.tracking import deliver, open_client
@@ -41,35 +39,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 REQUEST_TIMEOUT = 10.0
 """Seconds of `tracking.configure`: whatever waits for a server that hangs takes at least that."""
-
-
-def run_config(run: str = "a", uri: str | None = None, **fields: Any) -> RunConfig:
-    return RunConfig(
-        run=run,
-        study="small",
-        model=fields.pop("model", Model(path="weights")),
-        prompts=fields.pop("prompts", Prompts(train="train.txt", heldout="heldout.txt")),
-        rewards={"verifier": Verifier(kind="verifier")},
-        train=Train(rewards={"verifier": 1.0}, iterations=5),
-        method=Egrpo(threshold=2.2),
-        tracking=Tracking(uri=uri, every_seconds=0.05),
-        **fields,
-    )
-
-
-def study_of(folder: Path, *runs: RunConfig) -> Study:
-    return Study("small", str(folder / "results"), {r.run: r for r in runs or [run_config()]})
-
-
-def line(iteration: int, **metrics: float | None) -> dict[str, Any]:
-    values = {"reward/verifier": iteration / 8, "loss": -iteration / 4, **metrics}
-    return {
-        "iteration": iteration,
-        "time": 1.79e9 + iteration,
-        "nfe": 100 * iteration,
-        "metrics": values,
-        "rollouts": {"step": [0] * 50},
-    }
 
 
 def curve(client: Any, run_id: str) -> Counter[tuple[str, int]]:
@@ -104,19 +73,6 @@ def new_run(store: Path, key: str = "k", **fields: Any) -> tuple[Any, str]:
         client, ids["experiment_id"], run, key, ids["parent_run_id"]
     )
     return client, run_id
-
-
-def picture(file: Path, colour: int = 0) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(png(colour))
-
-
-def png(colour: int) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (colour, 0, 0)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(autouse=True)
@@ -374,7 +330,7 @@ def server(tables_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     assert job.stdout is not None
     address = job.stdout.readline()
-    match = re.match(r"http://127\.0\.0\.1:(\d+)/#/experiments/1\?workflowType=", address)
+    match = re.match(r"http://127\.0\.0\.1:(\d+)/#/experiments/1/runs\?workflowType=", address)
     assert match, address
     yield int(match[1])
     job.send_signal(signal.SIGINT)
@@ -492,44 +448,10 @@ def test_eight_jobs_log_at_once(
 # ---------------------------------------------------------------- publish
 
 
-def results_of(folder: Path, run: RunConfig) -> Study:
-    """All results of a study with one run, as the workflow leaves them."""
-    study = study_of(folder, run)
-    root = Path(study.results) / study.name
-    own = root / "runs" / run.run
-    write_json(own / "train.json", {"run": run.run, "key": "k"})
-    write_json(own / "plan.json", {"steps": [0]})
-    write_text(own / "config.yaml", f"run: {run.run}\n")
-    write_text(own / "adapter" / "adapter_model.safetensors", "weights")
-    write_text(own / "adapter" / ".snakemake_timestamp", "")
-    picture(own / "monitor" / "iteration-000000.png")
-    lines = [line(i, absent=None) for i in range(6)]
-    rows = [
-        {"run": run.run, "iteration": x["iteration"], "nfe": x["nfe"], "metric": k, "value": v}
-        for x in lines
-        for k, v in x["metrics"].items()
-    ]
-    tables.write_table(own / "train_metrics.parquet", tables.TRAIN_METRICS, rows)
-    head = {"prompt_id": 0, "prompt": "a red square", "sample": 0}
-    for name, where, colour in (("base", root / "base" / evaluation_key(run), 0), ("a", own, 200)):
-        image = {"run": name, **head, "png": png(colour)}
-        tables.write_table(where / "images.parquet", tables.IMAGES, [image])
-    scores = [
-        {"run": run.run, **head, "sample": s, "reward": "verifier", "value": v}
-        for s, v in enumerate((0.5, 1.0, None))
-    ]
-    tables.write_table(own / "scores.parquet", tables.SCORES, scores)
-    profile = root / "profiles" / profile_key(run) / "entropy_profile.parquet"
-    tables.write_table(profile, tables.ENTROPY_PROFILE, [])
-    row = {c: None for c, *_ in tables.COMPARISON.columns} | {
-        "run": run.run,
-        "reward": "verifier",
-        "difference": 0.25,
-        "low": 0.125,
-        "high": 0.5,
-    }
-    tables.write_table(root / "tables" / "comparison.parquet", tables.COMPARISON, [row])
-    picture(root / "figures" / "curves.png")
+def published(folder: Path, store: Path) -> Study:
+    """A study with one run, all of it delivered."""
+    study = results_of(folder, run_config(prompts=prompts_of(folder)))
+    publish(study, store, Layout(study).comparison, folder / "published.json")
     return study
 
 
@@ -567,11 +489,8 @@ def everything(client: Any, experiment: str) -> dict[str, Any]:
 
 
 def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
-    prompts = Prompts(train=str(tmp_path / "train.txt"), heldout=str(tmp_path / "heldout.txt"))
-    for name in ("train", "heldout"):
-        write_text(tmp_path / f"{name}.txt", f"{name}\n")
-    run = run_config(prompts=prompts)
-    study, out = results_of(tmp_path, run), tmp_path / "published.json"
+    prompts, out = prompts_of(tmp_path), tmp_path / "published.json"
+    study = results_of(tmp_path, run_config(prompts=prompts))
     client, live = new_run(store, prompts=prompts)
     deliver(client, live, [line(0), line(1)])  # what a live tracker got through
     publish(study, store, Layout(study).comparison, out)
@@ -584,27 +503,94 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
         == {"a": live} | {k: v for k, v in read_json(store).items() if k != "parent_run_id"}
     )
     by_name = {v["name"]: v for v in first.values()}
+    assert sorted(by_name) == ["a", "a/evaluation", "base/evaluation", "small"]
     assert {v["status"] for v in first.values()} == {"FINISHED"}
     assert curve(client, live) == once(*range(6))
     assert by_name["small"]["files"] == ["figures/curves.png", "tables/comparison.parquet"]
     train = by_name["a"]
-    assert [f for f in train["files"] if not f.startswith("images/")] == [
-        "adapter/adapter_model.safetensors",
-        "config.yaml",
-        "plan.json",
-        "train.json",
-    ]
-    assert len(train["files"]) == 6  # and one monitor grid in two sizes
-    assert sorted(i[3] for i in train["inputs"]) == ["evaluation", "profile", "training"]
+    records = [f for f in train["files"] if not f.startswith("images/")]
+    assert records == ["config.yaml", "plan.json", "train.json"]
+    assert len(train["files"]) == 5  # and one monitor grid in two sizes
+    assert sorted(i[3] for i in train["inputs"]) == ["monitoring", "planning", "training"]
+    note = train["tags"]["mlflow.note.content"]
+    assert "lies above 0: better than the base model" in note
     evaluation = by_name["a/evaluation"]
     assert {k: v[0][1] for k, v in evaluation["metrics"].items()} == {
         "verifier/mean": 0.75,
         "verifier/difference": 0.25,
         "verifier/low": 0.125,
         "verifier/high": 0.5,
+        "nfe": 500,
     }
-    assert evaluation["files"] == ["before_after.png", "scores.json"]
+    assert [f for f in evaluation["files"] if not f.startswith("table_images/")] == [
+        "before_after.png",
+        "images.json",
+        "scores.json",
+    ]
     assert evaluation["tags"]["mlflow.parentRunId"] == live
+    facts = {"run": "a", "arm": "a", "method": "egrpo", "reward": "verifier", "seed": "0"}
+    for found, kind in ((train, "train"), (evaluation, "evaluation")):
+        expected = facts | {"kind": kind, "threshold": "2.2"}
+        assert {k: found["tags"].get(k) for k in expected} == expected
+
+
+def test_the_adapter_is_one_logged_model_with_its_evaluation(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    study = published(tmp_path, store)
+    client, ids = open_client(read_json(store)["uri"]), read_json(store)
+    experiment = ids["experiment_id"]
+    (model,) = client.search_logged_models([experiment])
+    assert (model.name, model.status.value) == ("a", "READY")
+    assert {m.key: m.value for m in model.metrics}["verifier/difference"] == 0.25
+    run = client.get_run(model.source_run_id)
+    assert run.info.run_name == "a"
+    assert [m.model_id for m in run.outputs.model_outputs] == [model.model_id]
+    files = client.list_logged_model_artifacts(model.model_id)
+    assert [f.path for f in files] == ["pytorch_lora_weights.safetensors"]
+    assert f"models:/{model.model_id}" in run.data.tags["mlflow.note.content"]
+    # trained again to other weights, under the same key: they are replaced
+    adapter = Layout(study).run("a") / "adapter" / "pytorch_lora_weights.safetensors"
+    write_text(adapter, "others")
+    publish(study, store, Layout(study).comparison, tmp_path / "published.json")
+    assert [m.model_id for m in client.search_logged_models([experiment])] == [model.model_id]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", ids["uri"])
+    folder = download_artifacts(f"models:/{model.model_id}")
+    assert (Path(folder) / adapter.name).read_text() == "others"
+
+
+def test_what_somebody_edited_in_mlflow_stays(store: Path, tmp_path: Path) -> None:
+    study = published(tmp_path, store)
+    client = open_client(read_json(store)["uri"])
+    run_id = train_run(client, store)
+    client.set_tag(run_id, "mlflow.note.content", "my own words")
+    publish(study, store, Layout(study).comparison, tmp_path / "published.json")
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == "my own words"
+
+
+def test_views_fit_their_tags_and_change_only_with_the_study(store: Path, tmp_path: Path) -> None:
+    ids = read_json(store)
+    client = open_client(ids["uri"])
+
+    def held() -> dict[str, str]:
+        tags = client.get_experiment(ids["experiment_id"]).tags
+        return {k: v for k, v in tags.items() if k.startswith("mlflow.sharedViewState.")}
+
+    first = held()
+    assert sorted(first) == [
+        f"mlflow.sharedViewState.egrpo-{view}" for view in ("evaluations", "seeds", "training")
+    ]
+    assert all(len(value) < 5000 for value in first.values())
+    prepare(study_of(tmp_path), store)
+    assert held() == first
+    # forty rewards still fit
+    rewards = {f"reward_number_{i}": Verifier(kind="verifier") for i in range(40)}
+    many = run_config().model_copy(update={"rewards": rewards})
+    prepare(study_of(tmp_path, many), store)
+    assert held() != first
+    assert all(len(value) < 5000 for value in held().values())
 
 
 def test_publish_says_that_results_are_kept(tmp_path: Path) -> None:
@@ -630,8 +616,11 @@ def test_ui_without_a_store_and_with_a_server(
     text = {"uri": "http://u:secret@host:5000/", "experiment_id": "7", "parent_run_id": "x"}
     (tmp_path / "store.json").write_text(json.dumps(text))
     serve(tmp_path / "store.json", 5000)
-    address = capsys.readouterr().out
-    assert address == "http://host:5000/#/experiments/7?workflowType=machine_learning\n"
+    printed = capsys.readouterr().out
+    found = [line for line in printed.splitlines() if line.startswith("http")]
+    assert all(line.startswith("http://host:5000/#/experiments/7/") for line in found)
+    assert len(found) == 6
+    assert "secret" not in printed
 
 
 def test_a_taken_port_is_replaced() -> None:

@@ -17,6 +17,7 @@ from egrpo.config.load import Study
 from egrpo.errors import UserError
 from egrpo.store import tracking
 from egrpo.store.files import write_json
+from egrpo.store.views import keep_views
 
 
 class Store(TypedDict):
@@ -38,7 +39,7 @@ def prepare(study: Study, output: Path) -> None:
     """
     uri = study_uri(study, f"sqlite:///{study.results}/mlflow.db")
     try:
-        store = ensure(uri, study.name)
+        store = ensure(uri, study)
     except ConnectionError as error:
         print(
             f"tracking: {error}; runs start all the same, their metrics are delivered later",
@@ -60,8 +61,8 @@ def study_uri(study: Study, default: str) -> str:
     return tracking.resolve_uri(next(iter(found), None), default)
 
 
-def ensure(uri: str, study: str, timeout: int = 10, retries: int = 1) -> Store:
-    """Tables, experiment and parent run, each created only if missing.
+def ensure(uri: str, study: Study, timeout: int = 10, retries: int = 1) -> Store:
+    """Tables, experiment, its views and parent run, each created only if missing.
 
     Args:
         timeout, retries: seconds and repetitions of each request to a server.
@@ -78,9 +79,10 @@ def ensure(uri: str, study: str, timeout: int = 10, retries: int = 1) -> Store:
         _make_tables(uri, file)
     try:
         client = tracking.open_client(uri, timeout, retries)
-        folder = tracking.artifact_folder(uri, study)
-        experiment = tracking.find_or_create_experiment(client, study, folder)
-        parent = tracking.find_or_create_study(client, experiment, study)
+        folder = tracking.artifact_folder(uri, study.name)
+        experiment = tracking.find_or_create_experiment(client, study.name, folder)
+        keep_views(client, experiment, study.runs.values())
+        parent = tracking.find_or_create_study(client, experiment, study.name)
     except (MlflowException, OSError) as error:
         why = tracking.in_one_line(error)
         if file is not None:

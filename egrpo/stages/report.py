@@ -41,7 +41,7 @@ def short_table(comparison: str | Path) -> str:
 
     lines = [line(HEADER), line(["-" * w for w in widths])]
     for heading, part in by_run(rows):
-        lines += [heading, *(line(_cells(row)) for row in part)]
+        lines += [heading, *(line(cells(row)) for row in part)]
     return "\n".join([*lines, NOTE, "", *verdicts(rows), OPEN_UI]) + "\n"
 
 
@@ -69,15 +69,19 @@ def print_report(comparison: str | Path, console: Console | None = None) -> None
             table.add_column(name, justify="left" if left else "right", min_width=width)
         for row in part:
             style = "bold" if row["trained_on"] else "dim" if row["reward"] in MEASURED else ""
-            table.add_row(*(Text(cell) for cell in _cells(row)), style=style)
+            table.add_row(*(Text(cell) for cell in cells(row)), style=style)
         console.print(table)
     for line in [NOTE, *verdicts(rows), OPEN_UI]:
         console.print(Text(line))
 
 
 def read_rows(comparison: str | Path) -> list[Row]:
-    """Rows by run: trained rewards first, then the others, then what images measure."""
-    rows: list[Row] = read_table(comparison, COMPARISON).to_pylist()
+    """Rows of a comparison in the order of :func:`in_order`."""
+    return in_order(read_table(comparison, COMPARISON).to_pylist())
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """By run: trained rewards first, then the others, then what images measure."""
     order = [r["run"] for r in rows]
     return sorted(
         rows,
@@ -123,7 +127,7 @@ def by_run(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return out
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
     """Text in the order of HEADER."""
     t = readable(row)
     name = f"{row['reward']} {MARK}" if row["trained_on"] else row["reward"]
@@ -131,5 +135,5 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _widths(rows: Sequence[Row]) -> list[int]:
-    columns = zip(HEADER, *map(_cells, rows), strict=True)
+    columns = zip(HEADER, *map(cells, rows), strict=True)
     return [max(map(len, column)) for column in columns]

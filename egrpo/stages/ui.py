@@ -15,12 +15,13 @@ from pathlib import Path
 from egrpo.errors import UserError
 from egrpo.store.files import read_json
 from egrpo.store.tracking import in_one_line, sqlite_file
+from egrpo.store.views import addresses
 
 START_WAIT = 120.0  # seconds; usually 5 to 8, once 36 were seen
 
 
 def serve(store: Path, port: int = 5000) -> None:
-    """Serve the interface on 127.0.0.1 until Ctrl-C; for a server, only print its address.
+    """Serve the interface on 127.0.0.1 until Ctrl-C; for a server, only print its addresses.
 
     Args:
         store: JSON file written by ``prepare``.
@@ -32,12 +33,10 @@ def serve(store: Path, port: int = 5000) -> None:
     if not Path(store).exists():
         raise UserError(f"{store}: no tracking store yet; `make demo` makes it")
     ids = read_json(store)
-    uri, page = ids["uri"], "#/"
-    if ids["experiment_id"] is not None:
-        page = f"#/experiments/{ids['experiment_id']}?workflowType=machine_learning"
+    uri, experiment = ids["uri"], ids["experiment_id"]
     file = sqlite_file(uri)
     if file is None:
-        print(f"{in_one_line(uri).rstrip('/')}/{page}")
+        print(_pages(in_one_line(uri).rstrip("/"), experiment))
         return
     if not file.exists():
         raise UserError(f"{file}: no tracking store yet; `make demo` makes it")
@@ -46,7 +45,7 @@ def serve(store: Path, port: int = 5000) -> None:
     server = _start(uri, file, port)
     try:
         _wait_until_healthy(server, port)
-        print(f"http://127.0.0.1:{port}/{page}\nCtrl-C ends it", flush=True)
+        print(f"{_pages(f'http://127.0.0.1:{port}', experiment)}\nCtrl-C ends it", flush=True)
         server.wait()
         raise UserError(f"MLflow ended by itself with status {server.returncode}")
     except KeyboardInterrupt:
@@ -54,6 +53,13 @@ def serve(store: Path, port: int = 5000) -> None:
     finally:
         _end(server)
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def _pages(server: str, experiment: str | None) -> str:
+    """Addresses worth opening, each with what it shows."""
+    if experiment is None:  # the server was away when the store was prepared
+        return f"{server}/#/"
+    return "\n".join(f"{server}/{page}\n    {what}" for page, what in addresses(experiment))
 
 
 def free_port(wanted: int) -> int:

@@ -17,7 +17,7 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,19 +152,30 @@ def find_or_create(
     name: str,
     tags: Mapping[str, str],
 ) -> Run:
-    """The run with this kind and key; created with ``name`` and ``tags`` if there is none.
+    """The run with this kind and key, with these tags; created as ``name`` if there is none.
 
     Two processes may create one each at the same time: the younger one is deleted again.
     """
+    tags = {"kind": kind, **tags}
     found = find_run(client, experiment_id, kind, key)
-    if found is not None:
-        return found
-    every = {"egrpo.kind": kind, "egrpo.key": key, "mlflow.source.name": "egrpo", **tags}
-    made = client.create_run(experiment_id, tags=every, run_name=name)
-    found = find_run(client, experiment_id, kind, key) or made
-    if found.info.run_id != made.info.run_id:
-        client.delete_run(made.info.run_id)
+    if found is None:
+        every = {"egrpo.kind": kind, "egrpo.key": key, **origin(), **tags}
+        made = client.create_run(experiment_id, tags=every, run_name=name)
+        found = find_run(client, experiment_id, kind, key) or made
+        if found.info.run_id != made.info.run_id:
+            client.delete_run(made.info.run_id)
+    keep_tags(client, found, tags)
     return found
+
+
+def keep_tags(client: MlflowClient, record: Run, tags: Mapping[str, str]) -> None:
+    """Set the tags that a run lacks or has otherwise."""
+    from mlflow.entities import RunTag
+
+    held = record.data.tags
+    missing = [RunTag(k, v) for k, v in tags.items() if held.get(k) != v]
+    if missing:
+        client.log_batch(record.info.run_id, tags=missing)
 
 
 def find_or_create_study(client: MlflowClient, experiment_id: str, study: str) -> str:
@@ -180,8 +191,6 @@ def find_or_create_run(
 
     record = find_or_create(client, experiment_id, "train", key, run.run, run_tags(run, parent))
     run_id = str(record.info.run_id)
-    if parent and record.data.tags.get("mlflow.parentRunId") != parent:
-        client.set_tag(run_id, "mlflow.parentRunId", parent)
     params = [Param(k, v) for k, v in settings(run).items() if k not in record.data.params]
     for start in range(0, len(params), PARAMS_PER_BATCH):
         client.log_batch(run_id, params=params[start : start + PARAMS_PER_BATCH])
@@ -189,23 +198,32 @@ def find_or_create_run(
 
 
 def run_tags(run: RunConfig, parent: str | None) -> dict[str, str]:
-    """What a run can be filtered by in MLflow."""
-    commit = git_commit()
+    """What a run and its evaluation are filtered by in MLflow: names that need no quotes there."""
     tags = {
-        "egrpo.run": run.run,
-        "egrpo.method": run.method.name,
-        "egrpo.arm": run.arm,
-        "egrpo.seed": str(run.seed),
-        "egrpo.rewards": ",".join(sorted(run.train.rewards)),
-        "egrpo.git_commit": commit.removesuffix("+dirty"),
-        "egrpo.git_dirty": str(commit.endswith("+dirty")).lower(),
-        "mlflow.source.git.commit": commit.removesuffix("+dirty"),
-        "egrpo.slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+        "run": run.run,
+        "arm": run.arm or run.run,
+        "method": run.method.name,
+        "reward": ",".join(sorted(run.train.rewards)),
+        "seed": str(run.seed),
         "mlflow.parentRunId": parent or "",
     }
     threshold = getattr(run.method, "threshold", None)  # only some methods have one
     if threshold is not None:
-        tags["egrpo.threshold"] = str(threshold)
+        tags["threshold"] = str(threshold)
+    return {k: v for k, v in tags.items() if v}
+
+
+def origin() -> dict[str, str]:
+    """What made a run, as it was when the run was created."""
+    commit = git_commit()
+    clean = commit.removesuffix("+dirty")
+    tags = {
+        "mlflow.source.name": "egrpo",
+        "mlflow.source.git.commit": clean,
+        "egrpo.git_commit": clean,
+        "egrpo.git_dirty": str(commit != clean).lower(),
+        "egrpo.slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+    }
     return {k: v for k, v in tags.items() if v}
 
 
@@ -248,12 +266,18 @@ class Held:
     pieces: set[tuple[str, int]] = field(default_factory=set)
 
 
-def held(client: MlflowClient, run_id: str) -> Held:
-    """Ask the server. Needed once per connection, and again after a failed delivery."""
+def held(client: MlflowClient, run_id: str, wanted: Collection[int] | None = None) -> Held:
+    """Ask the server. Needed once per connection, and again after a failed delivery.
+
+    Args:
+        wanted: where all of these iterations are complete, nothing more is asked.
+    """
     names = set(client.get_run(run_id).data.metrics)
     if not names:
         return Held()
     done = {m.step for m in client.get_metric_history(run_id, ITERATION_DONE)}
+    if wanted is not None and done.issuperset(wanted):
+        return Held(done)
     pieces = {
         (name, metric.step)
         for name in names
@@ -279,7 +303,8 @@ def deliver(
     Returns:
         Number of iterations that were sent.
     """
-    known = held(client, run_id) if known is None else known
+    lines = list(lines)
+    known = held(client, run_id, {x["iteration"] for x in lines}) if known is None else known
     missing: dict[int, Mapping[str, Any]] = {}
     for line in lines:
         if line["iteration"] not in known.done:

@@ -188,7 +188,15 @@ rule publish:
         figures=lambda wc: default_figures() if wc.set == "comparison" else [],
         targets=lambda wc: targets(wc.set),
         curves=lambda wc: results(run_set(wc.set), "train_metrics.parquet"),
-        code=sources("stages/publish.py", "store/tracking.py"),
+        code=sources(
+            "stages/notes.py",
+            "stages/publish.py",
+            "stages/publish_evaluation.py",
+            "stages/publish_run.py",
+            "store/deliver.py",
+            "store/tracking.py",
+            "store/views.py",
+        ),
     output:
         published=f"{STUDY}/published-{{set}}.json",
     log:

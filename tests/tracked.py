@@ -1,0 +1,127 @@
+"""Results of a study as the workflow leaves them, made without training."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from egrpo.config.keys import evaluation_key, profile_key
+from egrpo.config.load import Study
+from egrpo.config.methods import Egrpo
+from egrpo.config.models import Model, Prompts, RunConfig, Tracking, Train
+from egrpo.config.rewards import Verifier
+from egrpo.store import tables
+from egrpo.store.files import write_json, write_text
+
+
+def run_config(run: str = "a", uri: str | None = None, **fields: Any) -> RunConfig:
+    return RunConfig(
+        run=run,
+        study="small",
+        model=fields.pop("model", Model(path="weights")),
+        prompts=fields.pop("prompts", Prompts(train="train.txt", heldout="heldout.txt")),
+        rewards={"verifier": Verifier(kind="verifier")},
+        train=Train(rewards={"verifier": 1.0}, iterations=5),
+        method=fields.pop("method", Egrpo(threshold=2.2)),
+        tracking=Tracking(uri=uri, every_seconds=0.05),
+        **fields,
+    )
+
+
+def study_of(folder: Path, *runs: RunConfig) -> Study:
+    return Study("small", str(folder / "results"), {r.run: r for r in runs or [run_config()]})
+
+
+def prompts_of(folder: Path) -> Prompts:
+    for name in ("train", "heldout"):
+        write_text(folder / f"{name}.txt", f"{name}\n")
+    return Prompts(train=str(folder / "train.txt"), heldout=str(folder / "heldout.txt"))
+
+
+def line(iteration: int, **metrics: float | None) -> dict[str, Any]:
+    values = {"reward/verifier": iteration / 8, "loss": -iteration / 4, **metrics}
+    return {
+        "iteration": iteration,
+        "time": 1.79e9 + iteration,
+        "nfe": 100 * iteration,
+        "metrics": values,
+        "rollouts": {"step": [0] * 50},
+    }
+
+
+def picture(file: Path, colour: int = 0) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(png(colour))
+
+
+def png(colour: int) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (colour, 0, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def results_of(folder: Path, *runs: RunConfig) -> Study:
+    """All results of a study with these runs."""
+    study = study_of(folder, *runs)
+    root = Path(study.results) / study.name
+    comparison = []
+    for number, run in enumerate(runs):
+        own = root / "runs" / run.run
+        write_json(own / "train.json", {"run": run.run, "key": f"k{number or ''}"})
+        write_json(own / "plan.json", {"steps": [0]})
+        write_text(own / "config.yaml", f"run: {run.run}\n")
+        write_text(own / "adapter" / "pytorch_lora_weights.safetensors", f"weights {run.run}")
+        write_text(own / "adapter" / ".snakemake_timestamp", "")
+        picture(own / "monitor" / "iteration-000000.png")
+        write_metrics(own, [line(i, absent=None) for i in range(6)])
+        write_evaluation(own, 200, (0.5, 1.0, None))
+        write_evaluation(root / "base" / evaluation_key(run), 0, (0.25, 0.75, None))
+        profile = root / "profiles" / profile_key(run) / "entropy_profile.parquet"
+        tables.write_table(profile, tables.ENTROPY_PROFILE, [])
+        comparison.append(compared(run.run, run.method.name, 0.25 / (number + 1)))
+    tables.write_table(root / "tables" / "comparison.parquet", tables.COMPARISON, comparison)
+    picture(root / "figures" / "curves.png")
+    return study
+
+
+def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
+    """The table of training metrics of the run that lies in ``folder``."""
+    rows = [
+        {"run": folder.name, "iteration": x["iteration"], "nfe": x["nfe"], "metric": k, "value": v}
+        for x in lines
+        for k, v in x["metrics"].items()
+    ]
+    tables.write_table(folder / "train_metrics.parquet", tables.TRAIN_METRICS, rows)
+
+
+def write_evaluation(folder: Path, colour: int, values: tuple[float | None, ...]) -> None:
+    """Images of one prompt, and their scores."""
+    head = {"run": folder.name, "prompt_id": 0, "prompt": "a red square"}
+    samples = range(len(values))
+    images = [{**head, "sample": sample, "png": png(colour)} for sample in samples]
+    tables.write_table(folder / "images.parquet", tables.IMAGES, images)
+    scores = [{**head, "sample": s, "reward": "verifier", "value": values[s]} for s in samples]
+    tables.write_table(folder / "scores.parquet", tables.SCORES, scores)
+
+
+def compared(run: str, method: str, gain: float) -> dict[str, Any]:
+    """A run's row of the comparison with the base model."""
+    return {
+        "run": run,
+        "method": method,
+        "reward": "verifier",
+        "trained_on": True,
+        "base": 0.5,
+        "trained": 0.5 + gain,
+        "difference": gain,
+        "low": gain / 2,
+        "high": 2 * gain,
+        "pairs": 2,
+        "invalid": 1,
+        "iterations": 5,
+        "nfe": 500,
+        "seconds": 2.0,
+    }
