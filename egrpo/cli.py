@@ -427,20 +427,26 @@ def publish_command(
     publish(_study(results, run_configs), store, table, output)
 
 
-CONFIG = click.option(
-    "--config", type=FILE, default="config/config.yaml", show_default=True, help="Study."
+CONFIGS = click.option(
+    "--config",
+    "configs",
+    type=FILE,
+    multiple=True,
+    default=["config/config.yaml"],
+    show_default=True,
+    help="Study; given again, a file is laid over those before.",
 )
 
 
 @main.command("report")
-@CONFIG
-def report_command(config: Path) -> None:
+@CONFIGS
+def report_command(configs: tuple[Path, ...]) -> None:
     """Print the comparison of all runs with their base model."""
     from egrpo.config.layout import Layout
     from egrpo.config.load import load_study
     from egrpo.stages.report import print_report
 
-    at = Layout(load_study(config))
+    at = Layout(load_study(*configs))
     print_report(at.comparison)
     if at.page("index").exists():
         click.echo(f"The story on one page: {at.page('index')}")
@@ -461,15 +467,7 @@ def _runs_of_study(
 
 @main.command("export")
 @click.argument("run", shell_complete=_runs_of_study)
-@click.option(
-    "--config",
-    "configs",
-    type=FILE,
-    multiple=True,
-    default=["config/config.yaml"],
-    show_default=True,
-    help="Study; given again, a file is laid over those before.",
-)
+@CONFIGS
 @click.option("--output", type=FILE, help="Folder to make; left out: export/RUN of the study.")
 @click.option("--license", "licence", help="Of the weights, as hubs name it: apache-2.0, other, …")
 @click.option("--base-model", help="The base model's hub id, where the study names a folder.")
@@ -493,12 +491,12 @@ def completion_command(shell: str) -> None:
 
 
 @main.command("ui")
-@CONFIG
+@CONFIGS
 @click.option("--port", type=int, default=5000, show_default=True, help="Wanted port; 0 for any.")
-def ui_command(config: Path, port: int) -> None:
+def ui_command(configs: tuple[Path, ...], port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
     from egrpo.config.layout import Layout
     from egrpo.config.load import load_study
     from egrpo.stages.ui import serve
 
-    serve(Layout(load_study(config)).store, port)
+    serve(Layout(load_study(*configs)).store, port)
