@@ -387,10 +387,11 @@ def test_paper_makes_every_table_and_figure_and_trains_shared_runs_once(finished
 
 @pytest.mark.slow
 def test_report_is_one_file_that_shows_everything_offline(finished: Path, browser: Browser) -> None:
-    done = snakemake(finished, "paper")
+    wanted = ("paper", "suffixes")
+    done = snakemake(finished, *wanted)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     file = finished.parent / "report.html"
-    done = snakemake(finished, "paper", "--report", str(file))
+    done = snakemake(finished, *wanted, "--report", str(file))
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     asked: list[str] = []
@@ -441,6 +442,10 @@ def test_report_is_one_file_that_shows_everything_offline(finished: Path, browse
     image.wait_for()
     assert image.evaluate("e => e.naturalWidth") > 500
 
+    _, *measured = opened("Entropy")
+    assert [row[0] for row in measured] == ["suffixes"]
+    shown(0).get_by_role("cell", name="dpm2").first.wait_for()
+
     opened("Configuration and versions")
     frame = shown(0)
     frame.locator("summary", has_text="one-s0").click()
@@ -454,3 +459,19 @@ def test_report_is_one_file_that_shows_everything_offline(finished: Path, browse
     page.close()
     assert set(asked) == {file.as_uri()}, "nothing comes over the network"
     assert not wrong
+
+
+@pytest.mark.slow
+def test_everything_has_a_page_too_and_the_first_page_lists_all(finished: Path) -> None:
+    done = snakemake(finished, "everything")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    text = (results(finished) / "everything.html").read_text()
+    for run in ("one-s0", "two-s1", "three-s1"):
+        assert run in text
+    assert "scores_of_all" in text
+    for kind in KINDS:
+        assert f"The {kind}." in text
+    first = (results(finished).parent / "index.html").read_text()
+    for name in ("index", "paper", "everything"):
+        assert f'href="small/{name}.html"' in first
+    assert planned(finished, "everything") == {}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markdown_it import MarkdownIt
 from markupsafe import Markup
+
+from egrpo.store.files import write_text
+from egrpo.store.tables import Table, csv_text
 
 PUNCTUATION = re.compile(r"([\\`*_\[\]<>#|~$&@])")
 """What Markdown would take as its own."""
@@ -56,3 +61,13 @@ def html_page(markdown: str) -> str:
     """
     title = next((ln.lstrip("# ") for ln in markdown.splitlines() if ln.startswith("#")), "")
     return render("document.html.j2", title=title, body=html_of(markdown))
+
+
+def write_texts(
+    path: str | Path, table: Table, rows: Sequence[Mapping[str, Any]], text: str
+) -> None:
+    """Beside a table's Parquet file: its rows as CSV, and what people read as Markdown and HTML."""
+    target = Path(path)
+    write_text(target.with_suffix(".csv"), csv_text(table, rows))
+    write_text(target.with_suffix(".md"), text)
+    write_text(target.with_suffix(".html"), html_page(text))

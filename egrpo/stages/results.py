@@ -24,7 +24,7 @@ from egrpo.config.targets import BASE, check_table
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
 from egrpo.stages.provenance import made_at
-from egrpo.stages.render import html_page
+from egrpo.stages.render import write_texts
 from egrpo.stages.results_text import markdown
 from egrpo.stages.tables import (
     Key,
@@ -35,8 +35,7 @@ from egrpo.stages.tables import (
     scores_of,
     train_record,
 )
-from egrpo.store.files import write_text
-from egrpo.store.tables import RESULTS, SCORES, SNAPSHOTS, csv_text, read_table, write_table
+from egrpo.store.tables import RESULTS, SCORES, SNAPSHOTS, read_table, write_table
 
 LEVEL = 0.95
 Matrix = npt.NDArray[np.float64]
@@ -79,11 +78,8 @@ def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
     source = ", ".join(sorted(commits))
     origin = f"Study {at.study.name}, scored at {source}, settings {metadata['config_hash']}."
     path = at.table(name)
-    text = markdown(name, spec, rows, origin)
-    texts = {".csv": csv_text(RESULTS, rows), ".md": text, ".html": html_page(text)}
     write_table(path, RESULTS, rows, metadata=metadata)
-    for ending, text in texts.items():
-        write_text(path.with_suffix(ending), text)
+    write_texts(path, RESULTS, rows, markdown(name, spec, rows, origin))
 
 
 def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:

@@ -30,8 +30,8 @@ from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning, load_conditioning
 from egrpo.rewards import RewardModel, load_rewards, score_all
 from egrpo.stages.progress import Progress
-from egrpo.store.files import write_text
-from egrpo.store.tables import SUFFIXES, csv_text, write_table
+from egrpo.stages.render import write_texts
+from egrpo.store.tables import SUFFIXES, write_table
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def suffixes(run: RunConfig, plan: Plan, embeddings: Path, output: Path) -> None
         for row in _rows(run.run, variant, found[variant], found[EXACT], len(plan.active))
     ]
     write_table(output, SUFFIXES, rows, metadata={"config_hash": suffixes_key(run)})
-    write_text(output.with_suffix(".csv"), csv_text(SUFFIXES, rows))
-    write_text(output.with_suffix(".md"), _markdown(run, len(ids), rows))
+    write_texts(output, SUFFIXES, rows, _markdown(run, len(ids), rows))
 
 
 def variants(run: RunConfig) -> list[Variant]:

@@ -24,9 +24,9 @@ from egrpo.config.load import load_run
 from egrpo.config.models import RunConfig
 from egrpo.core.bootstrap import paired_interval
 from egrpo.errors import UserError
-from egrpo.stages.render import html_page
-from egrpo.store.files import read_json, write_text
-from egrpo.store.tables import COMPARISON, IMAGES, SCORES, csv_text, read_table, write_table
+from egrpo.stages.render import write_texts
+from egrpo.store.files import read_json
+from egrpo.store.tables import COMPARISON, IMAGES, SCORES, read_table, write_table
 
 Row = dict[str, Any]
 Key = tuple[int, int, str]
@@ -91,10 +91,7 @@ def make_comparison(runs: Mapping[str, RunFiles], output: str | Path) -> None:
     settings = {run: run_key(files.config) for run, files in runs.items()}
     metadata = {"config_hash": digest(settings), "interval_level": "0.95"}
     write_table(path, COMPARISON, rows, metadata=metadata)
-    write_text(path.with_suffix(".csv"), csv_text(COMPARISON, rows))
-    text = markdown(rows)
-    write_text(path.with_suffix(".md"), text)
-    write_text(path.with_suffix(".html"), html_page(text))
+    write_texts(path, COMPARISON, rows, markdown(rows))
 
 
 def compare_run(run: str, files: RunFiles) -> list[Row]:

@@ -36,6 +36,14 @@ onstart:
         raise WorkflowError(f"{at.root}: another snakemake works on it; wait for it or end it")
 
 
+# How tables become pages.
+RENDERING = (
+    "stages/render.py",
+    "stages/templates/document.css",
+    "stages/templates/document.html.j2",
+)
+
+
 wildcard_constraints:
     run="|".join(re.escape(name) for name in RUNS),
     stage="|".join(keys.KEYS),

@@ -58,11 +58,17 @@ rule suffix_quality:
         plan=f"{STUDY}/runs/{{run}}/plan.json",
         embeddings=lambda wc: at.embeddings(wc.run),
         weights=lambda wc: weights(wc.run),
-        code=sources(*SAMPLING_CODE, "core/intervals.py", "stages/suffixes.py"),
+        code=sources(*SAMPLING_CODE, "core/intervals.py", "stages/suffixes.py", *RENDERING),
     output:
         table=f"{STUDY}/runs/{{run}}/suffixes.parquet",
         csv=f"{STUDY}/runs/{{run}}/suffixes.csv",
         markdown=f"{STUDY}/runs/{{run}}/suffixes.md",
+        html=report(
+            f"{STUDY}/runs/{{run}}/suffixes.html",
+            caption="../report/suffixes.rst",
+            category="Entropy",
+            labels=lambda wc: labels("suffixes", [wc.run]),
+        ),
     log:
         f"{STUDY}/logs/suffixes/{{run}}.log",
     benchmark:

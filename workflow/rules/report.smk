@@ -10,11 +10,9 @@ rule comparison:
         summaries=lambda wc: results(run_set(wc.set), "train.json"),
         code=sources(
             "core/bootstrap.py",
-            "stages/render.py",
             "stages/tables.py",
-            "stages/templates/document.css",
-            "stages/templates/document.html.j2",
             "store/tables.py",
+            *RENDERING,
         ),
     output:
         table=f"{STUDY}/tables/{{set}}.parquet",
@@ -78,14 +76,12 @@ rule result_table:
         results=table_inputs,
         code=sources(
             "core/intervals.py",
-            "stages/render.py",
             "stages/provenance.py",
             "stages/results.py",
             "stages/results_text.py",
             "stages/tables.py",
-            "stages/templates/document.css",
-            "stages/templates/document.html.j2",
             "store/tables.py",
+            *RENDERING,
         ),
     output:
         table=f"{STUDY}/tables/{{table}}.parquet",
@@ -156,11 +152,9 @@ rule about:
         results=lambda wc: results(run_set(wc.set), "scores.parquet", "train.json"),
         code=sources(
             "stages/provenance.py",
-            "stages/render.py",
             "stages/sharing.py",
             "stages/templates/about.html.j2",
-            "stages/templates/document.css",
-            "stages/templates/document.html.j2",
+            *RENDERING,
         ),
     output:
         page=report(
