@@ -111,13 +111,20 @@ def plan_command(
     click.echo(plan_text(profile=profile, **options))
 
 
+DEFAULT = Path("config/config.yaml")
+STUDY = click.argument(
+    "configs", type=FILE, nargs=-1, callback=lambda ctx, param, given: given or (DEFAULT,)
+)
+
+
 @main.command("cost")
-@click.argument("configs", type=FILE, nargs=-1, required=True)
+@STUDY
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def cost_command(configs: tuple[Path, ...], as_json: bool) -> None:
     """Network evaluations of each run of a study, before it runs. Needs no torch.
 
-    CONFIGS: the study's YAML; further files are laid over it, as `snakemake --configfile` does.
+    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
+    `snakemake --configfile` does.
     """
     from egrpo.config.load import load_study
     from egrpo.stages.cost import cost_table, study_cost
@@ -127,12 +134,13 @@ def cost_command(configs: tuple[Path, ...], as_json: bool) -> None:
 
 
 @main.command("doctor")
-@click.argument("configs", type=FILE, nargs=-1, required=True)
+@STUDY
 @click.option("--skip-rewards", is_flag=True, help="Do not load the reward models.")
 def doctor_command(configs: tuple[Path, ...], skip_rewards: bool) -> None:
     """Check a study before a long run: one line each, exit status 1 if one of them fails.
 
-    CONFIGS: the study's YAML; further files are laid over it, as `snakemake --configfile` does.
+    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
+    `snakemake --configfile` does.
     """
     from egrpo.stages.doctor import doctor
 
@@ -432,7 +440,7 @@ CONFIGS = click.option(
     "configs",
     type=FILE,
     multiple=True,
-    default=["config/config.yaml"],
+    default=[DEFAULT],
     show_default=True,
     help="Study; given again, a file is laid over those before.",
 )
@@ -444,9 +452,12 @@ def report_command(configs: tuple[Path, ...]) -> None:
     """Print the comparison of all runs with their base model."""
     from egrpo.config.layout import Layout
     from egrpo.config.load import load_study
+    from egrpo.stages.export import command
     from egrpo.stages.report import print_report
 
     at = Layout(load_study(*configs))
+    if not at.comparison.exists():
+        raise UserError(f"{at.comparison}: no such file; `{command(configs)}` makes it")
     print_report(at.comparison)
     if at.page("index").exists():
         click.echo(f"The story on one page: {at.page('index')}")
@@ -459,7 +470,7 @@ def _runs_of_study(
     from egrpo.config.load import load_study
 
     try:
-        study = load_study(*(ctx.params.get("configs") or ["config/config.yaml"]))
+        study = load_study(*(ctx.params.get("configs") or [DEFAULT]))
     except Exception:
         return []
     return [CompletionItem(run) for run in study.runs if run.startswith(incomplete)]
@@ -497,6 +508,7 @@ def ui_command(configs: tuple[Path, ...], port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
     from egrpo.config.layout import Layout
     from egrpo.config.load import load_study
+    from egrpo.stages.export import command
     from egrpo.stages.ui import serve
 
-    serve(Layout(load_study(*configs)).store, port)
+    serve(Layout(load_study(*configs)).store, port, made_by=command(configs))

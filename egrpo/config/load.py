@@ -139,7 +139,8 @@ def read_yaml(path: str | Path) -> Tree:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        away = "" if os.path.isdir("egrpo") else f"; {os.getcwd()} is not the project's folder"
+        raise UserError(f"{path}: no such file{away}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
@@ -376,66 +377,62 @@ def check_files(study: Study, source: str) -> None:
     Raises:
         UserError: naming the key and the file.
     """
-    seen: set[tuple[str, str]] = set()
-    prompts: dict[tuple[str, int | None], int] = {}
-    for name, run in study.runs.items():
-        files = {
-            "prompts.train": run.prompts.train,
-            "prompts.heldout": run.prompts.heldout,
-        }
-        for key, path in files.items():
-            if (key, path) not in seen and not os.path.isfile(path):
-                raise UserError(f"{source}: {key}: {path}: no such file (run {name})")
-            seen.add((key, path))
-        for reward, settings in run.rewards.items():
-            for key, path in settings.files.items():
-                commit = settings.hub.get(key)
-                pinned = commit is not None and getattr(settings, commit) is not None
-                section, file = f"{source}: rewards.{reward}", key in settings.hub_files
-                check_source(section, key, path, commit, pinned, name, file=file)
-        of, size = (run.prompts.train, run.prompts.limit), run.train.prompts_per_iteration
-        if of not in prompts:
-            prompts[of] = len(train_prompts(*of))
-        if prompts[of] < size:
-            raise UserError(
-                f"{source}: train.prompts_per_iteration: {size} prompts, but {of[0]} has "
-                f"{prompts[of]} (run {name})"
+    for problem in file_problems(study, source):
+        raise UserError(problem)
+
+
+def file_problems(study: Study, source: str) -> Iterator[str]:
+    """Every file that is not there, each once: key, file, and a run that asks for it."""
+    seen: set[str] = set()
+    first = [name for name in study.default_runs if name in study.runs]
+    for name in [*first, *(run for run in study.runs if run not in first)]:
+        for problem in _problems_of(study.runs[name]):
+            if problem not in seen:
+                seen.add(problem)
+                yield f"{source}: {problem} (run {name})"
+
+
+def _problems_of(run: RunConfig) -> Iterator[str]:
+    pinned = run.model.revision is not None
+    yield from _source("model.path", run.model.path, "revision", pinned, file=False)
+    files = {"train": run.prompts.train, "heldout": run.prompts.heldout}
+    missing = [key for key, path in files.items() if not os.path.isfile(path)]
+    for key in missing:
+        yield f"prompts.{key}: {files[key]}: no such file"
+    if "train" not in missing:
+        size = run.train.prompts_per_iteration
+        count = len(train_prompts(run.prompts.train, run.prompts.limit))
+        if count < size:
+            yield (
+                f"train.prompts_per_iteration: {size} prompts, but {run.prompts.train} has {count}"
             )
-        pinned = run.model.revision is not None
-        check_source(
-            f"{source}: model", "path", run.model.path, "revision", pinned, name, file=False
-        )
+    for name, reward in run.rewards.items():
+        for key, path in reward.files.items():
+            commit, file = reward.hub.get(key), key in reward.hub_files
+            pinned = commit is not None and getattr(reward, commit) is not None
+            yield from _source(f"rewards.{name}.{key}", path, commit, pinned, file=file)
 
 
-def check_source(
-    section: str, key: str, path: str, commit: str | None, pinned: bool, run: str, *, file: bool
-) -> None:
-    """Refuse a path that is not there, unless it is a hub id with its commit.
+def _source(key: str, path: str, commit: str | None, pinned: bool, *, file: bool) -> Iterator[str]:
+    """What a path lacks that is not there, unless it is a hub id with its commit.
 
     Args:
-        section: file and section for the message.
         key, path: setting and its value.
         commit: the setting of a hub id's commit; None where only files will do.
         pinned: whether that is set.
-        run: for the message.
         file: whether it is one file, and not a folder.
-
-    Raises:
-        UserError: naming the key and what it lacks.
     """
     if os.path.exists(path):  # and no error where this can be no path
         return
+    what, hub_id = ("file", "owner/name/file") if file else ("folder", "owner/name")
     if commit is None:
-        raise UserError(f"{section}.{key}: {path}: no such file (run {run})")
-    if not is_hub_id(path, file=file):
-        what = ("file", "owner/name/file") if file else ("folder", "owner/name")
-        raise UserError(
-            f"{section}.{key}: {path}: no such {what[0]}, and not a hub id ({what[1]}) (run {run})"
-        )
-    if not pinned:
-        raise UserError(
-            f"{section}.{key}: {path}: not there; if it is a hub id, pin its commit by "
-            f"{commit}, so that the run can be repeated (run {run})"
+        yield f"{key}: {path}: no such file"
+    elif not is_hub_id(path, file=file):
+        yield f"{key}: {path}: no such {what}, and not a hub id ({hub_id})"
+    elif not pinned:
+        yield (
+            f"{key}: {path}: no such {what}; if it is a hub id ({hub_id}), pin its commit by "
+            f"{commit}, so that the run can be repeated"
         )
 
 
@@ -503,8 +500,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     # errors of a whole section carry their own key
     separator = "." if first["type"] == "value_error" else ": "
     joined = f"{key}{separator}{text}" if key else text
-    others = len({key_of(p["loc"]) for p in error.errors(include_url=False)}) - 1
-    return f"{joined} (and {others} more)" if others else joined
+    problems = error.errors(include_url=False)
+    others = len({key_of(p["loc"]) for p in problems}) - 1
+    joined = f"{joined} (and {others} more)" if others else joined
+    if sum(p["type"] == "missing" for p in problems) > 1:
+        joined += "; a file that is laid over another one? name that one before it"
+    return joined
 
 
 def shown(value: Any) -> str:

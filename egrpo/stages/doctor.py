@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from egrpo.config.keys import embedding_key
-from egrpo.config.load import Study, check_files, is_hub_id, load_study
+from egrpo.config.load import Study, file_problems, is_hub_id, load_study
 from egrpo.config.models import Model, RunConfig
 from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.config.trees import check_trees, closed_form_plan, cost_of, reads_profile, tree_of
@@ -46,10 +46,14 @@ def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding
     yield from _versions()
     try:
         study = load_study(*paths)
-        check_files(study, ", ".join(map(str, paths)))
+        missing = list(file_problems(study, ", ".join(map(str, paths))))
         check_trees(study.runs)
     except UserError as error:
         yield Finding("FAIL", "config", str(error))
+        return
+    for problem in missing:
+        yield Finding("FAIL", "files", problem)
+    if missing:
         return
     yield Finding("ok", "config", f"{len(study.runs)} runs of study {study.name}")
     yield from _prompts(study)

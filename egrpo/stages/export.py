@@ -6,6 +6,7 @@ a model card (``README.md``). Nothing in it says where on this machine it was ma
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import shlex
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from egrpo.config.keys import settings_key
 from egrpo.config.layout import Layout
-from egrpo.config.load import load_run, yaml_of
+from egrpo.config.load import Study, load_run, yaml_of
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import needs_plan
 from egrpo.errors import UserError
@@ -62,8 +63,7 @@ def export(
             in the way of the folder.
     """
     if run not in at.study.runs:
-        known = ", ".join(at.study.runs)
-        raise UserError(f"{', '.join(map(str, configs))}: no run {run!r}; there are {known}")
+        raise UserError(f"{', '.join(map(str, configs))}: no run {run!r}{_nearest(at.study, run)}")
     settings = _settings_of(at, run, configs)
     weights = _inputs(at, settings, configs)
     folder = output or at.bundle(run)
@@ -83,6 +83,16 @@ def export(
         write_text(new / "README.md", card)
         write_json(new / INDEX, {"run": run, "study": settings.study, "files": _sums(new)})
     return folder
+
+
+def _nearest(study: Study, wanted: str) -> str:
+    """Which run was meant: one of an arm of that name, one spelt alike, or one of the default's."""
+    names = [name for name, run in study.runs.items() if run.arm == wanted]
+    names = names or difflib.get_close_matches(wanted, study.runs, n=3)
+    if names:
+        return f"; did you mean {', '.join(names)}?"
+    first = list(study.default_runs or study.runs)[:5]
+    return f"; there are {', '.join(first)}{' and others' if len(study.runs) > len(first) else ''}"
 
 
 def command(configs: Sequence[str | Path], *targets: str | Path) -> str:

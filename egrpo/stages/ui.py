@@ -20,18 +20,19 @@ from egrpo.store.views import addresses
 START_WAIT = 120.0  # seconds; usually 5 to 8, once 36 were seen
 
 
-def serve(store: Path, port: int = 5000) -> None:
+def serve(store: Path, port: int = 5000, made_by: str = "make demo") -> None:
     """Serve the interface on 127.0.0.1 until Ctrl-C; for a server, only print its addresses.
 
     Args:
         store: JSON file written by ``prepare``.
         port: wanted port; a free one is taken if it is in use.
+        made_by: command that makes the store, for messages.
 
     Raises:
         UserError: if there is no store yet, or MLflow does not start.
     """
     if not Path(store).exists():
-        raise UserError(f"{store}: no tracking store yet; `make demo` makes it")
+        raise UserError(f"{store}: no tracking store yet; `{made_by}` makes it")
     ids = read_json(store)
     uri, experiment = ids["uri"], ids["experiment_id"]
     file = sqlite_file(uri)
@@ -39,7 +40,7 @@ def serve(store: Path, port: int = 5000) -> None:
         print(_pages(in_one_line(uri).rstrip("/"), experiment))
         return
     if not file.exists():
-        raise UserError(f"{file}: no tracking store yet; `make demo` makes it")
+        raise UserError(f"{file}: no tracking store yet; `{made_by}` makes it")
     port = free_port(port)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = _start(uri, file, port)
