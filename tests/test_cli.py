@@ -135,3 +135,23 @@ def test_damaged_inputs_of_stages_are_one_line(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "embeddings.safetensors", "plan.json", "run.yaml",
     ]  # fmt: skip
+
+
+def test_beginners_mistakes_are_answered(tmp_path: Path) -> None:
+    """What is forgotten first: the study below an overlay, the project's folder, the run's seed."""
+    refused(
+        egrpo("cost", "config/presets/flux_dev_hps.yaml"),
+        "runs: is missing",
+        "a file that is laid over another one? name that one before it",
+    )
+    refused(egrpo("cost", cwd=tmp_path), "config/config.yaml: no such file", "not the project's")
+    refused(egrpo("export", "egrpo"), "did you mean egrpo-s0, egrpo-s1, egrpo-s2?")
+    (tmp_path / "top.yaml").write_text(f"results: {tmp_path / 'results'}\n")
+    words = ("--config", "config/config.yaml", "--config", tmp_path / "top.yaml")
+    remedy = f"`snakemake --cores all --configfile config/config.yaml {tmp_path / 'top.yaml'}`"
+    for command in ("report", "ui"):
+        refused(egrpo(command, *words), str(tmp_path / "results/laptop"), remedy)
+
+
+def test_the_default_study_need_not_be_named(default_study: list[str]) -> None:
+    assert egrpo("cost").stdout == egrpo("cost", default_study[0]).stdout != ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -206,9 +207,9 @@ def _weights_are_gone(path: Path) -> dict[str, Any]:
         (lambda p: {"model.family": "sd3"}, "model", "set model.family to the family"),
         (lambda p: {"model.path": "assets"}, "model", "assets/transformer/config.json"),
         (lambda p: {"model.device": "cuda:9"}, "device", "cuda:9: cannot be used"),
-        (_clip_is_gone, "config", "gone.pt: no such file"),
+        (_clip_is_gone, "files", "gone.pt: no such file"),
         (_clip_is_none, "reward", "cannot be read as weights"),
-        (lambda p: {"prompts.heldout": "none.txt"}, "config", "none.txt: no such file"),
+        (lambda p: {"prompts.heldout": "none.txt"}, "files", "none.txt: no such file"),
         (lambda p: {"train.updates": 99}, "config", "train.updates"),
         (
             lambda p: {"train.micro_batch": 10**7},
@@ -228,6 +229,17 @@ def test_each_fault_is_one_line(
         return
     assert [f.what for f in failed] == [what]
     assert part in failed[0].text
+
+
+def test_all_missing_files_are_listed_at_once_the_model_first() -> None:
+    files = (Path("config/config.yaml"), Path("config/presets/flux_dev_hps.yaml"))
+    failed = [f for f in doctor(files) if f.level == "FAIL"]
+    assert {f.what for f in failed} == {"files"}
+    keys = [re.search(r": ([a-z_.]+): (?:models|data)/", f.text)[1] for f in failed]
+    assert keys[:3] == ["model.path", "prompts.train", "prompts.heldout"]
+    assert {"rewards.hps.path", "rewards.clip.path", "rewards.pickscore.processor"} <= set(keys)
+    assert len(keys) == len(set(keys)), "each once, however many runs ask for it"
+    assert all("no such" in f.text and "(run egrpo-s0)" in f.text for f in failed)
 
 
 def test_negative_prompts_without_guidance_are_said(

@@ -530,7 +530,8 @@ def test_a_study_that_was_edited_since(made: Made, tmp_path: Path) -> None:
 
 def test_the_command_and_an_unknown_run(made: Made) -> None:
     words = [part for path in made.configs for part in ("--config", path)]
-    refused(egrpo("export", "mergd", *words), "no run 'mergd'; there are merged, whole")
+    refused(egrpo("export", "mergd", *words), "no run 'mergd'; did you mean merged?")
+    refused(egrpo("export", "x", *words), "no run 'x'; there are merged, whole")
     done = egrpo("export", "merged", *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{made.bundle('merged')}: ready to share")
