@@ -208,10 +208,7 @@ def _nodes(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
     """Evaluations, images and initial noises."""
     noised = [k for k, node in enumerate(tree.nodes) if node.dynamics == NOISING]
     evaluated = [k for k, n in enumerate(tree.nodes) if tree.children[k] and n.index < tree.steps]
-    ring = {"markerfacecolor": "white", "markeredgecolor": INK, "markeredgewidth": 1.2}
-    add_dots(
-        axes, (at[k] for k in sorted(tree.sources)), "train", "o", markersize=7.5, zorder=4, **ring
-    )
+    add_dots(axes, (at[k] for k in sorted(tree.sources)), "train", "o", zorder=4, **RING)
     dot = {"color": INK, "markeredgewidth": 0, "zorder": 5}
     add_dots(axes, (at[k] for k in [*evaluated, *noised]), "forward", "o", markersize=3.2, **dot)
     group = dict.fromkeys(range(len(tree.leaves)), 0)
