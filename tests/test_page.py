@@ -79,7 +79,7 @@ def config(run: str, heldout: Path, **top: Any) -> RunConfig:
             "monitor_prompts": 3,
             "monitor_samples": SAMPLES,
         },
-        "evaluate": {"bootstrap": 200},
+        "evaluate": {"bootstrap": 200, "samples": 2},
     }
     return RunConfig.model_validate(settings | top)
 
