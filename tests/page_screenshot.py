@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import io
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlflow_pages import CHROMIUM, chromium
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -60,11 +60,7 @@ def _few_colours(image: Image.Image) -> Image.Image:
 
 
 if __name__ == "__main__":
-    from conftest import CHROMIUM, CHROMIUM_FLAGS
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, CHROMIUM)))
-        started = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS.split())
+    with chromium() as started:
+        if started is None:
+            sys.exit(f"none of {', '.join(CHROMIUM)} is installed")
         take(started, Path(sys.argv[1]), Path(sys.argv[2]))
-        started.close()

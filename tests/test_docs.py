@@ -223,6 +223,23 @@ def test_pages_in_a_browser(site: Path, browser: Browser) -> None:
         page.close()
 
 
+@pytest.mark.parametrize("theme", ["auto", "dark", "light"])
+def test_drawings_on_a_phone_in_the_dark(site: Path, browser: Browser, theme: str) -> None:
+    """Labels keep their size, and lines on white are turned over unless the reader chose light."""
+    look = "e => getComputedStyle(e.parentElement).filter"
+    page = browser.new_page(viewport={"width": 375, "height": 800}, color_scheme="dark")
+    for name, drawing in (("methods", True), ("results", False)):
+        page.goto((site / f"{name}.html").as_uri())
+        page.evaluate(f"document.body.dataset.theme = '{theme}'")
+        images = page.locator(f".content p > img[src$='.{'svg' if drawing else 'png'}']").all()
+        assert len(images) > 5
+        for image in images:
+            assert image.evaluate("e => e.clientWidth") == 42 * 16
+            assert image.evaluate("e => getComputedStyle(e.parentElement).overflowX") == "auto"
+            assert ("invert" in image.evaluate(look)) == (drawing and theme != "light")
+    page.close()
+
+
 # --- links ----------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,7 @@ def config(run: str, heldout: Path, **top: Any) -> RunConfig:
             "monitor_prompts": 3,
             "monitor_samples": SAMPLES,
         },
-        "evaluate": {"bootstrap": 200},
+        "evaluate": {"bootstrap": 200, "samples": 2},
     }
     return RunConfig.model_validate(settings | top)
 
@@ -323,8 +323,8 @@ def test_tables_hold_the_numbers_of_their_files(browser: Browser, finished: Layo
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         for row in read_table(finished.table("paper_runs"), COMPARISON).to_pylist():
             line = page.locator(f"tr[data-run='{row['run']}'][data-reward='{row['reward']}']")
-            found = [number_in(line.locator("td").nth(k)) for k in range(3)]
-            assert found == [row["base"], row["trained"], row["difference"]]
+            found = [number_in(line.locator("td").nth(k)) for k in (0, 2, 3)]
+            assert found == [row["difference"], row["base"], row["trained"]]
             assert ("*" in line.locator("th").inner_text()) == row["trained_on"]
         heading = page.locator("#comparison .group").first.inner_text()
         assert heading == "one (egrpo): 12,034 network evaluations, 62 s of training"

@@ -6,8 +6,6 @@ difference between two of them is what training made.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,8 @@ from egrpo.config.layout import Layout
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
 from egrpo.errors import UserError
+from egrpo.stages.images import data_uri, open_grid, thumbnail
+from egrpo.stages.results_text import counted
 from egrpo.stages.tables import decimals
 from egrpo.store.tables import TRAIN_METRICS, read_table
 
@@ -61,6 +61,7 @@ class Gallery:
     Attributes:
         iterations: positions of the slider.
         prompts, samples: rows, and how many images each has of a model.
+        monitored: prompts, and samples of each, that the mean rewards are over.
         rewards: names of the monitored rewards that are shown.
         width, height: of the image elements in pixels.
         small: whether images are kept pixel by pixel.
@@ -72,6 +73,7 @@ class Gallery:
     iterations: list[int]
     prompts: list[str]
     samples: int
+    monitored: tuple[int, int]
     rewards: list[str]
     width: int
     height: int
@@ -79,6 +81,12 @@ class Gallery:
     columns: list[Column] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def over(self) -> str:
+        """What the mean rewards are over, in words."""
+        prompts, samples = self.monitored
+        return counted(prompts, "monitored prompt", samples)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -124,8 +132,8 @@ def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
         gallery.left_out.append("Of an arm with several seeds the first is shown.")
     iterations = {iteration for own in grids.values() for iteration in own}
     for what, shown, there in (
-        ("prompts", len(gallery.prompts), len(prompts)),
-        ("samples of each prompt", gallery.samples, runs[0].train.monitor_samples),
+        ("prompts", len(gallery.prompts), gallery.monitored[0]),
+        ("samples of each prompt", gallery.samples, gallery.monitored[1]),
         ("iterations", len(gallery.iterations), len(iterations)),
     ):
         if shown < there:
@@ -149,6 +157,7 @@ def _empty(
         iterations=_spread(every, max(most // samples, 2)),
         prompts=list(prompts[:rows]),
         samples=samples,
+        monitored=(len(prompts), train.monitor_samples),
         rewards=rewards[:MOST_REWARDS],
         width=round(width * scale),
         height=round(height * scale),
@@ -251,41 +260,6 @@ class _Cutter:
         tile = grid.crop((left, top, left + self.width, top + self.height))
         uri = data_uri(tile, "PNG", optimize=True) if self.small else thumbnail(tile, THUMBNAIL)
         return self.images.setdefault(uri, len(self.images))
-
-
-def open_grid(path: Path) -> Image.Image:
-    """A whole grid, however large: many large images together pass Pillow's limit for strangers'.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's words for a damaged PNG
-        raise UserError(f"{path}: damaged image ({error}); delete it and run again") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def thumbnail(image: Image.Image, most: int) -> str:
-    """An image as WebP, at most so many pixels across or down."""
-    small = image.copy()
-    small.thumbnail((most, most), Image.Resampling.LANCZOS)
-    return data_uri(small, "WEBP", quality=82)
-
-
-def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
-    """An image as the source of an element."""
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return uri(out.getvalue(), f"image/{kind.lower()}")
-
-
-def uri(content: bytes, kind: str) -> str:
-    """A file as the source of an element."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _monitored(path: Path) -> dict[tuple[int, str], float | None]:

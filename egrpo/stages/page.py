@@ -3,10 +3,11 @@
 A page is one file that asks for nothing else: images and figures are data URIs, styles and script
 are part of it. It works without the script, which only moves the gallery's slider.
 
-``results/index.html`` is the way in for everybody: with one page below it, it leads there at once;
-with several it lists them. It is no declared output of the workflow. Several studies share it, and
-a declared file would be out of date for each of them whenever another one had made it; so whoever
-makes a page writes it anew from the pages that are there. A lost one comes back with the next page.
+``results/index.html`` is the way in for everybody: with one page below it, its script leads there
+at once, but leaves those who come from that page's link to ``#list``; with several it lists them.
+It is no declared output of the workflow. Several studies share it, and a declared file would be out
+of date for each of them whenever another one had made it; so whoever makes a page writes it anew
+from the pages that are there. A lost one comes back with the next page.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def content(
         "shown": SHOWN[name],
         "runs": at.study.runs,
         "date": date.fromtimestamp(table.stat().st_mtime),
-        "verdicts": verdict_views(rows),
+        "verdicts": verdict_views(rows, at),
         "lead": lead,
         "plans": plan_views(at),
         "comparison": comparison(rows),

@@ -13,10 +13,10 @@ from egrpo.config.targets import BASE
 from egrpo.config.trees import learning_rate, needs_plan
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
-from egrpo.stages.gallery import open_grid, thumbnail, uri
+from egrpo.stages.images import open_grid, thumbnail, uri
 from egrpo.stages.plan import load_plan
 from egrpo.stages.report import by_run, verdict
-from egrpo.stages.results_text import costs, failures, how_to_read, numbers, times
+from egrpo.stages.results_text import costs, counted, failures, how_to_read, numbers, times
 from egrpo.stages.tables import MEASURED, Row, evaluations, readable, train_record
 from egrpo.store.tables import MERGE_PLAN, RESULTS, read_table
 
@@ -95,10 +95,20 @@ def _view(row: Row, reach: dict[str, float]) -> Row:
     return {**row, "text": readable(row), "outcome": result, "bar": bar, "measured": measured}
 
 
-def verdict_views(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the trained rewards with what they say."""
+def verdict_views(rows: Sequence[Row], at: Layout) -> list[Row]:
+    """Rows of the trained rewards with what they say, and of how many images."""
     reach = _bars(rows)
-    return [{**_view(row, reach), "says": verdict(row)} for row in rows if row["trained_on"]]
+    return [
+        {**_view(row, reach), "says": verdict(row), "over": _over(row, at)}
+        for row in rows
+        if row["trained_on"]
+    ]
+
+
+def _over(row: Row, at: Layout) -> str:
+    """How many images a row's means are over, those included whose scoring failed."""
+    samples = at.study.runs[row["run"]].evaluate.samples
+    return counted((row["pairs"] + row["invalid"]) // samples, "held-out prompt", samples)
 
 
 def comparison(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -45,6 +45,14 @@ def times(spec: TableSpec) -> dict[str, tuple[str, str]]:
     return found
 
 
+def counted(prompts: int, what: str, samples: int) -> str:
+    """Prompts and samples in words."""
+    return (
+        f"{prompts} {what}{'' if prompts == 1 else 's'}, "
+        f"{samples} sample{'' if samples == 1 else 's'} each"
+    )
+
+
 def how_to_read(
     rows: Sequence[Row],
     *,
