@@ -43,12 +43,13 @@ from egrpo.stages.embed import embed
 from egrpo.stages.evaluate import evaluate
 from egrpo.stages.export import INDEX, command, export
 from egrpo.stages.loading import loading
-from egrpo.stages.model_card import base_on_hub, escaped
+from egrpo.stages.model_card import Sample, base_on_hub, escaped, model_card
 from egrpo.stages.provenance import versions, write_about
 from egrpo.stages.report import read_rows
 from egrpo.stages.tables import read_images, readable
 from egrpo.stages.train_run import train
 from egrpo.store.files import write_json
+from egrpo.store.tables import TRAIN_METRICS, write_table
 
 ELSEWHERE = ("planted-query",)
 """Secrets of a service: no run here may ask one."""
@@ -314,6 +315,31 @@ def test_every_table_of_the_card_is_one(made: Made) -> None:
         assert text in cells
     assert "{{" not in body
     assert "None" not in body.replace("=None", "").replace("None is stated", "")
+
+
+@pytest.mark.parametrize("run", ["merged", "whole"])
+def test_the_card_and_the_docs_list_every_file(made: Made, run: str) -> None:
+    for text in (card(made.bundle(run)).text, (ROOT / "docs/data.md").read_text()):
+        rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+        listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+        listed |= {f"comparison{ending}" for ending in (".csv", ".md") if ending in listed}
+        for path in made.bundle(run).iterdir():
+            name = path.name + "/" if path.is_dir() else path.name
+            assert name in listed | {"README.md"}
+
+
+@pytest.mark.parametrize("commit", ["abc123", "abc123+dirty"])
+def test_a_commit_with_edits_may_not_repeat(made: Made, tmp_path: Path, commit: str) -> None:
+    folder = tmp_path / "b"
+    shutil.copytree(made.bundle("merged"), folder)
+    rows = pq.read_table(folder / "train_metrics.parquet").to_pylist()
+    head = {"git_commit": commit}
+    write_table(folder / "train_metrics.parquet", TRAIN_METRICS, rows, metadata=head)
+    run = load_run(made.at.config("merged"))
+    page = model_card(run, folder, [Sample("a fox", "images/sample-1.png")], "make", None, None)
+    told = " ".join(page.split())
+    assert "commit `abc123`" in told
+    assert ("training from the commit may give other results" in told) == ("+" in commit)
 
 
 def test_licence_and_base_model_as_the_user_says(made: Made, tmp_path: Path) -> None:

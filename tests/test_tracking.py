@@ -47,6 +47,7 @@ from egrpo.stages.publish import publish
 from egrpo.stages.publish_run import publish_run
 from egrpo.stages.ui import free_port, serve
 from egrpo.store import journal, live, superseded, tracking
+from egrpo.store.deliver import digest_of
 from egrpo.store.files import read_json, write_json, write_text
 from egrpo.store.live import LiveTracker
 from egrpo.store.tracking import deliver, open_client
@@ -597,6 +598,11 @@ def test_mlflow_gets_no_secret(
     assert sent.rewards["own"].options == HARMLESS_OPTIONS  # type: ignore[union-attr]
     assert sent.prompts == run.prompts  # paths stay: the store is the user's own
     assert "# tracking.uri: left out" in settings.read_text()
+
+
+def test_a_missing_result_is_named_with_what_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"`snakemake --cores all '.*/my scores.parquet'` makes it"):
+        digest_of(tmp_path / "my scores.parquet")
 
 
 def kinds(client: Any, experiment: str) -> dict[tuple[str, str], str]:

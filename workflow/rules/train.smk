@@ -7,7 +7,7 @@ rule train:
         embeddings=lambda wc: at.embeddings(wc.run),
         plan=plan_input,
         weights=lambda wc: weights(wc.run),
-        store=at.store,
+        store=ancient(at.store),  # where runs are tracked changes none of them
         code=sources(*TRAINING_CODE, "stages/train_run.py"),
     output:
         adapter=directory(f"{STUDY}/runs/{{run}}/adapter"),
