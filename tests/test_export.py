@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import itertools
 import json
@@ -11,7 +12,7 @@ import re
 import shlex
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_cli import egrpo, refused
 from test_data import snippets
+from tracked import HARMLESS_OPTIONS, SECRET_OPTIONS, SECRETS, SERVICE, TRACKING, found_in
 
 from egrpo.cli import main
+from egrpo.config.keys import run_key
 from egrpo.config.layout import Layout
 from egrpo.config.load import load_run, load_study, overlay, read_yaml
 from egrpo.config.models import RunConfig
+from egrpo.config.rewards import Remote
+from egrpo.config.sharing import NO_ADDRESS, shareable, without_folder, without_secrets
 from egrpo.config.trees import needs_plan, plan_of, training_sigmas
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
@@ -38,14 +43,16 @@ from egrpo.stages.embed import embed
 from egrpo.stages.evaluate import evaluate
 from egrpo.stages.export import INDEX, command, export
 from egrpo.stages.loading import loading
-from egrpo.stages.model_card import base_on_hub, escaped
+from egrpo.stages.model_card import Sample, base_on_hub, escaped, model_card
+from egrpo.stages.provenance import versions, write_about
 from egrpo.stages.report import read_rows
-from egrpo.stages.sharing import shareable
 from egrpo.stages.tables import read_images, readable
 from egrpo.stages.train_run import train
 from egrpo.store.files import write_json
+from egrpo.store.tables import TRAIN_METRICS, write_table
 
-SECRETS = ("hunter2", "tracking.example", "sk-123", "alice", "s3cret")
+ELSEWHERE = ("planted-query",)
+"""Secrets of a service: no run here may ask one."""
 NASTY = 'a |pipe|, <b>bold</b> *stars* `ticks` [link](x) $m$ & _under_ ``` ü \\ "quoted"'
 
 
@@ -88,19 +95,14 @@ def settings_in(root: Path) -> tuple[str, str]:
             "prompts": {"heldout": str(root / "mine.txt"), "limit": 4},
             "train": {"learning_rate_scale": 1000.0},
             "evaluate": {"bootstrap": 200},
-            "tracking": {"uri": "http://alice:hunter2@tracking.example:5000", "enabled": False},
+            "tracking": {"uri": TRACKING, "enabled": False},
             "methods": {
                 "egrpo": {"group_size": 3, "active": 3},
                 "flow_grpo": {"group_size": 4, "steps": 5},
             },
         },
     )
-    options = {
-        "api_key": "sk-123",
-        "where": f"{root}/cache/model.bin",
-        "more": ["see https://alice:s3cret@host.example/x", {"auth_header": "s3cret", "n": 3}],
-    }
-    own = {"kind": "custom", "function": "test_export:brightness", "options": options}
+    own = {"kind": "custom", "function": "test_export:brightness", "options": SECRET_OPTIONS}
     (root / "study.yaml").write_text(yaml.safe_dump(study))
     toys = dict.fromkeys(("verifier", "verifier_exact", "preference"))  # know the toy's words only
     more = {
@@ -315,6 +317,31 @@ def test_every_table_of_the_card_is_one(made: Made) -> None:
     assert "None" not in body.replace("=None", "").replace("None is stated", "")
 
 
+@pytest.mark.parametrize("run", ["merged", "whole"])
+def test_the_card_and_the_docs_list_every_file(made: Made, run: str) -> None:
+    for text in (card(made.bundle(run)).text, (ROOT / "docs/data.md").read_text()):
+        rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+        listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+        listed |= {f"comparison{ending}" for ending in (".csv", ".md") if ending in listed}
+        for path in made.bundle(run).iterdir():
+            name = path.name + "/" if path.is_dir() else path.name
+            assert name in listed | {"README.md"}
+
+
+@pytest.mark.parametrize("commit", ["abc123", "abc123+dirty"])
+def test_a_commit_with_edits_may_not_repeat(made: Made, tmp_path: Path, commit: str) -> None:
+    folder = tmp_path / "b"
+    shutil.copytree(made.bundle("merged"), folder)
+    rows = pq.read_table(folder / "train_metrics.parquet").to_pylist()
+    head = {"git_commit": commit}
+    write_table(folder / "train_metrics.parquet", TRAIN_METRICS, rows, metadata=head)
+    run = load_run(made.at.config("merged"))
+    page = model_card(run, folder, [Sample("a fox", "images/sample-1.png")], "make", None, None)
+    told = " ".join(page.split())
+    assert "commit `abc123`" in told
+    assert ("training from the commit may give other results" in told) == ("+" in commit)
+
+
 def test_licence_and_base_model_as_the_user_says(made: Made, tmp_path: Path) -> None:
     folder = export(
         made.at,
@@ -349,34 +376,18 @@ def test_a_pinned_hub_id_is_the_base_model(made: Made) -> None:
 # -- what may not leave this machine -------------------------------------------------------------
 
 
-def texts_in(folder: Path) -> dict[str, str]:
-    """Everything readable in a bundle, by file; Parquet and safetensors opened."""
-    out = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            text = path.read_bytes().decode("utf-8", "replace")
-            if path.suffix == ".parquet":
-                data = pq.read_table(path)
-                text += repr(data.to_pylist()) + repr(data.schema.metadata)
-            out[str(path.relative_to(folder))] = text
-    return out
-
-
 @pytest.mark.parametrize("run", ["merged", "whole"])
 def test_no_secret_and_no_path_of_this_machine(made: Made, run: str) -> None:
-    texts = texts_in(made.bundle(run))
-    assert "README.md" in texts
-    home = str(Path(made.configs[0]).parent)
+    bundle, home = made.bundle(run), str(Path(made.configs[0]).parent)
+    hidden = (*SECRETS, home, str(ROOT), str(Path.home()) + "/")
+    assert (bundle / "README.md").is_file()
     told = repr(load_run(made.at.config(run)))
-    for word in (*SECRETS, home, str(ROOT)):
-        assert word in told or word == str(ROOT)
-        for name, text in texts.items():
-            assert word not in text, f"{word} in {name}"
-    settings = texts["config.yaml"]
-    assert not re.search(r"(^|[\s\"':=])/[\w.-]+/", settings)
+    assert [word for word in (*SECRETS, home) if word not in told] == [*ELSEWHERE]
+    assert found_in(bundle, hidden) == []
+    settings, page = ((bundle / name).read_text() for name in ("config.yaml", "README.md"))
     for note in ("tracking.uri: left out", "model.path: pipeline, without its folder"):
         assert note in settings
-        assert note in texts["README.md"].replace("\\", "")
+        assert note in page.replace("\\", "")
 
 
 def test_shared_settings_are_settings(made: Made) -> None:
@@ -385,11 +396,99 @@ def test_shared_settings_are_settings(made: Made) -> None:
     assert shared.tracking.uri is None
     assert shared.model.path == "pipeline"
     options = shared.rewards["own *bright*"].options  # type: ignore[union-attr]
-    assert options["api_key"] is None
-    assert options["where"] == "model.bin"
-    assert options["more"] == ["see https://host.example/x", {"auth_header": None, "n": 3}]
+    assert options == HARMLESS_OPTIONS
     for section in ("method", "schedule", "train", "evaluate", "profile", "advantage"):
         assert getattr(shared, section) == getattr(own, section)
+
+
+def test_the_page_of_versions_and_settings(made: Made, tmp_path: Path) -> None:
+    file = tmp_path / "about.html"
+    far = Remote(kind="remote", url=SERVICE, reward="clip", token_file="~/token")
+    runs = {
+        name: run.model_copy(update={"rewards": {**run.rewards, "far": far}})
+        for name, run in made.at.study.runs.items()
+    }
+    write_about(Layout(replace(made.at.study, runs=runs)), file)
+    home = str(Path(made.configs[0]).parent)
+    assert found_in(file, (*SECRETS, "gpu7.example", "~/", home, str(ROOT))) == []
+    page = html.unescape(file.read_text(encoding="utf-8"))
+    for name, number in versions().items():
+        assert f'<th scope="row">{name}</th><td>{number}</td>' in page
+    table = re.sub(r"\s+", " ", page.split("<h2>Runs</h2>")[1].split("<h2>")[0])
+    for name, run in runs.items():
+        train = json.loads((made.at.run(name) / "train.json").read_text())
+        spent = sum(train[f"nfe_{part}"] for part in ("forward", "train", "reference"))
+        assert f"<td>{name}</td><td>{run.method.name}</td>" in table
+        assert f"<td>{spent:,}</td>" in table
+        assert f"<td>{run_key(run)}</td>" in table
+    texts = dict(re.findall(r"<summary>(.*?)</summary><pre>(.*?)</pre>", page, re.DOTALL))
+    assert list(texts) == list(made.at.study.runs)  # one seed of each arm here
+    for name, text in texts.items():
+        shown = RunConfig.model_validate(yaml.safe_load(text))
+        assert shown.method == made.at.study.runs[name].method
+        assert shown.rewards["own *bright*"].options == HARMLESS_OPTIONS  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("assets/toy/x.txt", "assets/toy/x.txt"),
+        ("./x..y/a", "./x..y/a"),
+        ("owner/name", "owner/name"),
+        ("cuda:1", "cuda:1"),
+        ("module:function", "module:function"),
+        ("/home/me/x.txt", "x.txt"),
+        ("/home/me/x/", "x"),
+        ("~/x", "x"),
+        ("~me", "left-out"),
+        ("../../home/me/x", "x"),
+        ("a/../../me/x", "x"),
+        ("..", "left-out"),
+        ("/", "left-out"),
+        ("C:\\Users\\me\\x", "x"),
+        ("C:/Users/me/x", "x"),
+        ("C:\\", "left-out"),
+        ("\\\\server\\me\\x", "x"),
+        ("..\\me\\x", "x"),
+        ("file:///home/me/x", "x"),
+    ],
+)
+def test_paths_without_their_folder(path: str, shown: str) -> None:
+    assert without_folder(path) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://10.1.2.3:8800", "http://10.1.2.3:8800"),
+        ("https://host/v1", "https://host/v1"),
+        ("https://u:p@host:1/v1?sig=s#t", "https://host:1/v1"),
+        ("http://u:p@[::1]:8800/", "http://[::1]:8800/"),
+        ("http://u:p@q@host/", "http://host/"),
+        ("http://u:p/w@host/", NO_ADDRESS),  # no browser reads this as its user means it
+        ("http://u:p?w@host/", "http://u:p"),
+        ("http://[bad", NO_ADDRESS),
+        ("http://u:p@", NO_ADDRESS),
+    ],
+)
+def test_addresses_without_users_and_queries(made: Made, url: str, shown: str) -> None:
+    given = made.at.study.runs["merged"].model_dump()
+    far = {"kind": "remote", "url": url, "reward": "clip", "token_file": "/etc/token"}
+    run = RunConfig.model_validate({**given, "rewards": {**given["rewards"], "far": far}})
+    settings = RunConfig.model_validate(without_secrets(run)[0])
+    assert settings.rewards["far"].url == shown  # type: ignore[union-attr]
+    assert settings.rewards["far"].token_file == "/etc/token"  # type: ignore[union-attr]
+    assert settings.model == run.model
+
+
+def test_a_judges_words_are_no_paths(made: Made) -> None:
+    given = made.at.study.runs["merged"].model_dump()
+    judge = {"kind": "unifiedreward", "url": "http://a", "pattern": r"\d (\d)"}
+    judge["question"] = "/imagine {prompt} / well"
+    run = RunConfig.model_validate({**given, "rewards": {**given["rewards"], "question": judge}})
+    shown = RunConfig.model_validate(shareable(run)[0]).rewards["question"]
+    assert (shown.pattern, shown.question) == (judge["pattern"], judge["question"])  # type: ignore[union-attr]
+    assert shown.url == NO_ADDRESS  # type: ignore[union-attr]
 
 
 def test_addresses_and_tokens_of_services_are_left_out(made: Made) -> None:

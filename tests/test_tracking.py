@@ -20,17 +20,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tracked import line, picture, prompts_of, results_of, run_config, study_of
+import yaml
+from tracked import (
+    HARMLESS_OPTIONS,
+    SECRET_OPTIONS,
+    SECRETS,
+    SERVICE,
+    TRACKING,
+    found_in,
+    line,
+    picture,
+    prompts_of,
+    results_of,
+    run_config,
+    study_of,
+    write_evaluation,
+)
 
 from egrpo.config.layout import Layout
-from egrpo.config.load import Study
-from egrpo.config.models import Model, RunConfig
-from egrpo.config.rewards import Verifier
+from egrpo.config.load import Study, load_run
+from egrpo.config.models import Model, RunConfig, Tracking
+from egrpo.config.rewards import Custom, Remote, Verifier
 from egrpo.errors import UserError
 from egrpo.stages.prepare import prepare
 from egrpo.stages.publish import publish
+from egrpo.stages.publish_run import publish_run
 from egrpo.stages.ui import free_port, serve
-from egrpo.store import journal, live, tracking
+from egrpo.store import journal, live, superseded, tracking
+from egrpo.store.deliver import digest_of
 from egrpo.store.files import read_json, write_json, write_text
 from egrpo.store.live import LiveTracker
 from egrpo.store.tracking import deliver, open_client
@@ -532,6 +549,122 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
     for found, kind in ((train, "train"), (evaluation, "evaluation")):
         expected = facts | {"kind": kind, "threshold": "2.2"}
         assert {k: found["tags"].get(k) for k in expected} == expected
+
+
+def test_mlflow_gets_no_secret(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in params, tags, notes or names, nor in any file that it hands out."""
+    from mlflow.artifacts import download_artifacts
+
+    rewards = {
+        "own": Custom(kind="custom", function="mine:score", options=SECRET_OPTIONS),
+        "far": Remote(kind="remote", url=SERVICE, reward="clip"),
+    }
+    run = run_config(prompts=prompts_of(tmp_path), rewards=rewards)
+    study = results_of(tmp_path, run)
+    write_text(Layout(study).config("a"), yaml.safe_dump(run.model_dump()))  # it has them all
+    config = load_run(Layout(study).config("a"))
+    told = repr(config) + TRACKING
+    assert not [word for word in SECRETS if word not in told]
+    publish(study, store, Layout(study).comparison, tmp_path / "published.json")
+
+    # as after delivery to a server: the same, with a password in the address of tracking
+    tracked = run.model_copy(update={"tracking": Tracking(uri=TRACKING)})
+    client, experiment = open_client(read_json(store)["uri"]), read_json(store)["experiment_id"]
+    publish_run(client, experiment, tracked, Layout(study).root, "", [], "#000000")
+    shown = repr(everything(client, experiment)) + repr(client.search_logged_models([experiment]))
+    assert "method.threshold" in shown
+    assert not [word for word in SECRETS if word in shown]
+    params = client.get_run(train_run(client, store)).data.params
+    assert params["rewards.far.url"] == "https://gpu7.example:8800/v1"
+    assert params["rewards.own.options.deep.rate"] == "0.5"
+    assert params["rewards.own.options.apikey"] == "null"
+
+    for record in client.search_runs([experiment]):
+        own = tmp_path / "downloaded" / record.info.run_id
+        own.mkdir(parents=True)
+        for file in client.list_artifacts(record.info.run_id):
+            client.download_artifacts(record.info.run_id, file.path, str(own))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", read_json(store)["uri"])
+    for model in client.search_logged_models([experiment]):
+        own = tmp_path / "downloaded" / model.model_id
+        download_artifacts(f"models:/{model.model_id}", dst_path=str(own))
+    files = [path for path in (tmp_path / "downloaded").rglob("*") if path.is_file()]
+    assert {"config.yaml", "train.json", "scores.json"} <= {path.name for path in files}
+    assert found_in(tmp_path / "downloaded", SECRETS) == []
+    (settings,) = [path for path in files if path.name == "config.yaml"]
+    sent = load_run(settings)
+    assert sent.rewards["own"].options == HARMLESS_OPTIONS  # type: ignore[union-attr]
+    assert sent.prompts == run.prompts  # paths stay: the store is the user's own
+    assert "# tracking.uri: left out" in settings.read_text()
+
+
+def test_a_missing_result_is_named_with_what_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"`snakemake --cores all '.*/my scores.parquet'` makes it"):
+        digest_of(tmp_path / "my scores.parquet")
+
+
+def kinds(client: Any, experiment: str) -> dict[tuple[str, str], str]:
+    """(name, key) of each training and evaluation -> the tag that views ask for."""
+    return {
+        (r.info.run_name, r.data.tags["egrpo.key"]): r.data.tags["kind"]
+        for r in client.search_runs([experiment])
+        if r.data.tags["kind"] != "study"
+    }
+
+
+def test_what_is_trained_again_supersedes_what_was(store: Path, tmp_path: Path) -> None:
+    prompts, out = prompts_of(tmp_path), tmp_path / "published.json"
+    runs = run_config("a", prompts=prompts), run_config("b", prompts=prompts)
+    study = results_of(tmp_path, *runs)
+    client, experiment = open_client(read_json(store)["uri"]), read_json(store)["experiment_id"]
+    own = Layout(study).run("a")
+
+    def deliver_again(key: str, values: tuple[float | None, ...]) -> dict[tuple[str, str], str]:
+        write_json(own / "train.json", {"run": "a", "key": key})
+        write_evaluation(own, 200, values)
+        publish(study, store, Layout(study).comparison, out)
+        found = kinds(client, experiment)
+        before = everything(client, experiment)
+        publish(study, store, Layout(study).comparison, out)
+        assert everything(client, experiment) == before
+        return found
+
+    first = deliver_again("k", (0.5, 1.0, None))
+    assert set(first.values()) == {"train", "evaluation"}
+    (old,) = [key for name, key in first if name == "a/evaluation"]
+
+    second = deliver_again("edited", (0.25, 0.5, None))  # the settings of `a` were edited
+    (new,) = [key for name, key in second if name == "a/evaluation" and key != old]
+    replaced = {("a", "k"): "superseded", ("a/evaluation", old): "superseded"}
+    current = {("a", "edited"): "train", ("a/evaluation", new): "evaluation"}
+    assert second == first | replaced | current  # `b` and the base model's stay as they are
+    tags = {r.info.run_id: r.data.tags for r in client.search_runs([experiment])}
+    for record in client.search_runs([experiment], "tags.kind = 'superseded'"):
+        above = record.data.tags["mlflow.parentRunId"]  # the tree is kept
+        assert tags[above]["egrpo.key"] == ("k" if "/" in record.info.run_name else "small")
+
+    # the edit is put back: trained, and delivered, under the old key
+    with LiveTracker(runs[0], "k", store, tmp_path / "journal.jsonl", tmp_path):
+        pass
+    third = deliver_again("k", (0.5, 1.0, None))
+    assert third == first | dict.fromkeys(current, "superseded")
+    for view in ("train", "evaluation"):
+        found = client.search_runs([experiment], f"tags.kind = '{view}' and tags.run = 'a'")
+        assert len(found) == 1
+
+
+def test_more_records_than_one_search_gives(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superseded, "AT_ONCE", 2)
+    ids = [new_run(store, key=f"k{i}") for i in range(5)]
+    client, experiment = ids[0][0], read_json(store)["experiment_id"]
+    superseded.mark_superseded(client, experiment, ["other"], [])
+    assert set(kinds(client, experiment).values()) == {"train"}
+    superseded.mark_superseded(client, experiment, ["a"], [ids[3][1]])
+    assert kinds(client, experiment) == {
+        ("a", f"k{i}"): "train" if i == 3 else "superseded" for i in range(5)
+    }
 
 
 def test_the_adapter_is_one_logged_model_with_its_evaluation(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from egrpo.config.keys import evaluation_key, profile_key
 from egrpo.config.load import Study
@@ -14,6 +17,52 @@ from egrpo.config.rewards import Verifier
 from egrpo.store import tables
 from egrpo.store.files import write_json, write_text
 
+SECRET_OPTIONS: dict[str, Any] = {
+    "api_key": "sk-planted-1",
+    "apikey": "sk-planted-2",
+    "api-key": "sk-planted-3",
+    "pwd": "planted-4",
+    "x": ["bearer planted-5", {"header": "Authorization: Bearer planted-6", "n": 3}],
+    "deep": {"hf_pat": {"a": [["hf_planted7"]], "ok": True, "none": None}, "rate": 0.5},
+    "link": "https://planted8.example/file?sig=planted9",
+    "windows": "C:\\Users\\planted10\\x",
+    "above": "../../home/planted11/x",
+    "path": "/home/planted12/model.bin",
+    "sentence": "the password is planted13",
+}
+"""Options of a reward of one's own; each text of them might be a secret."""
+HARMLESS_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(SECRET_OPTIONS),
+    "x": [None, {"header": None, "n": 3}],
+    "deep": {"hf_pat": {"a": [[None]], "ok": True, "none": None}, "rate": 0.5},
+}
+"""What is left of them."""
+SECRETS = (
+    *(f"planted-{number}" for number in range(1, 7)),
+    *(f"planted{number}" for number in range(7, 14)),
+    "planted-user",
+    "planted-word",
+    "planted-query",
+    "tracking.example",
+)
+"""Those of them that must not be found, and those of the addresses below."""
+TRACKING = "http://planted-user:planted-word@tracking.example:5000"
+SERVICE = "https://planted-user:planted-word@gpu7.example:8800/v1?sig=planted-query"
+
+
+def found_in(folder: Path, words: Iterable[str]) -> list[tuple[str, str]]:
+    """(word, file) of all words in the bytes of files below a folder, or of one file; tables and
+    their metadata are opened, since they are compressed."""
+    out = []
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_file():
+            text = path.read_bytes()
+            if path.suffix == ".parquet":
+                data = pq.read_table(path)
+                text += (repr(data.to_pylist()) + repr(data.schema.metadata)).encode()
+            out += [(word, str(path)) for word in words if word.encode() in text]
+    return out
+
 
 def run_config(run: str = "a", uri: str | None = None, **fields: Any) -> RunConfig:
     return RunConfig(
@@ -21,7 +70,7 @@ def run_config(run: str = "a", uri: str | None = None, **fields: Any) -> RunConf
         study="small",
         model=fields.pop("model", Model(path="weights")),
         prompts=fields.pop("prompts", Prompts(train="train.txt", heldout="heldout.txt")),
-        rewards={"verifier": Verifier(kind="verifier")},
+        rewards={"verifier": Verifier(kind="verifier"), **fields.pop("rewards", {})},
         train=Train(rewards={"verifier": 1.0}, iterations=5),
         method=fields.pop("method", Egrpo(threshold=2.2)),
         tracking=Tracking(uri=uri, every_seconds=0.05),

@@ -23,7 +23,7 @@ from egrpo.config.trees import (
 )
 from egrpo.core.plan import Plan
 from egrpo.stages.plan import load_plan
-from egrpo.store.tables import MERGE_PLAN, read_table
+from egrpo.store.tables import MERGE_PLAN, metadata_of, read_table
 
 COLUMNS = (
     ("forward/prompt", "prompt", "forward"),
@@ -80,8 +80,8 @@ def known_plan(run: RunConfig, at: Layout) -> Plan | None:
     path, table = (at.run(run.run) / name for name in ("plan.json", "merge_plan.parquet"))
     if not (path.exists() and table.exists()):
         return None
-    made_for = (read_table(table, MERGE_PLAN).schema.metadata or {}).get(b"config_hash", b"")
-    return load_plan(path) if made_for.decode() == plan_key(run) else None
+    made_for = metadata_of(read_table(table, MERGE_PLAN)).get("config_hash")
+    return load_plan(path) if made_for == plan_key(run) else None
 
 
 def cost_table(study: Study) -> str:

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from egrpo.config.keys import settings_key
 from egrpo.config.layout import Layout
-from egrpo.config.load import Study, load_run, yaml_of
+from egrpo.config.load import Study, load_run
 from egrpo.config.models import RunConfig
+from egrpo.config.sharing import shareable, shown_yaml, without_folder
 from egrpo.config.trees import needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.model_card import Sample, model_card
 from egrpo.stages.plan import load_plan
-from egrpo.stages.sharing import shareable, without_folder
 from egrpo.stages.tables import Key, RunFiles, make_comparison, read_images, train_record
 from egrpo.store.files import full_disk, no_space, read_json, write_json, write_text
 from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
@@ -76,9 +76,9 @@ def export(
         _write_results(at, settings, new)
         samples = _write_samples(at.run(run) / "images.parquet", new)
         shown = [without_folder(str(path)) for path in configs]
-        scores = at.run(run) / "scores.parquet"
-        if scores.is_absolute():
-            scores = scores.relative_to(Path(at.study.results).parent)
+        results = Path(at.study.results)
+        scores = at.run(run).relative_to(results) / "scores.parquet"
+        scores = Path(without_folder(str(results))) / scores
         card = model_card(settings, new, samples, command(shown, scores), licence, base_model)
         write_text(new / "README.md", card)
         write_json(new / INDEX, {"run": run, "study": settings.study, "files": _sums(new)})
@@ -172,8 +172,7 @@ def _write_results(at: Layout, run: RunConfig, new: Path) -> None:
 
     folder, files = at.run(run.run), RunFiles.at(at.run(run.run), at.base(run.run))
     settings, notes = shareable(run)
-    head = [f"# Run {run.run}: all its settings, resolved.", *(f"# {note}" for note in notes)]
-    write_text(new / "config.yaml", "\n".join(head) + "\n" + yaml_of(settings))
+    write_text(new / "config.yaml", shown_yaml(run, settings, notes))
     for name, source, table in (
         ("train_metrics.parquet", folder / "train_metrics.parquet", TRAIN_METRICS),
         ("scores.parquet", files.scores, SCORES),
@@ -186,6 +185,7 @@ def _write_results(at: Layout, run: RunConfig, new: Path) -> None:
         load_plan(folder / "plan.json")
         _copy(folder / "plan.json", new / "plan.json")
     make_comparison({run.run: files}, new / "comparison.parquet")
+    (new / "comparison.html").unlink()  # the card shows it
     images = new / "images"
     runs = [(run.run, files.images)]
     before_after(files.base_images, runs, SAMPLES, images / "before_after")

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from egrpo.config.models import RunConfig
+from egrpo.config.sharing import without_folder
 from egrpo.models.families import FAMILIES
-from egrpo.stages.sharing import without_folder
 from egrpo.store.files import read_json
 
 

@@ -12,15 +12,15 @@ from egrpo.config.keys import run_key
 from egrpo.config.load import is_hub_id
 from egrpo.config.methods import Merging
 from egrpo.config.models import RunConfig
+from egrpo.config.sharing import shareable, without_folder
 from egrpo.config.trees import learning_rate, needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.plan import load_plan, plan_rows
 from egrpo.stages.render import escaped, render
 from egrpo.stages.report import read_rows, verdicts
-from egrpo.stages.sharing import shareable, without_folder
 from egrpo.stages.tables import MEASURED, Row, readable
 from egrpo.store.files import read_json
-from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
+from egrpo.store.tables import SCORES, TRAIN_METRICS, metadata_of, read_table
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -89,7 +89,7 @@ def model_card(
         made_by=made_by,
         key=read_json(folder / "train.json").get("key"),
         digest=run_key(run),
-        made=_metadata(folder),
+        made=metadata_of(read_table(folder / "train_metrics.parquet", TRAIN_METRICS)),
         notes=shareable(run)[1],
     )
     data = card_data(run, rows, samples, licence, hub_id, _prompts(folder))
@@ -235,9 +235,3 @@ def reward_row(run: RunConfig, name: str) -> dict[str, Any]:
 
 def _prompts(folder: Path) -> int:
     return len(set(read_table(folder / "scores.parquet", SCORES)["prompt_id"].to_pylist()))
-
-
-def _metadata(folder: Path) -> dict[str, str]:
-    """What made the run."""
-    head = read_table(folder / "train_metrics.parquet", TRAIN_METRICS).schema.metadata
-    return {key: head[key.encode()].decode() for key in ("egrpo_version", "git_commit")}

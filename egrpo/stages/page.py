@@ -39,7 +39,7 @@ from egrpo.stages.report import read_rows
 from egrpo.stages.results_text import COSTS
 from egrpo.stages.tables import HOW_TO_READ
 from egrpo.store.files import write_text
-from egrpo.store.tables import COMPARISON, read_table
+from egrpo.store.tables import COMPARISON, metadata_of, read_table
 
 SHOWN = {
     "index": "the default runs",
@@ -82,10 +82,6 @@ def content(
     """
     table = at.table(PAGES[name])
     rows = read_rows(table)
-    head = {
-        key.decode(): value.decode()
-        for key, value in (read_table(table, COMPARISON).schema.metadata or {}).items()
-    }
     left = dict(figures)
     lead = {kind: _lead(kind, name, at, left) for kind in ("entropy", "curves")}
     images = [spec.arms for spec in figures.values() if spec.kind == "images"]
@@ -109,7 +105,7 @@ def content(
         "settings": settings_rows(at),
         "how_to_read": HOW_TO_READ,
         "cost_heads": list(COSTS.values()),
-        "head": head,
+        "head": metadata_of(read_table(table, COMPARISON)),
         "version": __version__,
         "versions": versions(),
     }

@@ -18,7 +18,7 @@ from egrpo.stages.plan import load_plan
 from egrpo.stages.report import by_run, verdict
 from egrpo.stages.results_text import costs, counted, failures, how_to_read, numbers, times
 from egrpo.stages.tables import MEASURED, Row, evaluations, readable, train_record
-from egrpo.store.tables import MERGE_PLAN, RESULTS, read_table
+from egrpo.store.tables import MERGE_PLAN, RESULTS, metadata_of, read_table
 
 LARGE = 500_000
 """Bytes: a figure beyond them is one of photographs, which WebP holds in a tenth."""
@@ -166,7 +166,7 @@ def result_view(name: str, spec: TableSpec, at: Layout) -> dict[str, Any]:
     path = at.table(name)
     data = read_table(path, RESULTS)
     rows = data.to_pylist()
-    head = {k.decode(): v.decode() for k, v in (data.schema.metadata or {}).items()}
+    head = metadata_of(data)
     parts = [
         {
             "title": title,

@@ -19,7 +19,7 @@ from egrpo.core.schedule import Sigmas, check_sigmas
 from egrpo.core.spread import Spread
 from egrpo.errors import UserError
 from egrpo.store.files import read_json, write_json
-from egrpo.store.tables import ENTROPY_PROFILE, MERGE_PLAN, read_table, write_table
+from egrpo.store.tables import ENTROPY_PROFILE, MERGE_PLAN, metadata_of, read_table, write_table
 
 
 def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
@@ -74,10 +74,10 @@ def grid_of(profile: str | Path) -> tuple[Sigmas, str, float]:
     Raises:
         UserError: if the file is missing or damaged, or does not say them.
     """
-    metadata = read_table(profile, ENTROPY_PROFILE).schema.metadata
+    metadata = metadata_of(read_table(profile, ENTROPY_PROFILE))
     try:
-        sigmas = check_sigmas(json.loads(metadata[b"sigmas"]))
-        dynamics, level = metadata[b"dynamics"].decode(), float(metadata[b"noise_level"])
+        sigmas = check_sigmas(json.loads(metadata["sigmas"]))
+        dynamics, level = metadata["dynamics"], float(metadata["noise_level"])
         if dynamics not in STD or dynamics in DETERMINISTIC or not 0 < level < math.inf:
             raise ValueError(f"dynamics {dynamics!r} at noise level {level}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -13,11 +13,11 @@ from egrpo.config.keys import run_key
 from egrpo.config.layout import Layout
 from egrpo.config.load import yaml_of
 from egrpo.config.models import RunConfig
+from egrpo.config.sharing import shareable
 from egrpo.stages.render import render
-from egrpo.stages.sharing import shareable
 from egrpo.stages.tables import evaluations, train_record
 from egrpo.store.files import write_text
-from egrpo.store.tables import SCORES, Table, git_commit, read_table
+from egrpo.store.tables import SCORES, Table, git_commit, metadata_of, read_table
 
 PACKAGES = (
     "torch",
@@ -54,9 +54,8 @@ def made_at(path: str | Path, table: Table) -> str:
     Raises:
         UserError: if the file is missing, damaged, or holds another table.
     """
-    head = read_table(path, table).schema.metadata or {}
-    commit = head.get(b"git_commit", b"").decode()
-    return commit or f"egrpo {head.get(b'egrpo_version', b'?').decode()}"
+    head = metadata_of(read_table(path, table))
+    return head.get("git_commit") or f"egrpo {head.get('egrpo_version', '?')}"
 
 
 def describe(run: RunConfig, train: Mapping[str, Any]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from egrpo.config.load import Study
 from egrpo.errors import UserError
@@ -15,6 +14,7 @@ from egrpo.stages.style import INK, PALETTE
 from egrpo.store import tracking
 from egrpo.store.deliver import finish, send_files, send_note
 from egrpo.store.files import read_json, write_json
+from egrpo.store.superseded import mark_superseded
 from egrpo.store.tables import COMPARISON, read_table
 
 
@@ -42,12 +42,16 @@ def publish(study: Study, store: Path, table: Path, output: Path) -> None:
     experiment, parent = str(ids["experiment_id"]), str(ids["parent_run_id"])
     root = Path(study.results) / study.name
     comparison = read_table(table, COMPARISON).to_pylist()
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
+    current: set[str] = set()
     try:
         for number, (name, run) in enumerate(study.runs.items()):
             own = [row for row in comparison if row["run"] == name]
             colour = PALETTE[number % len(PALETTE)]
-            found[name] = publish_run(client, experiment, run, root, parent, own, colour)
+            sent = publish_run(client, experiment, run, root, parent, own, colour)
+            found[name] = sent[0]
+            current.update(sent)
+        mark_superseded(client, experiment, study.runs, current)
         bases = [EvaluationFiles.base(run, root) for run in study.runs.values()]
         for base in {files.folder: files for files in reversed(bases)}.values():
             send_evaluation(client, experiment, base, parent, INK)

@@ -74,8 +74,8 @@ def send_evaluation(
     colour: str,
     comparison: list[Row] | None = None,
     model: str | None = None,
-) -> None:
-    """A run below ``parent``, found by the contents of its scores.
+) -> str:
+    """A run below ``parent``, found by the contents of its scores; its id in MLflow.
 
     Args:
         colour: of its bars and points, as `#0072B2`.
@@ -92,6 +92,7 @@ def send_evaluation(
     _send_tables(client, run_id, scores, files)
     send_colour(client, run_id, colour)
     finish(client, run_id)
+    return run_id
 
 
 def _send_tables(

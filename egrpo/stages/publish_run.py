@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from egrpo.config.keys import profile_key
 from egrpo.config.models import RunConfig
+from egrpo.config.sharing import shown_yaml, without_secrets
 from egrpo.errors import UserError
 from egrpo.stages.notes import run_note
 from egrpo.stages.publish_evaluation import EvaluationFiles, send_evaluation
@@ -19,6 +20,7 @@ from egrpo.store.deliver import (
     send_files,
     send_model,
     send_note,
+    send_text,
 )
 from egrpo.store.files import read_json
 from egrpo.store.tables import TRAIN_METRICS, read_table
@@ -37,7 +39,7 @@ def publish_run(
     parent: str,
     comparison: list[Row],
     colour: str,
-) -> str:
+) -> tuple[str, str]:
     """Deliver what is missing of a training run and of its evaluation.
 
     Args:
@@ -47,7 +49,7 @@ def publish_run(
         colour: of its curves, as `#0072B2`.
 
     Returns:
-        MLflow's id of the training run.
+        MLflow's ids of the training run and of its evaluation.
 
     Raises:
         UserError: if a result is missing.
@@ -61,15 +63,16 @@ def publish_run(
     sent = tracking.images_held(client, run_id)
     tracking.send_images(client, run_id, folder / "monitor", sent)
     send_datasets(client, run_id, _inputs(run, root))
-    records = [folder / f for f in ("config.yaml", "plan.json", "train.json")]
+    send_text(client, run_id, "config.yaml", shown_yaml(run, *without_secrets(run)))
+    records = [folder / f for f in ("plan.json", "train.json")]
     send_files(client, run_id, "", [f for f in records if f.exists()])
     model = send_model(client, experiment, run_id, run, folder / "adapter")
     files = EvaluationFiles.trained(run, root)
-    send_evaluation(client, experiment, files, run_id, colour, comparison, model)
+    evaluation = send_evaluation(client, experiment, files, run_id, colour, comparison, model)
     send_colour(client, run_id, colour)
     send_note(client, run_id, run_note(run, comparison, model))
     finish(client, run_id)
-    return run_id
+    return run_id, evaluation
 
 
 def _lines(root: Path, run: str, key: str) -> Iterable[Row]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -56,12 +57,22 @@ def send_files(client: MlflowClient, run_id: str, target: str, paths: list[Path]
         _once(client, run_id, target or "settings", digest_of(*found), send)
 
 
+def send_text(client: MlflowClient, run_id: str, name: str, text: str) -> None:
+    """Upload a text as the artifact ``name``."""
+    _once(client, run_id, name, _sum_of(text), lambda: client.log_text(run_id, text, name))
+
+
 def send_note(client: MlflowClient, run_id: str, text: str) -> None:
     """Set the description of a run, which MLflow shows on its page; Markdown."""
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    _once(
-        client, run_id, "note", digest, lambda: client.set_tag(run_id, "mlflow.note.content", text)
-    )
+
+    def send() -> None:
+        client.set_tag(run_id, "mlflow.note.content", text)
+
+    _once(client, run_id, "note", _sum_of(text), send)
+
+
+def _sum_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def send_colour(client: MlflowClient, run_id: str, colour: str) -> None:
@@ -181,5 +192,6 @@ def digest_of(*files: Path) -> str:
             with open(file, "rb") as handle:
                 total.update(hashlib.file_digest(handle, "sha256").digest())
         except FileNotFoundError:
-            raise UserError(f"{file}: no such file; the workflow makes it") from None
+            remedy = shlex.join(["snakemake", "--cores", "all", str(file)])
+            raise UserError(f"{file}: no such file; `{remedy}` makes it") from None
     return total.hexdigest()[:16]

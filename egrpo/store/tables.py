@@ -347,6 +347,11 @@ def write_table(
         )
 
 
+def metadata_of(data: pa.Table) -> dict[str, str]:
+    """What a table's file says of itself: schema, units, commit, and what its writer added."""
+    return {key.decode(): text.decode() for key, text in (data.schema.metadata or {}).items()}
+
+
 def csv_text(table: Table, rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows of a table as CSV with a header."""
     text = io.StringIO()
@@ -366,7 +371,7 @@ def read_table(path: str | Path, table: Table) -> pa.Table:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             data = file.read()
         data.validate(full=True)  # text is UTF-8, and offsets stay inside
-        head = {k.decode(): v.decode() for k, v in (data.schema.metadata or {}).items()}
+        head = metadata_of(data)
         known = head.pop("sha256", None)  # tables of earlier versions have none
         if known is not None and known != head_checksum(head):
             raise ValueError("the checksum of its metadata does not match")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egrpo.config.models import RunConfig
+from egrpo.config.sharing import without_secrets
 from egrpo.errors import UserError
 from egrpo.store.tables import git_commit
 
@@ -228,7 +229,7 @@ def origin() -> dict[str, str]:
 
 
 def settings(run: RunConfig) -> dict[str, str]:
-    """Resolved settings by dotted key. ``tracking`` is left out: a URI may hold a password."""
+    """Resolved settings by dotted key, without secrets and without ``tracking``."""
     out: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -238,7 +239,7 @@ def settings(run: RunConfig) -> dict[str, str]:
         else:
             out[safe_name(prefix)] = cut(value if isinstance(value, str) else json.dumps(value))
 
-    walk("", run.model_dump(mode="json", exclude={"tracking"}))
+    walk("", {k: v for k, v in without_secrets(run)[0].items() if k != "tracking"})
     return out
 
 

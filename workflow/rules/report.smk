@@ -152,7 +152,7 @@ rule about:
         results=lambda wc: results(run_set(wc.set), "scores.parquet", "train.json"),
         code=sources(
             "stages/provenance.py",
-            "stages/sharing.py",
+            "config/sharing.py",
             "stages/templates/about.html.j2",
             *RENDERING,
         ),
@@ -184,6 +184,7 @@ rule publish:
         curves=lambda wc: results(run_set(wc.set), "train_metrics.parquet"),
         code=sources(
             "stages/notes.py",
+            "config/sharing.py",
             "stages/publish.py",
             "stages/publish_evaluation.py",
             "stages/publish_run.py",
