@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from importlib.metadata import version
@@ -475,3 +476,27 @@ def test_everything_has_a_page_too_and_the_first_page_lists_all(finished: Path) 
     for name in ("index", "paper", "everything"):
         assert f'href="small/{name}.html"' in first
     assert planned(finished, "everything") == {}
+
+
+@pytest.mark.slow
+def test_moved_results_are_delivered_again_and_nothing_else_is_made(finished: Path) -> None:
+    """As docs/mlflow.md says of results that were copied elsewhere."""
+    at = results(finished)
+    for path in (at / "store.json", at.parent / "mlflow.db", *at.glob("published-*.json")):
+        path.unlink()
+    shutil.rmtree(at.parent / "mlartifacts")
+    done = snakemake(finished, str(at / "store.json"))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "train" in planned(finished), "a store younger than what was trained"
+    os.utime(at / "store.json", (1.58e9, 1.58e9))
+    assert planned(finished) == {"publish": 1, "all": 1}
+    done = snakemake(finished)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    with sqlite3.connect(at.parent / "mlflow.db") as store:  # MLflow keeps the lost one open
+        names = {name for (name,) in store.execute("SELECT name FROM runs")}
+        (steps,) = store.execute(
+            "SELECT count(*) FROM metrics JOIN runs USING (run_uuid)"
+            " WHERE name = 'one-s0' AND key = 'reward/verifier'"
+        ).fetchone()
+    assert {"one-s0", "two-s0/evaluation", "base/evaluation"} <= names
+    assert steps == 3, "each iteration once"
