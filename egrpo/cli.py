@@ -111,6 +111,7 @@ def plan_command(
     click.echo(plan_text(profile=profile, **options))
 
 
+# as in config.layout, whose import would slow the shell's completion down
 DEFAULT = Path("config/config.yaml")
 STUDY = click.argument(
     "configs", type=FILE, nargs=-1, callback=lambda ctx, param, given: given or (DEFAULT,)
@@ -450,9 +451,8 @@ CONFIGS = click.option(
 @CONFIGS
 def report_command(configs: tuple[Path, ...]) -> None:
     """Print the comparison of all runs with their base model."""
-    from egrpo.config.layout import Layout
+    from egrpo.config.layout import Layout, command
     from egrpo.config.load import load_study
-    from egrpo.stages.export import command
     from egrpo.stages.report import print_report
 
     at = Layout(load_study(*configs))
@@ -506,9 +506,8 @@ def completion_command(shell: str) -> None:
 @click.option("--port", type=int, default=5000, show_default=True, help="Wanted port; 0 for any.")
 def ui_command(configs: tuple[Path, ...], port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
-    from egrpo.config.layout import Layout
+    from egrpo.config.layout import Layout, command
     from egrpo.config.load import load_study
-    from egrpo.stages.export import command
     from egrpo.stages.ui import serve
 
     serve(Layout(load_study(*configs)).store, port, made_by=command(configs))

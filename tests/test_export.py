@@ -31,7 +31,7 @@ from tracked import HARMLESS_OPTIONS, SECRET_OPTIONS, SECRETS, SERVICE, TRACKING
 
 from egrpo.cli import main
 from egrpo.config.keys import run_key
-from egrpo.config.layout import Layout
+from egrpo.config.layout import Layout, command
 from egrpo.config.load import load_run, load_study, overlay, read_yaml
 from egrpo.config.models import RunConfig
 from egrpo.config.rewards import Remote
@@ -41,7 +41,7 @@ from egrpo.core.seeds import normal
 from egrpo.errors import UserError
 from egrpo.stages.embed import embed
 from egrpo.stages.evaluate import evaluate
-from egrpo.stages.export import INDEX, command, export
+from egrpo.stages.export import INDEX, export
 from egrpo.stages.loading import loading
 from egrpo.stages.model_card import Sample, base_on_hub, escaped, model_card
 from egrpo.stages.provenance import versions, write_about

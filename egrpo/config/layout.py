@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,18 @@ from egrpo.config.load import Study
 
 PAGES = {"index": "comparison", "paper": "paper_runs", "everything": "all_runs"}
 """Pages of a study, by file name, and the comparison that each tells of."""
+
+
+DEFAULT = Path("config/config.yaml")
+"""The study of whoever names none."""
+
+
+def command(configs: Sequence[str | Path], *targets: str | Path) -> str:
+    """What makes results of the study in these files, to be shown as a remedy."""
+    words = ["snakemake", "--cores", "all", *map(str, targets)]
+    if list(map(Path, configs)) != [DEFAULT]:
+        words += ["--configfile", *map(str, configs)]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from math import prod
 from pathlib import Path
 
 from egrpo.config.keys import settings_key
-from egrpo.config.layout import Layout
+from egrpo.config.layout import DEFAULT, Layout, command
 from egrpo.config.load import Study, load_run
 from egrpo.config.models import RunConfig
 from egrpo.config.sharing import shareable, shown_yaml, without_folder
@@ -34,7 +33,6 @@ INDEX = "bundle.json"
 """Names the files of a bundle with their SHA-256; a folder that holds it is an earlier bundle."""
 SAMPLES = 4
 """Held-out prompts whose images stand in the card."""
-DEFAULT_CONFIG = "config/config.yaml"
 
 
 def export(
@@ -42,7 +40,7 @@ def export(
     run: str,
     output: Path | None = None,
     *,
-    configs: Sequence[str | Path] = (DEFAULT_CONFIG,),
+    configs: Sequence[str | Path] = (DEFAULT,),
     licence: str | None = None,
     base_model: str | None = None,
 ) -> Path:
@@ -93,14 +91,6 @@ def _nearest(study: Study, wanted: str) -> str:
         return f"; did you mean {', '.join(names)}?"
     first = list(study.default_runs or study.runs)[:5]
     return f"; there are {', '.join(first)}{' and others' if len(study.runs) > len(first) else ''}"
-
-
-def command(configs: Sequence[str | Path], *targets: str | Path) -> str:
-    """What makes results of the study."""
-    words = ["snakemake", "--cores", "all", *map(str, targets)]
-    if [str(path) for path in configs] != [DEFAULT_CONFIG]:
-        words += ["--configfile", *map(str, configs)]
-    return shlex.join(words)
 
 
 def _settings_of(at: Layout, run: str, configs: Sequence[str | Path]) -> RunConfig:
