@@ -117,7 +117,7 @@ class Model(Settings):
         "Attention of the transformer: auto, torch's choice without cuDNN's kernel, whose backward "
         "pass fails in FLUX's blocks on Hopper cards; native, torch's choice with it; or "
         "diffusers' name of another (_native_cudnn, _native_flash, flash, sage ...), which sd3's "
-        "layers do not take. A training job on CUDA checks it on one block of each kind.",
+        "layers do not take. A training job checks it on one block of each kind first.",
         "diffusers, attention_dispatch",
     )
     compile: bool = setting(

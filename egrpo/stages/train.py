@@ -86,8 +86,7 @@ class Trainer:
         )
         if run.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        if self.model.device.type == "cuda":
-            check_attention(self.model, self.conditioning)
+        check_attention(self.model, self.conditioning)
         if self.world.sharded:
             self.parameters = self.model.shard()
         self.optimizer = torch.optim.AdamW(
