@@ -254,7 +254,7 @@ def build(
         channels_last=True,
         vae_tiling=False,
         vae_slicing=True,
-        attention_backend=None,
+        attention_backend="auto",
         compile=False,
         fp8_weights=False,
         feature_cache=None,

@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """An error's text on one line."""
+    return " ".join(str(error).split())[:most]
+
+
 @contextmanager
 def during(what: str) -> Iterator[None]:
     """Note on any error what was being done; the innermost note comes first."""

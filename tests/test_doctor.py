@@ -25,7 +25,7 @@ from egrpo.config.trees import check_trees
 from egrpo.errors import UserError
 from egrpo.models import load_model
 from egrpo.models.families import SD3
-from egrpo.stages.doctor import Finding, doctor
+from egrpo.stages.doctor import Finding, _attention, doctor
 from egrpo.stages.memory import GIB, lora_parameters, memory
 from egrpo.stages.train import Trainer
 from egrpo.store.weights import read_part
@@ -379,3 +379,17 @@ def test_a_preset_runs_with_the_paths_of_model_and_rewards(
     from PIL import Image
 
     assert Image.open(BytesIO(image)).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [("bfloat16", "flash; efficient where"), ("float32", "efficient; efficient")]
+)
+def test_kernel_of_attention_is_said(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = small_run("egrpo").model
+    model = config.model_copy(update={"device": "cuda", "dtype": dtype})
+    (found,) = _attention(model, read_part(Path(model.path), "transformer"))
+    assert said in found.text
+    assert list(_attention(config, read_part(Path(model.path), "transformer"))) == []

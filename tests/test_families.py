@@ -23,7 +23,7 @@ from egrpo.core.executor import execute
 from egrpo.core.methods import chains
 from egrpo.core.schedule import Sigmas, shifted_sigmas
 from egrpo.errors import UserError
-from egrpo.models import load_model
+from egrpo.models import attention, load_model
 from egrpo.models.base import ADAPTER_FILE, FlowModel
 from egrpo.models.packing import packed, token_positions, unpacked
 from egrpo.stages.loading import loading
@@ -465,21 +465,153 @@ def test_sixteen_bits_are_near(folders: dict[str, Path], family: str, dtype: str
     assert images.dtype == torch.uint8
 
 
+# -- attention --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head", "masked", "right"),
+    [
+        ((9, 0), torch.bfloat16, 128, False, "flash"),  # FLUX.1, Qwen-Image, Z-Image
+        ((9, 0), torch.bfloat16, 64, False, "flash"),  # SD3.5
+        ((8, 0), torch.float16, 256, False, "flash"),
+        ((9, 0), torch.bfloat16, 128, True, "efficient"),  # prompts of different lengths
+        ((9, 0), torch.float32, 128, False, "efficient"),
+        ((9, 0), torch.bfloat16, 264, False, "efficient"),
+        ((7, 5), torch.float16, 64, False, "efficient"),
+        ((7, 5), torch.bfloat16, 64, False, "math"),
+        ((9, 0), torch.float32, 6, True, "math"),  # 24 bytes are not aligned
+    ],
+)
+def test_kernel_that_auto_takes(
+    capability: tuple[int, int], dtype: torch.dtype, head: int, masked: bool, right: str
+) -> None:
+    assert attention.kernel(capability, dtype, head, masked=masked) == right
+
+
+@pytest.fixture
+def other_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what diffusers takes where nothing is said, which is undone after the test."""
+    from diffusers.models import attention_dispatch as dispatch
+
+    def choose(name: Any) -> None:
+        value = dispatch.AttentionBackendName(name)
+        monkeypatch.setattr(dispatch._AttentionBackendRegistry, "_active_backend", value)
+
+    choose(dispatch._AttentionBackendRegistry._active_backend)
+    return choose
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_native_attention_is_the_default(folders: dict[str, Path], family: str) -> None:
-    plain = load_model(settings(folders[family], family))
-    named = load_model(settings(folders[family], family, attention_backend="native"))
-    prompts = plain.encode(PROMPTS[:2], negative=False).batch([0, 1], plain.device)
-    x = torch.randn(2, *plain.image_shape, generator=torch.manual_seed(0))
+def test_auto_attention_leaves_out_cudnn(
+    folders: dict[str, Path], family: str, other_backend: Any
+) -> None:
+    other_backend("_native_flash")  # as DIFFUSERS_ATTN_BACKEND would; it takes no mask
+    models = {}
+    for backend, cudnn in (("native", True), ("auto", False)):
+        given = {} if backend == "auto" else {"attention_backend": backend}
+        models[backend] = load_model(settings(folders[family], family, **given))
+        assert torch.backends.cuda.cudnn_sdp_enabled() is cudnn
+    prompts = models["auto"].encode(PROMPTS[:2], negative=False).batch([0, 1], torch.device("cpu"))
+    x = torch.randn(2, *models["auto"].image_shape, generator=torch.manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(plain.velocity(x, 0.5, prompts), named.velocity(x, 0.5, prompts))
+        plain, named = (model.velocity(x, 0.5, prompts) for model in models.values())
+    assert torch.equal(plain, named)
 
 
-def test_unknown_attention_backend(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("family", "backend"), [("flux", "nonsense"), ("sd3", "_native_flash"), ("sd3", "nonsense")]
+)
+def test_attention_that_cannot_be_had(folders: dict[str, Path], family: str, backend: str) -> None:
     refused(
-        "model.attention_backend: nonsense",
-        settings(folders["flux"], "flux", attention_backend="nonsense"),
+        f"model.attention_backend: {backend}",
+        settings(folders[family], family, attention_backend=backend),
     )
+
+
+@pytest.mark.usefixtures("other_backend")
+def test_kernel_that_takes_no_mask_is_told_before_training(folders: dict[str, Path]) -> None:
+    model = load_model(
+        settings(folders["qwen_image"], "qwen_image", attention_backend="_native_flash")
+    )
+    with pytest.raises(UserError, match=r"_native_flash: .*attn_mask.* not supported.* to auto"):
+        attention.check_attention(model, model.encode(PROMPTS, negative=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_right_attention_passes_its_check(
+    folders: dict[str, Path], family: str, dtype: str
+) -> None:
+    model = load_model(settings(folders[family], family, dtype=dtype))
+    parameters = model.prepare_training(0)
+    state = torch.get_rng_state()
+    attention.check_attention(model, model.encode(PROMPTS, negative=GUIDANCE[family] > 1))
+    assert all(p.grad is None for p in parameters)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(block._forward_pre_hooks for block in model.transformer.modules())
+
+
+class _Wrong(torch.autograd.Function):
+    """Attention's output, whose gradient is spoilt."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad * ctx.factor, None
+
+
+def _illegal(out: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nfurther lines")
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "spoil", "parts"),
+    [
+        (
+            "flux",
+            "auto",
+            lambda out: _Wrong.apply(out, float("nan")),
+            ["on cpu: in FluxTransformerBlock, its gradient is not", "set it to _native_math"],
+        ),
+        ("flux", "native", _illegal, ["illegal memory access", "set it to auto"]),
+        ("sd3", "auto", lambda out: -out, ["output differs", "set it to native"]),
+        (
+            "qwen_image",
+            "auto",
+            lambda out: _Wrong.apply(out, -3.0),
+            ["gradient differs from the plain formula's by"],
+        ),
+        ("z_image", "auto", lambda out: out * float("inf"), ["output is not finite"]),
+    ],
+)
+def test_wrong_attention_is_told_before_training(
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    backend: str,
+    spoil: Any,
+    parts: list[str],
+) -> None:
+    right = torch.nn.functional.scaled_dot_product_attention
+
+    def kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = right(*args, **kwargs)
+        fused = torch.backends.cuda.flash_sdp_enabled()  # not within the plain formula
+        return spoil(out) if fused and torch.is_grad_enabled() else out
+
+    model = load_model(settings(folders[family], family, attention_backend=backend))
+    prompts = model.encode(PROMPTS[:2], negative=GUIDANCE[family] > 1)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    with pytest.raises(UserError) as told:
+        attention.check_attention(model, prompts)
+    message = str(told.value)
+    assert message.startswith(f"model.attention_backend: {backend}: attention is wrong on cpu: ")
+    assert all(part in message for part in parts), message
+    assert "learning_rate" not in message
 
 
 # -- cheaper or smaller -----------------------------------------------------------------------

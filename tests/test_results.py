@@ -263,7 +263,10 @@ def test_one_seed_gives_intervals_over_prompts(tmp_path: Path) -> None:
     assert (row["low"], row["high"], row["seeds"]) == pytest.approx((low, high, 1))
     text = at.table("main").with_suffix(".md").read_text()
     assert "trained once" in text
-    assert "another training seed would differ is not known" in text
+    assert "95% interval over held-out prompts" in text
+    assert "another training seed would differ is not known, so no arm is marked" in text
+    assert "Bold" not in text
+    assert {row["mark"] for row in make_table("main", table_spec(), at)} == {None}
 
 
 # --- marks ----------------------------------------------------------------------------------------
@@ -316,7 +319,9 @@ def test_a_lucky_seed_is_no_winner() -> None:
     steady = cells(rng, 0.0)
     lucky = steady + np.array([[3.0], [0.1], [0.1]])  # ahead on every prompt, by one seed
     assert marks({"lucky": lucky, "steady": steady}) == {}
-    assert marks({"lucky": lucky[:1], "steady": steady[:1]}) == {"lucky": "best"}
+    clear = {"top": steady + 9.0, "steady": steady}
+    assert marks(clear | {"base": steady[:1] - 9.0}) == {"top": "best", "steady": "second"}
+    assert marks(clear | {"once": lucky[:1]}) == {}
 
 
 def test_more_arms_ask_for_clearer_differences() -> None:

@@ -553,6 +553,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run(embeddings: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
 
 
+def test_wrong_attention_ends_a_job_before_its_first_iteration(
+    embeddings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = torch.nn.functional.scaled_dot_product_attention
+
+    def kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = right(*args, **kwargs)
+        return -out if torch.backends.cuda.flash_sdp_enabled() else out
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    with pytest.raises(UserError, match=r"^model\.attention_backend: auto: attention is wrong"):
+        trainer_for(embeddings)
+
+
 def test_tree_of_a_run_matches_its_method() -> None:
     run = small_run("flow_grpo", **{"method.name": "flow_grpo"})
     assert len(tree_of(run, None).leaves) == 4

@@ -112,10 +112,12 @@ class Model(Settings):
     channels_last: bool = setting(True, "Memory format of the VAE's convolutions.")
     vae_tiling: bool = setting(False, "Decode large images in tiles: less memory, faint seams.")
     vae_slicing: bool = setting(False, "Decode one image at a time inside the VAE: less memory.")
-    attention_backend: str | None = setting(
-        None,
-        "Attention of the transformer by diffusers' name (native, flash, _native_cudnn, sage ...); "
-        "null: torch's choice.",
+    attention_backend: str = setting(
+        "auto",
+        "Attention of the transformer: auto, torch's choice without cuDNN's kernel, whose backward "
+        "pass fails in FLUX's blocks on Hopper cards; native, torch's choice with it; or "
+        "diffusers' name of another (_native_cudnn, _native_flash, flash, sage ...), which sd3's "
+        "layers do not take. A training job checks it on one block of each kind first.",
         "diffusers, attention_dispatch",
     )
     compile: bool = setting(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from egrpo.errors import UserError, during
+from egrpo.errors import UserError, during, one_line
+from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
 from egrpo.models.features import KeptFeatures
 from egrpo.store.checkpoint import checksum
@@ -94,8 +95,7 @@ class FlowModel(ABC):
             self.vae.enable_tiling()
         if settings.vae_slicing:
             self.vae.enable_slicing()
-        if settings.attention_backend is not None:
-            self._set_attention(settings.attention_backend)
+        use_attention(self.transformer, settings.attention_backend)
         if settings.fp8_weights:
             self.transformer.enable_layerwise_casting(
                 storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype
@@ -171,12 +171,6 @@ class FlowModel(ABC):
                 f"model.path: {self.settings.path}/vae: config.json does not say the scale of "
                 "latents; download it again"
             )
-
-    def _set_attention(self, backend: str) -> None:
-        try:
-            self.transformer.set_attention_backend(backend)
-        except Exception as error:  # unknown name, missing package, or too old a GPU
-            raise UserError(f"model.attention_backend: {backend}: {one_line(error)}") from None
 
     # -- what a family says ----------------------------------------------------------------
 
@@ -586,8 +580,3 @@ def compile_blocks(network: Any) -> None:
     """Compile the repeated blocks."""
     for block in repeated_blocks(network):
         block.compile()
-
-
-def one_line(error: Exception, most: int = 300) -> str:
-    """An error's text on one line."""
-    return " ".join(str(error).split())[:most]

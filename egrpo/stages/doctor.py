@@ -182,6 +182,7 @@ def _model(model: Model, run: RunConfig) -> Iterator[Finding]:
         return
     yield Finding("ok", "model", f"{model.path}: {model.family}, {size / 1e9:.3g} billion weights")
     yield from _memory(model, run, parts)
+    yield from _attention(model, parts["transformer"])
 
 
 def _keys(model: Model, part: Part) -> tuple[list[str], list[str]]:
@@ -225,6 +226,29 @@ def _memory(model: Model, run: RunConfig, parts: dict[str, Part]) -> Iterator[Fi
     else:
         remedy = advice(run, "train", need.worst)
         yield Finding("FAIL", "memory", f"{text}, {free:.2g} GiB free: {remedy}")
+
+
+def _attention(model: Model, part: Part) -> Iterator[Finding]:
+    """Which kernel ``auto`` takes on a CUDA device; a training job checks that it is right."""
+    import torch
+
+    from egrpo.models.attention import kernel
+    from egrpo.models.base import resolve_device
+
+    try:
+        device = resolve_device(model.device)
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    except (UserError, RuntimeError, AssertionError):  # told by `_device`
+        return
+    if capability is None or model.attention_backend != "auto":
+        return
+    config = part.config
+    head = config.get("attention_head_dim") or config["dim"] // config["n_heads"]
+    plain, masked = (
+        kernel(capability, getattr(torch, model.dtype), head, masked=m) for m in (False, True)
+    )
+    text = f"{model.family}: heads of {head}: {plain}; {masked} where prompts differ in length"
+    yield Finding("ok", "attention", text)
 
 
 def _rewards(study: Study) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from rich.text import Text
 from egrpo.stages.tables import MEASURED, Row, readable
 from egrpo.store.tables import COMPARISON, read_table
 
-HEADER = ("reward", "base", "trained", "difference", "95% interval")
+HEADER = ("reward", "base", "trained", "difference", "95% over prompts")
 MARK = "*"
 NOTE = f"{MARK} trained on this reward"
 OPEN_UI = "Curves, images and settings of every run: `make ui` opens MLflow."
@@ -102,15 +102,15 @@ def verdicts(rows: Iterable[Row]) -> list[str]:
 def verdict(row: Row) -> str:
     """On which side of 0 the interval of a row lies, in words."""
     low, high = row["low"], row["high"]
-    interval = readable(row)["interval"]
+    interval = f"95% interval over prompts {readable(row)['interval']}"
     if low is None:
         text = "has no interval (fewer than two prompts with valid scores)."
     elif low > 0:
-        text = f"95% interval {interval} lies above 0: better than the base model."
+        text = f"{interval} lies above 0: better than the base model."
     elif high < 0:
-        text = f"95% interval {interval} lies below 0: worse than the base model."
+        text = f"{interval} lies below 0: worse than the base model."
     else:
-        text = f"95% interval {interval} contains 0: no difference from the base is shown."
+        text = f"{interval} contains 0: no difference from the base is shown."
     return text + (f" Scoring failed for {row['invalid']} pairs." if row["invalid"] else "")
 
 

@@ -135,7 +135,14 @@ def marks(cells: Mapping[str, Matrix], level: float = LEVEL) -> dict[str, str]:
         cells: by arm, [seeds, prompts] with the same prompts; NaN without a valid score. An arm
             whose interval has no mean takes no part.
         level: of the whole section, in (0, 1).
+
+    Returns:
+        Mark by arm. None where an arm but the base model was trained once: how much another seed
+        would differ is not known, and two arms that are equal in expectation would get a ``best``
+        in up to 71% of such tables.
     """
+    if any(len(c) == 1 for arm, c in cells.items() if arm != BASE):
+        return {}
     able = {arm: c for arm, c in cells.items() if crossed_interval(c).prompts}
     if len(able) < 2:
         return {}

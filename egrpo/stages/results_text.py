@@ -67,20 +67,27 @@ def how_to_read(
     if counts[-1] == 1:
         over = "held-out prompts"
         seeds = (
-            "Each arm was trained once: intervals and marks hold for these trained models; how "
-            "much another training seed would differ is not known."
+            "Each arm was trained once: intervals hold for these trained models; how much another "
+            "training seed would differ is not known, so no arm is marked."
         )
+        marked = ""
     else:
         over = "training seeds and held-out prompts"
         seeds = f"Training seeds of an arm: {number}."
+        marked = (
+            f"{best}: shown to be better than every other row of its section; {second}: than every "
+            "other row but one (differences paired by prompt, 95% for all rows together, "
+            "Bonferroni). Without a mark, the data do not show it. "
+        )
         if counts[0] == 1:
-            seeds += " Where it is 1, the interval covers other prompts, not other seeds."
+            seeds += (
+                " Where it is 1, the interval covers other prompts, not other seeds, and the "
+                "section has no marks."
+            )
     return (
-        f"Mean reward over {over}, higher is better; in brackets its 95% interval, over the same. "
-        f"{seeds} {base} is the untrained model. {best}: shown to be better than every other "
-        f"row of its section; {second}: than every other row but one (differences paired "
-        "by prompt, 95% for all rows together, Bonferroni). Without a mark, the data do not "
-        "show it. Rows share their prompts: a difference may be clear where intervals overlap. "
+        f"Mean reward over {over}, higher is better; in brackets its 95% interval over {over}. "
+        f"{seeds} {base} is the untrained model. {marked}"
+        "Rows share their prompts: a difference may be clear where intervals overlap. "
         f"{trained}: the arm was trained on this reward. Iterations, network evaluations and "
         "seconds of training are means over seeds, peak memory is the largest."
     )

@@ -283,7 +283,7 @@ def markdown(rows: Iterable[Row]) -> str:
         "",
         HOW_TO_READ,
         "",
-        "| run | method | reward | base | trained | difference | 95% interval | pairs | failed "
+        "| run | method | reward | base | trained | difference | 95% over prompts | pairs | failed "
         "| iterations | network evaluations | seconds |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]

@@ -49,6 +49,7 @@ from egrpo.core.seeds import seed_of
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
 from egrpo.models import load_model
+from egrpo.models.attention import check_attention
 from egrpo.models.base import part_like, resolve_device, whole
 from egrpo.models.conditioning import Conditioning, load_conditioning
 from egrpo.rewards import load_rewards, score_all
@@ -85,6 +86,7 @@ class Trainer:
         )
         if run.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        check_attention(self.model, self.conditioning)
         if self.world.sharded:
             self.parameters = self.model.shard()
         self.optimizer = torch.optim.AdamW(
@@ -178,9 +180,12 @@ class Trainer:
             self.world.add_gradients(self.parameters)
             norm = whole(clip_grad_norm_(self.parameters, self.run.train.max_grad_norm))
             if not torch.isfinite(norm):
+                untouched = self.iteration == 0 and number == 0  # no rate was applied yet
                 raise UserError(
                     f"run {self.run.run}: the gradient of iteration {self.iteration + 1} is "
-                    f"{float(norm)}; lower train.learning_rate_scale, or use model.dtype: float32"
+                    f"{float(norm)}; "
+                    + ("" if untouched else "lower train.learning_rate_scale, or ")
+                    + "use model.dtype: float32"
                 )
             grad_norm += float(norm) / len(sizes)
             self.optimizer.step()
