@@ -340,7 +340,8 @@ class Train(Settings):
     kl: Literal["velocity", "transition", "divergence"] = setting(
         "velocity",
         "That distance: mean((v - v_ref)^2); the KL divergence of the transition, "
-        "(mean - mean_ref)^2 / (2 std^2); or Flow-GRPO's `transition`, which is |dt| times that.",
+        "(mean - mean_ref)^2 / (2 std^2); or Flow-GRPO's `transition`, which is |dt| times that, "
+        "and with cps the same.",
     )
     updates: int = setting(
         1,
@@ -360,7 +361,7 @@ class Train(Settings):
     ema_decay: float | None = setting(
         None, "Decay of the averaged weights; null for none.", PAPER, unit="1", gt=0.0, lt=1.0
     )
-    ema_ramp: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["warm_up"] | None = setting(
+    ema_ramp: PositiveFloat | Literal["warm_up"] | None = setting(
         None,
         "How the decay grows up to ema_decay: by this much an iteration; warm_up: it is "
         "(1 + n) / (10 + n) after n optimizer steps; null: it is constant.",

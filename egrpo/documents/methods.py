@@ -155,8 +155,9 @@ ENTRIES = {
     "awm": Entry(
         "AWM",
         "nothing: deterministic samples, noised again to train",
-        "As DiffusionNFT, with a clipped policy gradient whose log-probability is the matching "
-        "error at the noised latent.",
+        "As DiffusionNFT, with a clipped policy gradient whose log-probability is a power of the "
+        "matching error at the noised latent, times its flow time. A penalty keeps the velocity "
+        "near that of a short average of the weights.",
         core.forward_process,
         "AWM",
         {"times_per_sample": 3},
