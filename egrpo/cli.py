@@ -77,6 +77,13 @@ def main() -> None:
 @main.command("plan")
 @click.option("--steps", type=int, default=16, show_default=True, help="Sampling steps T.")
 @click.option("--shift", type=float, default=3.0, show_default=True, help="Timestep shift s.")
+@click.option(
+    "--end",
+    type=click.Choice(["uniform", "stock"]),
+    default="uniform",
+    show_default=True,
+    help="End of the grid: the paper's, or that of SD3's stock pipeline.",
+)
 @click.option("--noise-level", type=float, default=0.7, show_default=True, help="a, or eta.")
 @click.option("--threshold", default="2.2", show_default=True, help="tau; 0: no merging; or auto.")
 @click.option("--active", type=int, default=8, show_default=True, help="First steps that branch.")

@@ -404,6 +404,7 @@ CHANGES = [  # setting, value, which of KEYS it changes
     ("model.lora.rank", "4", "1000"),
     ("method.noise_level", "0.5", "1100"),
     ("schedule.shift", "2.0", "1110"),
+    ("schedule.end", "stock", "1110"),
     ("model.path", "elsewhere", "1111"),
     ("model.height", "64", "1110"),
     ("model.guidance_scale", "4.5", "1111"),
@@ -419,6 +420,20 @@ CHANGES = [  # setting, value, which of KEYS it changes
 def test_a_setting_changes_the_names_of_what_depends_on_it_only(study, key, value, changed):
     plain, other = study.run(), study.run(f"run\t{key}\nfirst\t{value}\n")
     assert "".join(str(int(k(plain) != k(other))) for k in KEYS) == changed
+
+
+def test_methods_that_sample_on_another_grid_have_profiles_of_their_own(study):
+    table = "run\tmethod.name\tmodel.family\n" + "".join(
+        f"{name}-{family}\t{name}\t{family}\n"
+        for name in ("g2rpo", "tempflow_grpo")
+        for family in ("sd3", "flux")
+    )
+    methods = {"tempflow_grpo": {"steps": 16}}
+    runs = study.load(table, methods=methods).runs.values()
+    keys = {run.run: profile_key(run) for run in runs}
+    assert keys["g2rpo-sd3"] != keys["tempflow_grpo-sd3"]
+    assert keys["g2rpo-flux"] == keys["tempflow_grpo-flux"]
+    assert len({evaluation_key(run) for run in runs}) == 2
 
 
 def test_limit_draws_the_same_prompts_once(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from egrpo.config.prompts import Prompt
 from egrpo.config.trees import evaluation_sigmas, training_sigmas
 from egrpo.core.executor import execute
 from egrpo.core.methods import chains
-from egrpo.core.schedule import Sigmas, shifted_sigmas
+from egrpo.core.schedule import Sigmas, shifted_sigmas, stock_end
 from egrpo.errors import UserError
 from egrpo.models import attention, load_model
 from egrpo.models.base import ADAPTER_FILE, FlowModel
@@ -66,9 +66,11 @@ def stock(path: Path, family: str) -> Any:
 
 
 def grid(family: str) -> Sigmas:
-    """The grid that the stock pipeline makes of uniform sigmas at this size."""
+    """The grid of the stock pipeline at this size."""
     tokens = (HEIGHT // 4) * (WIDTH // 4)  # these VAEs halve once, patches once
-    if family in ("sd3", "z_image"):
+    if family == "sd3":
+        return shifted_sigmas(STEPS, 3.0, end=stock_end(3.0, dynamic=False))
+    if family == "z_image":
         return shifted_sigmas(STEPS, 3.0)
     most, at, terminal = (1.15, 4096, None) if family == "flux" else (0.9, 8192, 0.02)
     mu = 0.5 + (most - 0.5) * (tokens - 256) / (at - 256)
@@ -93,15 +95,16 @@ def ours(model: FlowModel, noise: Tensor, prompts: list[Prompt], sigmas: Sigmas)
 
 
 def theirs(pipe: Any, family: str, noise: Tensor, prompt: Prompt, guidance: float) -> Tensor:
-    """The stock pipeline's image of one prompt from the same noise, uint8 [1, 3, h, w]."""
-    uniform = [1.0 - i / STEPS for i in range(STEPS)]
+    """The stock pipeline's image of one prompt from the same noise, uint8 [1, 3, h, w].
+
+    Called as its users call it: with a number of steps, and no sigmas.
+    """
     call: dict[str, Any] = {
         "prompt": prompt.text,
         "negative_prompt": prompt.negative or "",
         "height": HEIGHT,
         "width": WIDTH,
         "num_inference_steps": STEPS,
-        "sigmas": uniform,
         "latents": noise,
         "output_type": "pt",
     }
@@ -219,13 +222,20 @@ def test_training_changes_the_loss_and_its_adapter_loads_in_stock_diffusers(
 
 
 @pytest.mark.parametrize(
-    ("family", "tuning"), [*((family, "lora") for family in FAMILIES), ("flux", "full")]
+    ("family", "tuning", "schedule"),
+    [
+        *((family, "lora", {}) for family in FAMILIES),
+        ("flux", "full", {}),
+        ("sd3", "lora", {"end": "uniform"}),
+        ("sd3", "lora", {"shift": "dynamic", "base_shift": 0.8, "max_shift": 0.8}),
+    ],
 )
 def test_the_snippet_of_a_model_card_draws_what_we_draw(
     folders: dict[str, Path],
     tmp_path: Path,
     family: str,
     tuning: str,
+    schedule: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Python for stock diffusers alone, with the run's own grid, guidance, size and weights."""
@@ -242,7 +252,10 @@ def test_the_snippet_of_a_model_card_draws_what_we_draw(
             "evaluate.steps": STEPS,
             "evaluate.height": HEIGHT,
             "evaluate.width": WIDTH,
-            **{f"schedule.{k}": v for k, v in grids.get(family, {"shift": 2.0}).items()},
+            **{
+                f"schedule.{k}": v
+                for k, v in {**grids.get(family, {"shift": 2.0}), **schedule}.items()
+            },
         },
     )
     model = load_model(run.evaluation_model)
@@ -265,6 +278,8 @@ def test_the_snippet_of_a_model_card_draws_what_we_draw(
     seeded = "generator=torch.Generator().manual_seed(0)"
     code = loading(run, None, prompt.text)
     assert seeded in code
+    stock = family == "sd3" and "end" not in schedule  # needs nothing but a number of steps
+    assert ("sigmas=" in code) is not stock
     latents = packed(noise) if family in ("flux", "qwen_image") else noise
     exec(code.replace(seeded, "latents=latents"), {"latents": latents})
     assert abs(np.asarray(Image.open("image.png"), int) - images).max() <= 1

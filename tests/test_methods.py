@@ -16,9 +16,17 @@ from conftest import ROOT, small_run, write_run
 
 from egrpo.config.load import METHOD_MODELS
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import iteration_cost, needs_plan, plan_of, training_sigmas, tree_of
+from egrpo.config.trees import (
+    evaluation_sigmas,
+    iteration_cost,
+    monitor_sigmas,
+    needs_plan,
+    plan_of,
+    training_sigmas,
+    tree_of,
+)
 from egrpo.core.noise import NOISING
-from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.tree import Cost, Tree
 from egrpo.errors import UserError
 
@@ -221,10 +229,12 @@ def test_depth_pruning_of_branchgrpo_moves_forward_and_stops():
         assert {grown.nodes[k].index for k in trained}.isdisjoint(arrived)
         return sorted(arrived)
 
-    for iteration in (1, 30, 31, 60, 61, 150, 151, 180, 181, 211, 1000):
-        first = max(15 - (iteration - 1) // 30, 9)
+    for iteration in (1, 29, 30, 59, 60, 149, 150, 179, 180, 210, 1000):
+        first = max(15 - iteration // 30, 9)  # its code: shift = step // 30, from step 1
         assert pruned(iteration) == list(range(first, first + 4)), iteration
-    assert pruned(181) == [9, 10, 11, 12]
+    assert pruned(29) == [15, 16, 17, 18]
+    assert pruned(30) == [14, 15, 16, 17]
+    assert pruned(180) == [9, 10, 11, 12]
     assert tree(run, 1).cost.forward == 203  # sampling is not pruned
 
 
@@ -232,6 +242,31 @@ def test_flow_grpo_leaves_out_what_its_fraction_leaves_out():
     assert starts(tree(paper("flow_grpo"))) == list(range(9))
     assert starts(tree(paper("flow_grpo", trained_fraction=0.5))) == list(range(5))
     assert starts(tree(paper("flow_grpo", trained_fraction=1.0))) == list(range(10))
+
+
+# --- the grid -------------------------------------------------------------------------------------
+
+LINEAGE = ("flow_grpo", "flow_grpo_fast", "tempflow_grpo", "diffusion_nft", "awm")
+"""Methods whose public code samples on the stock SD3 pipeline's grid."""
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_grid_is_the_lineages_in_training_and_the_pipelines_in_evaluation(name, family):
+    steps = METHOD_MODELS[name]().steps
+
+    def grids(**more: Any) -> list[tuple[float, ...]]:
+        of = {"method.name": name, "method.steps": steps, "model.family": family, **more}
+        run = small_run("x", **of)
+        return [training_sigmas(run), monitor_sigmas(run), evaluation_sigmas(run)]
+
+    uniform = [shifted_sigmas(n, 3.0) for n in (steps, 4, 4)]
+    end = stock_end(3.0, dynamic=False) if family == "sd3" else None
+    stock = [shifted_sigmas(n, 3.0, end=end) for n in (steps, 4, 4)]
+    assert (stock == uniform) is (family != "sd3")
+    assert grids() == [stock[0] if name in LINEAGE else uniform[0], *stock[1:]]
+    assert grids(**{"schedule.end": "stock"}) == stock
+    assert grids(**{"schedule.end": "uniform"}) == uniform
 
 
 # --- a function of (seed, iteration, prompt) ------------------------------------------------------
@@ -386,9 +421,9 @@ def test_cost_of_an_iteration_sums_its_prompts_and_guidance_doubles_it(name):
     one = tree(run).cost
     if name != "flow_grpo_fast":  # the same for every prompt
         cost = iteration_cost(run, plan, 1, 16)
-        kl = run.train.kl_weight > 0
+        penalties = 2 if name == "awm" else int(run.train.kl_weight > 0)
         assert (cost.forward, cost.train) == (2 * one.forward, 2 * one.train)
-        assert cost.reference == (2 * one.train if kl else 0)
+        assert cost.reference == penalties * 2 * one.train
         assert cost.total == cost.forward + cost.train + cost.reference
     guided = run.model_copy(update={"model": run.model.model_copy(update={"guidance_scale": 4.5})})
     cost, twice = iteration_cost(run, plan, 1, 16), iteration_cost(guided, plan, 1, 16)
@@ -414,41 +449,66 @@ UPDATES = {  # optimizer steps of an iteration
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_parts_cover_every_source_and_none_is_empty(name):
+def test_parts_cover_every_edge_and_none_is_empty(name):
     grown, count = tree(paper(name)), UPDATES[name]
     parts = grown.parts(count)
-    assert set(parts) == set(grown.sources)
+    assert set(parts) == set(grown.trained)
     assert sorted(set(parts.values())) == list(range(count))
     assert set(grown.parts(1).values()) == {0}
+    assert grown.passes(1) == grown.cost.train
+    if name != "flow_grpo_fast":  # edges out of one latent stay together
+        assert len({(grown.source(k), part) for k, part in parts.items()}) == grown.cost.train
+        assert grown.passes(count) == grown.cost.train
 
 
 @pytest.mark.parametrize("name", ["egrpo", "g2rpo"])
 def test_eight_parts_are_the_eight_active_steps(name):
     grown = tree(paper(name))
     parts = grown.parts(8)
-    assert {parts[grown.source(k)]: start_of(grown, k) for k in grown.trained} == dict(
+    assert {parts[k]: start_of(grown, k) for k in grown.trained} == dict(
         zip(range(8), range(8), strict=True)
     )
-    assert len(parts) == 8
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("flow_grpo", 2), ("dancegrpo", 3), ("mixgrpo", 4), ("diffusion_nft", 6), ("awm", 5)],
+    [
+        ("flow_grpo", 2),
+        ("flow_grpo_fast", 2),
+        ("flow_grpo_fast", 5),
+        ("dancegrpo", 3),
+        ("mixgrpo", 4),
+        ("diffusion_nft", 6),
+        ("awm", 5),
+    ],
 )
 def test_chains_are_cut_by_sample(name, count):
     run = paper(name)
     grown, size = tree(run), run.method.group_size
     parts = grown.parts(count)
     for k in grown.trained:
-        assert parts[grown.source(k)] == grown.nodes[k].sample * count // size
+        assert parts[k] == grown.nodes[k].sample * count // size
+
+
+def test_both_updates_of_flow_grpo_fast_train_the_whole_window():
+    """Its code: 24 samples x 3 steps in two optimizer steps, 36 + 36, whatever they share."""
+    run = paper("flow_grpo_fast")
+    for prompt in range(4):
+        grown = tree(run, 1, prompt)
+        parts = grown.parts(2)
+        steps = Counter((parts[k], start_of(grown, k)) for k in grown.trained)
+        window = starts(grown)
+        assert steps == {(part, i): 12 for part in (0, 1) for i in window}
+        assert grown.passes(2) == 1 + 1 + 24 * 2  # the shared latent once in each
+    plan = None
+    assert iteration_cost(run, plan, 1, 16).train == 2 * 50
 
 
 def test_anchors_are_cut_whole():
     grown = tree(paper("tempflow_grpo"))
     parts = grown.parts(2)
     anchor = {k: grown.nodes[k].group // 9 for k in grown.trained}
-    assert {(a, parts[grown.source(k)]) for k, a in anchor.items()} == {
+    assert {(a, parts[k]) for k, a in anchor.items()} == {
         (0, 0),
         (1, 0),
         (2, 1),
@@ -462,7 +522,7 @@ def test_anchors_are_cut_whole():
 @pytest.mark.parametrize("active_per_iteration", [None, 4])
 def test_tempflow_weighs_a_step_by_its_share_of_the_noise(active_per_iteration):
     run = paper("tempflow_grpo", active_per_iteration=active_per_iteration)
-    sigmas = shifted_sigmas(10, 3.0)
+    sigmas = training_sigmas(run)
 
     def std(i: int) -> float:
         t = sigmas[i]
@@ -541,6 +601,8 @@ REFUSED = [
     ("diffusion_nft", {"train.kl": "divergence"}, "train.kl: divergence compares stochastic"),
     ("egrpo", {"train.sample_average": True}, "train.sample_average: needs train.ema_decay"),
     ("egrpo", {"train.ema_ramp": 0.1}, "train.ema_ramp: needs train.ema_decay"),
+    ("egrpo", {"train.ema_ramp": "warm_up"}, "train.ema_ramp: needs train.ema_decay"),
+    ("egrpo", {"train.ema_weight": 1.0}, "train.ema_weight: needs train.ema_decay"),
 ]
 
 

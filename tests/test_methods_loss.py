@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,10 @@ from egrpo.core.advantage import Advantages, advantages, best_leaves, prune
 from egrpo.core.executor import execute
 from egrpo.core.loss import clipped_objective, negative_aware_objective
 from egrpo.core.methods import branches, branchgrpo, dancegrpo, forward_process, windowed
-from egrpo.core.noise import NOISING
+from egrpo.core.noise import NOISING, Matching
 from egrpo.core.rollout import Rollout, Segment, TrainBatch
 from egrpo.core.schedule import shifted_sigmas
-from egrpo.core.seeds import normal
+from egrpo.core.seeds import normal, seed_of
 from egrpo.core.tree import Tree, TreeBuilder
 
 NAN = math.nan
@@ -243,13 +244,26 @@ def test_gdpo_counts_a_sample_that_lies_on_its_groups_mean():
     assert result.values.tolist() == pytest.approx(gdpo(rewards, {"a": 1.0}))
 
 
-def test_gdpo_leaves_silenced_samples_silent():
+def test_gdpo_counts_silent_groups_as_zeros_and_leaves_them_silent():
+    """Its code: (sum - mean) / (std + eps) over all samples; here failed ones do not count."""
     run = small_run("x", **{"advantage.combine": "gdpo"})
     rewards = {"a": [[1.0, 2.5, 6.0], [4.0, 4.0, 4.0], [2.0, NAN, NAN], [1.0, 0.0, NAN]]}
     result = numbers(run, one_step(4, 3), rewards, {"a": 1.0})
-    says = within(within([1.0, 2.5, 6.0]) + within([1.0, 0.0]))
-    assert result.values.tolist() == pytest.approx([*says[:3], *[0.0] * 6, *says[3:], 0.0])
+    says = within([*within([1.0, 2.5, 6.0]), *[0.0] * 4, *within([1.0, 0.0])])
+    assert result.values.tolist() == pytest.approx([*says[:3], *[0.0] * 6, *says[7:], 0.0])
     assert result[1:] == (4, 2, 3)
+
+
+def test_one_silent_group_of_four_does_not_shrink_gdpos_advantages():
+    run = small_run("x", **{"advantage.combine": "gdpo"})
+    said = drawn(3, 8).tolist()
+    rewards = {"a": [*said, [0.5] * 8]}
+    result = numbers(run, one_step(4, 8), rewards, {"a": 1.0}).values.reshape(4, 8)
+    batch = np.array([*(within(group) for group in said), [0.0] * 8])
+    expected = (batch - batch.mean()) / batch.std(ddof=1)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    left_out = batch[:3] / batch[:3].std(ddof=1)
+    assert left_out / expected[:3] == pytest.approx(math.sqrt(23 / 31))  # 0.861
 
 
 # --- pruning --------------------------------------------------------------------------------------
@@ -337,7 +351,7 @@ def test_a_pruned_batch_is_the_batch_without_its_other_edges(name, parts):
     sigmas = shifted_sigmas(6, 3.0)
     rollout = rolled(trees, batch=4, parts=parts)
     count = len(rollout.edges)
-    kept = {e for e in range(count) if normal((1,), "kept", e).item() > 0.3}
+    kept = {e for e in range(count) if seed_of("kept", e) % 3 == 0}
     assert 3 < len(kept) < count - 3
     advantage = torch.linspace(-2, 3, count, dtype=torch.float64)
 
@@ -364,7 +378,9 @@ def test_a_pruned_batch_is_the_batch_without_its_other_edges(name, parts):
         assert abs(float(a)) > 0
         seen += [e for batch in update for e in batch.edges]
     assert sorted(seen) == sorted(kept)
-    needed = {(t, trees[t].source(k)) for t, k in (rollout.edges[e] for e in kept)}
+    part_of = [grown.parts(parts) for grown in trees]
+    edges = (rollout.edges[e] for e in kept)
+    needed = {(t, trees[t].source(k), part_of[t][k]) for t, k in edges}
     assert sum(len(batch.x) for update in pruned for batch in update) == len(needed)
     for batch in rollout.batches:
         small = batch.only(kept)
@@ -507,11 +523,44 @@ def test_negative_aware_gradient_pulls_good_samples_and_pushes_bad_ones(advantag
     assert (sign * -gradient > 0).all()  # descent goes toward the target, or away
 
 
-def awm_batch(x: Tensor, v_old: Tensor, target: Tensor) -> TrainBatch:
+def awm_batch(x: Tensor, v_old: Tensor, target: Tensor, matching: Matching) -> TrainBatch:
     rows = torch.arange(len(x))
-    old = -((v_old - target) ** 2).flatten(1).mean(1)
     segment = Segment(NOISING, 2, rows, target)
-    return TrainBatch(2, 0, x, v_old, rows, (segment,), tuple(rows.tolist()), old)
+    of = (2, 0, x, v_old, rows, (segment,), tuple(rows.tolist()))
+    batch = TrainBatch(*of, torch.zeros(len(x)), matching)
+    return replace(batch, log_prob=batch.log_probs(v_old, shifted_sigmas(6, 3.0), 0.0))
+
+
+@pytest.mark.parametrize("time_weight", [False, True])
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_awm_log_probability_is_its_formula(power, time_weight):
+    """Public code (`ghuber`): -((e + d)^p - d^p) * t / p, e = mean((v - target)^2), d = 1e-10."""
+    generator = torch.Generator().manual_seed(2)
+    x, v, target = torch.randn(3, 4, 2, 3, generator=generator, dtype=torch.float64)
+    sigmas = shifted_sigmas(6, 3.0)
+    batch = awm_batch(x, v, target, Matching(power, time_weight))
+    v = v.requires_grad_()
+    found = batch.log_probs(v, sigmas, 0.0)
+    t = sigmas[2] if time_weight else 1.0
+    for k in range(4):
+        e = statistics.mean(((v - target) ** 2)[k].ravel().tolist())
+        assert found[k].item() == pytest.approx(-((e + 1e-10) ** power - 1e-10**power) * t / power)
+        # an edge weighs t * e^(p - 1) beside the plain squared error
+        (gradient,) = torch.autograd.grad(found[k], v, retain_graph=True)
+        plain = -2 * (v - target)[k] / 6
+        torch.testing.assert_close(gradient[k], t * e ** (power - 1) * plain, rtol=1e-6, atol=0)
+
+
+def test_awm_weighs_by_time_and_error_and_nft_does_not() -> None:
+    assert paper("awm").method.matching == Matching(0.25, True)
+    assert paper("awm", power=1.0, time_weight=False).method.matching == Matching()
+    assert {paper(name).method.matching for name in set(METHODS) - {"awm"}} == {Matching()}
+    perfect = torch.zeros(1, 2, 3, requires_grad=True)
+    batch = awm_batch(perfect.detach(), perfect.detach(), torch.zeros(1, 2, 3), Matching(0.25))
+    value = batch.log_probs(perfect, shifted_sigmas(6, 3.0), 0.0).sum()
+    (gradient,) = torch.autograd.grad(value, perfect)
+    assert value.item() == 0.0
+    assert not gradient.any()  # and not NaN
 
 
 @pytest.mark.parametrize(("advantage", "sign"), [(2.0, 1), (-2.0, -1)])
@@ -519,7 +568,7 @@ def test_awm_surrogate_and_the_direction_of_its_gradient(advantage, sign):
     generator = torch.Generator().manual_seed(1)
     x, v_old, target = torch.randn(3, 4, 2, 3, generator=generator, dtype=torch.float64)
     sigmas = shifted_sigmas(6, 3.0)
-    batch = awm_batch(x, v_old, target)
+    batch = awm_batch(x, v_old, target, Matching())
     v = v_old.clone().requires_grad_()
     new = batch.log_probs(v, sigmas, 0.7)
     expected = [-statistics.mean(((v_old - target) ** 2)[k].ravel().tolist()) for k in range(4)]

@@ -16,7 +16,7 @@ from egrpo.config.prompts import read_prompts
 from egrpo.config.rewards import REWARD_MODELS
 from egrpo.core.executor import execute
 from egrpo.core.methods import chains
-from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
 from egrpo.models import load_model
@@ -28,6 +28,8 @@ from egrpo.stages.sampling import sample_images
 from egrpo.stages.train import Trainer
 
 TOY = "assets/toy/pipeline"
+GRID = shifted_sigmas(8, 3.0, end=stock_end(3.0, dynamic=False))
+"""What the stock pipeline samples on, called with a number of steps as its users call it."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,6 @@ def stock_images(
     out = pipe(
         prompt,
         latents=noise.clone(),
-        sigmas=np.linspace(1, 1 / steps, steps).tolist(),
         num_inference_steps=steps,
         guidance_scale=scale,
         max_sequence_length=0,
@@ -62,9 +63,7 @@ def test_ode_sampling_equals_the_stock_pipeline(pipe: Any, scale: float) -> None
     model = load_model(run.model)
     prompts = read_prompts("assets/toy/prompts/heldout.txt")[:2]
     conditioning = model.encode(prompts, negative=scale > 1)
-    ours, forward = sample_images(
-        model, conditioning, [0, 1], shifted_sigmas(8, 3.0), samples=1, micro_batch=3
-    )
+    ours, forward = sample_images(model, conditioning, [0, 1], GRID, samples=1, micro_batch=3)
     assert forward == 2 * 8 * (2 if scale > 1 else 1)
     for i, prompt in enumerate(prompts):
         noise = normal(model.image_shape, "evaluate", i, -1, 0)[None]
@@ -88,9 +87,7 @@ def test_trained_lora_gives_the_same_image_in_the_stock_pipeline(
     texts, conditioning = load_conditioning(embeddings, "heldout")
 
     def images(model: Any) -> torch.Tensor:
-        return sample_images(
-            model, conditioning, [0], shifted_sigmas(8, 3.0), samples=1, micro_batch=8
-        )[0].float()
+        return sample_images(model, conditioning, [0], GRID, samples=1, micro_batch=8)[0].float()
 
     live, ours, untrained = images(trainer.model), images(fused), images(base)
     assert (untrained - ours).abs().max() > 8, "training must have changed the image"

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from egrpo.core.entropy import profile, step_entropy
 from egrpo.core.methods import egrpo
+from egrpo.core.noise import flow_sde_std
 from egrpo.core.plan import Plan, make_plan
-from egrpo.core.schedule import check_sigmas, shifted_sigmas
+from egrpo.core.schedule import check_sigmas, shifted_sigmas, stock_end
 
 PAPER_GRID = shifted_sigmas(16, 3.0)
 PAPER_ENTROPY = [
@@ -279,6 +280,39 @@ def test_schedule_equals_diffusers(steps, shift):
     ours = shifted_sigmas(steps, shift)
     np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
     assert check_sigmas(ours) == ours
+
+
+@pytest.mark.parametrize("terminal", [None, 0.02])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.5, "dynamic"])
+@pytest.mark.parametrize("steps", [10, 40, 50])
+def test_stock_grid_is_what_the_scheduler_makes_of_a_number_of_steps(steps, shift, terminal):
+    """As the SD3 pipeline asks for it: ``set_timesteps(T)``, without sigmas."""
+    dynamic, mu = shift == "dynamic", 0.8
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=1.0 if dynamic else shift, use_dynamic_shifting=dynamic, shift_terminal=terminal
+    )
+    scheduler.set_timesteps(steps, mu=mu if dynamic else None)
+    shift = math.exp(mu) if dynamic else shift
+    ours = shifted_sigmas(steps, shift, terminal, stock_end(shift, dynamic=dynamic))
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
+    assert check_sigmas(ours) == ours
+
+
+def test_stock_grid_of_ten_steps():
+    assert stock_end(3.0, dynamic=False) == pytest.approx(0.002994, abs=1e-6)
+    known = (1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0)
+    grid = shifted_sigmas(10, 3.0, end=stock_end(3.0, dynamic=False))
+    assert grid == pytest.approx(known, abs=5e-5)
+    assert shifted_sigmas(1, 3.0, end=stock_end(3.0, dynamic=False)) == (1.0, 0.0)
+    # Flow-GRPO's last, untrained step adds this much noise to the rewarded latent
+    assert flow_sde_std(grid, 9, 10, 0.7) == pytest.approx(0.0063, abs=5e-5)
+    assert flow_sde_std(shifted_sigmas(10, 3.0), 9, 10, 0.7) == pytest.approx(0.202, abs=5e-4)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0, -0.1, math.nan])
+def test_an_impossible_end_is_refused(end):
+    with pytest.raises(ValueError, match="end must lie"):
+        shifted_sigmas(10, 3.0, end=end)
 
 
 @pytest.mark.parametrize(

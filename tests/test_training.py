@@ -182,6 +182,75 @@ def test_ema_follows_the_weights_and_is_what_is_saved(embeddings: Path, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(live, trainer.parameters, strict=True))
 
 
+def test_average_of_flow_grpos_lineage_warms_up_and_moves_at_every_eighth_step(
+    embeddings: Path,
+) -> None:
+    """Its public code: where (n + 1) % 8 == 0, with decay min((1 + n) / (10 + n), 0.9)."""
+    for name in ("flow_grpo", "flow_grpo_fast", "tempflow_grpo"):
+        t = small_run("x", **{"method.name": name}).train
+        assert (t.ema_decay, t.ema_ramp, t.ema_every) == (0.9, "warm_up", 8), name
+    trainer = trainer_for(
+        embeddings, **{"method.name": "flow_grpo", "train.ema_decay": 0.5, "train.ema_every": 4}
+    )
+    mean, steps = [p.detach().clone() for p in trainer.parameters], 0
+
+    def follow(*of: Any) -> None:
+        nonlocal mean, steps
+        steps += 1
+        if steps in (3, 7, 11):
+            decay = {3: 4 / 13, 7: 8 / 17, 11: 0.5}[steps]
+            now = [p.detach() for p in trainer.parameters]
+            mean = [decay * m + (1 - decay) * p for m, p in zip(mean, now, strict=True)]
+
+    trainer.optimizer.register_step_post_hook(follow)
+    for _ in range(6):
+        trainer.step()
+    assert steps == trainer.optimizer_steps == 12
+    assert trainer.ema is not None
+    for found, expected in zip(trainer.ema, mean, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_penalty_of_awm_is_the_distance_to_the_averaged_weights(embeddings: Path) -> None:
+    """Its public code: 1 * mean((v - v_average)^2), average min(0.3, 0.001 n) of the old one."""
+    overrides = {"method.name": "awm", "method.group_size": 3}
+    t = small_run("x", **overrides).train
+    assert (t.ema_weight, t.ema_decay, t.ema_ramp, t.kl_weight) == (1.0, 0.3, 0.001, 1e-4)
+    trainer = trainer_for(
+        embeddings,
+        **{**overrides, "train.ema_ramp": 0.3, "train.kl_weight": 0.0, "train.ema_weight": 2.0},
+    )
+    for _ in range(2):
+        trainer.step()
+    ids, trees = trainer.trees(3)
+    rollout = trainer.rollout(3, ids, trees)
+    scores = {"verifier": np.zeros(len(rollout.leaves))}  # nothing but the penalty is left
+    advantage = trainer.advantages(scores, rollout, trees)
+    live = [p.detach().clone() for p in trainer.parameters]
+
+    def distance() -> float:
+        """Mean over the noised samples."""
+        total = count = 0.0
+        for batch in rollout.batches:
+            rows = torch.tensor(ids)[batch.tree]
+            of = (batch.x, trainer.sigmas[batch.start], trainer.conditioning.rows(rows))
+            with torch.no_grad():
+                v = trainer.model.velocity(*of)
+                with trainer.averaged():
+                    mean = trainer.model.velocity(*of)
+            total += float(((v - mean) ** 2).mean((1, 2, 3)).sum())
+            count += len(batch.x)
+        return total / count
+
+    before = distance()
+    assert before > 0
+    assert all(torch.equal(a, b) for a, b in zip(live, trainer.parameters, strict=True))
+    metrics = trainer.optimise(rollout, ids, trees, advantage)
+    assert metrics["loss"] == pytest.approx(2 * before, rel=1e-4)
+    assert metrics["grad_norm"] > 0
+    assert metrics["on_policy_ratio_deviation"] == 0.0
+
+
 def test_prompts_of_an_epoch_are_each_seen_once(embeddings: Path) -> None:
     trainer = trainer_for(embeddings, **{"train.prompts_per_iteration": 4})
     per_epoch = len(trainer.texts) // 4

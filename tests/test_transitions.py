@@ -236,18 +236,26 @@ def one_segment(x: Tensor, y: Tensor, start: int, stop: int, dynamics: str) -> T
     return TrainBatch(start, 0, x, zero, rows, (segment,), tuple(rows.tolist()), torch.zeros(3))
 
 
+@pytest.mark.parametrize("dynamics", ["flow_sde", "cps"])
 @pytest.mark.parametrize("step", [0, 3, 8])
-def test_divergence_times_length_is_flow_grpos_penalty(step: int) -> None:
-    """Its public code: ((mean - mean_ref)^2).mean() / (2 s_t^2), s_t without the sqrt of |dt|."""
+def test_transition_distance_is_flow_grpos_penalty(step: int, dynamics: str) -> None:
+    """Its public code: ((mean - mean_ref)^2).mean() / (2 std_dev_t^2).
+
+    std_dev_t is without the sqrt of |dt| in Flow-SDE; in CPS it is the whole std,
+    sigma' * sin(a * pi/2), beside ``mean = (1-s')*(x - t*v) + s'*cos(a*pi/2)*(x + (1-t)*v)``.
+    """
     sigmas = shifted_sigmas(10, 3.0)
     x, v, ref = torch.randn(3, 2, 5, dtype=torch.float64).unbind(0)
-    t = sigmas[step]
-    s_t = 0.7 * math.sqrt(t / (1 - (sigmas[1] if t == 1 else t)))
-    dt = sigmas[step + 1] - t
-    gain = (1 + s_t**2 * (1 - t) / (2 * t)) * dt
-    expected = ((gain * (v - ref)) ** 2).mean(1) / (2 * s_t**2)
-    batch = one_segment(x, x, step, step + 1, "flow_sde")
-    penalty = batch.divergence(v, ref, sigmas, 0.7) * batch.lengths(sigmas)
+    t, then = sigmas[step], sigmas[step + 1]
+    if dynamics == "cps":
+        std_dev_t = then * math.sin(0.7 * math.pi / 2)
+        gain = -(1 - then) * t + then * math.cos(0.7 * math.pi / 2) * (1 - t)
+    else:
+        std_dev_t = 0.7 * math.sqrt(t / (1 - (sigmas[1] if t == 1 else t)))
+        gain = (1 + std_dev_t**2 * (1 - t) / (2 * t)) * (then - t)
+    expected = ((gain * (v - ref)) ** 2).mean(1) / (2 * std_dev_t**2)
+    batch = one_segment(x, x, step, step + 1, dynamics)
+    penalty = batch.transition_distance(v, ref, sigmas, 0.7)
     torch.testing.assert_close(penalty, expected, rtol=1e-6, atol=0)  # lengths are float32
 
 

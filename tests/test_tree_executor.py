@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -753,3 +754,29 @@ def test_seeds_are_functions_of_their_parts_alone():
     from_numpy: Any = np.int64(7)
     assert seed_of(from_numpy, "root", 0) == seed_of(7, "root", 0)
     torch.testing.assert_close(normal((3,), 1, 2), normal((3,), 1, 2), rtol=0, atol=0)
+
+
+def test_noise_keeps_128_bits_of_what_it_is_for():
+    """torch's generator keeps 32 bits of a seed: these pairs were the same tensor."""
+    seen: dict[int, int] = {}
+    pairs = []
+    for n in range(160_000):
+        low = seed_of(n) & 0xFFFFFFFF
+        if low in seen:
+            pairs.append((seen[low], n))
+        seen[low] = n
+    assert pairs
+    for a, b in pairs:
+        torches = [
+            torch.randn(4, generator=torch.Generator().manual_seed(seed_of(x))) for x in (a, b)
+        ]
+        assert torch.equal(*torches)
+        assert not torch.equal(normal((4,), a), normal((4,), b))
+    key = int.from_bytes(hashlib.blake2b(b"int:7\x1fstr:root", digest_size=16).digest(), "little")
+    generator = np.random.Generator(np.random.Philox(key=key))
+    expected = generator.standard_normal((2, 3), dtype=np.float32)
+    assert normal((2, 3), 7, "root").numpy().tobytes() == expected.tobytes()
+    some = normal((100, 1000), "moments").double()
+    assert abs(some.mean()) < 0.01
+    assert abs(some.std() - 1) < 0.01
+    assert normal((), "scalar").shape == ()

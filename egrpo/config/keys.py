@@ -45,6 +45,7 @@ def profile_key(run: RunConfig) -> str:
         {
             "model": base_model(run),
             "schedule": run.schedule.model_dump(),
+            "end": run.schedule.end_at(run.model, stock=method.stock_grid),
             "steps": method.steps,
             "dynamics": method.dynamics,
             "noise_level": method.noise_level,

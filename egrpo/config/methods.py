@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from egrpo.config.base import CHOICE, PAPER, Settings, setting
+from egrpo.core.noise import SQUARED_ERROR, Matching
 
 DANCE = "DanceGRPO, arXiv 2505.07818 and its public code"
 FLOW = "Flow-GRPO, arXiv 2505.05470 and its public code"
@@ -53,6 +54,10 @@ BATCH_STD = {"advantage.std": "batch", "advantage.ddof": 0, "advantage.eps": 1e-
 """Flow-GRPO's advantages: the prompt's mean, the population std of the whole batch."""
 
 
+FLOW_AVERAGE = {"train.ema_decay": 0.9, "train.ema_ramp": "warm_up", "train.ema_every": 8}
+"""Flow-GRPO's average of the weights, on which it is evaluated."""
+
+
 class Method(Settings):
     """What every method has."""
 
@@ -61,6 +66,8 @@ class Method(Settings):
     """Where the recipe comes from."""
     losses: ClassVar[tuple[Loss, ...]] = ("clipped", "guarded")
     """Values of ``train.loss`` that the method's edges allow."""
+    stock_grid: ClassVar[bool] = False
+    """Whether its public code samples on the grid of the stock pipeline (``schedule.end``)."""
 
     steps: int = setting(
         16, "Sampling steps T in training.", f"{PAPER}, experiments", unit="steps", ge=3, le=1000
@@ -68,6 +75,11 @@ class Method(Settings):
     group_size: int = setting(
         12, "Samples G that share a group.", f"{PAPER}, experiments", unit="samples", ge=2, le=1024
     )
+
+    @property
+    def matching(self) -> Matching:
+        """The log-probability of noising edges."""
+        return SQUARED_ERROR
 
 
 class Stochastic(Method):
@@ -273,13 +285,14 @@ class G2rpo(Branching):
 class TempflowGrpo(Branching):
     """TempFlow-GRPO: single SDE steps from anchors, loss weighted by their noise."""
 
+    stock_grid: ClassVar[bool] = True
     source: ClassVar[str] = TEMPFLOW
     recipe: ClassVar[dict[str, Any]] = {
         **rates(lora=3e-4),
         **COMMON,
         "train.kl_weight": 0.004,
         "train.kl": "divergence",
-        "train.ema_decay": 0.9,
+        **FLOW_AVERAGE,
         "train.updates": 2,
         "advantage.ddof": 0,
         "advantage.eps": 1e-4,
@@ -309,13 +322,14 @@ class TempflowGrpo(Branching):
 class FlowGrpo(Stochastic):
     """Flow-GRPO: SDE on all steps of independent trajectories."""
 
+    stock_grid: ClassVar[bool] = True
     source: ClassVar[str] = FLOW
     recipe: ClassVar[dict[str, Any]] = {
         **rates(lora=3e-4),
         **COMMON,
         "train.kl_weight": 0.04,
         "train.kl": "transition",
-        "train.ema_decay": 0.9,
+        **FLOW_AVERAGE,
         "train.updates": 2,
         **BATCH_STD,
     }
@@ -348,6 +362,7 @@ class Windowed(Stochastic):
 class FlowGrpoFast(Windowed):
     """Flow-GRPO-Fast: a shared ODE prefix, a random window of SDE steps, ODE."""
 
+    stock_grid: ClassVar[bool] = True
     source: ClassVar[str] = FLOW
     recipe: ClassVar[dict[str, Any]] = {
         **FlowGrpo.recipe,
@@ -502,10 +517,13 @@ class BranchGrpo(Stochastic):
     )
 
     def untrained(self, iteration: int) -> tuple[int, ...]:
-        """Starts of the edges that depth pruning takes out, in an iteration counted from 1."""
+        """Starts of the edges that depth pruning takes out, in an iteration counted from 1.
+
+        The first move is in iteration ``depth_every``: its code has ``step // 30``, from step 1.
+        """
         if not self.depth_pruning:
             return ()
-        moves = (iteration - 1) // self.depth_every
+        moves = iteration // self.depth_every
         shift = min(moves, max(0, self.depth_pruning[0] - self.depth_stop))
         return tuple(depth - 1 - shift for depth in self.depth_pruning)
 
@@ -541,6 +559,7 @@ class BranchGrpo(Stochastic):
 class ForwardProcess(Method):
     """What the methods that train on noised samples share: their samples are deterministic."""
 
+    stock_grid: ClassVar[bool] = True
     dynamics: ClassVar[str] = "ode"
     noise_level: ClassVar[float] = 0.0
 
@@ -594,7 +613,7 @@ class DiffusionNft(ForwardProcess):
 
 
 class Awm(ForwardProcess):
-    """AWM: clipped policy gradient whose log-probability is the matching error."""
+    """AWM: clipped policy gradient whose log-probability is a function of the matching error."""
 
     losses: ClassVar[tuple[Loss, ...]] = ("clipped",)
     source: ClassVar[str] = AWM
@@ -602,7 +621,10 @@ class Awm(ForwardProcess):
         **rates(lora=3e-4),
         **COMMON,
         "train.clip_range": 1.0,
-        "train.kl_weight": 1e-4,
+        "train.kl_weight": 1e-4,  # its recipe for PickScore; GenEval 1e-3, OCR 3e-3
+        "train.ema_decay": 0.3,
+        "train.ema_ramp": 0.001,
+        "train.ema_weight": 1.0,
         **BATCH_STD,
     }
 
@@ -622,6 +644,23 @@ class Awm(ForwardProcess):
     weight: float = setting(
         0.2, "Factor of the loss: advantages, clamped at 5, count within 1.", AWM, unit="1", gt=0.0
     )
+    power: float = setting(
+        0.25,
+        "Power p of the matching error e in the log-probability -(e^p - c) / p (generalised "
+        "Huber); 1: the error itself.",
+        AWM,
+        unit="1",
+        gt=0.0,
+        le=1.0,
+    )
+    time_weight: bool = setting(
+        True, "Multiply the log-probability by the flow time of the noised sample.", AWM
+    )
+
+    @property
+    def matching(self) -> Matching:
+        """See :class:`Method`."""
+        return Matching(self.power, self.time_weight)
 
 
 AnyMethod = Annotated[

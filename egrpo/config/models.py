@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from egrpo.config.base import PAPER, Settings, setting
 from egrpo.config.methods import (
+    AWM,
     FLOW,
     GUARD,
     NFT,
@@ -24,7 +25,7 @@ from egrpo.config.methods import (
     Solver,
 )
 from egrpo.config.rewards import AnyReward
-from egrpo.core.schedule import check_sigmas, shifted_sigmas
+from egrpo.core.schedule import Sigmas, check_sigmas, shifted_sigmas, stock_end
 
 TOKEN = 16
 """Pixels of an image token's side: a latent has 8, a patch 2 of these."""
@@ -167,7 +168,7 @@ class Prompts(Settings):
 
 
 class Schedule(Settings):
-    """The sigma grid shared by training and evaluation."""
+    """The sigma grids of training and evaluation."""
 
     shift: PositiveFloat | Literal["dynamic"] = setting(
         3.0,
@@ -199,6 +200,16 @@ class Schedule(Settings):
         lt=1.0,
     )
 
+    end: Literal["uniform", "stock"] | None = setting(
+        None,
+        "Where the grid ends before 0. uniform: T equal intervals before the shift, the paper's "
+        "formula; stock: where the family's stock pipeline ends it, which is uniform but for sd3. "
+        "null: stock in evaluation, in monitors and in training by methods whose public code "
+        "samples so (flow_grpo, flow_grpo_fast, tempflow_grpo, diffusion_nft, awm); otherwise "
+        "uniform.",
+        f"{PAPER}; {FLOW}; diffusers' pipelines",
+    )
+
     @model_validator(mode="after")
     def _two_points(self) -> Self:
         if self.shift == "dynamic" and self.base_tokens == self.max_tokens:
@@ -212,6 +223,22 @@ class Schedule(Settings):
         tokens = (height // TOKEN) * (width // TOKEN)
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return math.exp(self.base_shift + slope * (tokens - self.base_tokens))
+
+    def end_at(self, model: Model, *, stock: bool) -> float | None:
+        """Unshifted time of the last evaluation; None where all intervals are equal.
+
+        Args:
+            model: the family, and the size of images.
+            stock: what `end` is where it is null.
+        """
+        if model.family != "sd3" or not (stock if self.end is None else self.end == "stock"):
+            return None
+        return stock_end(self.shift_at(model.height, model.width), dynamic=self.shift == "dynamic")
+
+    def sigmas(self, model: Model, steps: int, *, stock: bool) -> Sigmas:
+        """The grid of ``steps`` steps for images of the model's size; see :meth:`end_at`."""
+        shift = self.shift_at(model.height, model.width)
+        return shifted_sigmas(steps, shift, self.terminal, self.end_at(model, stock=stock))
 
 
 class Advantage(Settings):
@@ -315,7 +342,8 @@ class Train(Settings):
     kl: Literal["velocity", "transition", "divergence"] = setting(
         "velocity",
         "That distance: mean((v - v_ref)^2); the KL divergence of the transition, "
-        "(mean - mean_ref)^2 / (2 std^2); or Flow-GRPO's `transition`, which is |dt| times that.",
+        "(mean - mean_ref)^2 / (2 std^2); or Flow-GRPO's `transition`, which is |dt| times that, "
+        "and with cps the same.",
     )
     updates: int = setting(
         1,
@@ -335,13 +363,26 @@ class Train(Settings):
     ema_decay: float | None = setting(
         None, "Decay of the averaged weights; null for none.", PAPER, unit="1", gt=0.0, lt=1.0
     )
-    ema_ramp: float | None = setting(
+    ema_ramp: PositiveFloat | Literal["warm_up"] | None = setting(
         None,
-        "The decay grows by this much an iteration, up to ema_decay; null: it is constant.",
-        NFT,
+        "How the decay grows up to ema_decay: by this much an iteration; warm_up: it is "
+        "(1 + n) / (10 + n) after n optimizer steps; null: it is constant.",
+        f"{NFT}; {FLOW}: warm_up",
         unit="per iteration",
-        gt=0.0,
-        lt=1.0,
+    )
+    ema_every: int = setting(
+        1,
+        "The average moves after optimizer steps n for which n + 1 is a multiple of this.",
+        f"{FLOW}: 8",
+        unit="optimizer steps",
+        ge=1,
+    )
+    ema_weight: float = setting(
+        0.0,
+        "Weight of the distance to the averaged weights in the loss, mean((v - v_average)^2).",
+        f"{AWM}: 1",
+        unit="1",
+        ge=0.0,
     )
     sample_average: bool = setting(
         False, "Sample with the averaged weights (DiffusionNFT's slow policy).", NFT
@@ -531,15 +572,14 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _grids(self) -> Self:
-        for model, steps in (
-            (self.model, self.method.steps),
-            (self.model, self.evaluate.steps),
-            (self.evaluation_model, self.evaluate.steps),
+        for model, steps, stock in (
+            (self.model, self.method.steps, self.method.stock_grid),
+            (self.model, self.evaluate.steps, True),
+            (self.evaluation_model, self.evaluate.steps, True),
         ):
             s = self.schedule
             try:
-                shift = s.shift_at(model.height, model.width)
-                check_sigmas(shifted_sigmas(steps, shift, s.terminal))
+                check_sigmas(s.sigmas(model, steps, stock=stock))
             except (ValueError, ArithmeticError):
                 raise ValueError(
                     f"schedule: shift {s.shift} and terminal {s.terminal} leave no grid of {steps} "
@@ -562,9 +602,9 @@ class RunConfig(Settings):
                 f"train.kl: {t.kl} compares stochastic transitions, method {method.name} has none; "
                 "set it to velocity"
             )
-        if t.ema_decay is None and (t.sample_average or t.ema_ramp):
-            key = "sample_average" if t.sample_average else "ema_ramp"
-            raise ValueError(f"train.{key}: needs train.ema_decay")
+        for key in ("sample_average", "ema_ramp", "ema_weight"):
+            if t.ema_decay is None and getattr(t, key):
+                raise ValueError(f"train.{key}: needs train.ema_decay")
         known = {"diversity", "distance_to_base", *(f"reward/{name}" for name in self.rewards)}
         unknown = sorted(set(t.bounds) - known)
         if unknown:

@@ -24,10 +24,10 @@ from egrpo.config.methods import (
     MixGrpoFlash,
     TempflowGrpo,
 )
-from egrpo.config.models import Model, RunConfig
+from egrpo.config.models import RunConfig
 from egrpo.core import methods
 from egrpo.core.plan import Plan, make_plan
-from egrpo.core.schedule import Sigmas, shifted_sigmas
+from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import shuffled
 from egrpo.core.spread import Spread, allocate, choose_threshold
 from egrpo.core.tree import Tree
@@ -36,23 +36,17 @@ from egrpo.errors import UserError
 
 def training_sigmas(run: RunConfig) -> Sigmas:
     """The grid that a run samples on."""
-    return grid_of(run, run.model, run.method.steps)
+    return run.schedule.sigmas(run.model, run.method.steps, stock=run.method.stock_grid)
 
 
 def monitor_sigmas(run: RunConfig) -> Sigmas:
     """The grid of the monitors: evaluation's steps at training's size."""
-    return grid_of(run, run.model, run.evaluate.steps)
+    return run.schedule.sigmas(run.model, run.evaluate.steps, stock=True)
 
 
 def evaluation_sigmas(run: RunConfig) -> Sigmas:
-    """The grid of the evaluation."""
-    return grid_of(run, run.evaluation_model, run.evaluate.steps)
-
-
-def grid_of(run: RunConfig, model: Model, steps: int) -> Sigmas:
-    """The run's schedule for images of the model's size."""
-    s = run.schedule
-    return shifted_sigmas(steps, s.shift_at(model.height, model.width), s.terminal)
+    """The grid of the evaluation, which is the same for all methods."""
+    return run.schedule.sigmas(run.evaluation_model, run.evaluate.steps, stock=True)
 
 
 def learning_rate(run: RunConfig) -> float:
@@ -290,7 +284,7 @@ class RunCost:
     Attributes:
         forward: while sampling.
         train: forward+backward passes; at most this many where leaves are pruned by reward.
-        reference: forwards of the base model for the KL term.
+        reference: forwards of the base model and of the averaged weights for their penalties.
     """
 
     forward: int
@@ -309,8 +303,13 @@ def cost_of(run: RunConfig, trees: Iterable[Tree]) -> RunCost:
     forward = train = 0
     for tree in trees:
         forward += factor * tree.cost.forward
-        train += factor * tree.cost.train
-    return RunCost(forward, train, train if run.train.kl_weight > 0 else 0)
+        train += factor * tree.passes(run.train.updates)
+    return RunCost(forward, train, references(run) * train)
+
+
+def references(run: RunConfig) -> int:
+    """Forwards of other weights beside each forward+backward, for the penalties."""
+    return (run.train.kl_weight > 0) + (run.train.ema_weight > 0)
 
 
 def iteration_cost(run: RunConfig, plan: Plan | None, iteration: int, count: int) -> RunCost:

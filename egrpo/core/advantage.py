@@ -156,7 +156,8 @@ def advantages(
         trees, edges: the forest and its trained edges, as in ``Rollout``.
         combine: ``advantages`` (normalise each reward in its group, then weighted sum),
             ``rewards`` (weighted raw sum, then normalise), or ``gdpo`` (as ``advantages``, then
-            normalised over the batch; arXiv 2601.05242).
+            normalised over the batch; arXiv 2601.05242). As in its code a group without spread
+            counts as zeros in the batch's std; what has no valid reward does not count.
         std, ddof, eps: see :func:`normalise`.
         clamp: bound of the absolute advantage.
     """
@@ -170,7 +171,8 @@ def advantages(
         raw = {"sum": np.sum([weights[name] * r for name, r in raw.items()], axis=0)}
         weights = {"sum": 1.0}
     labels = leaf_labels(trees)
-    total, said = np.zeros(len(units)), np.zeros(len(units), dtype=bool)
+    total = np.zeros(len(units))
+    said, counted = np.zeros(len(units), dtype=bool), np.zeros(len(units), dtype=bool)
     count = masked = 0
     for name, reward in raw.items():
         for label in np.unique(labels):
@@ -178,9 +180,11 @@ def advantages(
             normal, n, m = normalise(values, groups, std=std, ddof=ddof, eps=eps)
             total += weights[name] * np.nan_to_num(normal)
             said |= ~np.isnan(normal)
+            counted |= ~np.isnan(values)
             count, masked = count + n, masked + m
-    if combine == "gdpo" and said.sum() > ddof:  # what hygiene silenced stays silent
-        total[said] = (total[said] - total[said].mean()) / (total[said].std(ddof=ddof) + eps)
+    if combine == "gdpo" and counted.sum() > ddof:
+        batch = total[counted]
+        total = np.where(said, (total - batch.mean()) / (batch.std(ddof=ddof) + eps), 0.0)
     return Advantages(np.clip(total, -clamp, clamp)[unit], count, masked, invalid)
 
 

@@ -16,7 +16,7 @@ from itertools import count, groupby
 import torch
 from torch import Tensor
 
-from egrpo.core.noise import NOISING
+from egrpo.core.noise import NOISING, SQUARED_ERROR, Matching
 from egrpo.core.rollout import Rollout, Segment, TrainBatch
 from egrpo.core.schedule import Sigmas
 from egrpo.core.transitions import data_prediction, dpm2_mean, transition, working
@@ -53,13 +53,19 @@ class _Executor:
         device: torch.device,
         suffix_velocity: SuffixFn | None,
         parts: int,
+        matching: Matching,
     ) -> None:
         self.trees, self.sigmas, self.noise = trees, sigmas, noise
-        self.parts = [tree.parts(parts) for tree in trees]
+        self.parts = [tree.parts(parts) for tree in trees]  # of edges
+        self.first: list[dict[int, int]] = [{} for _ in trees]  # of sources: their first part
+        for tree, of_edges, of_sources in zip(trees, self.parts, self.first, strict=True):
+            for k, part in of_edges.items():
+                source = tree.source(k)
+                of_sources[source] = min(part, of_sources.get(source, part))
         self.velocity, self.suffix_velocity = velocity, suffix_velocity
         self.paths: dict[Key, int] = {}
         self.new_path = count()
-        self.noise_level = noise_level
+        self.noise_level, self.matching = noise_level, matching
         self.micro_batch, self.train_micro_batch = micro_batch, train_micro_batch
         self.dtype, self.device = dtype, device
         self.waiting: dict[int, list[tuple[list[Key], Tensor]]] = defaultdict(list)
@@ -72,8 +78,8 @@ class _Executor:
         return self.trees[key[0]].nodes[key[1]]
 
     def part(self, key: Key) -> int | None:
-        """The optimizer step of a source; None where no trained edge leaves."""
-        return self.parts[key[0]].get(key[1])
+        """The first optimizer step of a source; None where no trained edge leaves."""
+        return self.first[key[0]].get(key[1])
 
     def draw(self, keys: Sequence[tuple[int, int, int]]) -> Tensor:
         """Noise for (tree, start, sample) triples, stacked, on the device."""
@@ -129,11 +135,9 @@ class _Executor:
             else:
                 v = self.velocity(*of)
             self.forward += end - begin
-            self.branch(index, keys[begin:end], x[begin:end], v, tree, part or 0)
+            self.branch(index, keys[begin:end], x[begin:end], v, tree)
 
-    def branch(
-        self, index: int, keys: list[Key], x: Tensor, v: Tensor, tree: Tensor, part: int
-    ) -> None:
+    def branch(self, index: int, keys: list[Key], x: Tensor, v: Tensor, tree: Tensor) -> None:
         """Follow all edges out of ``keys``, those of equal end and dynamics together."""
         bundles: dict[tuple[str, int, bool, int], list[tuple[int, Key]]] = defaultdict(list)
         behind = {key: self.memory.pop(key) for key in keys if key in self.memory}
@@ -170,24 +174,30 @@ class _Executor:
                 segments.append(Segment(dynamics, stop, rows, x_next))
                 edges.extend(children)
         if segments:
-            self.record(index, part, x, v, tree, tuple(segments), edges)
+            self.record(index, x, v, tree, tuple(segments), edges)
 
     def record(
         self,
         index: int,
-        part: int,
         x: Tensor,
         v: Tensor,
         tree: Tensor,
         segments: tuple[Segment, ...],
         edges: list[Key],
     ) -> None:
-        """Keep what the training pass needs, and number its edges."""
+        """Keep what the training pass needs, a batch for each optimizer step; number its edges."""
         numbers = tuple(range(len(self.edges), len(self.edges) + len(edges)))
-        batch = TrainBatch(index, part, x, v, tree, segments, numbers, torch.empty(0))
-        old = batch.log_probs(v, self.sigmas, self.noise_level)
-        self.batches.append(replace(batch, log_prob=old))
+        none = torch.empty(0)
+        batch = TrainBatch(index, 0, x, v, tree, segments, numbers, none, self.matching)
+        batch = replace(batch, log_prob=batch.log_probs(v, self.sigmas, self.noise_level))
         self.edges.extend(edges)
+        members: dict[int, set[int]] = defaultdict(set)
+        for number, (t, k) in zip(numbers, edges, strict=True):
+            members[self.parts[t][k]].add(number)
+        for part, own in sorted(members.items()):
+            of_part = batch if len(members) == 1 else batch.only(own)
+            assert of_part is not None
+            self.batches.append(replace(of_part, part=part))
 
     def noise_leaves(self, keys: list[Key], leaves: Tensor) -> None:
         """Follow the noising edges out of the leaves, one grid index after another."""
@@ -204,14 +214,14 @@ class _Executor:
             eps = self.draw([(t, -2 - index, self.node((t, c)).sample) for t, c in nodes])
             eps = eps.to(data.dtype)
             x = ((1.0 - sigma) * data + sigma * eps).to(self.dtype)
-            for begin, end, part in self.chunks(nodes):
+            for begin, end, _ in self.chunks(nodes):
                 tree = torch.tensor([t for t, _ in nodes[begin:end]], device=self.device)
                 v = self.velocity(x[begin:end], sigma, tree)
                 self.forward += end - begin
                 own = torch.arange(end - begin, device=self.device)
                 target = Segment(NOISING, index, own, (eps - data)[begin:end])
                 here = nodes[begin:end]
-                self.record(index, part or 0, x[begin:end], v, tree, (target,), here)
+                self.record(index, x[begin:end], v, tree, (target,), here)
 
 
 @torch.no_grad()
@@ -228,6 +238,7 @@ def execute(
     device: torch.device | str = "cpu",
     suffix_velocity: SuffixFn | None = None,
     parts: int = 1,
+    matching: Matching = SQUARED_ERROR,
 ) -> Rollout:
     """Run a forest, one tree per prompt, without gradients.
 
@@ -245,6 +256,7 @@ def execute(
             the weights, features kept from the step before), for nodes whose log-probability
             nobody needs.
         parts: optimizer steps that the training pass is cut into (``Tree.parts``).
+        matching: log-probability of noising edges.
 
     Raises:
         ValueError: if a tree does not fit the grid.
@@ -265,6 +277,7 @@ def execute(
         torch.device(device),
         suffix_velocity,
         parts,
+        matching,
     )
     run.plant()
     for index in range(len(sigmas) - 1):

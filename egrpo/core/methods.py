@@ -134,7 +134,8 @@ def chains(
         stochastic: consecutive grid indices of stochastic steps; None for all.
         trained: for each sample the steps that train; empty for none.
         noise: initial noise: ``own`` for each sample; ``same`` for all, evaluated apart as public
-            code does; ``shared``: the same, evaluated once while the samples agree.
+            code does; ``shared``: the same, evaluated once while the samples agree. Optimizer
+            steps are cut by sample all the same.
         suffix: (dynamics, stops) after the last stochastic step; None for Euler at every index.
     """
     builder = TreeBuilder(steps)
@@ -151,7 +152,7 @@ def chains(
         for i in window:
             node = builder.edge(node, i + 1, dynamics, sample=sample, trained=i in chosen)
         builder.through(node, stops, after)
-    return builder.build()
+    return builder.build(by_edge=noise == "shared")
 
 
 @lru_cache(maxsize=256)
@@ -218,7 +219,9 @@ def egrpo(
 
     Departs from the authors' public code, where it departs from their paper: every sample of a
     group is drawn, and the ODE restarts at the end of the merged step, not at i + 1. It takes one
-    optimizer step an iteration, the code one after each active step (``train.updates``).
+    optimizer step an iteration, the code one after each active step (``train.updates``). The code's
+    own configuration has leaves of two granularities, ``granular_list [1, 2]``, and learning rate
+    1e-5; the paper has one granularity and 2e-6 (``granularities``, ``train.learning_rate_full``).
     """
     wanted = set(plan.active if active is None else active)
     sizes = plan.samples or (group_size,) * len(plan.active)
@@ -283,7 +286,8 @@ def tempflow_grpo(
     standard deviation over the mean of those that branch.
 
     Departs from the public code: a random part of the steps (``active``) keeps the weights'
-    mean at 1; weights of the network are averaged at every optimizer step, not every eighth.
+    mean at 1; the network's weights are averaged once at every eighth optimizer step, not again
+    with every batch until the next.
     """
     starts = tuple(active)
     std = [STD[dynamics](sigmas, i, i + 1, noise_level) for i in starts]
@@ -309,8 +313,9 @@ def flow_grpo(
     As in its public code, each sample starts from its own noise, and the last step adds noise
     like every other one but does not train (fraction 0.99).
 
-    Departs from the public code: weights are averaged at every optimizer step, not every eighth;
-    groups of equal rewards have zero advantage but stay in the penalty.
+    Departs from the public code: weights are averaged once at every eighth optimizer step, where
+    the code does so again with every batch until the next; groups of equal rewards have zero
+    advantage but stay in the penalty.
     """
     first = tuple(range(max(1, int(steps * trained_fraction))))
     return chains(steps, group_size, dynamics, trained=(first,) * group_size, noise=noise)
@@ -336,7 +341,7 @@ def windowed(
 
     Departs from the public codes. Fast: the window is drawn per prompt, not per batch; the prefix
     is shared, as its description and first version have it, the current one does not; weights are
-    averaged at every optimizer step. MixGRPO: the window does not shrink at its end but returns to
+    averaged as for Flow-GRPO. MixGRPO: the window does not shrink at its end but returns to
     0; weights of several rewards are those of the settings, not of sum 1. Flash: the steps after
     the window are indices of the training grid, and the first of them is Euler's, since noise came
     before it.
@@ -402,9 +407,10 @@ def forward_process(
     ``times`` names the grid indices that each sample is noised to.
 
     Departs from the public codes. NFT: what is evaluated is the average that samples, not a second
-    one. AWM: the log-probability surrogate is -mean((v - target)^2) without a power or a time
-    weight; times are drawn without strata; Euler's ODE in the place of SA-Solver; no average of
-    weights, neither for evaluation (0.99 an epoch there) nor for a second penalty; training
-    starts with the first iteration, not the third.
+    one. AWM: times are drawn without strata, by default from all of the first 12 of 14, as in its
+    two recipes for PickScore, whose KL weight is the default too (its four for GenEval and OCR
+    never noise to t = 1, and have 1e-3 and 3e-3); Euler's ODE in the place of SA-Solver; what is
+    evaluated is the average of the penalty, not a second one (0.99 an epoch there); training starts
+    with the first iteration, not the third.
     """
     return noised(steps, group_size, tuple(times), suffix, weight)

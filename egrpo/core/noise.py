@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from egrpo.core.schedule import Sigmas
 
@@ -56,3 +57,17 @@ DETERMINISTIC = ("ode", "dpm2")
 
 NOISING = "noising"
 """The forward process: from a finished sample back to ``(1 - sigma) * x + sigma * noise``."""
+
+
+class Matching(NamedTuple):
+    """Surrogate log-probability of a noising edge, from its error e = mean((v - target)^2).
+
+    ``-((e + d)^power - d^power) / power`` with d = 1e-10, times the flow time where
+    ``time_weight`` is set (AWM, arXiv 2509.25050, and its public code). The default is -e.
+    """
+
+    power: float = 1.0
+    time_weight: bool = False
+
+
+SQUARED_ERROR = Matching()

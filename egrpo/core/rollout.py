@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from egrpo.core.noise import NOISING
+from egrpo.core.noise import NOISING, SQUARED_ERROR, Matching
 from egrpo.core.schedule import Sigmas
-from egrpo.core.transitions import log_prob, transition, working
+from egrpo.core.transitions import log_prob, matching_log_prob, transition
 from egrpo.core.tree import Tree
 
 Edge = tuple[int, int]
@@ -44,13 +44,14 @@ class TrainBatch:
 
     Attributes:
         start: grid index of the sources.
-        part: optimizer step of the iteration that they belong to.
+        part: optimizer step of the iteration that the edges belong to.
         x: [B, ...] source latents; one forward/backward serves all their edges.
         v: [B, ...] velocities there under the weights that sampled.
         tree: [B] int64, prompt of each source.
         segments: the edges; concatenated in order they number E.
         edges: E positions in ``Rollout.edges``.
         log_prob: [E] float32, under the weights that sampled.
+        matching: log-probability of noising edges.
     """
 
     start: int
@@ -61,6 +62,7 @@ class TrainBatch:
     segments: tuple[Segment, ...]
     edges: tuple[int, ...]
     log_prob: Tensor
+    matching: Matching = SQUARED_ERROR
 
     @property
     def rows(self) -> Tensor:
@@ -70,13 +72,13 @@ class TrainBatch:
     def log_probs(self, v: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
         """Log-probabilities [E] of the edges given velocities ``v`` [B, ...] at the sources.
 
-        Of a noising edge the surrogate ``-mean((v - target)^2)`` (AWM, arXiv 2509.25050).
+        Of a noising edge the surrogate that ``matching`` describes.
         """
         parts = []
         for seg in self.segments:
             if seg.dynamics == NOISING:
-                error = working(v[seg.rows]) - working(seg.x_next)
-                parts.append(-(error**2).flatten(1).mean(1))
+                sigma = sigmas[self.start]
+                parts.append(matching_log_prob(v[seg.rows], seg.x_next, sigma, self.matching))
             else:
                 mean, std = self._moments(seg, v, sigmas, noise_level)
                 parts.append(log_prob(seg.x_next, mean, std, seg.dynamics))
@@ -112,6 +114,18 @@ class TrainBatch:
             reference, _ = self._moments(seg, v_ref, sigmas, noise_level)
             parts.append(((mean - reference) ** 2).flatten(1).mean(1) / (2.0 * std**2))
         return torch.cat(parts)
+
+    def transition_distance(
+        self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float
+    ) -> Tensor:
+        """Flow-GRPO's penalty [E], as its public code has it: ``(mean - mean_ref)^2 / (2 s^2)``.
+
+        s is what the code calls the standard deviation: of an SDE its diffusion coefficient,
+        std / sqrt(|dt|), so that this is |dt| times the KL divergence; of CPS the whole std.
+        """
+        whole = torch.cat([torch.full_like(s.rows, s.dynamics == "cps") for s in self.segments])
+        factor = torch.where(whole.bool(), 1.0, self.lengths(sigmas))
+        return factor * self.divergence(v, v_ref, sigmas, noise_level)
 
     def lengths(self, sigmas: Sigmas) -> Tensor:
         """Flow time |dt| that each edge covers, [E]."""
@@ -242,6 +256,5 @@ def update_sizes(
     found: dict[int, list[Edge]] = defaultdict(list)
     for e in range(len(edges)) if kept is None else kept:
         t, k = edges[e]
-        source = trees[t].source(k)
-        found[parts[t][source]].append((t, source))
+        found[parts[t][k]].append((t, trees[t].source(k)))
     return {part: UpdateSize(len(s), len(set(s))) for part, s in sorted(found.items())}

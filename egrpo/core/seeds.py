@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,9 +20,13 @@ def seed_of(*parts: int | str) -> int:
 
     Stable across processes, machines and Python versions; a numpy integer counts as an int.
     """
+    return _hashed(parts, 8) >> 1
+
+
+def _hashed(parts: tuple[int | str, ...], size: int) -> int:
+    """BLAKE2b of ``parts``, ``size`` bytes."""
     text = "\x1f".join(f"{'str' if isinstance(p, str) else 'int'}:{p}" for p in parts)
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "little")
 
 
 def shuffled(items: Iterable[int], *parts: int | str) -> tuple[int, ...]:
@@ -32,8 +38,13 @@ def shuffled(items: Iterable[int], *parts: int | str) -> tuple[int, ...]:
 
 
 def normal(shape: tuple[int, ...], *parts: int | str) -> torch.Tensor:
-    """Standard normal float32 tensor of ``shape``, drawn on the CPU from ``seed_of(*parts)``."""
+    """Standard normal float32 tensor of ``shape``, a function of ``parts``, on the CPU.
+
+    By numpy's Philox, whose key has 128 bits. torch's generator keeps 32 bits of its seed, so that
+    some of a study's tensors were equal (6 pairs of 230,400). It takes four times as long as
+    ``torch.randn``, 3 ms for 16 x 128 x 128 numbers, before some evaluations of the network.
+    """
     import torch
 
-    generator = torch.Generator().manual_seed(seed_of(*parts))
-    return torch.randn(shape, generator=generator)
+    generator = np.random.Generator(np.random.Philox(key=_hashed(parts, 16)))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))

@@ -13,8 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from egrpo.core.noise import STD, flow_sde_scale
+from egrpo.core.noise import STD, Matching, flow_sde_scale
 from egrpo.core.schedule import Sigmas
+
+MATCHING_FLOOR = 1e-10
+"""Added to a matching error before its power, whose gradient is infinite at 0."""
 
 
 def working(x: Tensor) -> Tensor:
@@ -136,6 +139,15 @@ def gaussian_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
 def cps_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
     """``-mean((x' - mean)^2)`` [B]: CPS drops the variance, which vanishes with sigma."""
     return -((working(x_next) - mean) ** 2).flatten(1).mean(1)
+
+
+def matching_log_prob(v: Tensor, target: Tensor, sigma: float, matching: Matching) -> Tensor:
+    """Surrogate log-probability [B] of samples noised to ``sigma``; see :class:`Matching`."""
+    error = ((working(v) - working(target)) ** 2).flatten(1).mean(1)
+    power, weight = matching.power, sigma if matching.time_weight else 1.0
+    if power == 1.0:
+        return -weight * error
+    return -weight / power * ((error + MATCHING_FLOOR) ** power - MATCHING_FLOOR**power)
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:

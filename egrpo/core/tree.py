@@ -58,6 +58,12 @@ class Cost(NamedTuple):
 class Tree:
     """The rollout of one prompt over a grid of ``steps`` intervals.
 
+    Attributes:
+        steps: T.
+        nodes: parents before their children.
+        by_edge: edges out of one latent may train in different optimizer steps of an iteration,
+            each with a forward/backward of its own; otherwise they stay together.
+
     Raises:
         ValueError: if a parent comes after its child, an edge does not go forward on the grid,
             a trained edge is deterministic, a branch ends before sigma = 0, or a noising edge
@@ -66,6 +72,7 @@ class Tree:
 
     steps: int
     nodes: tuple[Node, ...]
+    by_edge: bool = False
 
     def __post_init__(self) -> None:
         for k, node in enumerate(self.nodes):
@@ -148,24 +155,34 @@ class Tree:
         return {k: tuple(sorted(below[k])) for k in self.trained}
 
     def parts(self, count: int) -> dict[int, int]:
-        """Part 0..count-1 of each source: the optimizer step of an iteration that it belongs to.
+        """Part 0..count-1 of each trained edge: the optimizer step of an iteration that it is in.
 
-        A source goes with the first leaf below its trained edges; the sources of one first leaf
-        stay together, and these sets, in order of leaf, are cut into ``count`` parts of equal
-        number. So independent trajectories are cut by sample, the branches of an anchor by step.
+        A source goes with the first leaf below its trained edges (an edge with its own first leaf
+        where ``by_edge``); those of one first leaf stay together, and these sets, in order of
+        leaf, are cut into ``count`` parts of equal number. So independent trajectories are cut by
+        sample, the branches of an anchor by step.
         """
+        unit = {k: k if self.by_edge else self.source(k) for k in self.trained}
         first: dict[int, int] = {}
         for k in self.trained:
-            source = self.source(k)
             leaf = self.leaves_below[k][0]
-            first[source] = min(leaf, first.get(source, leaf))
+            first[unit[k]] = min(leaf, first.get(unit[k], leaf))
         order = {leaf: n for n, leaf in enumerate(sorted(set(first.values())))}
-        return {source: order[leaf] * count // len(order) for source, leaf in first.items()}
+        return {k: order[first[unit[k]]] * count // len(order) for k in self.trained}
+
+    def passes(self, updates: int) -> int:
+        """Forward/backward passes of an iteration of ``updates`` optimizer steps.
+
+        One per source; of edges that train in several steps one per source and step.
+        """
+        if not self.by_edge:
+            return len(self.sources)
+        return len({(self.source(k), part) for k, part in self.parts(updates).items()})
 
     @cached_property
     def cost(self) -> Cost:
         """Predicted evaluations: ``forward`` one per node that something follows, and one per
-        noised latent, for its behaviour policy; ``train`` one per source."""
+        noised latent, for its behaviour policy; ``train`` one per source (see :meth:`passes`)."""
         noised = sum(1 for node in self.nodes if node.dynamics == NOISING)
         follows = sum(
             1 for k, node in enumerate(self.nodes) if self.children[k] and node.index < self.steps
@@ -213,6 +230,6 @@ class TreeBuilder:
         """ODE, one interval at a time, from ``parent`` to sigma = 0."""
         return self.through(parent, range(self.nodes[parent].index + 1, self.steps + 1))
 
-    def build(self) -> Tree:
+    def build(self, *, by_edge: bool = False) -> Tree:
         """The finished, checked tree."""
-        return Tree(self.steps, tuple(self.nodes))
+        return Tree(self.steps, tuple(self.nodes), by_edge)

@@ -12,7 +12,7 @@ from egrpo.config.methods import Merging, Method
 from egrpo.config.trees import TREES, Occasion, draw
 from egrpo.core import methods as core
 from egrpo.core.plan import make_plan
-from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.tree import Tree
 from egrpo.documents.settings import scalar
 from egrpo.documents.text import paragraph, rows
@@ -155,8 +155,9 @@ ENTRIES = {
     "awm": Entry(
         "AWM",
         "nothing: deterministic samples, noised again to train",
-        "As DiffusionNFT, with a clipped policy gradient whose log-probability is the matching "
-        "error at the noised latent.",
+        "As DiffusionNFT, with a clipped policy gradient whose log-probability is a power of the "
+        "matching error at the noised latent, times its flow time. A penalty keeps the velocity "
+        "near that of a short average of the weights.",
         core.forward_process,
         "AWM",
         {"times_per_sample": 3},
@@ -191,12 +192,18 @@ little. That costs many forward evaluations, and few backward ones.
 Network evaluations of one prompt in one iteration, at each method's default settings and timestep
 shift 3, in the first iteration of a run: where steps are drawn at random or a window moves, the
 number may differ between iterations. `egrpo cost` adds up all iterations of a study.
+
+On SD3 the methods of Flow-GRPO's lineage sample on the grid of the stock pipeline, as their code
+does; the others on E-GRPO's (`schedule.end`, [concepts](concepts.md#flow-time-and-schedule)).
+FLUX.1 gets the flow time itself, where the public codes of DanceGRPO and of those built on it round
+it down to a thousandth.
 """
 
 
 def grown(method: Method, iteration: int = 1) -> Tree:
     """The tree of a method's settings, for the first prompt of a run of seed 0."""
-    sigmas = shifted_sigmas(method.steps, SHIFT)
+    end = stock_end(SHIFT, dynamic=False) if method.stock_grid else None
+    sigmas = shifted_sigmas(method.steps, SHIFT, end=end)
     plan = None
     if isinstance(method, Merging):
         plan = make_plan(
@@ -209,6 +216,12 @@ def grown(method: Method, iteration: int = 1) -> Tree:
         )
     occasion = Occasion(plan, sigmas, iteration, draw(0, "tree", iteration, 0))
     return TREES[type(method)](method, occasion)
+
+
+def cost(model: type[Method]) -> tuple[int, int]:
+    """Forward and forward+backward evaluations of a prompt at a method's defaults."""
+    tree = grown(model())
+    return tree.cost.forward, tree.passes(model.recipe.get("train.updates", 1))
 
 
 def drawn(name: str) -> dict[str, Any]:
@@ -234,7 +247,7 @@ def departures(entry: Entry) -> str:
 
 def _section(name: str) -> Iterator[str]:
     entry, model = ENTRIES[name], METHOD_MODELS[name]
-    forward, train = grown(model()).cost
+    forward, train = cost(model)
     small = ", ".join(f"`{key}: {scalar(value)}`" for key, value in drawn(name).items())
     at = f", iteration {entry.iteration}" if entry.iteration > 1 else ""
     updates = model.recipe.get("train.updates", 1)
@@ -257,7 +270,7 @@ def methods_page() -> str:
     body = []
     for name, entry in ENTRIES.items():
         method = METHOD_MODELS[name]()
-        forward, train = grown(method).cost
+        forward, train = cost(METHOD_MODELS[name])
         anchor = entry.title.lower().replace(", ", "-")
         body.append(
             (

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from egrpo.core.seeds import normal
 from egrpo.errors import UserError, during, one_line
 from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
@@ -362,7 +363,8 @@ class FlowModel(ABC):
     def prepare_training(self, seed: int, *, reference: bool = False) -> list[nn.Parameter]:
         """Add the LoRA, or unfreeze everything; returns the trainable parameters.
 
-        LoRA starts as the base model: its second factor is zero, its first is drawn from ``seed``.
+        LoRA starts as the base model: its second factor is zero, its first Gaussian of standard
+        deviation 1/rank, a function of ``seed`` and the layer's name.
         Its parameters are float32. ``reference``: :meth:`reference_velocity` will be asked for.
         """
         if self.settings.tuning == "full":
@@ -377,22 +379,23 @@ class FlowModel(ABC):
             if self.settings.compile:
                 compile_blocks(self.sampler)  # a copy has none of it
         lora = self.settings.lora
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                self.transformer.add_adapter(
-                    LoraConfig(
-                        r=lora.rank,
-                        lora_alpha=lora.alpha,
-                        target_modules=lora.targets or list(self.lora_targets),
-                        init_lora_weights="gaussian",
-                    )
+        try:
+            self.transformer.add_adapter(
+                LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    target_modules=lora.targets or list(self.lora_targets),
+                    init_lora_weights="gaussian",
                 )
-            except ValueError as error:
-                raise UserError(f"model.lora.targets: {error}") from None
+            )
+        except ValueError as error:
+            raise UserError(f"model.lora.targets: {error}") from None
         parameters = [p for p in self.transformer.parameters() if p.requires_grad]
         for p in parameters:  # updates of 1e-5 vanish in bfloat16
             p.data = p.data.float()
+        for name, layer in self.lora_layers():  # peft's start, drawn as all noise is
+            first = layer.lora_A["default"].weight
+            first.data.copy_(normal(tuple(first.shape), seed, "lora", name) / lora.rank)
         self.keep_features()
         return parameters
 

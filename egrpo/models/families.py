@@ -59,6 +59,9 @@ class SD3(FlowModel):
 class Flux(FlowModel):
     """FLUX.1: packed latents, guidance embedded in distilled models (``embedded_guidance``).
 
+    The network is given sigma itself, as by the stock pipeline. The public codes of DanceGRPO,
+    MixGRPO, BranchGRPO, Granular-GRPO and E-GRPO give it int(1000 * sigma) / 1000.
+
     LoRA targets: Flow-GRPO's FLUX recipe (its public code).
     """
 

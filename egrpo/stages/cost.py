@@ -35,7 +35,8 @@ COLUMNS = (
 )
 NOTE = (
     "forward: evaluations while sampling; train: forward+backward passes; reference: forwards of "
-    "the base model for the KL term; prompt: one prompt of the first iteration"
+    "the base model and of the averaged weights, for their penalties; prompt: one prompt of the "
+    "first iteration"
 )
 
 

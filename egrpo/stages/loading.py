@@ -37,6 +37,7 @@ def loading(run: RunConfig, hub_id: str | None, prompt: str) -> str:
             '    bundle, subfolder="transformer", dtype=dtype',
             ")",
         ]
+    uniform = run.schedule.end_at(model, stock=True) is None  # the pipeline's own grid otherwise
     revision = [f"revision={_python(model.revision)}"] if hub_id and model.revision else []
     lines += [
         f"pipe = {family.pipeline}.from_pretrained(",
@@ -52,7 +53,7 @@ def loading(run: RunConfig, hub_id: str | None, prompt: str) -> str:
         "image = pipe(",
         f"    {_python(prompt)},",
         "    num_inference_steps=steps,",
-        "    sigmas=[1 - i / steps for i in range(steps)],",
+        *(["    sigmas=[1 - i / steps for i in range(steps)],"] if uniform else []),
         *(f"    {argument}," for argument in _call(run)),
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",

@@ -191,7 +191,7 @@ def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
         ("loss", f"{t.loss}, KL weight {t.kl_weight:g}"),
         ("network evaluations, sampling", f"{train['nfe_forward']:,}"),
         ("network evaluations, forward and backward", f"{train['nfe_train']:,}"),
-        ("network evaluations, base model for the KL term", f"{train['nfe_reference']:,}"),
+        ("network evaluations, other weights for the penalties", f"{train['nfe_reference']:,}"),
         ("seconds of training", f"{train['seconds']:,.0f}"),
         ("peak memory", f"{train.get('peak_memory_mib', 0):,.0f} MiB"),
         ("seed", str(run.seed)),

@@ -10,7 +10,7 @@ from pathlib import Path
 from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.plan import Plan, make_plan
-from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.spread import choose_threshold
 from egrpo.errors import UserError
 
@@ -19,6 +19,7 @@ def plan_text(
     *,
     steps: int,
     shift: float,
+    end: str,
     noise_level: float,
     threshold: str,
     active: int,
@@ -47,6 +48,7 @@ def plan_text(
         sigmas, dynamics, noise_level = grid_of(profile)
     else:
         _check(shift, noise_level, dynamics)
+        last = stock_end(shift, dynamic=False) if end == "stock" else None
     tau = _threshold(threshold, profile, rewards, measure, factor)
     if dynamics == "cps" and tau != 0:
         raise UserError(
@@ -54,7 +56,7 @@ def plan_text(
         )
     try:
         made = make_plan(
-            sigmas if profile is not None else shifted_sigmas(steps, shift),
+            sigmas if profile is not None else shifted_sigmas(steps, shift, end=last),
             range(active),
             threshold=tau,
             noise_level=noise_level,

@@ -104,6 +104,7 @@ class Rollouts:
             device=self.model.device,
             suffix_velocity=cheaper,
             parts=t.updates,
+            matching=self.run.method.matching,
         )
         self.model.forget_features()
         return rollout
@@ -142,11 +143,23 @@ class Rollouts:
         ]
         return calls, joined(rollouts, [part.stop - part.start for part in parts])
 
-    def idle(self, calls: int, ids: list[int], *, train: bool = False) -> None:
-        """Take part in network calls of other processes, without any effect."""
+    def idle(
+        self,
+        calls: int,
+        ids: list[int],
+        *,
+        train: bool = False,
+        average: Callable[[Tensor, float, Conditioning], Tensor] | None = None,
+    ) -> None:
+        """Take part in network calls of other processes, without any effect.
+
+        ``train``: they are those of training; ``average`` evaluates the averaged weights.
+        """
         x = torch.zeros(1, *self.model.image_shape, device=self.model.device)
         prompt = self.conditioning.batch(ids[:1], self.model.device)
         for _ in range(calls):
+            if average is not None:
+                average(x, 1.0, prompt)
             with torch.set_grad_enabled(train):
                 v = self.model.velocity(x, 1.0, prompt)
             if train:

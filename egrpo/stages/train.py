@@ -33,6 +33,7 @@ from egrpo.config.trees import (
     learning_rate,
     monitor_sigmas,
     prompt_ids,
+    references,
     training_sigmas,
     tree_of,
 )
@@ -45,7 +46,6 @@ from egrpo.core.loss import (
 )
 from egrpo.core.plan import Plan
 from egrpo.core.rollout import Rollout, TrainBatch, UpdateSize, update_sizes
-from egrpo.core.seeds import seed_of
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
 from egrpo.models import load_model
@@ -81,9 +81,7 @@ class Trainer:
         )
         self.model = load_model(run.model)
         self.rewards = load_rewards(run.rewards, str(self.model.device))
-        self.parameters = self.model.prepare_training(
-            seed_of(run.seed, "lora"), reference=run.train.kl_weight > 0
-        )
+        self.parameters = self.model.prepare_training(run.seed, reference=run.train.kl_weight > 0)
         if run.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         check_attention(self.model, self.conditioning)
@@ -99,7 +97,7 @@ class Trainer:
         self.rollouts = Rollouts(run, self.model, self.sigmas, self.conditioning, self.world)
         decay = run.train.ema_decay
         self.ema = [p.detach().clone() for p in self.parameters] if decay else None
-        self.iteration = 0
+        self.iteration = self.optimizer_steps = 0
         self.seconds = 0.0
         self.counts = {"forward": 0, "train": 0, "reference": 0, "monitor": 0}
         self.spent: Counter[str] = Counter()  # of this process in this iteration
@@ -176,7 +174,8 @@ class Trainer:
                     deviation = max(deviation, worst)
             if self.world.sharded:
                 most = self.rollouts.most_batches(part, kept)
-                self.rollouts.idle(most - len(batches), ids, train=True)
+                average = self.average_velocity if self.run.train.ema_weight > 0 else None
+                self.rollouts.idle(most - len(batches), ids, train=True, average=average)
             self.world.add_gradients(self.parameters)
             norm = whole(clip_grad_norm_(self.parameters, self.run.train.max_grad_norm))
             if not torch.isfinite(norm):
@@ -190,6 +189,7 @@ class Trainer:
             grad_norm += float(norm) / len(sizes)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            self.optimizer_steps += 1
             self._average()
         self.model.refresh_sampler()
         everyone = self.world.gather((sums, deviation))
@@ -212,22 +212,26 @@ class Trainer:
         """
         sigma, t = self.sigmas[batch.start], self.run.train
         prompts = conditioning.rows(batch.tree)
+        # before the graph is there, whose weights must stay as they are
+        average = self.average_velocity(batch.x, sigma, prompts) if t.ema_weight > 0 else None
         v = self.model.velocity(batch.x, sigma, prompts)
-        self.spent["train"] += len(batch.x) * self.model.evaluations_per_velocity
+        evaluations = len(batch.x) * self.model.evaluations_per_velocity
+        self.spent["train"] += evaluations
+        self.spent["reference"] += references(self.run) * evaluations
         objective = self.objective(batch, v, advantage, weight)
         loss = objective.loss / size.edges
         if t.kl_weight > 0:
             reference = self.model.reference_velocity(batch.x, sigma, prompts)
-            self.spent["reference"] += len(batch.x) * self.model.evaluations_per_velocity
             if t.kl == "velocity":
                 kl = velocity_distance(v, reference).sum() / size.sources
             else:
-                each = batch.divergence(v, reference, self.sigmas, self.run.method.noise_level)
-                if t.kl == "transition":
-                    each = each * batch.lengths(self.sigmas)
+                distance = batch.divergence if t.kl == "divergence" else batch.transition_distance
+                each = distance(v, reference, self.sigmas, self.run.method.noise_level)
                 kl = each.sum() / size.edges
             loss = loss + t.kl_weight * kl
             sums["kl"] += float(kl.detach())
+        if average is not None:
+            loss = loss + t.ema_weight * velocity_distance(v, average).sum() / size.sources
         # sharded gradients come as means over the processes
         (loss * (self.world.count if self.world.sharded else 1)).backward()
         sums["loss"] += float(loss.detach())
@@ -259,12 +263,23 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        if self.ema is not None:
-            decay, ramp = self.run.train.ema_decay or 0.0, self.run.train.ema_ramp
-            if ramp is not None:
-                decay = min(decay, ramp * (self.iteration + 1))
-            for mean, p in zip(self.ema, self.parameters, strict=True):
-                mean.lerp_(p, 1.0 - decay)
+        """Move the averaged weights after optimizer step n, as Flow-GRPO's code counts them."""
+        t, n = self.run.train, self.optimizer_steps
+        if self.ema is None or (n + 1) % t.ema_every:
+            return
+        decay = t.ema_decay or 0.0
+        if t.ema_ramp == "warm_up":
+            decay = min(decay, (1 + n) / (10 + n))
+        elif t.ema_ramp is not None:
+            decay = min(decay, t.ema_ramp * (self.iteration + 1))
+        for mean, p in zip(self.ema, self.parameters, strict=True):
+            mean.lerp_(p, 1.0 - decay)
+
+    @torch.no_grad()
+    def average_velocity(self, x: Tensor, sigma: float, prompts: Conditioning) -> Tensor:
+        """Velocity [B, C, h, w] of the averaged weights."""
+        with self.averaged(sampler=False):
+            return self.model.velocity(x, sigma, prompts)
 
     def step(self) -> tuple[Metrics, dict[str, list[Any]]]:
         """One iteration; returns its metrics and the rows of the rollouts table."""
@@ -314,23 +329,29 @@ class Trainer:
     # -- monitor and state -----------------------------------------------------------------
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the model holds the averaged weights, if there are any."""
+    def averaged(self, *, sampler: bool = True) -> Iterator[None]:
+        """Within it the model holds the averaged weights, if there are any.
+
+        ``sampler``: so does its merged copy.
+        """
         if self.ema is None:
             yield
             return
         kept = [p.detach().clone() for p in self.parameters]
-        self._assign(self.ema)
+        self._assign(self.ema, sampler)
         try:
             yield
         finally:
-            self._assign(kept)
+            self._assign(kept, sampler)
 
     @torch.no_grad()
-    def _assign(self, values: list[Tensor]) -> None:
+    def _assign(self, values: list[Tensor], sampler: bool) -> None:
         for p, value in zip(self.parameters, values, strict=True):
             p.copy_(value)
-        self.model.refresh_sampler()
+        if self.world.sharded:
+            self.model.transformer.reshard()  # it keeps what it gathered for its last forward
+        if sampler:
+            self.model.refresh_sampler()
 
     def monitor(self) -> tuple[Metrics, Tensor]:
         """All rewards on the fixed held-out prompts, and the images uint8 [n, 3, h, w]."""
@@ -377,7 +398,12 @@ class Trainer:
         return Checkpoint(
             self.iteration,
             tensors,
-            {"seconds": self.seconds, "counts": dict(self.counts), "peak_mib": self.peak_mib},
+            {
+                "optimizer_steps": self.optimizer_steps,
+                "seconds": self.seconds,
+                "counts": dict(self.counts),
+                "peak_mib": self.peak_mib,
+            },
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -404,6 +430,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.iteration = checkpoint.iteration
+        self.optimizer_steps = checkpoint.numbers["optimizer_steps"]
         self.seconds = checkpoint.numbers["seconds"]
         self.counts = dict(checkpoint.numbers["counts"])
         self.peak_mib = checkpoint.numbers["peak_mib"]
@@ -422,10 +449,9 @@ class Trainer:
         """
         predicted = cost_of(self.run, trees)
         if kept is not None:
-            sources = {(t, trees[t].source(k)) for t, k in (rollout.edges[e] for e in kept)}
-            train = len(sources) * self.model.evaluations_per_velocity
-            reference = train if self.run.train.kl_weight > 0 else 0
-            predicted = RunCost(predicted.forward, train, reference)
+            sizes = update_sizes(trees, rollout.edges, self.run.train.updates, kept).values()
+            train = sum(s.sources for s in sizes) * self.model.evaluations_per_velocity
+            predicted = RunCost(predicted.forward, train, references(self.run) * train)
         everyone = self.world.gather(self.spent)
         for name, wanted in vars(predicted).items():
             executed = sum(spent[name] for spent in everyone)
