@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,20 @@ def write_run(run: RunConfig, path: Path) -> Path:
     """The resolved settings as the workflow writes them."""
     path.write_text(yaml.safe_dump(run.model_dump(), sort_keys=False), encoding="utf-8")
     return path
+
+
+@contextmanager
+def modes_by(mask: int, folder: Path) -> Iterator[None]:
+    """Under this umask; then all that lies in the folder has the mode of what is new."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+    wanted = {path: (0o777 if path.is_dir() else 0o666) & ~mask for path in folder.rglob("*")}
+    found = {path: path.stat().st_mode & 0o777 for path in wanted}
+    assert wanted
+    assert found == wanted, {str(p): oct(m) for p, m in found.items() if m != wanted[p]}
 
 
 def updates_of(rollout: Rollout, kept: Collection[int] | None = None) -> list[list[TrainBatch]]:

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, modes_by
 from markdown_it import MarkdownIt
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import egrpo, refused
 from test_data import snippets
 from tracked import HARMLESS_OPTIONS, SECRET_OPTIONS, SECRETS, SERVICE, TRACKING, found_in
@@ -39,14 +39,17 @@ from egrpo.config.sharing import NO_ADDRESS, shareable, without_folder, without_
 from egrpo.config.trees import needs_plan, plan_of, training_sigmas
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
+from egrpo.models.adapter import ADAPTER_FILE, CONFIG, read_adapter
+from egrpo.stages.draw import draw
 from egrpo.stages.embed import embed
 from egrpo.stages.evaluate import evaluate
 from egrpo.stages.export import INDEX, export
 from egrpo.stages.loading import loading
 from egrpo.stages.model_card import Sample, base_on_hub, escaped, model_card
+from egrpo.stages.page import make_page
 from egrpo.stages.provenance import versions, write_about
-from egrpo.stages.report import read_rows
-from egrpo.stages.tables import read_images, readable
+from egrpo.stages.report import read_rows, short_table
+from egrpo.stages.tables import RunFiles, make_comparison, read_images, readable
 from egrpo.stages.train_run import train
 from egrpo.store.files import write_json
 from egrpo.store.tables import TRAIN_METRICS, write_table
@@ -63,7 +66,10 @@ def brightness(images: Any, prompts: list[str], **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Made:
-    """A study of two trained and evaluated runs, and the bundle of each."""
+    """A study of three trained and evaluated runs, and the bundle of each.
+
+    Of `least` there is no more than settings allow: one image, no monitor, no plan.
+    """
 
     configs: tuple[str, ...]
     at: Layout
@@ -81,9 +87,11 @@ def settings_in(root: Path) -> tuple[str, str]:
     prompts = (ROOT / "assets/toy/prompts/heldout.txt").read_text().splitlines()[:4]
     (root / "mine.txt").write_text("\n".join([NASTY, *prompts]), encoding="utf-8")
     (root / "runs.tsv").write_text(
-        "run\tmethod.name\tmodel.tuning\ttrain.iterations\n"
-        "merged\tegrpo\tlora\t2\n"
-        "whole\tflow_grpo\tfull\t1\n"
+        "run\tmethod.name\tmodel.tuning\ttrain.iterations"
+        "\ttrain.monitor_every\tevaluate.prompts\tevaluate.samples\n"
+        "merged\tegrpo\tlora\t2\t\t\t\n"
+        "whole\tflow_grpo\tfull\t1\t\t\t\n"
+        "least\tflow_grpo\tlora\t1\t0\t1\t1\n"
     )
     study = overlay(study, SMALL)
     study = overlay(
@@ -166,6 +174,23 @@ def test_the_weights_are_the_trained_ones(made: Made) -> None:
         else:  # diffusers notes the base model's folder in it
             own = {"_name_or_path": "pipeline"}
             assert json.loads(path.read_text()) == {**json.loads(trained.read_text()), **own}
+
+
+def test_weights_of_an_earlier_version_are_shared_at_full_strength(
+    made: Made, tmp_path: Path
+) -> None:
+    """Their scale stood in the metadata alone."""
+    path = made.at.run("merged") / "adapter" / ADAPTER_FILE
+    tensors, config = read_adapter(path)
+    path.rename(tmp_path / "away")
+    try:
+        old = {k: v / 2 if "lora_B" in k else v for k, v in tensors.items()}
+        config["transformer.lora_alpha"] = 2 * config["transformer.r"]
+        save_file(old, path, metadata={CONFIG: json.dumps(config)})
+        export(made.at, "merged", tmp_path / "b", configs=made.configs)
+    finally:
+        (tmp_path / "away").replace(path)
+    assert (tmp_path / "b" / ADAPTER_FILE).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("run", ["merged", "whole"])
@@ -262,6 +287,26 @@ def test_huggingface_hub_reads_the_cards_numbers(made: Made, run: str) -> None:
     assert data.widget[0]["text"] == " ".join(NASTY.split())
     for sample in data.widget:
         assert (folder / sample["output"]["url"]).is_file()
+
+
+def test_a_study_of_one_image_is_told_and_shared(made: Made) -> None:
+    runs = {"least": made.at.study.runs["least"]}
+    at = Layout(replace(made.at.study, runs=runs, default_runs=("least",)))
+    make_comparison({"least": RunFiles.at(at.run("least"), at.base("least"))}, at.comparison)
+    draw(at)
+    make_page("index", at, {}, {})
+    assert "No run was monitored" in at.page("index").read_text(encoding="utf-8")
+    assert "has no interval (fewer than two prompts" in short_table(at.comparison)
+
+    body = card(at.bundle("least")).text
+    assert "1 held-out prompt, 1 sample each." in body
+    assert "None" not in body.replace("=None", "").replace("None is stated", "")
+    assert "diversity" not in body, "it is no number of one image"
+    (row,) = [row for row in read_rows(at.comparison) if row["reward"] == "distance_to_base"]
+    assert f"the images lie\n  {readable(row)['trained']} from the base model's.\n" in body
+    metrics = {result.metric_type for result in card(at.bundle("least")).data.eval_results}
+    assert {"jpeg", "own *bright*", "distance_to_base"} <= metrics
+    assert "diversity went from" in card(made.bundle("merged")).text
 
 
 def test_the_comparison_can_be_made_again_from_the_scores(made: Made) -> None:
@@ -529,8 +574,15 @@ def test_files_are_named_as_hubs_want_them(made: Made, run: str) -> None:
     assert metadata_load(folder / "README.md")["model-index"][0]["name"]
     index = json.loads((folder / INDEX).read_text())
     assert sorted(index["files"]) == [name for name in sorted(names) if name != INDEX]
-    for name in names:
-        assert (folder / name).stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+@pytest.mark.parametrize("run", ["merged", "whole"])
+def test_a_bundle_has_the_mode_of_new_files(
+    made: Made, run: str, mask: int, tmp_path: Path
+) -> None:
+    with modes_by(mask, tmp_path):
+        export(made.at, run, tmp_path / "b", configs=made.configs)
 
 
 def test_an_earlier_bundle_is_replaced_and_nothing_else_is(made: Made, tmp_path: Path) -> None:
@@ -605,8 +657,6 @@ def test_weights_that_were_not_trained_here(made: Made, tmp_path: Path) -> None:
     path = made.at.run("merged") / "adapter/pytorch_lora_weights.safetensors"
     path.rename(tmp_path / "away")
     try:
-        from safetensors.torch import save_file
-
         save_file({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, path)
         with pytest.raises(UserError, match=r"holds 4 weights, but .* were trained"):
             export(made.at, "merged", tmp_path / "b", configs=made.configs)
@@ -630,7 +680,7 @@ def test_a_study_that_was_edited_since(made: Made, tmp_path: Path) -> None:
 def test_the_command_and_an_unknown_run(made: Made) -> None:
     words = [part for path in made.configs for part in ("--config", path)]
     refused(egrpo("export", "mergd", *words), "no run 'mergd'; did you mean merged?")
-    refused(egrpo("export", "x", *words), "no run 'x'; there are merged, whole")
+    refused(egrpo("export", "x", *words), "no run 'x'; there are merged, whole, least")
     done = egrpo("export", "merged", *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{made.bundle('merged')}: ready to share")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tiny_models
 import torch
 from conftest import small_run
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from egrpo.config.models import Model, RunConfig, Schedule
@@ -24,7 +26,8 @@ from egrpo.core.methods import chains
 from egrpo.core.schedule import Sigmas, shifted_sigmas, stock_end
 from egrpo.errors import UserError
 from egrpo.models import attention, load_model
-from egrpo.models.base import ADAPTER_FILE, FlowModel
+from egrpo.models.adapter import ADAPTER_FILE, CONFIG, read_adapter
+from egrpo.models.base import FlowModel
 from egrpo.models.packing import packed, token_positions, unpacked
 from egrpo.stages.loading import loading
 from egrpo.stages.train import Trainer
@@ -221,6 +224,100 @@ def test_training_changes_the_loss_and_its_adapter_loads_in_stock_diffusers(
     assert (images.int() - expected.int()).abs().max() <= 1
 
 
+def with_metadata(folder: Path, untrained: Any) -> Any:
+    """diffusers, which reads peft's settings in the file's metadata."""
+    untrained.load_lora_adapter(folder, weight_name=ADAPTER_FILE, prefix="transformer")
+    return untrained
+
+
+def without_metadata(folder: Path, untrained: Any) -> Any:
+    """diffusers before it knew the metadata: alpha is the rank."""
+    state = load_file(folder / ADAPTER_FILE)
+    untrained.load_lora_adapter(state, prefix="transformer")
+    return untrained
+
+
+def by_peft(folder: Path, untrained: Any) -> Any:
+    """peft, told the rank and the layers that the tensors have."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    state = load_file(folder / ADAPTER_FILE)
+    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    factors = {n.removesuffix(".lora_A.weight"): len(t) for n, t in state.items() if "lora_A" in n}
+    rank = next(iter(factors.values()))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(factors))
+    inject_adapter_in_model(config, untrained)
+    assert not set_peft_model_state_dict(untrained, state).unexpected_keys
+    return untrained
+
+
+def by_names_alone(folder: Path, untrained: Any) -> Any:
+    """W + B A, scaled by `<layer>.alpha` / rank where there is one: ComfyUI, kohya's tools."""
+    state = load_file(folder / ADAPTER_FILE)
+    for name, down in state.items():
+        layer, found, _ = name.partition(".lora_A.weight")
+        if found:
+            up, alpha = state[f"{layer}.lora_B.weight"], state.get(f"{layer}.alpha", len(down))
+            linear = untrained.get_submodule(layer.removeprefix("transformer."))
+            linear.weight.data += float(alpha) / len(down) * (up @ down)
+    return untrained
+
+
+READERS = (with_metadata, without_metadata, by_peft, by_names_alone)
+
+
+@pytest.mark.parametrize(
+    ("family", "rank", "alpha"),
+    [
+        ("sd3", 4, 8), ("sd3", 3, 7), ("sd3", 5, 1),
+        ("flux", 3, 7), ("qwen_image", 6, 7), ("z_image", 3, 10),
+    ],
+)  # fmt: skip
+def test_every_reader_applies_an_adapter_as_strongly_as_it_was_trained(
+    folders: dict[str, Path], tmp_path: Path, family: str, rank: int, alpha: int
+) -> None:
+    """float32: what a reader adds to the velocity differs by less than 1e-5 of its size."""
+    given = settings(folders[family], family, lora={"rank": rank, "alpha": alpha})
+    model = load_model(given)
+    weights = model.prepare_training(0)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in weights:
+        tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    before = [tensor.clone() for tensor in weights]
+    model.save(tmp_path)
+    assert all(map(torch.equal, weights, before)), "training goes on with the weights it has"
+    tensors, config = read_adapter(tmp_path / ADAPTER_FILE)
+    assert (config["transformer.r"], config["transformer.lora_alpha"]) == (rank, rank)
+
+    x = torch.randn(2, *model.image_shape, generator=generator)
+    prompts = model.encode(PROMPTS[:2], negative=False)
+
+    @torch.no_grad()
+    def velocity(module: Any) -> Tensor:
+        return model.velocity(x, 0.7, prompts, module)
+
+    untrained = velocity(load_model(given).transformer)
+    learnt = velocity(model.transformer) - untrained
+    assert learnt.norm() > 0.02 * untrained.norm()
+    read = {read.__name__: read(tmp_path, load_model(given).transformer) for read in READERS}
+    read["ours"] = merged(given, tmp_path)
+    # as earlier versions saved it: the scale in the metadata alone
+    old = {k: v * rank / alpha if "lora_B" in k else v for k, v in tensors.items()}
+    config["transformer.lora_alpha"] = alpha
+    save_file(old, tmp_path / ADAPTER_FILE, metadata={CONFIG: json.dumps(config)})
+    read["ours, of an earlier version"] = merged(given, tmp_path)
+    for name, module in read.items():
+        found = velocity(module) - untrained
+        assert (found - learnt).norm() < 1e-5 * learnt.norm(), name
+
+
+def merged(given: Model, folder: Path) -> Any:
+    """The transformer that we evaluate."""
+    model = load_model(given)
+    model.load(folder)
+    return model.transformer
+
+
 @pytest.mark.parametrize(
     ("family", "tuning", "schedule"),
     [
@@ -361,8 +458,6 @@ def test_weights_of_another_family(folders: dict[str, Path]) -> None:
 
 def test_half_a_download(folders: dict[str, Path], tmp_path: Path) -> None:
     import shutil
-
-    from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"
     shutil.copytree(folders["flux"], broken)

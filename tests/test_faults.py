@@ -15,17 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import ROOT, small_run, write_run
+from conftest import ROOT, modes_by, small_run, write_run
 from test_processes import arguments, same
 from test_workflow import study
 
 from egrpo.cli import main
+from egrpo.config.trees import closed_form_plan
 from egrpo.errors import UserError
+from egrpo.models import load_model
 from egrpo.stages import train_run
+from egrpo.stages.curves import curves_figure
+from egrpo.stages.embed import embed
 from egrpo.stages.processes import Processes
-from egrpo.stages.train_run import only_one
+from egrpo.stages.train_run import only_one, train
 from egrpo.store import journal
-from egrpo.store.files import write_json
+from egrpo.store.files import write_json, write_once
 
 
 class Disk:
@@ -77,6 +81,22 @@ def test_a_journal_on_a_full_disk_keeps_its_whole_lines(disk: Disk) -> None:
     journal.rewind(log, len(written))
     journal.append(log, {"iteration": len(written)})
     assert [line["iteration"] for line in journal.read(log)] == [*written, len(written)]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_and_folders_have_the_mode_of_new_ones(mask: int, tmp_path: Path) -> None:
+    texts = tmp_path.with_suffix(".txt")
+    texts.write_text("a large red circle in the center\na small blue square at the top\n")
+    changes = {"prompts.train": str(texts), "prompts.heldout": str(texts), "train.snapshots": [1]}
+    run = small_run("modes", **changes, **{"train.iterations": 1, "train.rewards": {"jpeg": 1.0}})
+    full = small_run("full", **{"model.tuning": "full"})
+    out, e = tmp_path / "out", tmp_path / "shared/e.safetensors"
+    with modes_by(mask, tmp_path):
+        embed(run, e)
+        train(run, closed_form_plan(run), e, state=tmp_path / "state", output=out)
+        load_model(full.model).save(tmp_path / "full")
+        curves_figure([out / "train_metrics.parquet"], ["jpeg"], tmp_path / "figures/curves")
+        write_once(tmp_path / "settings/x.yaml", lambda: "x")
 
 
 def refused(done: Result) -> None:

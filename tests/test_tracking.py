@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import modes_by
 from tracked import (
     HARMLESS_OPTIONS,
     SECRET_OPTIONS,
@@ -100,10 +101,14 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tables_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store: MLflow's migrations take 6 s, once is enough."""
+    """An empty store: MLflow's migrations take 6 s, once is enough.
+
+    Where a group shares its files, its members may write the store too.
+    """
     folder = tmp_path_factory.mktemp("template")
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    prepare(study_of(folder), folder / "first.json")
+    with modes_by(0o007, folder):
+        prepare(study_of(folder), folder / "first.json")
     return folder / "results" / "mlflow.db"
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from conftest import modes_by
 from numpy.typing import NDArray
 
 from egrpo.world import prompts as grammar
@@ -437,7 +438,8 @@ def test_recipe_runs_end_to_end_and_repeats(tmp_path: Path) -> None:
     from egrpo.world.recipe import build, load_settings, main, scale_steps
 
     arguments = ["--config", str(CONFIG), "--steps-scale", "0.001", "--output"]
-    main([*arguments, str(tmp_path / "a")])
+    with modes_by(0o027, tmp_path):
+        main([*arguments, str(tmp_path / "a")])
     measured = json.loads((tmp_path / "a" / "measured.json").read_text(encoding="utf-8"))
     assert 0.0 <= measured["heldout_smooth"] <= 1.0
     assert measured["renders_exact"] > 0.98

@@ -36,7 +36,11 @@ class Lora(Settings):
 
     rank: int = setting(32, "Rank of the adapters.", FLOW, unit="1", ge=1)
     alpha: int = setting(
-        64, "Scale: adapters are multiplied by alpha / rank.", FLOW, unit="1", ge=1
+        64,
+        "Scale: adapters are multiplied by alpha / rank; saved ones hold it in their weights.",
+        FLOW,
+        unit="1",
+        ge=1,
     )
     targets: list[str] | None = setting(
         None, "Names of the adapted linear layers; null takes the family's own list.", FLOW

@@ -7,7 +7,6 @@ A family is a subclass that says how its network is called and how its prompts a
 from __future__ import annotations
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,18 +19,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError, during, one_line
+from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter
 from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
 from egrpo.models.features import KeptFeatures
-from egrpo.store.checkpoint import checksum
+from egrpo.store.files import replacing, write_text
 
 if TYPE_CHECKING:
     from egrpo.config.models import Model
     from egrpo.config.prompts import Prompt
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-SUM = "sha256"
-"""Key of an adapter's checksum among its settings, where diffusers passes over it."""
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 ATTENTION = (
     "attn.add_k_proj",
@@ -459,6 +456,7 @@ class FlowModel(ABC):
         Where several processes share the weights all must call it, and one of them writes.
 
         LoRA: ``pipe.load_lora_weights(folder)``; full: a transformer's ``from_pretrained(folder)``.
+        An adapter's scale is in its weights: :func:`egrpo.models.adapter.write_adapter`.
         """
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
@@ -470,10 +468,10 @@ class FlowModel(ABC):
         state = {k: whole(v).contiguous() for k, v in state.items()}
         if not write:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         if not lora:
-            self.transformer.save_config(folder)
-            save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            write_text(folder / "config.json", self.transformer.to_json_string())
+            with replacing(folder / WEIGHTS_FILE) as temporary:
+                save_file(state, temporary, metadata={"format": "pt"})
             return
         config = self.transformer.peft_config["default"].to_dict()
         plain = {
@@ -482,13 +480,7 @@ class FlowModel(ABC):
             if k in ("r", "lora_alpha", "target_modules", "init_lora_weights", "lora_dropout")
         }
         tensors = {f"transformer.{k}": v for k, v in state.items()}
-        # one entry: safetensors writes several in any order
-        plain[SUM] = checksum(tensors, json.dumps(plain, sort_keys=True))
-        save_file(
-            tensors,
-            folder / ADAPTER_FILE,
-            metadata={"lora_adapter_metadata": json.dumps(plain, sort_keys=True)},
-        )
+        write_adapter(folder / ADAPTER_FILE, tensors, plain)
 
     def load(self, folder: Path) -> None:
         """Bring in what :meth:`save` wrote, LoRA merged into the weights.
@@ -540,17 +532,7 @@ class FlowModel(ABC):
 
     def _adapter_shapes(self, path: Path) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor in an adapter file, whose checksum and rank are checked."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as handle:
-                metadata = json.loads((handle.metadata() or {}).get("lora_adapter_metadata", "{}"))
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            known = metadata.pop(SUM, None)  # files of earlier versions have none
-        except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be loaded: {one_line(error)}") from None
-        if known and known != checksum(tensors, json.dumps(metadata, sort_keys=True)):
-            raise UserError(f"{path}: damaged, its checksum does not match; train the run again")
+        tensors, _ = read_adapter(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         ranks = {shape[0] for name, shape in shapes.items() if "lora_A" in name and shape}
         if ranks and ranks != {self.settings.lora.rank}:

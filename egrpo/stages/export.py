@@ -67,10 +67,7 @@ def export(
     folder = output or at.bundle(run)
     with _new_folder(folder) as new:
         for name, source in weights.items():
-            _copy(source, new / name)
-            if source.name == "config.json":  # diffusers notes where the base model was
-                parts = read_json(source)
-                write_json(new / name, {k: _plain(value) for k, value in parts.items()})
+            _write_weights(source, new / name)
         _write_results(at, settings, new)
         samples = _write_samples(at.run(run) / "images.parquet", new)
         shown = [without_folder(str(path)) for path in configs]
@@ -143,6 +140,17 @@ def _inputs(at: Layout, run: RunConfig, configs: Sequence[str | Path]) -> dict[s
                     "folder and train the run again"
                 )
     return sources
+
+
+def _write_weights(source: Path, target: Path) -> None:
+    from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter  # torch
+
+    if source.name == ADAPTER_FILE:  # the same bytes, but of one that an earlier version trained
+        write_adapter(target, *read_adapter(source))
+    elif source.name == "config.json":  # diffusers notes where the base model was
+        write_json(target, {k: _plain(value) for k, value in read_json(source).items()})
+    else:
+        _copy(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:

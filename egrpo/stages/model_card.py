@@ -18,6 +18,7 @@ from egrpo.errors import UserError
 from egrpo.stages.plan import load_plan, plan_rows
 from egrpo.stages.render import escaped, render
 from egrpo.stages.report import read_rows, verdicts
+from egrpo.stages.results_text import counted
 from egrpo.stages.tables import MEASURED, Row, readable
 from egrpo.store.files import read_json
 from egrpo.store.tables import SCORES, TRAIN_METRICS, metadata_of, read_table
@@ -84,7 +85,7 @@ def model_card(
         verdicts=said_of(rows),
         measured={row["reward"]: readable(row) for row in rows if row["reward"] in MEASURED},
         invalid=sum(row["invalid"] for row in rows),
-        prompts=_prompts(folder),
+        over=counted(_prompts(folder), "held-out prompt", run.evaluate.samples),
         stopped=read_json(folder / "train.json").get("stopped", {}),
         made_by=made_by,
         key=read_json(folder / "train.json").get("key"),
@@ -174,7 +175,7 @@ def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
     t, train, lora = run.train, read_json(folder / "train.json"), run.model.lora
     tuned = "all weights of the transformer"
     if run.model.tuning == "lora":
-        tuned = f"LoRA, rank {lora.rank}, alpha {lora.alpha}"
+        tuned = f"LoRA, rank {lora.rank}, alpha {lora.alpha} (the saved weights hold the scale)"
     shift = f"shift {run.schedule.shift}"
     weights = ", ".join(f"{escaped(name)} (weight {w:g})" for name, w in t.rewards.items())
     return [

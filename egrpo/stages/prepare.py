@@ -100,6 +100,8 @@ def _make_tables(uri: str, file: Path) -> None:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with _alone(file.with_name(f".{file.name}.lock")):
+        if not file.exists():
+            file.touch()  # SQLite would make it without the group's right to write
         try:
             # asked first: SQLAlchemy would retry a damaged file for minutes
             with sqlite3.connect(file) as connection:

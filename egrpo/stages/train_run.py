@@ -302,10 +302,14 @@ def _write_outputs(
     for line in journal.read(log):
         grid = folder / "monitor" / f"iteration-{line['iteration']:06d}.png"
         if grid.exists():
-            shutil.copy2(grid, output / "monitor" / grid.name)
+            shutil.copyfile(grid, output / "monitor" / grid.name)
     (output / "snapshots").mkdir()
     for limit in run.train.snapshots:
-        shutil.copytree(folder / "snapshots" / str(limit), output / "snapshots" / str(limit))
+        shutil.copytree(
+            folder / "snapshots" / str(limit),
+            output / "snapshots" / str(limit),
+            copy_function=shutil.copyfile,
+        )
     head = {"config_hash": key}
     metrics = metric_rows(run.run, log)
     write_table(output / "train_metrics.parquet", TRAIN_METRICS, metrics, metadata=head)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from egrpo.errors import UserError
@@ -32,6 +33,9 @@ def full_disk(path: str | Path) -> UserError:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path; on success it is synced and replaces ``path`` atomically.
 
+    The file has the mode that the umask gives a new one, whoever wrote it: safetensors makes its
+    files readable by their owner alone.
+
     Raises:
         UserError: if the disk is full. ``path`` then still holds what it held before.
     """
@@ -39,7 +43,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(S_IMODE(mode))
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, target)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from egrpo.store.files import replacing
+
 FORMAT = "egrpo-toy-preference-1"
 
 
@@ -58,8 +60,8 @@ def save_preference(model: PreferenceModel, path: str | Path) -> None:
 
     metadata = {"format": FORMAT, "channels": ",".join(map(str, model.channels))}
     tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, str(path), metadata=metadata)
-    Path(path).chmod(0o644)  # written readable by the owner alone
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load_preference(path: str | Path) -> PreferenceModel:

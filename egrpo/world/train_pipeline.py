@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from egrpo.store.files import replacing
 from egrpo.world.prompts import COLOURS, POSITIONS, SHAPES, SIZES, Attributes
 
 Log = Callable[[str], None]
@@ -438,8 +440,9 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
     for name in ("tokenizer", "tokenizer_2"):
         pipeline.tokenizer.backend_tokenizer.model.save(str(folder / name))
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)  # written readable by the owner alone
+    for path in sorted(folder.rglob("*.safetensors")):
+        with replacing(path) as temporary:  # written readable by the owner alone
+            shutil.copyfile(path, temporary)
 
 
 def load_pipeline(folder: str | Path) -> StableDiffusion3Pipeline:
