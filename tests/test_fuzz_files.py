@@ -155,6 +155,18 @@ def _jsonl(folder: Path) -> Loader:
     return path, lambda: read_prompts(path), False
 
 
+def _json(folder: Path) -> Loader:
+    path = folder / "p.json"
+    path.write_text(json.dumps({"prompt": ["a cat", "ein Bär"], "negative_prompt": ["dog", None]}))
+    return path, lambda: read_prompts(path), False
+
+
+def _csv(folder: Path) -> Loader:
+    path = folder / "p.csv"
+    path.write_text('id,prompt,negative_prompt\n1,"a cat, ""small""",dog\n2,狐狸,\n')
+    return path, lambda: read_prompts(path), False
+
+
 def _txt(folder: Path) -> Loader:
     path = folder / "p.txt"
     path.write_text("a cat\nein Bär\n狐狸\n")
@@ -254,6 +266,8 @@ LOADERS: dict[str, Callable[[Path], Loader]] = {
     "safetensors header": _header,
     "embeddings": _embeddings,
     "jsonl prompts": _jsonl,
+    "json prompts": _json,
+    "csv prompts": _csv,
     "txt prompts": _txt,
     "table": _table,
     "entropy profile": _profile,
@@ -347,7 +361,7 @@ def test_damaged_journals_end_where_the_damage_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        *('{"prompt": 3}', '{"prompt": null}', '{"Prompt": "a"}', '["prompt"]', '"prompt"', "3"),
+        *('{"prompt": 3}', '{"prompt": null}', '{"Prompt": 3}', '["prompt"]', '"prompt"', "3"),
         *('{"prompt": "a", "negative_prompt": 0}', '{"prompt": "a", "negative_prompt": false}'),
         *('{"prompt": "a", "negative_prompt": []}', r'{"prompt": "\ud800"}', "NaN", "[" * 10**5),
         *('{"prompt": "a"', "{'prompt': 'a'}", '{"prompt": ' + "9" * 5000 + "}", '{"a":' * 10**5),

@@ -252,7 +252,7 @@ def test_the_page_of_a_run(addresses: list[str], study: Study, pages: Pages) -> 
     for text in ("Method egrpo, threshold 2.2, trained on verifier, seed 0", "train.txt"):
         page.get_by_text(text).first.wait_for()
     page.get_by_text("+2", exact=True).click()  # the other datasets
-    for name in ("heldout.txt", "entropy_profile.parquet"):
+    for name in ("heldout.csv", "entropy_profile.parquet"):
         page.get_by_text(name).first.wait_for()
     pages.open(run_page(addresses, study, "egrpo-s0"))
     page.get_by_text("Logged models", exact=False).first.scroll_into_view_if_needed()

@@ -24,6 +24,7 @@ from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
 from egrpo.rewards.jpeg import JpegCompressibility
 from egrpo.rewards.verifier import Verifier
+from egrpo.stages.embed import embed
 from egrpo.stages.sampling import sample_images
 from egrpo.stages.train import Trainer
 
@@ -189,6 +190,135 @@ def test_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="holds no prompt"):
         read_prompts(tmp_path / "empty.txt")
+
+
+CAT, DOG = ("a cat, small", ""), ("a dog", "blurry")
+PROMPT_FILES = [  # name, contents, column, (prompt, negative prompt) of each
+    ("p.TXT", "a cat, small\r\n\r\n  a dog \t\r\n", "prompt", [CAT, ("a dog", "")]),
+    ("p.txt", '{"prompt": "a"}\nprompt,b\n', "prompt", [('{"prompt": "a"}', ""), ("prompt,b", "")]),
+    (
+        "p.JSONL",
+        '{"prompt": " a cat, small ", "negative_prompt": null}\n\n{"prompt": ""}\n{"prompt": " "}\n'
+        '{"prompt": "a dog", "negative_prompt": " blurry\\n"}',
+        "prompt",
+        [CAT, DOG],
+    ),
+    (
+        "evaluation_metadata.jsonl",  # GenEval
+        '{"tag": "one", "include": [{"class": "cat", "count": 1}], "prompt": "a cat, small"}\n',
+        "prompt",
+        [CAT],
+    ),
+    ("anime.json", '["a cat, small", "", " a dog"]', "prompt", [CAT, ("a dog", "")]),  # HPDv2
+    (
+        "test.json",  # HPDv2
+        '[{"prompt": "a cat, small", "image_path": ["1.jpg"], "rank": [1, 2]}, {"prompt": ""}]',
+        "prompt",
+        [CAT],
+    ),
+    (
+        "p.json",
+        '{"prompt": ["a cat, small", "a dog", " "], "negative_prompt": [null, "blurry", ""]}',
+        "prompt",
+        [CAT, DOG],
+    ),
+    (
+        "p.csv",
+        '\ufeffid,prompt,negative_prompt\r\n1,"a cat, small",\r\n\r\n2, a dog ,blurry\r\n3,,x\r\n',
+        "prompt",
+        [CAT, DOG],
+    ),
+    (
+        "quotes.csv",
+        'prompt\n"a ""red"" cat\nby night"\n',
+        "prompt",
+        [('a "red" cat\nby night', "")],
+    ),
+    ("p.tsv", 'Negative_Prompt\tprompt\n\t"a cat, small"\nblurry\ta dog\n', "prompt", [CAT, DOG]),
+    (
+        "PartiPrompts.tsv",  # no quoting
+        'Prompt\tCategory\tNote\n"G" painted\tArts\t\na "b" c\tArts\tof "D"\n',
+        "prompt",
+        [('"G" painted', ""), ('a "b" c', "")],
+    ),
+    ("DrawBench.csv", "Prompts,Category\na dog,Animals\n", "Prompts", [("a dog", "")]),
+    ("pickapic.jsonl", '{"caption": "a dog", "prompt": "x"}\n', "caption", [("a dog", "")]),
+    ("both.csv", "Prompt,prompt\nA,a\n", "prompt", [("a", "")]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "column", "wanted"), PROMPT_FILES, ids=[name for name, *_ in PROMPT_FILES]
+)
+def test_prompt_files_are_read_as_what_they_are(
+    name: str, text: str, column: str, wanted: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    assert [(p.text, p.negative) for p in read_prompts(path, column)] == wanted
+
+
+REFUSED_PROMPT_FILES = [
+    *(
+        (
+            name,
+            b"a cat",
+            f"{name}: .* is not read as a prompt file; .txt, .jsonl, .json, .csv, .tsv",
+        )
+        for name in ("p.parquet", "p.yaml", "p.zip", "p.txt.gz", "prompts")
+    ),
+    (
+        "p.csv",
+        b"Prompts,Category\na,b\n",
+        "line 1: no column 'prompt'; there are 'Prompts', 'Categ",
+    ),
+    ("p.csv", b"a dog\n", "line 1: no column 'prompt'; there are 'a dog': name one in prompts.col"),
+    ("p.csv", b"prompt,PROMPT,prompt\na,b,c\n", "line 1: which column is prompt"),
+    ("p.csv", b"PROMPT,Prompt\na,b\n", "line 1: which column is prompt"),
+    ("p.csv", b"prompt,kind\na cat, small,x\n", "line 2: 3 cells, and the header has 2"),
+    ("p.csv", b'prompt\n"a cat\n', "line 2: unexpected end of data"),
+    ("p.csv", b'prompt\n"a" cat\n', "line 2: "),
+    ("p.csv", b"prompt,kind\n", "holds no prompt"),
+    ("p.csv", b"", "holds no prompt"),
+    ("p.tsv", b'prompt\tkind\n"a" cat\t"x"\n', "line 2: "),  # neither quoted well nor unquoted
+    ("p.tsv", b'prompt\tkind\n"a" cat\tx\ty\n', "line 2: 3 cells"),
+    ("p.json", b'{"prompt": "a cat"}', "p.json: prompt: expected lists, of one length"),
+    ("p.json", b'{"prompt": ["a"], "negative_prompt": []}', "expected lists, of one length"),
+    ("p.json", b'{"text": ["a"]}', "p.json: no column 'prompt'; there are 'text'"),
+    ("p.json", b'["a", 3]', "p.json, entry 2: expected a JSON object"),
+    ("p.json", b'[["a"]]', "p.json, entry 1: expected a JSON object"),
+    ("p.json", b'"a cat"', "p.json: expected a list of texts or of objects"),
+    ("p.json", b'{"prompt": "a"}\n{"prompt": "b"}', "not valid JSON: .*is named .jsonl"),
+    ("p.json", b"[]", "holds no prompt"),
+    ("p.json", b"[" * 100_000, "not valid JSON"),
+    ("p.json", rb'["\ud83d"]', "entry 1: expected"),
+    ("p.jsonl", b'{"text": "a"}', "line 1: no column 'prompt'; there are 'text'"),
+    ("p.txt", "a cat\n".encode("utf-16-le"), "line 1: holds a NUL character"),
+    ("p.jsonl", rb'{"prompt": "a\u0000"}', "line 1: holds a NUL character"),
+    ("p.txt", "ein Bär".encode("latin-1"), "cannot be read as UTF-8"),
+    ("p.txt", "ein Bär".encode()[:-2], "cannot be read as UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED_PROMPT_FILES)
+def test_prompt_files_that_are_refused_name_file_and_place(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_prompts(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_embeddings_are_of_the_column_that_is_set(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,caption\nx,a red circle\ny,a blue square\n")
+    files = {f"prompts.{key}": str(tmp_path / "p.csv") for key in ("train", "heldout")}
+    run = small_run("x", **files, **{"prompts.column": "caption"})
+    embed(run, tmp_path / "e.safetensors")
+    for part in ("train", "heldout"):
+        texts, _ = load_conditioning(tmp_path / "e.safetensors", part)
+        assert texts == ["a red circle", "a blue square"]
 
 
 # -- rewards -------------------------------------------------------------------------------

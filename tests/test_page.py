@@ -434,6 +434,16 @@ def test_large_images_become_thumbnails(
         assert (kind, image.format, image.size) == ("data:image/webp", "WEBP", shown)
 
 
+def test_the_gallery_names_prompts_by_their_column(tmp_path: Path) -> None:
+    path = tmp_path / "heldout.csv"
+    path.write_text("prompt,caption\nx,a cat\ny,a dog\n")
+    files = {"train": "a.txt", "heldout": str(path)}
+    runs = [config("one", path, train=train(), prompts={**files, "column": "caption"})]
+    assert gallery_of(tmp_path, *runs).prompts == ["a cat", "a dog"]
+    runs.append(config("two", path, train=train(), prompts=files))
+    assert "differ from these runs': two." in " ".join(gallery_of(tmp_path, *runs).left_out)
+
+
 def test_only_runs_with_the_same_monitors_stand_together(tmp_path: Path) -> None:
     path = heldout(tmp_path, 2)
     runs = [config(name, path, train=train()) for name in ("a", "b")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, small_run
-from test_config import Folder
+from test_config import BASE, Folder
 
+from egrpo.config import load
 from egrpo.config.keys import run_key, training_key
 from egrpo.config.layout import Layout
-from egrpo.config.load import load_study, load_target, yaml_of
+from egrpo.config.load import load_study, load_target, options_of, yaml_of
 from egrpo.config.models import RunConfig, TableSpec
+from egrpo.config.prompts import read_prompts
 from egrpo.config.trees import (
     check_trees,
     iteration_cost,
@@ -66,6 +69,243 @@ def test_null_takes_away_what_a_file_below_has_set(study: Folder, tmp_path: Path
     assert list(made.tables) == ["u"]
 
 
+OWN = {"kind": "custom", "function": "json:dumps", "options": {"a": 1, "b": 2}}
+HUB = {"kind": "pickscore", "path": "own/er", "revision": "abc", "divide_by": 2.0}
+CURVES = {"kind": "curves", "caption": "c", "arms": ["a"], "rewards": ["jpeg"]}
+LAID = [  # what is below, what is laid over it, where to look, what is found there
+    ({}, {"train": {"rewards": {"jpeg": 1.0}}}, "train.rewards", {"jpeg": 1.0}),
+    ({}, {"train": {"rewards": {"verifier": None, "jpeg": 1.0}}}, "train.rewards", {"jpeg": 1.0}),
+    ({}, {"train": {"iterations": 5}}, "train.rewards", {"verifier": 1.0}),
+    ({}, {"rewards": {"m": OWN}}, "rewards", {"verifier", "jpeg", "m"}),
+    (
+        {"rewards": {"m": OWN}},
+        {"rewards": {"m": {"options": {"b": 3}}}},
+        "options",
+        {"a": 1, "b": 3},
+    ),
+    ({"rewards": {"m": OWN}}, {"rewards": {"m": {"function": "json:loads"}}}, "options", {}),
+    ({"rewards": {"m": OWN}}, {"rewards": {"m": {"kind": "verifier"}}}, "kind", "verifier"),
+    ({"rewards": {"m": HUB}}, {"rewards": {"m": {"divide_by": 3.0}}}, "revision", "abc"),
+    ({"rewards": {"m": HUB}}, {"rewards": {"m": {"path": "an/other"}}}, "revision", None),
+    ({"rewards": {"m": HUB}}, {"rewards": {"m": {"path": "an/other"}}}, "divide_by", 2.0),
+    (
+        {"train": {**TRAIN, "bounds": {"diversity": {"least": 0.1}}}},
+        {"train": {"bounds": {"diversity": {"most": 0.5}, "distance_to_base": {"most": 0.2}}}},
+        "train.bounds",
+        {"diversity": (0.1, 0.5), "distance_to_base": (None, 0.2)},
+    ),
+    (
+        {"tables": {"t": TABLE}},
+        {"tables": {"t": {"sections": {"mine": ["b"]}}}},
+        "sections",
+        {"mine": ["b"]},
+    ),
+    ({"tables": {"t": TABLE}}, {"tables": {"u": TABLE}}, "tables", {"t", "u"}),
+    ({"figures": {"f": CURVES}}, {"figures": {"f": {"arms": ["b"]}}}, "figure", ["jpeg"]),
+    (
+        {"figures": {"f": CURVES}},
+        {"figures": {"f": {"kind": "images", "caption": "i", "arms": ["b"]}}},
+        "figure",
+        [],
+    ),
+    (
+        {"model": {"path": "own/er", "revision": "abc", "lora": {"rank": 3}}},
+        {"model": {"path": "an/other"}},
+        "model",
+        (None, 3),
+    ),
+]
+
+
+@pytest.mark.parametrize(("below", "top", "where", "wanted"), LAID)
+def test_choices_are_replaced_and_definitions_merged(
+    study: Folder, tmp_path: Path, below: Any, top: Any, where: str, wanted: Any
+) -> None:
+    rewards = {"rewards": {**BASE["rewards"], **below.get("rewards", {})}}
+    study.load(TWO, **{**below, **rewards})
+    (tmp_path / "top.yaml").write_text(yaml_of(top))
+    made = load_study(study.yaml, tmp_path / "top.yaml")
+    run, figure = made.runs["a"], made.figures.get("f")
+    bounds = {name: (bound.least, bound.most) for name, bound in run.train.bounds.items()}
+    found = {
+        "train.rewards": run.train.rewards,
+        "train.bounds": bounds,
+        "rewards": set(run.rewards),
+        "tables": set(made.tables),
+        "sections": made.tables["t"].sections if "t" in made.tables else None,
+        "figure": figure and figure.rewards,
+        "model": (run.model.revision, run.model.lora.rank),
+    }
+    of_reward = run.rewards["m"].model_dump() if "m" in run.rewards else {}
+    assert {**of_reward, **found}[where] == wanted
+
+
+def test_a_figure_of_another_kind_keeps_no_caption(study: Folder, tmp_path: Path) -> None:
+    study.load(TWO, figures={"f": CURVES})
+    (tmp_path / "top.yaml").write_text("figures: {f: {kind: images}}\n")
+    with pytest.raises(UserError, match=r"figures\.f\.caption: is missing"):
+        load_study(study.yaml, tmp_path / "top.yaml")
+
+
+@pytest.mark.parametrize(
+    ("table", "wanted"),
+    [
+        ("run\ttrain.rewards\na\t{jpeg: 1.0}\n", {"jpeg": 1.0}),
+        ("run\ttrain\na\t{rewards: {jpeg: 1.0}}\n", {"jpeg": 1.0}),
+        ("run\ttrain.rewards.jpeg\na\t0.5\n", {"verifier": 1.0, "jpeg": 0.5}),
+        ("run\ttrain.rewards.jpeg\ttrain.rewards.verifier\na\t0.5\tnull\n", {"jpeg": 0.5}),
+        ("run\ttrain.iterations\ttrain.rewards.jpeg\na\t5\t\n", {"verifier": 1.0}),
+    ],
+)
+def test_a_cell_replaces_what_is_trained_and_a_dotted_column_sets_one(
+    study: Folder, table: str, wanted: dict[str, float]
+) -> None:
+    assert study.run(table).train.rewards == wanted
+
+
+def test_columns_of_one_reward_are_one_definition(study: Folder) -> None:
+    table = "run\trewards.jpeg.path\trewards.jpeg.kind\na\tx.pt\tclip\n"
+    jpeg = study.run(table).rewards["jpeg"]
+    assert (jpeg.kind, jpeg.files) == ("clip", {"path": "x.pt"})
+
+
+def test_the_documented_reward_is_what_is_trained_on(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/your_own.md").read_text(), re.DOTALL)
+    (mine,) = (block for block in blocks if "my_rewards:redness" in block)
+    (tmp_path / "mine.yaml").write_text(mine)
+    made = load_study(ROOT / "config/config.yaml", tmp_path / "mine.yaml")
+    assert made.runs["egrpo-s0"].train.rewards == {"red": 1.0}
+    assert made.runs["egrpo_clip-s0"].train.rewards == {"red": 1.0, "clip": 1.0}
+
+
+TRAINED = [  # files over config/config.yaml; trained rewards of the arms egrpo and egrpo_clip
+    ([], {"verifier": 1.0}),
+    (["config/my_model.yaml"], {"jpeg": 1.0}),
+    (["config/presets/flux_dev_hps.yaml"], {"hps": 1.0}),
+    (["config/presets/sd35_medium_pickscore.yaml"], {"pickscore": 1.0}),
+    (
+        ["config/presets/sd35_medium_pickscore.yaml", "config/presets/sd35_medium_ocr.yaml"],
+        {"ocr": 1.0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("files", "wanted"), TRAINED)
+def test_what_the_studies_of_the_repository_train_on(
+    files: list[str], wanted: dict[str, float]
+) -> None:
+    made = load_study("config/config.yaml", *files)
+    assert {run.arm: run.train.rewards for run in made.runs.values()}.items() >= {
+        "egrpo": wanted,
+        "egrpo_clip": {**wanted, "clip": 1.0},
+    }.items()
+
+
+OPTIONS = [  # a word of snakemake's --config, and what it says
+    ("seeds=[0]", [0]),
+    ("seeds=[0, 7]", [0, 7]),
+    ('train={"iterations": 5}', {"iterations": 5}),
+    ("train={iterations: 5, clip_range: 1e-4}", {"iterations": 5, "clip_range": 1e-4}),
+    (
+        'train={"rewards": {"own": 0.5, "verifier": null}}',
+        {"rewards": {"own": 0.5, "verifier": None}},
+    ),
+    ("tracking={enabled: false, uri: null}", {"enabled": False, "uri": None}),
+    ("profile={shown: [[2, 1], [3, 1]]}", {"shown": [[2, 1], [3, 1]]}),
+    (
+        'tables={t: {caption: "Mine: a table # of [two]"}}',
+        {"t": {"caption": "Mine: a table # of [two]"}},
+    ),
+    ('model={"path": "/data/a b", "revision": "0c1"}', {"path": "/data/a b", "revision": "0c1"}),
+    ('rewards={own: {function: "a.b:c"}}', {"own": {"function": "a.b:c"}}),
+    ("results=/tmp/x", "/tmp/x"),
+    ("results=./x-1.5", "./x-1.5"),
+    ("study=v1.2.3", "v1.2.3"),
+    ("study=1e4", 1e4),  # as in a file, where a text needs quotes
+    ("seed=3", 3),
+    ("default_runs=null", None),
+    ("default_runs=", None),
+    ("tables={}", {}),
+]
+
+
+@pytest.mark.parametrize(("word", "wanted"), OPTIONS)
+def test_options_of_snakemake_say_what_they_say_in_a_file(word: str, wanted: Any) -> None:
+    from snakemake.cli import parse_config
+    from snakemake.common import dict_to_key_value_args
+
+    given = parse_config([word])
+    for_jobs = parse_config(dict_to_key_value_args(given, quote_str=False, repr_obj=True))
+    for parsed in (given, for_jobs):
+        ((key, value),) = options_of(parsed).items()
+        assert key == word.partition("=")[0]
+        assert value == wanted
+        assert type(value) is type(wanted)
+        assert repr(value) == repr(wanted)  # 5 is not 5.0, at any depth
+
+
+def test_options_lie_over_the_files_and_texts_of_files_stay(study: Folder, tmp_path: Path) -> None:
+    study.load(TWO, train={"rewards": {"verifier": 1.0, "jpeg": 1.0}, "iterations": 7})
+    given = {"train": {"rewards": {"jpeg": "2"}}, "seeds": ["4"]}
+    made = load_study(study.yaml, options=given)
+    run = made.runs["a-s4"]
+    assert (run.train.rewards, run.train.iterations, run.seed) == ({"jpeg": 2.0}, 7, 4)
+    (tmp_path / "top.yaml").write_text('train: {iterations: "5"}\n')
+    with pytest.raises(UserError, match=r"train\.iterations: .* valid integer, got '5'"):
+        load_study(study.yaml, tmp_path / "top.yaml", options={"seeds": ["4"]})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"iterations": 5},
+            r"study.yaml, --config: iterations: .* did you mean `train.iterations`",
+        ),
+        ({"trian": {"iterations": "5"}}, "study.yaml, --config: trian: .* did you mean `train`"),
+        (
+            {"train": {"iterations": "010"}},
+            "--config train.iterations: cannot read '010': 010 would",
+        ),
+        (
+            {"seeds": ["1:30"]},
+            "--config seeds.0: cannot read '1:30': 1:30 would be read as another",
+        ),
+        ({"study": "2026-13-45"}, "--config study: cannot read '2026-13-45': month must be in"),
+        ({"seeds": "<<"}, "--config seeds: cannot read '<<'"),
+    ],
+)
+def test_options_that_are_refused(study: Folder, given: dict[str, Any], message: str) -> None:
+    study.load(TWO)
+    with pytest.raises(UserError, match=message) as caught:
+        load_study(study.yaml, options=given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_file_is_read_once_however_many_runs_name_it(
+    study: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(path: str, column: str) -> Any:
+        read.append(Path(path).name)
+        return read_prompts(path, column)
+
+    monkeypatch.setattr(load, "read_prompts", counted)
+    (tmp_path / "p.csv").write_text("caption\na cat\n")
+    (tmp_path / "q.parquet").write_text("x")
+    files = {"train": str(tmp_path / "p.csv"), "heldout": str(tmp_path / "q.parquet")}
+    made = study.load(TWO, seeds=[0, 1, 2], prompts=files)
+    found = [p.replace(f"{tmp_path}/", "") for p in load.file_problems(made, "study.yaml")]
+    assert read == ["p.csv", "q.parquet"]
+    train, heldout = (p for p in found if "prompts" in p)
+    assert train == (
+        "study.yaml: prompts.train: p.csv, line 1: no column 'prompt'; there are 'caption': "
+        "name one in prompts.column (run a-s0)"
+    )
+    assert heldout.startswith("study.yaml: prompts.heldout: q.parquet: .parquet is not read as a")
+
+
 def test_tables_at_equal_evaluations_ask_their_arms_for_snapshots(study: Folder) -> None:
     tables = {
         "one": {**TABLE, "evaluations": 20000},
@@ -89,6 +329,18 @@ def test_cheapest_is_what_the_cheapest_arm_spends(study: Folder) -> None:
     assert made.runs["a"].train.snapshots == [flow]
     said = study.refusal(TWO, tables={"t": {**TABLE, "evaluations": 8000}})
     assert "tables.t.evaluations: 8000 is less than one iteration of arm 'a' (8096)" in said
+    assert "give more, or null" in said
+
+
+def test_a_trial_of_some_iterations_needs_no_change_of_tables(study: Folder) -> None:
+    """Where the cheapest arm ends before another's first iteration, nothing is equal to compare."""
+    tables = {"t": {**TABLE, "evaluations": "cheapest"}}
+    made = study.load(TWO, tables=tables, train={**TRAIN, "iterations": 1})
+    assert made.tables["t"].evaluations is None
+    assert made.tables["t"].caption == (
+        "x Compared at the end only: cheapest, 5376 is less than one iteration of arm 'a' (8096)."
+    )
+    assert made.runs["a"].train.snapshots == []
 
 
 def test_a_cell_may_leave_a_reward_out(study: Folder) -> None:

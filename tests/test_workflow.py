@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from egrpo.config.load import overlay, read_yaml
+from egrpo.config.load import load_run, load_study, overlay, read_yaml
 from egrpo.store.tables import TABLES
 
 if TYPE_CHECKING:
@@ -151,6 +151,24 @@ def test_another_model_gets_the_same_targets_by_a_config(tmp_path: Path) -> None
     refused = snakemake(None, "--dry-run", "paper", "--configfile", *files[:2])
     wanted = f"model.path: {mine['model']['path']}: no such folder"
     assert wanted in refused.stdout + refused.stderr, "the model first"
+
+
+def test_files_and_options_lie_over_each_other_as_in_the_commands(tmp_path: Path) -> None:
+    top = {
+        "results": str(tmp_path / "results"),
+        "default_runs": ["egrpo-s1"],
+        "rewards": {"red": {"kind": "custom", "function": "json:dumps"}},
+        "train": {"rewards": {"red": 1.0}},
+    }
+    (tmp_path / "top.yaml").write_text(yaml.safe_dump(top))
+    files = ["config/config.yaml", str(tmp_path / "top.yaml")]
+    words = ["seeds=[1]", 'train={"iterations": 5}']
+    done = snakemake(None, "--dry-run", "--configfile", *files, "--config", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = load_study(*files, options={"seeds": [1], "train": {"iterations": 5}})
+    assert made.runs["egrpo-s1"].train.rewards == {"red": 1.0}
+    written = [load_run(path) for path in (tmp_path / "results/laptop/settings").glob("run-*.yaml")]
+    assert {run.run: run for run in written} == made.runs
 
 
 def test_recipe_of_the_toy_weights_is_a_rule() -> None:

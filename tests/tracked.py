@@ -83,9 +83,11 @@ def study_of(folder: Path, *runs: RunConfig) -> Study:
 
 
 def prompts_of(folder: Path) -> Prompts:
-    for name in ("train", "heldout"):
-        write_text(folder / f"{name}.txt", f"{name}\n")
-    return Prompts(train=str(folder / "train.txt"), heldout=str(folder / "heldout.txt"))
+    """Files of which one names its prompts in a column of its own."""
+    write_text(folder / "train.txt", "train\n")
+    write_text(folder / "heldout.csv", 'id,caption\n1,"held, out"\n')
+    train, heldout = (str(folder / name) for name in ("train.txt", "heldout.csv"))
+    return Prompts(train=train, heldout=heldout, column="caption")
 
 
 def line(iteration: int, **metrics: float | None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def profile_key(run: RunConfig) -> str:
             "noise_level": method.noise_level,
             "rewards": {k: r.model_dump() for k, r in run.rewards.items()},
             "profile": run.profile.model_dump(exclude={"strides", "solvers", "features", "fp8"}),
-            "prompts": [run.prompts.train, run.prompts.limit],
+            "prompts": [run.prompts.train, run.prompts.limit, run.prompts.column],
         }
     )
 
@@ -64,7 +64,7 @@ def evaluation_key(run: RunConfig) -> str:
             "schedule": run.schedule.model_dump(),
             "rewards": {k: r.model_dump() for k, r in run.rewards.items()},
             "evaluate": run.evaluate.model_dump(exclude={"bootstrap"}),
-            "prompts": run.prompts.heldout,
+            "prompts": [run.prompts.heldout, run.prompts.column],
         }
     )
 

@@ -1,15 +1,16 @@
 """Reading, merging and validating settings.
 
-Order of merging, later wins: model defaults, the method's own recipe, the study's YAML,
-the run's row in the runs table.
+Order of merging, later wins: model defaults, the method's own recipe, the study's YAML files,
+snakemake's ``--config``, the run's row in the runs table.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -19,8 +20,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from egrpo.config.methods import AnyMethod, Method
-from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
-from egrpo.config.prompts import train_prompts
+from egrpo.config.models import FigureSpec, Prompts, RunConfig, StudyConfig, TableSpec
+from egrpo.config.prompts import read_prompts
 from egrpo.config.rewards import REWARD_MODELS
 from egrpo.config.targets import check_targets, resolve_budgets, with_snapshots
 from egrpo.errors import UserError
@@ -159,17 +160,19 @@ def without_nulls(data: Tree) -> Tree:
     """
     out = dict(data)
     for key in ("rewards", "tables", "figures", "train.rewards", "train.bounds"):
-        *sections, last = key.split(".")
-        at: Any = out
-        for section in sections:
-            at = at.get(section) if isinstance(at, dict) else None
-        if isinstance(at, dict) and isinstance(at.get(last), dict):
-            kept = {name: value for name, value in at[last].items() if value is not None}
-            if sections:
-                out[sections[0]] = {**out[sections[0]], last: kept}
-            else:
-                out[last] = kept
+        named = at(out, key)
+        if isinstance(named, dict):
+            section, dot, last = key.rpartition(".")
+            there = {name: value for name, value in named.items() if value is not None}
+            out |= {section: {**out[section], last: there}} if dot else {key: there}
     return out
+
+
+def at(tree: Any, dotted: str) -> Any:
+    """``tree[a][b][c]`` for the key ``a.b.c``; None where it is not there."""
+    for key in dotted.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def read_runs(path: str | Path) -> list[Row]:
@@ -223,6 +226,34 @@ def read_runs(path: str | Path) -> list[Row]:
     return list(rows.values())
 
 
+def options_of(given: Mapping[str, Any]) -> Tree:
+    """Snakemake's ``--config`` with its values as the same words in a file mean them.
+
+    Snakemake makes numbers at the top only, and texts below: ``{"train": {"iterations": "5"}}``.
+
+    Raises:
+        UserError: if a text would be refused in a file.
+    """
+    # jobs are given `--config key=` as `key=None`
+    return {key: None if v == "None" else _option(v, key) for key, v in given.items()}
+
+
+def _option(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _option(below, f"{key}.{name}") for name, below in value.items()}
+    if isinstance(value, list):
+        return [_option(below, f"{key}.{n}") for n, below in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    loader = Loader("")
+    try:
+        tag = loader.resolve(yaml.ScalarNode, value, (True, False))
+        return numbers(loader.construct_object(yaml.ScalarNode(tag, value)))
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise UserError(f"--config {key}: cannot read {shown(value)}: {reason}") from None
+
+
 def put(tree: Tree, dotted: str, value: Any) -> None:
     """Set ``tree[a][b][c]`` for the key ``a.b.c``, in place.
 
@@ -237,14 +268,45 @@ def put(tree: Tree, dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def overlay(base: Tree, top: Mapping[str, Any]) -> Tree:
-    """``base`` with ``top`` laid over it, section by section; neither is changed."""
+BELONGS = {
+    "function": "options",
+    "path": "revision",
+    **{key: f"{key}_revision" for key in ("processor", "tokenizer", "clip")},
+}
+"""Settings of a model or reward -> what belongs to their value and goes with it."""
+
+
+def overlay(base: Tree, top: Mapping[str, Any], where: tuple[str, ...] = ()) -> Tree:
+    """``base`` with ``top`` laid over it, section by section; neither is changed.
+
+    Args:
+        base, top: settings; what is defined by name (rewards, tables, bounds ...) is merged, one
+            choice or another definition replaces what is below (:func:`kept`).
+        where: the section that they are.
+    """
     out = dict(base)
     for key, value in top.items():
-        below = out.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, dict)
-        out[key] = overlay(below, value) if both else value  # type: ignore[arg-type]
+        below, here = out.get(key), (*where, str(key))
+        if isinstance(value, Mapping) and isinstance(below, dict):
+            out[key] = overlay(kept(below, value, here), value, here)
+        else:
+            out[key] = value
     return out
+
+
+def kept(below: Tree, top: Mapping[str, Any], where: tuple[str, ...]) -> Tree:
+    """What of a section stays where ``top`` is laid over it."""
+
+    others = {key for key, value in below.items() if top.get(key, value) != value}
+    match where:
+        case ("train", "rewards") | ("tables", _, "sections"):  # one choice
+            return {}
+        case ("rewards" | "figures", _) if "kind" in others:
+            return {}
+        case ("model",) | ("rewards", _):
+            gone = {BELONGS[key] for key in others if key in BELONGS}
+            return {key: value for key, value in below.items() if key not in gone}
+    return below
 
 
 def resolve(data: Tree, source: str) -> Study:
@@ -341,12 +403,13 @@ def resolve_run(
     tree = overlay(tree, shared)
     own = {"run": row.run, "arm": arm or row.run}
     base = overlay(tree, {**own, "method": {"name": name, **methods.get(name, {})}})
-    tree = base
+    over: Tree = {}
     for key, value in row.overrides.items():
-        section: Tree = {}
-        put(section, key, value)
-        tree = overlay(tree, section)
-    tree = without_nulls(tree)
+        if key.startswith("train.rewards.") and at(over, "train.rewards") is None:
+            trained = at(base, "train.rewards")  # of which the column sets one
+            put(over, "train.rewards", dict(trained) if isinstance(trained, dict) else {})
+        put(over, key, value)
+    tree = without_nulls(overlay(base, over))
     try:
         run = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -363,12 +426,23 @@ def resolve_run(
     return run
 
 
-def load_study(*paths: str | Path) -> Study:
-    """Read and resolve a study's YAML; later files are laid over the first."""
+def load_study(*paths: str | Path, options: Mapping[str, Any] | None = None) -> Study:
+    """Read and resolve a study's YAML; later files are laid over the first.
+
+    Args:
+        paths: the files.
+        options: snakemake's ``--config``, laid over them.
+    """
     data: Tree = {}
     for path in paths:
         data = overlay(data, read_yaml(path))
-    return resolve(data, ", ".join(map(str, paths)))
+    given = options or {}
+    return resolve(overlay(data, options_of(given)), source_of(paths, given))
+
+
+def source_of(paths: Iterable[str | Path], options: Collection[str] = ()) -> str:
+    """Where settings come from, for messages."""
+    return ", ".join([*map(str, paths), *(["--config"] if options else [])])
 
 
 def check_files(study: Study, source: str) -> None:
@@ -383,34 +457,42 @@ def check_files(study: Study, source: str) -> None:
 
 def file_problems(study: Study, source: str) -> Iterator[str]:
     """Every file that is not there, each once: key, file, and a run that asks for it."""
+    of_prompts = functools.cache(lambda *given: [*_problems_of_prompts(*given)])  # files are long
     seen: set[str] = set()
     first = [name for name in study.default_runs if name in study.runs]
     for name in [*first, *(run for run in study.runs if run not in first)]:
-        for problem in _problems_of(study.runs[name]):
+        for problem in _problems_of(study.runs[name], of_prompts):
             if problem not in seen:
                 seen.add(problem)
                 yield f"{source}: {problem} (run {name})"
 
 
-def _problems_of(run: RunConfig) -> Iterator[str]:
+def _problems_of(run: RunConfig, of_prompts: Callable[[Prompts, int], list[str]]) -> Iterator[str]:
     pinned = run.model.revision is not None
     yield from _source("model.path", run.model.path, "revision", pinned, file=False)
-    files = {"train": run.prompts.train, "heldout": run.prompts.heldout}
-    missing = [key for key, path in files.items() if not os.path.isfile(path)]
-    for key in missing:
-        yield f"prompts.{key}: {files[key]}: no such file"
-    if "train" not in missing:
-        size = run.train.prompts_per_iteration
-        count = len(train_prompts(run.prompts.train, run.prompts.limit))
-        if count < size:
-            yield (
-                f"train.prompts_per_iteration: {size} prompts, but {run.prompts.train} has {count}"
-            )
+    yield from of_prompts(run.prompts, run.train.prompts_per_iteration)
     for name, reward in run.rewards.items():
         for key, path in reward.files.items():
             commit, file = reward.hub.get(key), key in reward.hub_files
             pinned = commit is not None and getattr(reward, commit) is not None
             yield from _source(f"rewards.{name}.{key}", path, commit, pinned, file=file)
+
+
+def _problems_of_prompts(files: Prompts, size: int) -> Iterator[str]:
+    """What is wrong with prompt files, of whose prompts an iteration takes ``size``."""
+    for key in ("train", "heldout"):
+        path = getattr(files, key)
+        if not os.path.isfile(path):
+            yield f"prompts.{key}: {path}: no such file"
+            continue
+        try:
+            count = len(read_prompts(path, files.column))
+        except UserError as error:
+            yield f"prompts.{key}: {error}"
+            continue
+        count = min(count, files.limit or count)
+        if key == "train" and count < size:
+            yield f"train.prompts_per_iteration: {size} prompts, but {path} has {count}"
 
 
 def _source(key: str, path: str, commit: str | None, pinned: bool, *, file: bool) -> Iterator[str]:
@@ -545,8 +627,14 @@ def did_you_mean(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
         if field is None:
             return ""
         current = field.annotation
-    names = list(getattr(current, "model_fields", {}))
-    near = difflib.get_close_matches(str(loc[-1]), names, n=1)
-    if near:
-        return f"; did you mean `{near[0]}`?"
+    fields, key = getattr(current, "model_fields", {}), str(loc[-1])
+    names = list(fields)
+    beside = StudyConfig.model_fields if current is RunConfig else ()
+    meant = [
+        f"{name}.{key}"
+        for name, field in fields.items()
+        if key in getattr(field.annotation, "model_fields", {})
+    ] or difflib.get_close_matches(key, [*names, *beside], n=1)
+    if meant:
+        return f"; did you mean `{'` or `'.join(meant)}`?"
     return f"; known here: {', '.join(names)}" if names else ""

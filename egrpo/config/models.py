@@ -71,7 +71,9 @@ class Model(Settings):
         "Model family; chooses the adapter: SD3 and SD3.5, FLUX.1, Qwen-Image, Z-Image.",
     )
     path: str = setting(..., "Folder with the pipeline, or a hub id.")
-    revision: str | None = setting(None, "Revision of a hub id.")
+    revision: str | None = setting(
+        None, "Revision of a hub id; a file laid over another that changes `path` drops it."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "bfloat16", "Type of weights and stored latents.", f"{PAPER}, experiments"
     )
@@ -158,7 +160,8 @@ class Model(Settings):
 
 
 class Prompts(Settings):
-    """Prompt files: .txt (one a line) or .jsonl (`prompt`, optional `negative_prompt`)."""
+    """Prompt files: .txt (one a line), .jsonl, .json, .csv or .tsv (`prompt`, optional
+    `negative_prompt`); empty prompts are left out."""
 
     train: str = setting(..., "Prompts to train on.")
     heldout: str = setting(..., "Prompts to evaluate and monitor on.")
@@ -168,6 +171,11 @@ class Prompts(Settings):
         "all. An embedded prompt takes 4 MiB of disk with FLUX.1.",
         unit="prompts",
         ge=1,
+    )
+    column: str = setting(
+        "prompt",
+        "Column or key of the prompts in both files, where they are not .txt; in other capitals it "
+        "is found too.",
     )
 
 
@@ -293,7 +301,13 @@ class Bound(Settings):
 class Train(Settings):
     """The optimisation."""
 
-    rewards: dict[str, float] = setting(..., "Trained rewards: name -> weight.", unit="1")
+    rewards: dict[str, float] = setting(
+        ...,
+        "Trained rewards: name -> weight. One choice: where a file is laid over another, or a cell "
+        "of the runs table, it replaces what is below; a column `train.rewards.<name>` sets that "
+        "one.",
+        unit="1",
+    )
     iterations: int = setting(
         300,
         "Iterations: rollout, advantages, optimizer step(s).",
@@ -418,7 +432,7 @@ class Train(Settings):
     bounds: dict[str, Bound] = setting(
         {},
         "Bounds of monitors, against reward hacking: `reward/<name>`, `diversity` or "
-        "`distance_to_base` -> settings.",
+        "`distance_to_base` -> settings. null takes one of a file below away.",
     )
     snapshots: list[int] = setting(
         [],
@@ -538,7 +552,10 @@ class RunConfig(Settings):
     schedule: Schedule = Schedule()
     method: AnyMethod = Egrpo()
     rewards: dict[str, AnyReward] = setting(
-        ..., "Reward models by name; the name is what train.rewards and the tables use."
+        ...,
+        "Reward models by name; the name is what train.rewards and the tables use. Files laid over "
+        "each other add to them and change single settings, null takes one away; another `kind` "
+        "starts anew; the `options` of another `function` do, and the commit of another hub id.",
     )
     advantage: Advantage = Advantage()
     train: Train
@@ -638,13 +655,15 @@ class TableSpec(Settings):
 
     caption: str = setting(..., "What the table shows, one sentence.")
     sections: dict[str, list[str]] = setting(
-        ..., "Heading -> arms (rows of the runs table) below it; best and second are marked within."
+        ...,
+        "Heading -> arms (rows of the runs table) below it; best and second are marked within. One "
+        "choice: a file laid over another replaces all of them.",
     )
     rewards: list[str] = setting(..., "Columns: names of rewards.")
     evaluations: PositiveInt | Literal["cheapest"] | None = setting(
         None,
         "Network evaluations of training at which the arms are also compared; cheapest: what the "
-        "cheapest of them spends in all; null: only at the end.",
+        "cheapest of them spends in all, if that is an iteration of each; null: only at the end.",
         unit="network evaluations",
     )
 
@@ -696,8 +715,14 @@ class StudyConfig(Settings):
     paper: list[str] | None = setting(
         None, "Tables and figures that the target `paper` makes; null: all."
     )
-    tables: dict[str, TableSpec] = setting({}, "Tables by name; the name is the target.")
-    figures: dict[str, FigureSpec] = setting({}, "Figures by name; the name is the target.")
+    tables: dict[str, TableSpec] = setting(
+        {}, "Tables by name; the name is the target. null takes one of a file below away."
+    )
+    figures: dict[str, FigureSpec] = setting(
+        {},
+        "Figures by name; the name is the target. null takes one of a file below away; another "
+        "`kind` starts anew.",
+    )
     methods: dict[str, dict[str, Any]] = setting(
         {}, "Settings of `method` by method name, for every run of that method."
     )

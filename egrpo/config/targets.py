@@ -142,11 +142,11 @@ def resolve_budgets(
     """Tables with numbers in the place of ``evaluations: cheapest``.
 
     A run's cost is taken from its first iteration; arms whose plan waits for a profile do not
-    count.
+    count. At less than one iteration of an arm only its untrained model could be compared: there
+    is no such comparison where ``cheapest`` comes to that, as in a short trial.
 
     Raises:
-        UserError: if an arm spends more than a table's evaluations in one iteration, so that only
-            its untrained model could be compared.
+        UserError: if a table's own number of evaluations is less than one iteration of an arm.
     """
     each: dict[str, tuple[int, int]] = {}  # of one iteration, and of the run
     for run in runs.values():
@@ -164,13 +164,15 @@ def resolve_budgets(
                     f"tables.{name}.evaluations: cheapest is not known yet; give a number"
                 )
             budget = min(whole for _, whole in costs.values())
-        for arm, (one, _) in costs.items():
-            if budget is not None and one > budget:
+        caption, dearest = spec.caption, max(costs, key=lambda arm: costs[arm][0], default="")
+        if budget is not None and costs and costs[dearest][0] > budget:
+            less = f"{budget} is less than one iteration of arm {dearest!r} ({costs[dearest][0]})"
+            if spec.evaluations != "cheapest":
                 raise UserError(
-                    f"tables.{name}.evaluations: {budget} is less than one iteration of arm "
-                    f"{arm!r} ({one})"
+                    f"tables.{name}.evaluations: {less}; give more, or null for no comparison there"
                 )
-        out[name] = spec.model_copy(update={"evaluations": budget})
+            budget, caption = None, f"{caption} Compared at the end only: cheapest, {less}."
+        out[name] = spec.model_copy(update={"evaluations": budget, "caption": caption})
     return out
 
 

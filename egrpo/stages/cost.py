@@ -49,8 +49,8 @@ def study_cost(
         UserError: if a prompt file is missing or a plan damaged.
     """
     at = Layout(study)
-    files = {(run.prompts.train, run.prompts.limit) for run in study.runs.values()}
-    counts = {of: len(train_prompts(*of)) for of in files}
+    used = {run.prompts for run in study.runs.values()}
+    counts = {of: len(train_prompts(of.train, of.limit, of.column)) for of in used}
     out: dict[str, dict[str, Any] | None] = {}
     for name in names or study.runs:
         run = study.runs[name]
@@ -58,7 +58,7 @@ def study_cost(
         if plan is None and needs_plan(run):
             out[name] = None
             continue
-        count = counts[run.prompts.train, run.prompts.limit]
+        count = counts[run.prompts]
         first = prompt_ids(run, 1, count)[0]
         prompt, whole = (
             cost_of(run, [tree_of(run, plan, 1, first)]),

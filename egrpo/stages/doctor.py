@@ -98,14 +98,13 @@ def _versions() -> Iterator[Finding]:
 def _prompts(study: Study) -> Iterator[Finding]:
     for (settings, guided), _ in _different(study.runs.values(), lambda r: (r.prompts, r.guided)):
         for key in ("train", "heldout"):
-            path = getattr(settings, key)
+            path, limit = getattr(settings, key), settings.limit if key == "train" else None
             try:
-                train = key == "train"
-                prompts = train_prompts(path, settings.limit) if train else read_prompts(path)
+                prompts = train_prompts(path, limit, settings.column)
             except UserError as error:
                 yield Finding("FAIL", "prompts", str(error))
                 continue
-            text = f"{path}: {len(prompts)} prompts"
+            text = f"{path}: {len(prompts)} prompts, the first is {prompts[0].text!r:.80}"
             unused = sum(bool(p.negative) for p in prompts)
             if unused and not guided:
                 text += f"; {unused} negative prompts are ignored: model.guidance_scale is 1"
@@ -272,15 +271,18 @@ def _rewards(study: Study) -> Iterator[Finding]:
 def _arithmetic(study: Study) -> Iterator[Finding]:
     for run in {run.arm: run for run in study.runs.values()}.values():
         t = run.train
+        trained = " + ".join(f"{name} {weight:g}" for name, weight in t.rewards.items())
         if reads_profile(run):
-            yield Finding("ok", "batches", f"{run.arm}: its plan waits for the profile")
+            text = f"{run.arm}: its plan waits for the profile; trained on {trained}"
+            yield Finding("ok", "batches", text)
             continue
         tree = tree_of(run, closed_form_plan(run))
         cost = cost_of(run, [tree] * t.prompts_per_iteration)
         parts = f" in {t.updates} optimizer steps" if t.updates > 1 else ""
         text = (
             f"{run.arm}: {t.prompts_per_iteration} prompts an iteration, {cost.forward} forward "
-            f"and {cost.train} forward-backward evaluations{parts}"
+            f"and {cost.train} forward-backward evaluations{parts}; "
+            f"trained on {trained}"
         )
         yield Finding("ok", "batches", text)
 
@@ -317,8 +319,9 @@ def embedding_bytes(run: RunConfig) -> float:
 
     try:
         config = read_part(Path(run.model.path), "transformer").config
-        prompts = len(train_prompts(run.prompts.train, run.prompts.limit))
-        prompts += len(read_prompts(run.prompts.heldout))
+        files = run.prompts
+        prompts = len(train_prompts(files.train, files.limit, files.column))
+        prompts += len(read_prompts(files.heldout, files.column))
     except UserError:
         return 0.0
     m = run.model

@@ -16,9 +16,10 @@ def embed(run: RunConfig, output: Path) -> None:
     Raises:
         UserError: if a prompt file or the model is missing or wrong.
     """
+    files = run.prompts
     sets = {
-        "train": train_prompts(run.prompts.train, run.prompts.limit),
-        "heldout": read_prompts(run.prompts.heldout),
+        "train": train_prompts(files.train, files.limit, files.column),
+        "heldout": read_prompts(files.heldout, files.column),
     }
     model = load_model(run.model)
     parts = {name: (p, model.encode(p, negative=run.guided)) for name, p in sets.items()}

@@ -116,7 +116,8 @@ def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
     comparable = max(alike.values(), key=len)
     runs = comparable[:MOST_ARMS]
     grids = {run.run: found[run.run] for run in runs}
-    prompts = read_prompts(runs[0].prompts.heldout)[: runs[0].train.monitor_prompts]
+    files, train = runs[0].prompts, runs[0].train
+    prompts = read_prompts(files.heldout, files.column)[: train.monitor_prompts]
     gallery = _empty(runs, grids, [prompt.text for prompt in prompts])
     _fill(gallery, at, runs, grids, len(prompts))
     if unseen := [run.run for run in firsts if run not in monitored]:
@@ -209,7 +210,7 @@ def _comparable(run: RunConfig) -> str:
         "model": base_model(run),
         "schedule": run.schedule.model_dump(),
         "steps": run.evaluate.steps,
-        "prompts": run.prompts.heldout,
+        "prompts": [run.prompts.heldout, run.prompts.column],
         "monitors": run.train.model_dump(include=monitors),
     }
     return digest(settings)

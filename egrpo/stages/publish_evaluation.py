@@ -37,6 +37,7 @@ class EvaluationFiles:
     folder: Path
     base_folder: Path
     heldout: Path
+    column: str
     prompts: int
     """How many prompts are shown with their images."""
     trained_on: tuple[str, ...]
@@ -62,7 +63,14 @@ class EvaluationFiles:
     ) -> EvaluationFiles:
         base, heldout = root / "base" / evaluation_key(run), Path(run.prompts.heldout)
         return cls(
-            name, folder, base, heldout, run.evaluate.grid_prompts, tuple(run.train.rewards), tags
+            name,
+            folder,
+            base,
+            heldout,
+            run.prompts.column,
+            run.evaluate.grid_prompts,
+            tuple(run.train.rewards),
+            tags,
         )
 
 
@@ -88,7 +96,7 @@ def send_evaluation(
     run_id = str(record.info.run_id)
     scores = read_table(file, SCORES).to_pylist()
     send_values(client, record, _values(scores, comparison or []), model)
-    send_datasets(client, run_id, {files.heldout: "evaluation"})
+    send_datasets(client, run_id, {files.heldout: "evaluation"}, files.column)
     _send_tables(client, run_id, scores, files)
     send_colour(client, run_id, colour)
     finish(client, run_id)

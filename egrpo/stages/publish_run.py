@@ -62,7 +62,7 @@ def publish_run(
     tracking.deliver(client, run_id, _lines(root, run.run, key))
     sent = tracking.images_held(client, run_id)
     tracking.send_images(client, run_id, folder / "monitor", sent)
-    send_datasets(client, run_id, _inputs(run, root))
+    send_datasets(client, run_id, _inputs(run, root), run.prompts.column)
     send_text(client, run_id, "config.yaml", shown_yaml(run, *without_secrets(run)))
     records = [folder / f for f in ("plan.json", "train.json")]
     send_files(client, run_id, "", [f for f in records if f.exists()])

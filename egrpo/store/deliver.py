@@ -109,11 +109,13 @@ def _named(paths: Iterable[Path]) -> dict[Path, str]:
 # ---------------------------------------------------------------- datasets and models
 
 
-def send_datasets(client: MlflowClient, run_id: str, files: Mapping[Path, str]) -> None:
-    """Log files as datasets that a run read: file -> context."""
+def send_datasets(
+    client: MlflowClient, run_id: str, files: Mapping[Path, str], column: str
+) -> None:
+    """Log files as datasets that a run read: file -> context; ``column`` is that of prompts."""
     inputs = client.get_run(run_id).inputs.dataset_inputs
     held = {(i.dataset.name, i.dataset.digest) for i in inputs}
-    datasets = [_dataset(file, context) for file, context in files.items()]
+    datasets = [_dataset(file, context, column) for file, context in files.items()]
     missing = [d for d in datasets if (d.dataset.name, d.dataset.digest) not in held]
     if missing:
         client.log_inputs(run_id, datasets=missing)
@@ -154,7 +156,7 @@ def send_model(
     return model
 
 
-def _dataset(file: Path, context: str) -> DatasetInput:
+def _dataset(file: Path, context: str, column: str) -> DatasetInput:
     """A prompt file or a Parquet table, with its number of rows and its columns."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -164,7 +166,7 @@ def _dataset(file: Path, context: str) -> DatasetInput:
             rows = table.metadata.num_rows
             columns = {field.name: str(field.type) for field in table.schema_arrow}
     else:
-        rows, columns = len(read_prompts(file)), {"prompt": "string"}
+        rows, columns = len(read_prompts(file, column)), {"prompt": "string"}
     schema = json.dumps({"mlflow_colspec": [{"name": k, "type": v} for k, v in columns.items()]})
     dataset = Dataset(
         file.name, digest_of(file), "local", source, schema, json.dumps({"num_rows": rows})

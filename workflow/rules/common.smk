@@ -12,13 +12,21 @@ from egrpo.errors import UserError
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
 from egrpo.store.files import lock, write_once, write_text
 
-CONFIG_PATHS = [str(f) for f in workflow.overwrite_configfiles] or ["config/config.yaml"]
-CONFIG_FILES = ", ".join(CONFIG_PATHS)
+# Files and --config are read and laid over each other by the package, as by its commands: Snakemake
+# merges what is to be replaced, makes texts of numbers below the top of --config, and passes over a
+# key given twice and 010. A workflow that imports this one as a module gives its settings in `config`.
+IMPORTED = not workflow.modifier.is_main_snakefile()
+GIVEN = workflow.overwrite_configfiles
+CONFIG_PATHS = [str(f) for f in (*workflow.configfiles[len(GIVEN) :], *GIVEN)]
+OPTIONS = workflow.config_settings.config
+CONFIG_FILES = load.source_of(CONFIG_PATHS, OPTIONS)
 
 try:
-    for file in CONFIG_PATHS:
-        load.read_yaml(file)  # refuses what Snakemake's reader passes over: a key given twice, 010
-    study = load.resolve(config, CONFIG_FILES)
+    study = (
+        load.resolve(config, CONFIG_FILES)
+        if IMPORTED
+        else load.load_study(*CONFIG_PATHS, options=OPTIONS)
+    )
     load.check_files(study, CONFIG_FILES)
     check_trees(study.runs)
 except UserError as error:
