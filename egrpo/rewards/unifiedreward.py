@@ -126,7 +126,7 @@ class UnifiedReward:
         if not isinstance(text, str):
             raise UnansweredError("an answer that is no chat completion")
         score = score_in(text, self.settings) / self.settings.divide_by
-        if abs(score) > np.finfo(np.float32).max:
+        if abs(score) > float(np.finfo(np.float32).max):
             raise UnansweredError(f"the score {score:g} is too large")
         return score
 
