@@ -15,6 +15,8 @@ from egrpo import __version__
 from egrpo.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from egrpo.config.load import Study
 
 FILE = click.Path(path_type=Path)
@@ -294,14 +296,22 @@ def lease_command(gpus: int, ids: str, command: tuple[str, ...]) -> None:
     lease(gpus, command, [name for name in ids.split(",") if name])
 
 
+def _whole(name: str, default: int, text: str) -> Callable[[Any], Any]:
+    """An option that is a whole number, 1 or more."""
+    return click.option(name, default=default, show_default=True, type=click.IntRange(1), help=text)
+
+
 @main.command("serve-rewards")
 @click.option("--reward", "names", multiple=True, help="Name in the study; left out: all.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8800, show_default=True, help="Port.")
 @click.option("--token-file", type=EXISTING, help="File with the token that clients must send.")
 @click.option("--device", default="auto", show_default=True, help="Of rewards that name none.")
-@click.option("--batch", default=64, show_default=True, help="Most images scored together.")
-@click.option("--limit", default=4096, show_default=True, help="Most images that wait.")
+@_whole("--batch", 64, "Most images scored together.")
+@_whole("--limit", 4096, "Most images that wait for a reward.")
+@_whole("--request-mib", 256, "Most MiB of a request, and of its images once decoded.")
+@_whole("--waiting-mib", 2048, "Most MiB of all requests that are read, decoded or waiting.")
+@_whole("--side", 4096, "Most pixels of an image's side.")
 @click.argument("configs", type=EXISTING, nargs=-1, required=True)
 def serve_command(configs: tuple[Path, ...], names: tuple[str, ...], **options: Any) -> None:
     """Serve the rewards of a study to training jobs (`kind: remote`)."""

@@ -33,7 +33,7 @@ def similarity(images, prompts, program="tesseract"):
         Image.fromarray(pixels).save(buffer, format="PNG")
         command = [program, "stdin", "stdout", "--psm", "11"]
         found = subprocess.run(command, input=buffer.getvalue(), capture_output=True, check=True)
-        distance = edit_distance(wanted, squeezed(found.stdout.decode()))
+        distance = edit_distance(wanted, squeezed(found.stdout.decode(errors="replace")))
         scores.append(max(0.0, 1.0 - distance / len(wanted)))
     return scores
 

@@ -130,3 +130,15 @@ def test_a_model_family_is_added_as_the_page_says(checkout: Path) -> None:
     assert passed
     assert int(passed[1]) >= 11, "images, guidance, adapters, 16 bits, the model card"
     assert "aura_flow" in (checkout / "workflow/schemas/run.schema.json").read_text()
+
+
+def test_the_text_of_an_image_may_hold_what_is_no_text(tmp_path: Path) -> None:
+    from examples.ocr_reward import similarity
+
+    program = tmp_path / "reads"
+    program.write_text("#!/bin/sh\ncat > /dev/null\nprintf 'OP\\377N'\n")
+    program.chmod(0o755)
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    found = similarity(images, ['a door that says "OPEN"', "a door"], program=str(program))
+    assert found[0] == 0.75  # one letter of four could not be read
+    assert np.isnan(found[1])

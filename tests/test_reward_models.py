@@ -592,6 +592,86 @@ def test_http_failures_are_nan_and_said(capsys: Any) -> None:
     assert said.count("\n") == 1
 
 
+NO_SCORE = "no score in the answer"
+PART = "is not one number"
+OUTSIDE = "is outside the scale"
+OWN_SCALE = {"pattern": r"Mark: (\d+)", "least": 0.0, "most": 100.0}
+ANSWERS: list[tuple[str, dict[str, Any], float | str]] = [
+    ("The cat is there. Final Score: 4", {}, 4),
+    ("Final Score: 4.5.", {}, 4.5),
+    ("**Final Score:** 3", {}, 3),
+    ("**Final Score: 3**", {}, 3),
+    ("**Final Score**:\n\n__3__", {}, 3),
+    ("Final Score: **4**/5", {}, 4),
+    ("final score: *4 out of 5*", {}, 4),
+    ("Final Score: 4 - a good image", {}, 4),
+    ("Final Score: 4\n\n1. Alignment is good", {}, 4),
+    ("Final Score: 5.0", {}, 5),
+    # the last one counts: the question may be repeated, and a judge may think aloud
+    ("assign a score from 1 to 5 after 'Final Score:'.\nFinal Score: 2", {}, 2),
+    ("Final Score: 3? No, it has no tail.\nFinal Score: 1", {}, 1),
+    ("assign a score from 1 to 5 after 'Final Score:'.", {}, NO_SCORE),
+    ("Final Score: four", {}, NO_SCORE),
+    ("Final Score: \u22123", {}, NO_SCORE),
+    ("", {}, NO_SCORE),
+    ("Final Score: 10", {}, OUTSIDE),
+    ("Final Score: 0", {}, OUTSIDE),
+    ("Final Score: 5.1", {}, OUTSIDE),
+    ("Final Score: -3", {}, OUTSIDE),
+    ("Final Score: 8/10", {}, OUTSIDE),
+    ("Final Score: 4/10", {}, OUTSIDE),
+    ("Final Score: **4** out of **10**", {}, OUTSIDE),
+    ("Final Score: 1e9", {}, PART),
+    ("Final Score: 4,5", {}, PART),
+    ("Final Score: 4.5.2", {}, PART),
+    ("Final Score: 3-4", {}, PART),
+    ("Final Score: 3 to 4", {}, PART),
+    ("Final Score: 7", {"most": 10.0}, 7),
+    ("Final Score: 7/10", {"most": 10.0}, 7),
+    ("Final Score: 0.5", {"least": 0.0}, 0.5),
+    # a pattern of one's own has the scale that is given, else none
+    ("Mark: 85%", OWN_SCALE, 85),
+    ("Mark: 101", OWN_SCALE, OUTSIDE),
+    ("Mark: 101", {"pattern": r"Mark: (\d+)"}, 101),
+    ("7/10", {"pattern": r"(\d+)/10"}, 7),
+    ("first 1, then 2", {"pattern": r"(\d)"}, 1),
+    ("mark-4", {"pattern": r"mark-(\d)"}, 4),
+    ("Mark: 10", {"pattern": r"Mark: (\d)"}, PART),
+    ("Mark: -3", {"pattern": r"Mark:.*?(\d)"}, PART),
+    ("Mark: 0.3", {"pattern": r"Mark: .*(\d)"}, PART),
+    ("Mark: four", {"pattern": r"Mark: (\w+)"}, PART),
+    ("Mark: 1_0", {"pattern": r"Mark: (\w+)"}, PART),
+    ("Mark: nan", {"pattern": r"Mark: (\w+)"}, PART),
+    ("Mark: ", {"pattern": r"Mark: (\d)?"}, NO_SCORE),
+    ("Mark: 9e300", {"pattern": r"Mark: (\S+)"}, "is too large"),
+    ("Mark: 9e999", {"pattern": r"Mark: (\S+)"}, "is too large"),
+]
+
+
+def test_a_judges_answer_is_a_number_in_its_scale(capsys: Any) -> None:
+    """Anything else is NaN, and said with its reason."""
+    with service(lambda request, number: chat(prompt_of(request))) as (url, _):
+        for text, given, right in ANSWERS:
+            model = reward("unifiedreward", url=url, attempts=1, divide_by=1.0, **given)
+            (found,) = model.score(pictures(8, 8)[:1], [text])
+            said = capsys.readouterr().err
+            if isinstance(right, str):
+                assert np.isnan(found), (text, found)
+                assert "1 of 1 images got no score (NaN)" in said
+                assert right in said, (text, said)
+            else:
+                assert (found, said) == (np.float32(right), ""), text
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", '{"text": "Final Score: 3"}'])
+def test_a_judges_answer_that_is_no_text_is_nan(content: str, capsys: Any) -> None:
+    body = f'{{"choices": [{{"message": {{"content": {content}}}}}]}}'
+    with service(lambda request, number: (200, body)) as (url, _):
+        model = reward("unifiedreward", url=url, attempts=1)
+        assert np.isnan(model.score(pictures(8, 8)[:1], ["a"])).all()
+    assert "no chat completion" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("_no_waiting")
 def test_http_nobody_there(capsys: Any) -> None:
     model = reward("unifiedreward", url="http://127.0.0.1:9/v1", attempts=2)
@@ -600,7 +680,9 @@ def test_http_nobody_there(capsys: Any) -> None:
 
 
 def test_http_bad_settings(tmp_path: Path) -> None:
-    for wrong in ({"pattern": "("}, {"pattern": "x"}, {"question": "?"}, {"url": "ftp://x"}):
+    for wrong in ({"pattern": "("}, {"pattern": "x"}, {"question": "?"}, {"url": "ftp://x"},
+                  {"pattern": "(a)(b)"}, {"least": 5.0}, {"most": 1.0},
+                  {"pattern": "(.)", "least": 1.0, "most": 0.0}):  # fmt: skip
         with pytest.raises(ValueError):
             settings.UnifiedReward.model_validate(
                 {"kind": "unifiedreward", "url": "http://127.0.0.1/v1", **wrong}
@@ -641,6 +723,53 @@ def test_custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     files = settings.Custom(kind="custom", function="my_rewards:redness").files
     assert files == {"function": str(tmp_path / "my_rewards.py")}
+
+
+NAN = float("nan")
+RETURNED: list[tuple[str, list[float] | None]] = [
+    ("[1, 2.5]", [1, 2.5]),
+    ("[True, False]", [1, 0]),
+    ("np.array([True, False])", [1, 0]),
+    ("[None, 2]", [NAN, 2]),
+    ("[1e39, 2]", [NAN, 2]),
+    ("np.array([1, 2], dtype=object)", [1, 2]),
+    ("torch.tensor([1, 2], dtype=torch.bfloat16)", [1, 2]),
+    ("torch.tensor([1.0, 2.0], requires_grad=True)", [1, 2]),
+    ("[torch.tensor(1.0), torch.tensor(2.0)]", [1, 2]),
+    ("['1', '2']", None),
+    ("[1, '2']", None),
+    ("[b'1', b'2']", None),
+    ("np.array(['1', 2], dtype=object)", None),
+    ("[1 + 2j, 2]", None),
+    ("torch.tensor([1 + 2j, 2])", None),
+    ("np.array(['2020', '2021'], dtype='datetime64[Y]')", None),
+    ("[10**400, 1]", None),
+    ("[[1], [2, 3]]", None),
+    ("[[1], [2]]", None),
+    ("{'a': 1, 'b': 2}", None),
+    ("(n for n in [1, 2])", None),
+    ("None", None),
+    ("3.0", None),
+]
+
+
+def test_what_a_custom_reward_returns_are_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Truth is 1 or 0 and None is NaN; text and all else is refused, not turned into numbers."""
+    (tmp_path / "giving.py").write_text(
+        "import numpy as np\nimport torch\n"
+        "def give(images, prompts, what):\n    return eval(what)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for what, right in RETURNED:
+        model = {"mine": reward("custom", function="giving:give", options={"what": what})}
+        if right is None:
+            with pytest.raises(UserError, match=r"mine: returned|giving:give: returned"):
+                score_all(model, pictures(8, 8)[:2], ["a", "b"])
+        else:
+            found = score_all(model, pictures(8, 8)[:2], ["a", "b"])["mine"]
+            np.testing.assert_array_equal(found, right, err_msg=what)
 
 
 def test_rewards_may_live_on_another_device() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -15,6 +16,11 @@ PICK = "PickScore, arXiv 2305.01569 and its model card"
 IMAGE_REWARD = "ImageReward, arXiv 2304.05977 and its public code"
 LAION = "LAION, improved-aesthetic-predictor"
 UNIFIED = "UnifiedReward, arXiv 2503.05236; asked as in Flow-GRPO's public code"
+
+FINAL_SCORE = r"(?is)\A.*Final Score[\s*_]*:[\s*_]*([-+]?\d+(?:\.\d+)?)"
+"""The last number after `Final Score:`, with or without Markdown's emphasis."""
+FINAL_SCALE = (1.0, 5.0)
+"""What UnifiedReward's published question asks for."""
 
 
 class RewardSettings(Settings):
@@ -187,7 +193,16 @@ class UnifiedReward(RewardSettings):
         None, "What is asked, with {prompt}; null: UnifiedReward's published question.", UNIFIED
     )
     pattern: str = setting(
-        r"Final Score:\s*([1-5](?:\.\d+)?)", "Where the answer has the score.", UNIFIED
+        FINAL_SCORE,
+        "Where the answer has the score: a number within the scale, else the score is NaN. The "
+        "default takes the last one.",
+        UNIFIED,
+    )
+    least: float | None = setting(
+        None, "Least score of the scale; null: 1 with the default `pattern`, else none.", unit="1"
+    )
+    most: float | None = setting(
+        None, "Largest score of the scale; null: 5 with the default `pattern`, else none.", unit="1"
     )
     divide_by: float = setting(5.0, "The score is divided by this.", UNIFIED, unit="1", gt=0.0)
     side: int = setting(
@@ -212,7 +227,17 @@ class UnifiedReward(RewardSettings):
             raise ValueError("pattern: needs one group in brackets, the score")
         if self.question is not None and "{prompt}" not in self.question:
             raise ValueError("question: must contain {prompt}")
+        least, most = self.scale
+        if least >= most:
+            raise ValueError(f"most: {most:g} is not above the least score, {least:g}")
         return self
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Least and largest score that an answer may give."""
+        usual = FINAL_SCALE if self.pattern == FINAL_SCORE else (-math.inf, math.inf)
+        least, most = self.least, self.most
+        return usual[0] if least is None else least, usual[1] if most is None else most
 
 
 class Remote(RewardSettings):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -40,14 +41,25 @@ class Custom:
             ) from None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """[n] float32."""
+        """[n] float32 of numbers; truth is 1 or 0, and None is NaN.
+
+        Raises:
+            UserError: if the function returns anything else, such as numbers written as text.
+        """
         scores = self.function(images, list(prompts))
         if isinstance(scores, Tensor):
-            scores = scores.detach().float().cpu()
+            scores = scores.detach().cpu()
+            scores = scores.float() if scores.is_floating_point() else scores
         try:
-            return np.asarray(scores, dtype=np.float32)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"rewards, kind custom: {self.settings.function}: returned "
-                f"{type(scores).__name__} {scores!r:.60}, not a list of {len(images)} numbers"
-            ) from None
+            found = np.asarray(scores)
+            if found.ndim and all(s is None or isinstance(s, Real) for s in found.flat):
+                found = found.astype(np.float64)
+            if found.dtype.kind in "biuf":
+                with np.errstate(over="ignore"):  # infinite: NaN where rewards are gathered
+                    return found.astype(np.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            pass
+        raise UserError(
+            f"rewards, kind custom: {self.settings.function}: returned "
+            f"{type(scores).__name__} {scores!r:.60}, not a list of {len(images)} numbers"
+        )

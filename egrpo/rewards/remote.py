@@ -21,9 +21,20 @@ from egrpo.errors import UserError
 from egrpo.rewards.http import LONGEST_WAIT, bearer, text_of
 from egrpo.rewards.network import png_of
 
+TRIES = 3
+"""Tries of a request whose reward fails there."""
+
 
 class AwayError(Exception):
     """The service does not answer, or has too much to do: worth another try."""
+
+
+class FailedError(Exception):
+    """The reward failed there: worth few other tries."""
+
+
+class TooLargeError(Exception):
+    """The service takes no request of this size."""
 
 
 class Remote:
@@ -41,28 +52,56 @@ class Remote:
             limits=httpx2.Limits(max_connections=settings.concurrency),
         )
         self.told = 0.0
+        self.batch = settings.batch
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[n] float32; NaN where the service's reward failed.
 
         Raises:
-            UserError: if the service refuses the request, answers nonsense, or stays away longer
-                than ``patience``.
+            UserError: if the service refuses the request or one image alone, answers nonsense,
+                fails again and again, or stays away longer than ``patience``.
         """
-        size = self.settings.batch
+        size = self.batch
         pixels = images.cpu()
         starts = range(0, len(pixels), size)
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
             parts = list(
                 pool.map(lambda b: self._part(pixels[b : b + size], prompts[b : b + size]), starts)
             )
-        return np.concatenate(parts).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinite: NaN where rewards are gathered
+            return np.concatenate(parts).astype(np.float32)
 
     def _part(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """The scores of one request, or of smaller ones where the service finds it too large."""
+        try:
+            return self._patiently(images, prompts)
+        except TooLargeError as error:
+            if len(images) == 1:
+                height, width = images.shape[2:]
+                raise UserError(
+                    f"{self.name}: an image of {width}x{height} pixels is too large for it: {error}"
+                ) from None
+            half = len(images) // 2
+            if half < self.batch:
+                self.batch = half
+                self._say(f"{error}; from now on at most {half} images at once (`batch`)")
+        parts, begin = [], 0
+        while begin < len(images):
+            end = begin + self.batch  # which may become smaller on the way
+            parts.append(self._part(images[begin:end], prompts[begin:end]))
+            begin = end
+        return np.concatenate(parts)
+
+    def _say(self, text: str) -> None:
+        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def _patiently(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """One request, again and again while the service is away."""
         from tenacity import (
             RetryCallState,
             Retrying,
             retry_if_exception_type,
+            stop_after_attempt,
             stop_after_delay,
             wait_random_exponential,
         )
@@ -71,21 +110,28 @@ class Remote:
             error = state.outcome.exception() if state.outcome else None
             if time.monotonic() - self.told > LONGEST_WAIT:  # once for all requests
                 self.told = time.monotonic()
-                print(
-                    f"{self.name}: {error}; waiting, up to {self.settings.patience:g} s in all",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self._say(f"{error}; waiting, up to {self.settings.patience:g} s in all")
 
-        retrying = Retrying(
-            stop=stop_after_delay(self.settings.patience),
-            wait=wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT),
+        patient = stop_after_delay(self.settings.patience)
+        wait = wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)
+        away = Retrying(
+            stop=patient,
+            wait=wait,
             retry=retry_if_exception_type(AwayError),
             before_sleep=say,
             reraise=True,
         )
+        failed = Retrying(
+            stop=patient | stop_after_attempt(TRIES),
+            wait=wait,
+            retry=retry_if_exception_type(FailedError),
+            reraise=True,
+        )
+        request = self._request(images, prompts)
         try:
-            return retrying(self._ask, self._request(images, prompts), len(images))
+            return away(lambda: failed(self._ask, request, len(images)))
+        except FailedError as error:
+            raise UserError(f"{self.name}: {error}; tried again in vain") from None
         except AwayError as error:
             raise UserError(
                 f"{self.name}: away for more than {self.settings.patience:g} s: {error}; start it "
@@ -104,6 +150,8 @@ class Remote:
 
         Raises:
             AwayError: if nobody answers, or answers that there is too much to do.
+            FailedError: if the service or its reward failed.
+            TooLargeError: if less at once may be answered.
             UserError: if the answer will not change.
         """
         import httpx2
@@ -112,15 +160,24 @@ class Remote:
             response = self.client.post("/score", json=request)
         except httpx2.TransportError as error:
             raise AwayError(" ".join(f"{type(error).__name__}: {error}".split())) from None
-        if response.status_code in (429, 502, 503, 504):
-            raise AwayError(f"HTTP {response.status_code}")
-        if response.status_code != 200:
-            reason = " ".join(response.text.split())[:200]
-            raise UserError(f"{self.name}: HTTP {response.status_code}: {reason}")
+        status = response.status_code
+        if status in (408, 429, 502, 503, 504):
+            raise AwayError(f"HTTP {status}")
+        if status != 200:
+            reason = f"HTTP {status}: {' '.join(response.text.split())[:200]}"
+            if status == 413:
+                raise TooLargeError(reason)
+            if status >= 500:
+                raise FailedError(reason)
+            raise UserError(f"{self.name}: {reason}")
         try:
             scores = response.json()["scores"]
+            if not isinstance(scores, list) or any(
+                type(s) not in (int, float, type(None)) for s in scores
+            ):  # neither text nor truth is a score
+                raise TypeError
             values = np.array([np.nan if s is None else s for s in scores], dtype=np.float64)
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             raise UserError(f"{self.name}: answered {response.text[:60]!r}, no scores") from None
         if values.shape != (count,):
             raise UserError(f"{self.name}: answered {values.size} scores for {count} images")

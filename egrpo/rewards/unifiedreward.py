@@ -27,6 +27,12 @@ QUESTION = (
 )
 """UnifiedReward's published question for a pointwise score."""
 
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+BEFORE = re.compile(r"(?:\d[.,]?|(?<!\w)[-\u2212.])\Z")
+AFTER = re.compile(r"[.,]?\d|[eE][-+]?\d|\s*(?:[-\u2013\u2014]|to|or)\s*\d")
+"""What stands beside a number that is only a part of another one, or of a range."""
+OUT_OF = re.compile(rf"[\s*_]*(?:/|out of|of)[\s*_]*({NUMBER})")
+
 
 class UnansweredError(Exception):
     """A request that may succeed when it is made again."""
@@ -106,7 +112,7 @@ class UnifiedReward:
         """One try.
 
         Raises:
-            UnansweredError: if the service is overloaded or its answer holds no score.
+            UnansweredError: if the service is overloaded, or see :func:`score_in`.
             httpx2.HTTPError: if it cannot be reached, or refuses the request for good.
         """
         response = self.client.post("/chat/completions", json=request)
@@ -115,9 +121,32 @@ class UnifiedReward:
         response.raise_for_status()
         try:
             text = response.json()["choices"][0]["message"]["content"]
-            match = re.search(self.settings.pattern, text)
-        except (ValueError, LookupError, TypeError):
-            raise UnansweredError("an answer that is no chat completion") from None
-        if match is None:
-            raise UnansweredError(f"no score in the answer {text[:60]!r}")
-        return float(match.group(1)) / self.settings.divide_by
+        except (ValueError, LookupError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise UnansweredError("an answer that is no chat completion")
+        score = score_in(text, self.settings) / self.settings.divide_by
+        if abs(score) > float(np.finfo(np.float32).max):
+            raise UnansweredError(f"the score {score:g} is too large")
+        return score
+
+
+def score_in(text: str, settings: Settings) -> float:
+    """The score that an answer gives, in the judge's scale.
+
+    Raises:
+        UnansweredError: if ``pattern`` finds none, or a part of a number, or one of another scale.
+    """
+    match = re.search(settings.pattern, text)
+    if match is None or match[1] is None:
+        raise UnansweredError(f"no score in the answer {text[:60]!r}")
+    before, found, after = text[: match.start(1)], match[1].strip(), text[match.end(1) :]
+    shown = f"{found[:20]}{after[:20]}"
+    if not re.fullmatch(NUMBER, found) or BEFORE.search(before) or AFTER.match(after):
+        raise UnansweredError(f"{shown!r} in the answer is not one number")
+    score, (least, most) = float(found), settings.scale
+    whole = OUT_OF.match(after)
+    other = whole is not None and np.isfinite(most) and float(whole[1]) != most
+    if other or not least <= score <= most:
+        raise UnansweredError(f"{shown!r} in the answer is outside the scale {least:g} to {most:g}")
+    return score
