@@ -5,15 +5,19 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+import egrpo
 from egrpo.config import keys, load
 from egrpo.config.layout import PAGES, Layout
 from egrpo.config.trees import check_trees, needs_plan
 from egrpo.errors import UserError
+from egrpo.stages.checks import check_study
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
 from egrpo.store.files import lock, write_once, write_text
 
 CONFIG_PATHS = [str(f) for f in workflow.overwrite_configfiles] or ["config/config.yaml"]
-CONFIG_FILES = ", ".join(CONFIG_PATHS)
+if not workflow.modifier.is_main_snakefile():  # a module gets its settings from who imports it
+    CONFIG_PATHS = []
+CONFIG_FILES = ", ".join(CONFIG_PATHS) or "config of the module"
 
 try:
     for file in CONFIG_PATHS:
@@ -21,6 +25,7 @@ try:
     study = load.resolve(config, CONFIG_FILES)
     load.check_files(study, CONFIG_FILES)
     check_trees(study.runs)
+    check_study(study, CONFIG_FILES)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -122,8 +127,7 @@ def sources(*parts):
     One file, because the plan of a sweep takes time for each input of each job. Its name holds the
     digest of their contents, its time is that of the last edit.
     """
-    base = Path(workflow.basedir)  # of workflow/Snakefile, where that was called: one folder below
-    root = next(p / "egrpo" for p in (base, base.parent) if (p / "egrpo").is_dir())
+    root = Path(egrpo.__file__).parent
     files = [f for p in parts for f in (sorted((root / p).glob("*.*")) or [root / p])]
     text = "".join(f"{file_identity(f)}  {f.relative_to(root)}\n" for f in files)
     path = Path(".snakemake", "egrpo", f"code-{keys.digest(text)}.txt")
