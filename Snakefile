@@ -24,21 +24,6 @@ include: "workflow/rules/toy.smk"
 report: "workflow/report/workflow.rst"
 
 
-# Seconds of one core each: on a cluster they run where snakemake runs, not in the queue.
-localrules:
-    all,
-    run_config,
-    prepare_store,
-    plan,
-    comparison,
-    about,
-    figures,
-    result_table,
-    result_figure,
-    page,
-    publish,
-
-
 # The default runs. Everything a user may look at is named, so that a lost file is made again.
 rule all:
     default_target: True
@@ -47,7 +32,7 @@ rule all:
         at.comparison,
         at.about("comparison"),
         at.page("index"),
-        rules.figures.output,
+        default_figures(),
         profiles(study.default_runs),
         plans(study.default_runs),
         results(study.default_runs, "scores.parquet", "images.parquet", "rollouts.parquet"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -159,6 +160,34 @@ def doctor_command(configs: tuple[Path, ...], skip_rewards: bool) -> None:
         click.echo(str(finding))
         failed |= finding.level == "FAIL"
     sys.exit(1 if failed else 0)
+
+
+@main.command("clean")
+@STUDY
+@click.option("--yes", is_flag=True, help="Remove what is listed.")
+def clean_command(configs: tuple[Path, ...], yes: bool) -> None:
+    """List what earlier settings of a study left in its folder; with --yes, remove it.
+
+    Settings, embeddings, profiles, evaluations of the base model, runs with their results, and
+    states of training that no run of today's settings wants. Two studies that share a folder have
+    different `study` names; files of one that has the same name count as earlier ones.
+
+    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
+    `snakemake --configfile` does.
+    """
+    from egrpo.config.layout import Layout
+    from egrpo.config.load import load_study
+    from egrpo.stages.clean import leftovers, remove, summary
+
+    at = Layout(load_study(*configs))
+    found = leftovers(at)
+    if yes:
+        remove(at, found)
+    for one in found:
+        click.echo(f"{one.size / 2**20:>10.1f} MiB  {one.path}")
+    again = shlex.join(["egrpo", "clean", *map(str, configs), "--yes"])
+    said = "removed" if yes else f"`{again}` removes them"
+    click.echo(f"{at.root}: {summary(found)}{f': {said}' if found else ''}")
 
 
 def _threads(count: int | None) -> None:
@@ -506,7 +535,8 @@ def export_command(run: str, configs: tuple[Path, ...], output: Path | None, **s
     from egrpo.stages.export import export
 
     folder = export(Layout(load_study(*configs)), run, output, configs=configs, **says)
-    click.echo(f"{folder}: ready to share, for example by `hf upload OWNER/NAME {folder}`")
+    upload = shlex.join(["hf", "upload", "OWNER/NAME", str(folder)])
+    click.echo(f"{folder}: ready to share, for example by `{upload}`")
 
 
 @main.command("completion")

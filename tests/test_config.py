@@ -225,6 +225,18 @@ REFUSED_IN_STUDY = [
     ({"method": {"name": "egrpo"}}, "method: belongs in the runs table"),
     ({"run": "x"}, "run: belongs in the runs table"),
     ({"runs": 3}, "runs: Input should be a valid string, got 3"),
+    ({"results": "a{b}"}, "results: 'a{b}' holds '{', which no file of a workflow's can have"),
+    ({"results": "a<logs>"}, "results: 'a<logs>' holds '<logs>', which no file"),
+    ({"results": "a\nb"}, r"results: 'a\nb' holds '\n', which no file"),
+    ({"results": "a\0b"}, r"results: 'a\x00b' holds a character that no file name"),
+    ({"results": "a?b"}, "results: 'a?b' holds '?', which MLflow cannot read"),
+    ({"results": "-a"}, "results: is no folder that a command can name"),
+    ({"model": {"path": "a{b}"}}, "model.path: 'a{b}' holds '{'"),
+    ({"prompts": {"train": "{a}.txt", "heldout": "b.txt"}}, "prompts.train: '{a}.txt' holds '{'"),
+    (
+        {"rewards": {**BASE["rewards"], "c": {"kind": "clip", "path": "<a>.pt"}}},
+        "rewards.c.path: '<a>.pt' holds '<a>'",
+    ),
 ]
 
 

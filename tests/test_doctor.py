@@ -25,9 +25,11 @@ from egrpo.config.trees import check_trees
 from egrpo.errors import UserError
 from egrpo.models import load_model
 from egrpo.models.families import SD3
+from egrpo.stages.disk import disk, monitor_bytes, record_bytes, trained_bytes
 from egrpo.stages.doctor import Finding, _attention, doctor
 from egrpo.stages.memory import GIB, lora_parameters, memory
 from egrpo.stages.train import Trainer
+from egrpo.stages.train_run import train
 from egrpo.store.weights import read_part
 
 PRESETS = {path.stem: path for path in sorted((ROOT / "config/presets").glob("*.yaml"))}
@@ -257,6 +259,114 @@ def test_negative_prompts_without_guidance_are_said(
     found = sick(tmp_path, folders, negative)
     assert "4 negative prompts are ignored" in text(found, "prompts")
     assert sorted(levels(found, "prompts")) == ["ok", "warn"]
+
+
+def toy(tmp_path: Path, **top: Any) -> list[Finding]:
+    """Findings on the default study of the toy world with some settings changed."""
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"results": str(tmp_path / "r"), **top}))
+    files = (ROOT / "config/config.yaml", tmp_path / "toy.yaml")
+    return list(doctor(files, rewards="rewards" in top))
+
+
+def _last_prompt_is_free(path: Path) -> dict[str, Any]:
+    lines = (ROOT / "assets/toy/prompts/heldout.txt").read_text()
+    (path / "free.txt").write_text(f"{lines}a large dog\n")
+    return {"prompts": {"heldout": str(path / "free.txt")}}
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "parts"),
+    [
+        (
+            _last_prompt_is_free,
+            "prompts",
+            ["prompts.heldout: ", "free.txt, prompt 49: ", "'a large dog' is outside the toy"],
+        ),
+        (
+            lambda path: {"evaluate": {"height": 64, "width": 64}},
+            "size",
+            ["evaluate.height, evaluate.width: 64 x 64", "rewards verifier, verifier_exact"],
+        ),
+        (lambda path: {"model": {"lora": {"rank": 10**8}}}, "disk", ["lower model.lora.rank"]),
+    ],
+)
+def test_what_a_job_would_refuse_is_said_before(
+    tmp_path: Path, change: Change, what: str, parts: list[str]
+) -> None:
+    found = toy(tmp_path, **change(tmp_path))
+    (line,) = [f.text for f in found if f.level == "FAIL" and f.what == what]
+    assert all(part in line for part in parts)
+
+
+def test_prompts_that_no_verifier_reads_may_say_anything(tmp_path: Path) -> None:
+    top = _last_prompt_is_free(tmp_path)
+    top["evaluate"] = {"prompts": 48}  # the last one is never drawn
+    assert not [f for f in toy(tmp_path, **top) if f.level == "FAIL"]
+
+
+@pytest.mark.parametrize(
+    ("body", "level", "part"),
+    [
+        ("return [0.5] * len(images)", "ok", "custom, 0.5 for a grey image"),
+        ("return [float('nan')] * len(images)", "warn", "nan for a grey image and prompt 'a "),
+        ("open('no/such/program')", "FAIL", "cannot score a grey image: FileNotFoundError"),
+    ],
+)
+def test_a_reward_of_ones_own_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, level: str, part: str
+) -> None:
+    name = f"tried_{level.lower()}"
+    (tmp_path / f"{name}.py").write_text(f"def score(images, prompts):\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = toy(tmp_path, rewards={"mine": {"kind": "custom", "function": f"{name}:score"}})
+    (line,) = [f for f in found if f.what == "reward" and f.text.startswith("mine")]
+    assert line.level == level
+    assert part in line.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.lora.rank": 256, "train.snapshots": [150, 250], "train.ema_decay": 0.9},
+        {"model.tuning": "full", "train.snapshots": [200]},
+    ],
+)
+def test_disk_of_a_run_is_what_it_takes(
+    settings: dict[str, Any], tmp_path: Path, embeddings: Path
+) -> None:
+    method = {"method.name": "flow_grpo", "train.iterations": 6, "train.prompts_per_iteration": 4}
+    run = small_run("flow", **method, **settings)
+    train(run, None, embeddings, state=tmp_path / "state", output=tmp_path / "out")
+    part = read_part(Path(run.model.path), "transformer")
+    told = trained_bytes(run, part, copies=False)
+    found = {
+        "checkpoints": sum(p.stat().st_size for p in tmp_path.glob("state/*/checkpoint-*")),
+        "trained weights": sum(p.stat().st_size for p in tmp_path.rglob("*.safetensors")),
+    }
+    found["trained weights"] -= found["checkpoints"]
+    assert told == pytest.approx(found, rel=0.1)
+    records = [*tmp_path.glob("state/*/journal.jsonl"), tmp_path / "out/rollouts.parquet"]
+    size = sum(path.stat().st_size for path in records)
+    assert 0.4 < record_bytes(run) / size < 2.5
+    images = sum(p.stat().st_size for p in tmp_path.rglob("iteration-*.png"))
+    assert 0.4 < 2 * monitor_bytes(run) / images < 2.5
+
+
+def test_disk_counts_every_run_and_shared_files_once(tmp_path: Path) -> None:
+    def told(seeds: list[int]) -> dict[str, float]:
+        (tmp_path / "seeds.yaml").write_text(yaml.safe_dump({"seeds": seeds}))
+        files = ROOT / "config/config.yaml", tmp_path / "seeds.yaml"
+        (tmp_path / "runs.tsv").write_text("run\tmethod.name\none\tegrpo\n")
+        none = dict.fromkeys(("tables", "figures", "paper", "default_runs"))
+        top = {"seeds": seeds, "runs": str(tmp_path / "runs.tsv"), **none}
+        files[1].write_text(yaml.safe_dump(top))
+        return disk(load_study(*files), copies=True)
+
+    one, ten = told([0]), told(list(range(10)))
+    assert ten["checkpoints"] == pytest.approx(10 * one["checkpoints"])
+    assert ten["records"] == pytest.approx(10 * one["records"])
+    assert ten["prompt embeddings"] == one["prompt embeddings"]
+    assert ten["images"] < 10 * one["images"]
 
 
 def test_half_a_header(tmp_path: Path) -> None:

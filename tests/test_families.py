@@ -28,6 +28,7 @@ from egrpo.errors import UserError
 from egrpo.models import attention, load_model
 from egrpo.models.adapter import ADAPTER_FILE, CONFIG, read_adapter
 from egrpo.models.base import FlowModel
+from egrpo.models.latents import size_problems
 from egrpo.models.packing import packed, token_positions, unpacked
 from egrpo.stages.loading import loading
 from egrpo.stages.train import Trainer
@@ -506,6 +507,46 @@ def test_size_that_does_not_divide(folders: dict[str, Path]) -> None:
     model = load_model(settings(folders["flux"], "flux", height=18))
     with pytest.raises(UserError, match=r"model.height: 18 is not a multiple of 4"):
         _ = model.image_shape
+
+
+@pytest.mark.parametrize(
+    ("family", "most"), [("sd3", 64), ("flux", None), ("qwen_image", None), ("z_image", 128)]
+)
+def test_sizes_end_where_the_positions_do(
+    folders: dict[str, Path], family: str, most: int | None
+) -> None:
+    """By the loaded model, by its files alone, and by the network itself."""
+    largest = most or 256
+    model = load_model(settings(folders[family], family, height=largest, width=8))
+    conditioning = model.encode([Prompt("cat")], negative=False)
+
+    def velocity(rows: int) -> torch.Tensor:
+        x = torch.zeros(1, model.latents.channels, rows, 4)
+        with torch.no_grad():
+            return model.velocity(x, 0.5, conditioning.batch([0], torch.device("cpu")))
+
+    channels, rows, columns = model.image_shape
+    assert (rows, columns) == (largest // 2, 4), "these VAEs halve once"
+    assert velocity(rows).shape == (1, channels, rows, columns)
+    path = {"model.family": family, "model.path": str(folders[family])}
+
+    def found(height: int, width: int) -> list[str]:
+        size = {"evaluate.height": height, "evaluate.width": width}
+        return list(size_problems(small_run(**path, **size)))
+
+    assert found(largest, 8) == []
+    assert found(18, 9) == [
+        f"evaluate.height: 18 is not a multiple of 4 ({folders[family]})",
+    ]
+    if most is None:
+        return
+    for height, width, key in ((most + 4, 8, "height"), (8, most + 4, "width")):
+        (problem,) = found(height, width)
+        assert problem.startswith(f"evaluate.{key}: {most + 4} is more than {most}, where")
+    with pytest.raises(UserError, match=f"model.height: {most + 4} is more than {most}"):
+        _ = load_model(settings(folders[family], family, height=most + 4)).image_shape
+    with pytest.raises((ValueError, IndexError)):
+        velocity(rows + 2)
 
 
 def test_adapter_of_another_rank_or_family(folders: dict[str, Path], tmp_path: Path) -> None:

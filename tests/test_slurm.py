@@ -6,6 +6,7 @@ Skipped, with the reason, where SLURM is not installed or this is not root's mac
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def sweep(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     chosen = profile(
         folder,
         {
-            "launch": f"{ROOT}/tests/slurm/launch.sh {folder} python",
+            "launch": shlex.join([f"{ROOT}/tests/slurm/launch.sh", str(folder), "python"]),
             "slurm_extra": "'--signal=TERM@10'",
             "runtime": "attempt if wildcards.run == 'too_long' else 20",
             "mem_mb": "1500 if wildcards.run != 'too_big' or attempt > 1 else 400",

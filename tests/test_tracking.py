@@ -140,6 +140,19 @@ def test_preparing_twice_changes_nothing(store: Path, tmp_path: Path) -> None:
     assert location.endswith("/results/mlartifacts/small")
 
 
+def test_artifacts_lie_beside_the_store_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    """MLflow decodes %41 in a plain path, and would write to a folder of another name."""
+    folder = tmp_path / "50%41 #1; ü"
+    folder.mkdir()
+    prepare(study_of(folder), tmp_path / "store.json")
+    ids = read_json(tmp_path / "store.json")
+    client = open_client(ids["uri"])
+    client.log_text(ids["parent_run_id"], "text", "note.txt")
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "store.json"}
+    assert len(list((folder / "results/mlartifacts").rglob("note.txt"))) == 1
+    assert (folder / "results/mlflow.db").stat().st_size
+
+
 def test_a_deleted_experiment_is_named(store: Path, tmp_path: Path) -> None:
     ids = read_json(store)
     open_client(ids["uri"]).delete_experiment(ids["experiment_id"])

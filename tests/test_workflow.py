@@ -171,6 +171,71 @@ def test_files_and_options_lie_over_each_other_as_in_the_commands(tmp_path: Path
     assert {run.run: run for run in written} == made.runs
 
 
+def test_every_word_of_a_command_is_quoted() -> None:
+    """But for the launcher, which is a command of several words, and the number of threads."""
+    found = []
+    for path in sorted((ROOT / "workflow").rglob("*.smk")):
+        for shell in re.findall(
+            r"^    shell:\n((?:        .*\n)+)", path.read_text(), re.MULTILINE
+        ):
+            found += re.findall(r"\{([^{}]*)\}", shell)
+    assert len(found) > 60
+    assert {w for w in found if not w.endswith(":q")} == {"resources.launch", "threads"}
+
+
+STRANGE = "x$(touch PWNED)y 'a' \"b\" ü;#%41*[0-9]&|~`touch PWNED`\\z"
+"""Name of a folder that a shell, a URI or a pattern would read as something else."""
+
+
+@pytest.mark.slow
+def test_a_study_runs_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / STRANGE
+    folder.mkdir()
+    one = {"seeds": None, "default_runs": ["one"], "tables": None, "figures": None, "paper": None}
+    config = study(folder, TABLE + "one\tegrpo\n", **one, train__iterations=1)
+    done = snakemake(config)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert not list(ROOT.glob("PWNED*"))
+    assert {p.name for p in tmp_path.iterdir()} == {STRANGE}
+    at = results(config)
+    assert {p.name for p in at.parent.iterdir()} == {
+        *("small", "mlflow.db", ".mlflow.db.lock", "mlartifacts", "index.html")
+    }
+    assert list((at.parent / "mlartifacts").rglob("comparison.parquet"))
+    assert (at / "published-comparison.json").exists()
+    assert planned(config) == {}
+    done = snakemake(config, "--report", str(folder / "report.html"))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_module_runs(tmp_path: Path) -> None:
+    """Another workflow, elsewhere, imports this one under other names."""
+    text = (ROOT / "docs/recipes.md").read_text()
+    (snippet,) = re.findall(r"```python\n(configfile:.*?)```", text, re.DOTALL)
+    snippet = snippet.replace("path/to/checkout", str(ROOT))
+    (tmp_path / "Snakefile").write_text(snippet + 'rule plan:\n    shell: "true"\n')
+    one = {"seeds": None, "default_runs": ["one"], "tables": None, "figures": None, "paper": None}
+    config = study(tmp_path, TABLE + "one\tegrpo\n", **one, train__iterations=1)
+    settings = {**yaml.safe_load(config.read_text()), "results": "results"}
+    config.write_text(yaml.safe_dump({"egrpo": settings}))
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout + done.stderr
+
+    jobs = run("--dry-run", "egrpo_all")
+    for rule in ("embed", "plan", "train", "evaluate", "page", "publish"):
+        assert re.search(rf"^egrpo_{rule} +1$", jobs, re.MULTILINE), rule
+    run()
+    assert json.loads((tmp_path / "summary.txt").read_text())["iterations"] == 1
+    assert (tmp_path / "results/small/workflow.lock").exists()
+
+
 def test_recipe_of_the_toy_weights_is_a_rule() -> None:
     assert planned(None, "--forceall", "toy_world") == {"toy_world": 1}
 
@@ -192,6 +257,13 @@ def test_recipe_of_the_toy_weights_is_a_rule() -> None:
         (RUNS, {"methods__egrpo": {"active": 16}}, ["methods.egrpo.active", "beyond the schedule"]),
         (RUNS, {"prompts__train": "no.txt"}, ["prompts.train: no.txt: no such file"]),
         (RUNS, {"model__path": "x/y/z"}, ["model.path", "no such folder"]),
+        (RUNS, {"model__height": 36}, ["config.yaml: model.height: 36 is not a multiple of 8"]),
+        (RUNS, {"evaluate__width": 72}, ["evaluate.width: 72 is more than 64, where the model's"]),
+        (
+            RUNS,
+            {"prompts__heldout": "requirements.txt"},
+            ["prompts.heldout: requirements.txt, prompt 1", "outside the toy grammar"],
+        ),
         (RUNS, {"rewards__clip": {"kind": "clip", "path": "no.pt"}}, ["rewards.clip.path: no.pt"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -34,6 +35,26 @@ class Settings(BaseModel):
             if wrong:
                 raise ValueError(wrong)
         return self
+
+
+_PATTERN = re.compile(r"[\x00-\x1f\x7f{}]|<[a-z][a-z0-9_]*>")
+
+
+def check_path(key: str, path: str) -> None:
+    """Refuse a path that the workflow's rules cannot name.
+
+    Snakemake reads ``{x}`` and ``<x>`` in the name of a file as patterns, and knows no escape; a
+    line that ends within a name ends its messages and reports.
+
+    Raises:
+        ValueError: naming what it holds.
+    """
+    found = _PATTERN.search(path)
+    if found:
+        raise ValueError(
+            f"{key}: {path!r:.100} holds {found[0]!r}, which no file of a workflow's can have in "
+            "its name; rename it, or link to it by another name"
+        )
 
 
 def unfit(value: Any, key: str) -> str | None:

@@ -19,9 +19,12 @@ DEFAULT = Path("config/config.yaml")
 
 
 def command(configs: Sequence[str | Path], *targets: str | Path) -> str:
-    """What makes results of the study in these files, to be shown as a remedy."""
+    """What makes results of the study in these files, to be shown as a remedy.
+
+    ``configs`` is empty where the caller does not know them.
+    """
     words = ["snakemake", "--cores", "all", *map(str, targets)]
-    if list(map(Path, configs)) != [DEFAULT]:
+    if configs and list(map(Path, configs)) != [DEFAULT]:
         words += ["--configfile", *map(str, configs)]
     return shlex.join(words)
 

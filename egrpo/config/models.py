@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from egrpo.config.base import PAPER, Settings, setting
+from egrpo.config.base import PAPER, Settings, check_path, setting
 from egrpo.config.methods import (
     AWM,
     FLOW,
@@ -144,6 +144,11 @@ class Model(Settings):
     )
 
     @model_validator(mode="after")
+    def _path(self) -> Self:
+        check_path("path", self.path)
+        return self
+
+    @model_validator(mode="after")
     def _cache_is_offered(self) -> Self:
         if self.feature_cache is not None and self.family == "z_image":
             raise ValueError("feature_cache: diffusers offers none for z_image")
@@ -177,6 +182,12 @@ class Prompts(Settings):
         "Column or key of the prompts in both files, where they are not .txt; in other capitals it "
         "is found too.",
     )
+
+    @model_validator(mode="after")
+    def _paths(self) -> Self:
+        check_path("train", self.train)
+        check_path("heldout", self.heldout)
+        return self
 
 
 class Schedule(Settings):
@@ -726,3 +737,12 @@ class StudyConfig(Settings):
     methods: dict[str, dict[str, Any]] = setting(
         {}, "Settings of `method` by method name, for every run of that method."
     )
+
+    @model_validator(mode="after")
+    def _paths(self) -> Self:
+        check_path("results", self.results)
+        if not self.results or self.results.startswith("-"):
+            raise ValueError("results: is no folder that a command can name; `.` is this one")
+        if "?" in self.results:  # SQLAlchemy reads options behind it, and has no escape
+            raise ValueError(f"results: {self.results!r:.100} holds '?', which MLflow cannot read")
+        return self

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from egrpo.config.base import Settings, setting
+from egrpo.config.base import Settings, check_path, setting
 
 HPS = "HPSv2, arXiv 2306.09341 and its public code"
 PICK = "PickScore, arXiv 2305.01569 and its model card"
@@ -38,6 +38,12 @@ class RewardSettings(Settings):
         """Files and folders that the reward reads, by setting."""
         named = {name: getattr(self, name) for name in self.sources}
         return {name: path for name, path in named.items() if path is not None}
+
+    @model_validator(mode="after")
+    def _paths(self) -> Self:
+        for name in self.sources:
+            check_path(name, getattr(self, name) or "")
+        return self
 
 
 class NetworkReward(RewardSettings):

@@ -23,6 +23,7 @@ from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter
 from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
 from egrpo.models.features import KeptFeatures
+from egrpo.models.latents import Latents, latents_of
 from egrpo.store.files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class FlowModel(ABC):
     def _check_scale(self) -> None:
         """Refuse a VAE whose config.json gives no scale of latents: it is read when decoding."""
         try:
-            finite = self.to_vae(torch.zeros(1, self.channels, 1, 1)).isfinite().all()
+            finite = self.to_vae(torch.zeros(1, self.latents.channels, 1, 1)).isfinite().all()
         except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError):
             finite = torch.tensor(False)
         if not finite:
@@ -201,21 +202,6 @@ class FlowModel(ABC):
         config = self.vae.config
         return z / config.scaling_factor + (config.shift_factor or 0.0)
 
-    @property
-    def vae_factor(self) -> int:
-        """Pixels of one latent row."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def patch(self) -> int:
-        """Latent rows of one token."""
-        return 2
-
-    @property
-    def channels(self) -> int:
-        """Channels of a latent."""
-        return int(self.config.in_channels)
-
     # -- shapes and prompts ----------------------------------------------------------------
 
     @property
@@ -223,23 +209,19 @@ class FlowModel(ABC):
         """Network evaluations of one velocity: two under classifier-free guidance."""
         return 2 if self.settings.guidance_scale > 1 else 1
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of one latent.
-
-        Raises:
-            UserError: if the size is not a multiple of what VAE and patches need.
-        """
-        factor = self.vae_factor
-        unit = factor * self.patch
-        for key, size in (("height", height), ("width", width)):
-            if size % unit:
-                raise UserError(f"model.{key}: {size} is not a multiple of {unit}")
-        return self.channels, height // factor, width // factor
+    @property
+    def latents(self) -> Latents:
+        """What transformer and VAE say of latents."""
+        return latents_of(self.settings.family, self.config, self.vae.config)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """:meth:`latent_shape` of the configured image size."""
-        return self.latent_shape(self.settings.height, self.settings.width)
+        """(channels, rows, columns) of one latent at the configured image size.
+
+        Raises:
+            UserError: if VAE, patches or positions do not allow the size.
+        """
+        return self.latents.shape(self.settings.height, self.settings.width)
 
     @property
     def sequence_length(self) -> int:

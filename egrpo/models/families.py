@@ -29,11 +29,6 @@ class SD3(FlowModel):
     lora_targets = ATTENTION
     tokens = 256
 
-    @property
-    def patch(self) -> int:
-        """Latent rows of one token."""
-        return int(self.config.patch_size)
-
     def encode_prompt(self, pipe: Any, text: str) -> dict[str, Tensor]:
         """``embeds`` [1, L, D], ``pooled`` [1, P]."""
         embeds, _, pooled, _ = pipe.encode_prompt(
@@ -84,11 +79,6 @@ class Flux(FlowModel):
             "true_cfg_scale": settings.guidance_scale,
         }
 
-    @property
-    def channels(self) -> int:
-        """Channels of a latent."""
-        return int(self.config.in_channels) // 4
-
     def encode_prompt(self, pipe: Any, text: str) -> dict[str, Tensor]:
         """``embeds`` [1, L, D], ``pooled`` [1, P]."""
         embeds, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=self.sequence_length)
@@ -130,16 +120,6 @@ class QwenImage(FlowModel):
         "txt_mlp.net.2",
     )
     tokens = 512
-
-    @property
-    def channels(self) -> int:
-        """Channels of a latent."""
-        return int(self.config.in_channels) // 4
-
-    @property
-    def vae_factor(self) -> int:
-        """Pixels of one latent row."""
-        return 2 ** len(self.vae.config.temperal_downsample)
 
     def encode_prompt(self, pipe: Any, text: str) -> dict[str, Tensor]:
         """``embeds`` [1, L, D], ``lengths`` [1]."""

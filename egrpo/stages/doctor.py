@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from egrpo.config.keys import embedding_key
+from egrpo.config.layout import Layout
 from egrpo.config.load import Study, file_problems, is_hub_id, load_study
 from egrpo.config.models import Model, RunConfig
 from egrpo.config.prompts import read_prompts, train_prompts
+from egrpo.config.rewards import Custom
 from egrpo.config.trees import check_trees, closed_form_plan, cost_of, reads_profile, tree_of
 from egrpo.errors import UserError
-from egrpo.stages.memory import BYTES, GIB, advice, memory
+from egrpo.stages.checks import problems
+from egrpo.stages.clean import leftovers, size_of, summary
+from egrpo.stages.disk import disk
+from egrpo.stages.memory import GIB, advice, memory
 from egrpo.stages.provenance import MISSING, versions
 from egrpo.store.weights import Part, read_part
+
+if TYPE_CHECKING:
+    from egrpo.rewards import RewardModel
 
 Level = Literal["ok", "warn", "FAIL"]
 
 CONTEXT = 1.0
 """GiB that CUDA and its libraries take."""
+
+
+LESS = {
+    "checkpoints": "model.lora.rank, or the number of runs",
+    "trained weights": "model.lora.rank, train.snapshots, or the number of runs",
+    "prompt embeddings": "prompts.limit",
+    "images": "evaluate.samples or evaluate.prompts, or raise train.monitor_every",
+    "records": "train.iterations, or the number of runs",
+}
+"""What makes a part of the disk smaller."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +77,16 @@ def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding
         return
     yield Finding("ok", "config", f"{len(study.runs)} runs of study {study.name}")
     yield from _prompts(study)
+    for problem in problems(study):
+        what = "prompts" if problem.startswith("prompts") else "size"
+        yield Finding("FAIL", what, problem)
     yield from _device(study)
     for model, run in _different(study.runs.values(), lambda r: r.model):
         yield from _model(model, run)
     if rewards:
         yield from _rewards(study)
     yield from _arithmetic(study)
-    yield from _disk(study)
+    yield from _disk(study, paths)
     yield from _tracking(study)
 
 
@@ -254,18 +277,42 @@ def _rewards(study: Study) -> Iterator[Finding]:
     from egrpo.rewards import load_reward
 
     found = {
-        (name, repr(reward)): (name, reward)
-        for run in study.runs.values()
+        (name, repr(reward)): (name, reward, run)
+        for run in reversed(list(study.runs.values()))
         for name, reward in run.rewards.items()
     }
-    for name, reward in found.values():
-        kind = reward.kind
+    for name, reward, run in found.values():
         try:
-            load_reward(reward, "cpu")
+            loaded = load_reward(reward, "cpu")
+            if isinstance(reward, Custom):
+                yield _scored(name, loaded, run)
+                continue
         except UserError as error:
             yield Finding("FAIL", "reward", f"{name}: {error}")
         else:
-            yield Finding("ok", "reward", f"{name}: {kind}")
+            yield Finding("ok", "reward", f"{name}: {reward.kind}")
+
+
+def _scored(name: str, reward: RewardModel, run: RunConfig) -> Finding:
+    """Whether a function of the user's gives the first held-out prompt's image a number."""
+    import torch
+
+    from egrpo.rewards import score_all
+
+    model, files = run.evaluation_model, run.prompts
+    prompt = read_prompts(files.heldout, files.column)[0].text
+    grey = torch.full((1, 3, model.height, model.width), 127, dtype=torch.uint8)
+    try:
+        (score,) = score_all({name: reward}, grey, [prompt])[name]
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code, which a run would end with
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return Finding("FAIL", "reward", f"{name}: cannot score a grey image: {reason}")
+    about = f"{name}: custom, {score:.3g} for a grey image and prompt {prompt!r:.60}"
+    if math.isnan(score):
+        return Finding("warn", "reward", f"{about}: does it read such prompts and sizes?")
+    return Finding("ok", "reward", about)
 
 
 def _arithmetic(study: Study) -> Iterator[Finding]:
@@ -287,47 +334,36 @@ def _arithmetic(study: Study) -> Iterator[Finding]:
         yield Finding("ok", "batches", text)
 
 
-def _disk(study: Study) -> Iterator[Finding]:
-    folder = Path(study.results)
+def _disk(study: Study, configs: tuple[Path, ...]) -> Iterator[Finding]:
+    at = Layout(study)
+    folder = at.root.parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / GIB
-    images = sum(
-        run.evaluate.samples
-        * (run.evaluate.prompts or 400)
-        * run.evaluation_model.height
-        * run.evaluation_model.width
-        * 1.5  # bytes of a PNG's pixel, about
-        for run in study.runs.values()
-    )
-    embeddings = sum(
-        embedding_bytes(run) for _, run in _different(study.runs.values(), embedding_key)
-    )
-    need = (images + embeddings) / GIB + 0.1
-    level: Level = "ok" if need < free else "FAIL"
-    text = (
-        f"{free:.1f} GiB free under {study.results}, about {need:.1f} GiB to come "
-        f"({embeddings / GIB:.1f} of prompt embeddings"
-    )
-    advice = "" if need < free else ": lower prompts.limit or evaluate.samples"
-    yield Finding(level, "disk", f"{text}){advice}")
+    parts = {name: size / GIB for name, size in disk(study, copies=_tracked_here(study)).items()}
+    old = leftovers(at)
+    there = size_of(at.root) / GIB if at.root.is_dir() else 0.0
+    there -= sum(one.size for one in old) / GIB
+    need = max(sum(parts.values()) - there, 0.0) + 0.1
+    largest = sorted(parts, key=lambda name: -parts[name])
+    text = f"{free:.1f} GiB free under {study.results}, about {need:.1f} GiB to come"
+    text += f" ({', '.join(f'{name} {parts[name]:.2g}' for name in largest)}"
+    text += f"; {there:.1f} are there)" if there > 0.1 else ")"
+    if need < free:
+        yield Finding("ok", "disk", text)
+    else:
+        yield Finding("FAIL", "disk", f"{text}: lower {LESS[largest[0]]}")
+    if old:
+        words = shlex.join(["egrpo", "clean", *map(str, configs)])
+        yield Finding("warn", "disk", f"{at.root}: {summary(old)}; `{words}` lists them")
 
 
-def embedding_bytes(run: RunConfig) -> float:
-    """About what the prompt embeddings of a run take; 0 where the model's files do not say."""
-    from egrpo.models.families import FAMILIES
-
-    try:
-        config = read_part(Path(run.model.path), "transformer").config
-        files = run.prompts
-        prompts = len(train_prompts(files.train, files.limit, files.column))
-        prompts += len(read_prompts(files.heldout, files.column))
-    except UserError:
-        return 0.0
-    m = run.model
-    width = config.get("joint_attention_dim") or config.get("cap_feat_dim") or 0
-    tokens = FAMILIES[m.family].tokens if m.max_sequence_length is None else m.max_sequence_length
-    return float(prompts * tokens * width * BYTES[m.dtype] * (2 if run.guided else 1))
+def _tracked_here(study: Study) -> bool:
+    """Whether MLflow's copies lie in the results folder."""
+    uris = {
+        run.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") for run in study.runs.values()
+    }
+    return uris == {None}
 
 
 def _tracking(study: Study) -> Iterator[Finding]:

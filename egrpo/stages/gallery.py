@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from egrpo.config.keys import base_model, digest
-from egrpo.config.layout import Layout
+from egrpo.config.layout import Layout, command
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
 from egrpo.errors import UserError
@@ -198,7 +198,7 @@ def grids_of(folder: Path) -> Grids:
         UserError: if there is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; `snakemake --cores all {folder}` makes it")
+        raise UserError(f"{folder}: no such folder; `{command((), folder)}` makes it")
     found = {path.stem.removeprefix("iteration-"): path for path in folder.glob("iteration-*.png")}
     return {int(number): path for number, path in found.items() if number.isdecimal()}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from egrpo.config.layout import Layout
+from egrpo.config.layout import Layout, command
 from egrpo.config.models import TableSpec
 from egrpo.config.targets import BASE
 from egrpo.config.trees import learning_rate, needs_plan
@@ -54,7 +54,8 @@ def picture(stem: Path, kind: str, caption: str = "") -> Picture:
     """
     files = [path for ending in (".svg", ".png") if (path := stem.with_suffix(ending)).is_file()]
     if not files:
-        raise UserError(f"{stem}.png: no such figure; `snakemake --cores all {stem}.png` makes it")
+        wanted = f"{stem}.png"
+        raise UserError(f"{wanted}: no such figure; `{command((), wanted)}` makes it")
     file = min(files, key=lambda path: path.stat().st_size)
     png, lines = stem.with_suffix(".png"), kind not in ("branches", "images")
     if file.stat().st_size > LARGE and png in files:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
+from egrpo.config.layout import command
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
 from egrpo.errors import UserError
@@ -194,6 +194,5 @@ def digest_of(*files: Path) -> str:
             with open(file, "rb") as handle:
                 total.update(hashlib.file_digest(handle, "sha256").digest())
         except FileNotFoundError:
-            remedy = shlex.join(["snakemake", "--cores", "all", str(file)])
-            raise UserError(f"{file}: no such file; `{remedy}` makes it") from None
+            raise UserError(f"{file}: no such file; `{command((), file)}` makes it") from None
     return total.hexdigest()[:16]

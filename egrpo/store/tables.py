@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from egrpo import __version__
+from egrpo.config.layout import command
 from egrpo.errors import UserError
 from egrpo.store.files import replacing
 
@@ -376,7 +377,7 @@ def read_table(path: str | Path, table: Table) -> pa.Table:
         if known is not None and known != head_checksum(head):
             raise ValueError("the checksum of its metadata does not match")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `snakemake --cores all {path}` makes it") from None
+        raise UserError(f"{path}: no such file; `{command((), path)}` makes it") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: damaged Parquet ({reason}); delete it and run again") from None

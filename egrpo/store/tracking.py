@@ -62,7 +62,8 @@ def sqlite_file(uri: str) -> Path | None:
 def artifact_folder(uri: str, study: str) -> str | None:
     """Where a study's artifacts go: beside a SQLite file, or None where the server decides."""
     file = sqlite_file(uri)
-    return str(file.parent / "mlartifacts" / study) if file else None
+    # as a URI: in a plain path MLflow would read %20 as a space
+    return (file.parent / "mlartifacts" / study).absolute().as_uri() if file else None
 
 
 def in_one_line(error: BaseException | str) -> str:

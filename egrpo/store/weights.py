@@ -81,6 +81,15 @@ def _read_object(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a local pipeline's part.
+
+    Raises:
+        UserError: if there are none.
+    """
+    return _read_object(folder / "config.json", "is this a pipeline's folder?")
+
+
 def read_part(pipeline: Path, part: str) -> Part:
     """Weights and settings of a local pipeline's part.
 
@@ -88,7 +97,7 @@ def read_part(pipeline: Path, part: str) -> Part:
         UserError: naming the file that is missing or damaged.
     """
     folder = pipeline / part
-    config = _read_object(folder / "config.json", "is this a pipeline's folder?")
+    config = read_config(folder)
     index = sorted(folder.glob("*.safetensors.index.json"))
     if index:
         names = _read_object(index[0], "download it again").get("weight_map")

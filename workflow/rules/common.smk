@@ -5,10 +5,12 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+import egrpo
 from egrpo.config import keys, load
 from egrpo.config.layout import PAGES, Layout
 from egrpo.config.trees import check_trees, needs_plan
 from egrpo.errors import UserError
+from egrpo.stages.checks import check_study
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
 from egrpo.store.files import lock, write_once, write_text
 
@@ -19,7 +21,7 @@ IMPORTED = not workflow.modifier.is_main_snakefile()
 GIVEN = workflow.overwrite_configfiles
 CONFIG_PATHS = [str(f) for f in (*workflow.configfiles[len(GIVEN) :], *GIVEN)]
 OPTIONS = workflow.config_settings.config
-CONFIG_FILES = load.source_of(CONFIG_PATHS, OPTIONS)
+CONFIG_FILES = "config of the module" if IMPORTED else load.source_of(CONFIG_PATHS, OPTIONS)
 
 try:
     study = (
@@ -29,6 +31,7 @@ try:
     )
     load.check_files(study, CONFIG_FILES)
     check_trees(study.runs)
+    check_study(study, CONFIG_FILES)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -130,8 +133,7 @@ def sources(*parts):
     One file, because the plan of a sweep takes time for each input of each job. Its name holds the
     digest of their contents, its time is that of the last edit.
     """
-    base = Path(workflow.basedir)  # of workflow/Snakefile, where that was called: one folder below
-    root = next(p / "egrpo" for p in (base, base.parent) if (p / "egrpo").is_dir())
+    root = Path(egrpo.__file__).parent
     files = [f for p in parts for f in (sorted((root / p).glob("*.*")) or [root / p])]
     text = "".join(f"{file_identity(f)}  {f.relative_to(root)}\n" for f in files)
     path = Path(".snakemake", "egrpo", f"code-{keys.digest(text)}.txt")

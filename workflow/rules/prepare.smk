@@ -1,4 +1,5 @@
-# Resolved settings, the tracking store, prompt embeddings.
+# Resolved settings, the tracking store, prompt embeddings. Rules of seconds are local ones: on a cluster
+# they run where snakemake runs, not in the queue.
 
 
 rule run_config:
@@ -8,6 +9,7 @@ rule run_config:
         config=f"{STUDY}/runs/{{run}}/config.yaml",
     log:
         f"{STUDY}/logs/run_config/{{run}}.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     shell:
@@ -21,6 +23,7 @@ rule prepare_store:
         store=at.store,
     log:
         f"{STUDY}/logs/prepare_store.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:

@@ -44,6 +44,7 @@ rule plan:
         table=f"{STUDY}/runs/{{run}}/merge_plan.parquet",
     log:
         f"{STUDY}/logs/plan/{{run}}.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     shell:

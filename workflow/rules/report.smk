@@ -26,6 +26,7 @@ rule comparison:
         ),
     log:
         f"{STUDY}/logs/{{set}}.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:
@@ -60,6 +61,7 @@ rule figures:
         before_after=figure("before_after", "Results"),
     log:
         f"{STUDY}/logs/figures.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:
@@ -96,6 +98,7 @@ rule result_table:
         ),
     log:
         f"{STUDY}/logs/{{table}}.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:
@@ -137,6 +140,7 @@ rule result_figure:
         svg=f"{STUDY}/figures/{{figure}}.svg",
     log:
         f"{STUDY}/logs/{{figure}}.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:
@@ -165,6 +169,7 @@ rule about:
         ),
     log:
         f"{STUDY}/logs/about-{{set}}.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:
@@ -196,6 +201,7 @@ rule publish:
         published=f"{STUDY}/published-{{set}}.json",
     log:
         f"{STUDY}/logs/publish-{{set}}.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:
@@ -236,6 +242,7 @@ rule page:
         page=f"{STUDY}/{{page}}.html",
     log:
         f"{STUDY}/logs/page-{{page}}.log",
+    localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:
@@ -243,7 +250,7 @@ rule page:
         tables=lambda wc: settings_options("--table", PAGES[wc.page], study.tables),
         figures=lambda wc: settings_options("--figure", PAGES[wc.page], study.figures),
     shell:
-        "python -m egrpo page --results {params.results:q} --page {wildcards.page}"
+        "python -m egrpo page --results {params.results:q} --page {wildcards.page:q}"
         " {params.tables:q} {params.figures:q} {input.configs:q} 3>&2 2> >(tee {log:q} >&3)"
 
 

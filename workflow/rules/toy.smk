@@ -7,11 +7,11 @@ rule toy_world:
         settings="config/toy_world.yaml",
         code=sources("world"),
     output:
-        folder=directory(f"{study.results}/toy_world"),
+        folder=directory(f"{at.root.parent}/toy_world"),
     log:
-        f"{study.results}/toy_world.log",
+        f"{at.root.parent}/toy_world.log",
     benchmark:
-        f"{study.results}/toy_world.tsv"
+        f"{at.root.parent}/toy_world.tsv"
     conda:
         "../../envs/egrpo.yaml"
     threads: 2

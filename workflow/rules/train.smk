@@ -26,10 +26,10 @@ rule train:
     resources:
         launch="python",
     params:
-        plan=lambda wc, input: f"--plan {input.plan}" if input.plan else "",
+        plan=lambda wc, input: ["--plan", *input.plan] if input.plan else [],
         folder=lambda wc, output: Path(output.summary).parent,
         state=f"{STUDY}/state/{{run}}",
     shell:
-        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo train --run-config {input.settings:q} {params.plan}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo train --run-config {input.settings:q} {params.plan:q}"
         " --embeddings {input.embeddings:q} --state {params.state:q} --output {params.folder:q}"
         " --store {input.store:q} --threads {threads} 3>&2 2> {log:q}"

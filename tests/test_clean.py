@@ -1,0 +1,231 @@
+"""What earlier settings left: found, and removed without anything that is wanted or not ours."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from conftest import ROOT
+
+from egrpo.cli import main
+from egrpo.config.keys import KEYS
+from egrpo.config.layout import Layout
+from egrpo.config.load import load_study, yaml_of
+from egrpo.config.trees import closed_form_plan
+from egrpo.stages.clean import leftovers
+from egrpo.stages.doctor import doctor
+from egrpo.stages.fingerprint import state_key
+from egrpo.store.files import lock, write_json, write_text
+
+LOGS = {"embeddings": "embed", "profiles": "profile", "base": "evaluate_base"}
+
+
+def settings(folder: Path, **changes: Any) -> tuple[Path, Path]:
+    """Files of a small study whose results lie in ``folder``."""
+    (folder / "runs.tsv").write_text(changes.pop("rows", "run\tmethod.name\none\tegrpo\n"))
+    top = {
+        "study": "mine",
+        "results": str(folder / "results"),
+        "runs": str(folder / "runs.tsv"),
+        **dict.fromkeys(("paper", "default_runs", "tables", "figures")),
+        "seeds": [0, 1],
+        **changes,
+    }
+    (folder / "top.yaml").write_text(yaml.safe_dump(top))
+    return ROOT / "config/config.yaml", folder / "top.yaml"
+
+
+def layout(files: tuple[Path, ...]) -> Layout:
+    return Layout(load_study(*files))
+
+
+def finish(at: Layout) -> None:
+    """Write what the workflow writes for all runs, with contents of a few bytes."""
+    for name, run in at.study.runs.items():
+        for stage in KEYS:
+            write_text(at.settings(stage, name), yaml_of(run.model_dump()))
+        base, profile, folder = at.base(name), at.profile(name).parent, at.run(name)
+        for path in (
+            at.embeddings(name),
+            *(profile / f"{file}.parquet" for file in ("entropy_profile", "branches")),
+            *(base / f"{file}.parquet" for file in ("scores", "images")),
+            *(
+                folder / f
+                for f in ("config.yaml", "scores.parquet", "adapter/weights", "monitor/a")
+            ),
+        ):
+            write_text(path, f"made for {path}")
+        plan = closed_form_plan(run)
+        assert plan is not None
+        write_json(folder / "plan.json", plan.to_dict())
+        key = state_key(run, plan, at.embeddings(name))
+        write_json(folder / "train.json", {"run": name, "key": key})
+        state = at.root / "state" / name / key
+        for file in ("checkpoint-000001.safetensors", "journal.jsonl", "lock", "monitor/a.png"):
+            write_text(state / file, f"state of {name}")
+        for rule, stem in (
+            *(("run_config", name), ("plan", name), ("train", name), ("profile", profile.name)),
+            *(("embed", at.embeddings(name).stem), ("evaluate_base", base.name)),
+        ):
+            write_text(at.root / "logs" / rule / f"{stem}.log", "")
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
+
+
+def clean(files: tuple[Path, ...], *words: str) -> Result:
+    return CliRunner().invoke(main, ["clean", *map(str, files), *words])
+
+
+WITHOUT_A_REWARD: dict[str, Any] = {"rewards": {"jpeg": None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone"),
+    [
+        ({}, set()),
+        ({"rewards": {"jpeg": None}}, {"settings", "profiles", "base", "state"}),
+        ({"seeds": [0]}, {"settings", "runs", "state"}),
+        ({"prompts": {"limit": 8}}, {"settings", "embeddings", "profiles", "state"}),
+        ({"evaluate": {"samples": 1}}, {"settings", "base"}),
+        ({"tracking": {"every_seconds": 9.0}}, {"settings"}),
+    ],
+)
+def test_what_no_run_wants_is_listed_then_removed_and_nothing_else(
+    changes: dict[str, Any], gone: set[str], tmp_path: Path
+) -> None:
+    finish(layout(settings(tmp_path)))
+    files = settings(tmp_path, **changes)
+    at = layout(files)
+    finish(at)
+    there = files_below(at.root)
+    listed = clean(files)
+    assert listed.exit_code == 0, listed.output
+    assert files_below(at.root) == there, "a list removes nothing"
+    *lines, last = listed.output.splitlines()
+    assert {line.split("results/mine/")[1].split("/")[0] for line in lines} == gone
+    words = shlex.join(["egrpo", "clean", *map(str, files), "--yes"])
+    assert (f"`{words}` removes them" in last) == bool(gone)
+    done = clean(files, "--yes")
+    assert done.exit_code == 0, done.output
+    left = files_below(at.root)
+    assert {file.split("/")[0] for file in there - left} == gone
+    finish(at)
+    assert files_below(at.root) == left, "nothing that is wanted was lost"
+    assert leftovers(at) == []
+    assert "nothing of earlier settings" in clean(files, "--yes").output
+
+
+def _mine(at: Layout) -> Path:
+    """A user's note in a folder that goes."""
+    return at.run("one-s1") / "notes.txt"
+
+
+def _copy(at: Layout) -> Path:
+    """A copy of a run's state that a user made; no rule has a log of it."""
+    return at.root / "state/backup/0123456789/checkpoint-000001.safetensors"
+
+
+def _other_key(at: Layout) -> Path:
+    return at.root / "profiles/0123456789/entropy_profile.parquet"
+
+
+def _own_settings(at: Layout) -> Path:
+    return at.root / "settings/my_notes-0123456789.yaml"
+
+
+def _neighbour(at: Layout) -> Path:
+    return at.root.parent / "other/runs/one-s1/train.json"
+
+
+def _export(at: Layout) -> Path:
+    return at.root / "export/one-s1/README.md"
+
+
+@pytest.mark.parametrize("path", [_mine, _copy, _other_key, _own_settings, _neighbour, _export])
+def test_what_we_did_not_make_stays(path: Callable[[Layout], Path], tmp_path: Path) -> None:
+    at = layout(settings(tmp_path))
+    finish(at)
+    write_text(path(at), "precious: 1")
+    files = settings(tmp_path, seeds=[0])
+    done = clean(files, "--yes")
+    assert done.exit_code == 0, done.output
+    assert path(at).read_text() == "precious: 1"
+    assert not (at.run("one-s1") / "adapter").exists()
+
+
+@pytest.mark.parametrize("where", ["runs", "runs/one-s1", "runs/one-s1/adapter", "state/one-s1"])
+def test_links_are_not_followed(where: str, tmp_path: Path) -> None:
+    at = layout(settings(tmp_path))
+    finish(at)
+    elsewhere, link = tmp_path / "elsewhere", at.root / where
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    before = files_below(elsewhere)
+    done = clean(settings(tmp_path, seeds=[0]), "--yes")
+    assert done.exit_code == 0, done.output
+    assert files_below(elsewhere) == before
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("where", ["workflow.lock", "state/one-s1"])
+def test_nothing_is_removed_while_a_job_works(where: str, tmp_path: Path) -> None:
+    at = layout(settings(tmp_path))
+    finish(at)
+    file = at.root / where
+    if file.is_dir():
+        (folder,) = file.iterdir()
+        file = folder / "lock"
+    held = lock(file)
+    assert held is not None
+    before = files_below(at.root)
+    files = settings(tmp_path, seeds=[0])
+    try:
+        refused = clean(files, "--yes")
+        assert refused.exit_code == 2
+        assert "a job works there; wait for it or end it. Nothing was removed" in refused.output
+        assert before == files_below(at.root) - {"workflow.lock"} | ({"workflow.lock"} & before)
+    finally:
+        os.close(held)
+    assert clean(files, "--yes").exit_code == 0
+    assert not (at.root / "state/one-s1").exists()
+
+
+def test_a_state_is_kept_where_its_key_cannot_be_known(tmp_path: Path) -> None:
+    files = settings(tmp_path)
+    at = layout(files)
+    finish(at)
+    (at.run("one-s0") / "plan.json").unlink()
+    old = at.root / "state/one-s0/0123456789/checkpoint-000002.safetensors"
+    write_text(old, "of other settings")
+    assert leftovers(at) == []
+    finish(at)
+    assert [one.path for one in leftovers(at)] == [old.parent]
+
+
+def test_the_state_that_the_results_came_from_is_kept(tmp_path: Path) -> None:
+    """After an edit of the code, say, until the run is trained again."""
+    files = settings(tmp_path)
+    at = layout(files)
+    finish(at)
+    old = at.root / "state/one-s0/0123456789/checkpoint-000002.safetensors"
+    write_text(old, "of other code")
+    write_json(at.run("one-s0") / "train.json", {"run": "one-s0", "key": "0123456789"})
+    assert leftovers(at) == []
+
+
+def test_doctor_says_how_much_there_is(tmp_path: Path) -> None:
+    finish(layout(settings(tmp_path)))
+    files = settings(tmp_path, seeds=[0])
+    lines = [f for f in doctor(files, rewards=False) if f.what == "disk"]
+    assert [line.level for line in lines] == ["ok", "warn"]
+    count = len(leftovers(layout(files)))
+    assert f"{count} files and folders of earlier settings, 0.00 GiB" in lines[1].text
+    assert shlex.join(["egrpo", "clean", *map(str, files)]) in lines[1].text
