@@ -19,12 +19,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from egrpo.config.load import load_run
 from egrpo.config.models import RunConfig
 from egrpo.core.entropy import step_entropy
 from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.errors import UserError
 from egrpo.stages import figures, image_grid, report, tables
+from egrpo.stages.notes import run_note
 from egrpo.stages.tables import RunFiles, make_comparison
 from egrpo.store.tables import (
     COMPARISON,
@@ -106,7 +108,19 @@ def files(tmp_path: Path, config: RunConfig) -> RunFiles:
     }
     (run / "train.json").write_text(json.dumps(train))
     (run / "config.yaml").write_text(json.dumps(config.model_dump()))
+    write_groups(run, masked=0.0)
     return RunFiles.at(run, base)
+
+
+def write_groups(run: Path, masked: float) -> None:
+    """Metrics of two iterations with four groups each."""
+    values = {"groups": 4.0, "groups_masked": masked, "grad_norm": 0.1}
+    rows = [
+        {"run": "one", "iteration": i, "nfe": 9 * i, "metric": name, "value": value}
+        for i in (1, 2)
+        for name, value in values.items()
+    ]
+    write_table(run / "train_metrics.parquet", TRAIN_METRICS, rows)
 
 
 def comparison(files: RunFiles, folder: Path) -> dict[str, dict[str, Any]]:
@@ -276,6 +290,26 @@ def row(run: str, reward: str, on: bool, low: float | None, high: float | None) 
         "nfe": 123456,
         "seconds": 77.7,
     }
+
+
+def test_a_run_that_learned_nothing_is_named_wherever_runs_are_compared(
+    files: RunFiles, tmp_path: Path
+) -> None:
+    assert {row["warnings"] for row in comparison(files, tmp_path).values()} == {None}
+    assert "warning" not in report.short_table(tmp_path / "comparison.parquet")
+    assert "warning" not in (tmp_path / "comparison.md").read_text()
+    write_groups(files.metrics.parent, masked=4.0)
+    text = "in 2 of 2 iterations all groups had equal rewards, so nothing was learned"
+    assert {row["warnings"] for row in comparison(files, tmp_path).values()} == {text}
+    path, rich = tmp_path / "comparison.parquet", io.StringIO()
+    report.print_report(path, Console(file=rich, force_terminal=True, width=200))
+    pages = [(tmp_path / f"comparison{end}").read_text() for end in (".md", ".html")]
+    note = run_note(load_run(files.metrics.with_name("config.yaml")), report.read_rows(path), None)
+    for shown in (report.short_table(path), rich.getvalue(), note, *pages):
+        assert shown.count(f"one: warning: {text}") == 1
+    files.metrics.unlink()
+    with pytest.raises(UserError, match=r"train_metrics\.parquet: no such file"):
+        comparison(files, tmp_path)
 
 
 @pytest.fixture

@@ -229,6 +229,18 @@ def check_images(page: Page, at: Layout, iteration: int, sample: int) -> None:
             assert np.array_equal(image_of(image), tile(at.study.runs[run], i, p, sample))
 
 
+def test_page_names_a_run_that_learned_nothing(results: Layout) -> None:
+    text = "in 2 of 2 iterations all groups had equal rewards, so nothing was learned"
+    path = results.table("comparison")
+    rows = read_table(path, COMPARISON).to_pylist()
+    assert "warning" not in results.page("index").read_text()
+    for row in rows:
+        row["warnings"] = text if row["run"] == "two" else None
+    write_table(path, COMPARISON, rows)
+    make_page("index", results, {}, {})
+    assert results.page("index").read_text().count(f"two: warning: {text}") == 1
+
+
 # --- the page in a browser ------------------------------------------------------------------------
 
 

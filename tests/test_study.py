@@ -385,6 +385,14 @@ def test_a_cell_may_leave_a_reward_out(study: Folder) -> None:
             {"train": {**TRAIN, "monitor_samples": 1, "bounds": {"diversity": {"least": 0.1}}}},
             "train.bounds: diversity needs train.monitor_samples",
         ),
+        (
+            {"train": {**TRAIN, "bounds": {"distance_to_base": {"collapse": 1.0}}}},
+            "train.bounds: distance_to_base begins at 0 and cannot collapse",
+        ),
+        (
+            {"train": {**TRAIN, "bounds": {"diversity": {"action": "stop"}}}},
+            "least, most, fall or collapse: one of them is needed",
+        ),
         ({"seeds": []}, "seeds: distinct numbers of at least 0"),
         ({"seeds": [1, 1]}, "seeds: distinct numbers of at least 0"),
         ({"default_runs": ["c"]}, "default_runs: no run 'c'"),

@@ -36,6 +36,7 @@ from tracked import (
     run_config,
     study_of,
     write_evaluation,
+    write_metrics,
 )
 
 from egrpo.config.layout import Layout
@@ -288,6 +289,33 @@ def test_killed_rewound_and_resumed_sends_each_value_once(store: Path, tmp_path:
             time.sleep(0.05)
     assert curve(client, run_id) == once(*range(12))
     assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_warnings_are_a_tag_while_training_and_after(store: Path, tmp_path: Path) -> None:
+    run = run_config(prompts=prompts_of(tmp_path))
+    study, log = results_of(tmp_path, run), tmp_path / "journal.jsonl"
+    client, run_id = new_run(store, prompts=run.prompts)
+
+    def tag() -> str | None:
+        return client.get_run(run_id).data.tags.get("warnings")
+
+    def deliver_again() -> str | None:
+        publish(study, store, Layout(study).comparison, tmp_path / "published.json")
+        return tag()
+
+    with LiveTracker(run, "k", store, log, tmp_path / "monitor") as tracker:
+        tracker.warnings = ("equal_rewards", "bound/reward/verifier")
+        wait_for(lambda: tag() == "equal_rewards,bound/reward/verifier")
+        tracker.warnings = ()
+        wait_for(lambda: tag() is None)
+        tracker.warnings = ("unmoved",)
+    assert tag() == "unmoved"
+    assert deliver_again() is None  # what it ended with counts
+    masked = line(1, groups=4.0, groups_masked=4.0, grad_norm=0.0)
+    write_metrics(tmp_path / "results/small/runs/a", [line(0), masked])
+    assert deliver_again() == "equal_rewards"
+    found = client.search_runs([read_json(store)["experiment_id"]], "tags.warnings LIKE '%equal%'")
+    assert [r.info.run_id for r in found] == [run_id]
 
 
 def test_rewound_while_it_is_read(tmp_path: Path) -> None:

@@ -298,15 +298,29 @@ class Bound(Settings):
         unit="of the monitor",
         ge=0.0,
     )
+    collapse: float | None = setting(
+        None,
+        "Furthest fall below the untrained model's value, in standard deviations of the scores of "
+        "the monitored images (of diversity: of the prompts), before and after pooled. A fall that "
+        "noise explains does not count, so of few images it must be larger; of fewer than 4 none "
+        "does.",
+        unit="standard deviations",
+        ge=0.0,
+    )
     action: Literal["warn", "stop"] = setting(
         "warn", "Say so and go on, or end the training there and keep what it made."
     )
 
     @model_validator(mode="after")
     def _some_bound(self) -> Self:
-        if self.least is None and self.most is None and self.fall is None:
-            raise ValueError("least, most or fall: one of them is needed")
+        if {self.least, self.most, self.fall, self.collapse} == {None}:
+            raise ValueError("least, most, fall or collapse: one of them is needed")
         return self
+
+
+COLLAPSE, DIVERSITY_COLLAPSE = 1.0, 2.0
+"""``collapse`` of rewards and of diversity without a bound of their own. Diversity shrinks in
+training that succeeds, too."""
 
 
 class Train(Settings):
@@ -443,7 +457,8 @@ class Train(Settings):
     bounds: dict[str, Bound] = setting(
         {},
         "Bounds of monitors, against reward hacking: `reward/<name>`, `diversity` or "
-        "`distance_to_base` -> settings. null takes one of a file below away.",
+        "`distance_to_base` -> settings. Without one, a reward has {collapse: 1.0} and diversity "
+        "{collapse: 2.0}, which warn. null takes one of a file below away.",
     )
     snapshots: list[int] = setting(
         [],
@@ -575,6 +590,13 @@ class RunConfig(Settings):
     tracking: Tracking = Tracking()
 
     @property
+    def bounds(self) -> dict[str, Bound]:
+        """Bounds of monitors: those set, and those of rewards and diversity without one."""
+        unset = {f"reward/{name}": Bound(collapse=COLLAPSE) for name in self.rewards}
+        unset["diversity"] = Bound(collapse=DIVERSITY_COLLAPSE)
+        return unset | self.train.bounds
+
+    @property
     def evaluation_model(self) -> Model:
         """The model as evaluation samples from it."""
         e = self.evaluate
@@ -645,6 +667,9 @@ class RunConfig(Settings):
             )
         if t.bounds and not t.monitor_every:
             raise ValueError("train.bounds: nothing is monitored; set train.monitor_every")
+        distance = t.bounds.get("distance_to_base")
+        if distance is not None and distance.collapse is not None:
+            raise ValueError("train.bounds: distance_to_base begins at 0 and cannot collapse")
         if "diversity" in t.bounds and t.monitor_samples < 2:
             raise ValueError("train.bounds: diversity needs train.monitor_samples of at least 2")
         zero = [name for name, weight in t.rewards.items() if weight == 0]

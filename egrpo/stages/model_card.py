@@ -86,6 +86,7 @@ def model_card(
         measured={row["reward"]: readable(row) for row in rows if row["reward"] in MEASURED},
         invalid=sum(row["invalid"] for row in rows),
         over=counted(_prompts(folder), "held-out prompt", run.evaluate.samples),
+        warnings=rows[0]["warnings"],
         stopped=read_json(folder / "train.json").get("stopped", {}),
         made_by=made_by,
         key=read_json(folder / "train.json").get("key"),

@@ -1,4 +1,4 @@
-"""Early signs of reward hacking on fixed held-out prompts, and the bounds set on them."""
+"""Early signs of reward hacking on fixed held-out prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egrpo.config.models import Bound
 from egrpo.store.files import replacing
 
 
@@ -27,12 +26,11 @@ def measure(
 
     Returns:
         Rewards in their own units; RMS distances as a fraction of full scale: ``diversity``
-        between the samples of a prompt, ``distance_to_base`` from ``base``.
+        between the samples of a prompt, ``distance_to_base`` from ``base``. Of rewards (over
+        images with a score) and diversity (over prompts) also ``monitor_std/...`` and
+        ``monitor_count/...``: the std with ddof 1, and of how many values.
     """
-    out = {
-        f"monitor/reward/{name}": float(np.nanmean(v)) if not np.isnan(v).all() else np.nan
-        for name, v in scores.items()
-    }
+    of = {f"reward/{name}": v[~np.isnan(v)] for name, v in scores.items()}
     pixels, before = (x.float().div(255).flatten(1) for x in (images, base))
     spread = [
         float(torch.pdist(part).mean()) / pixels.shape[1] ** 0.5
@@ -40,31 +38,13 @@ def measure(
         if len(part) > 1
     ]
     if spread:
-        out["monitor/diversity"] = float(np.mean(spread))
-    out["monitor/distance_to_base"] = float((pixels - before).square().mean(1).sqrt().mean())
-    return out
-
-
-def crossed(
-    bounds: Mapping[str, Bound], now: Mapping[str, float], start: Mapping[str, float]
-) -> dict[str, str]:
-    """Monitors beyond their bound: name -> what happened, in words.
-
-    A monitor that is NaN, because all its scores failed, is beyond any bound.
-    """
+        of["diversity"] = np.array(spread)
     out = {}
-    for name, bound in bounds.items():
-        value, base = (
-            np.nan if m[f"monitor/{name}"] is None else m[f"monitor/{name}"] for m in (now, start)
-        )
-        limits = [] if bound.least is None else [(bound.least, "least")]
-        if bound.fall is not None:
-            limits.append((base - bound.fall, "fall"))
-        low, key = max(limits, default=(-np.inf, ""))
-        if not value >= low:
-            out[name] = f"{value:.4g} is below {low:.4g} (train.bounds.{name}.{key})"
-        elif bound.most is not None and value > bound.most:
-            out[name] = f"{value:.4g} is above {bound.most:.4g} (train.bounds.{name}.most)"
+    for name, v in of.items():
+        out[f"monitor/{name}"] = float(v.mean()) if v.size else np.nan
+        out[f"monitor_std/{name}"] = float(v.std(ddof=1)) if v.size > 1 else np.nan
+        out[f"monitor_count/{name}"] = v.size
+    out["monitor/distance_to_base"] = float((pixels - before).square().mean(1).sqrt().mean())
     return out
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from egrpo.config.models import RunConfig
+from egrpo.stages.render import escaped
 from egrpo.stages.report import HEADER, cells, in_order, verdicts
-from egrpo.stages.tables import Row, readable
+from egrpo.stages.tables import Row, readable, warning_lines
 
 STUDY_NOTE = """\
 A study. Below this run lies one run for each training, below each of those its evaluation, and
@@ -37,7 +38,8 @@ def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> st
     text = [", ".join(parts) + ".", ""]
     if comparison:
         rows = in_order(comparison)
-        text += [*(f"**{line}**" for line in verdicts(rows)), ""]
+        said = [*verdicts(rows), *map(escaped, warning_lines(rows))]
+        text += [*(f"**{line}**" for line in said), ""]
         text += ["| " + " | ".join(HEADER) + " |", "|---" + "|--:" * (len(HEADER) - 1) + "|"]
         text += ["| " + " | ".join(cells(row)) + " |" for row in rows]
         text += ["", "Means over held-out prompts; \\* trained on this reward.", ""]

@@ -37,7 +37,7 @@ from egrpo.stages.provenance import versions
 from egrpo.stages.render import render
 from egrpo.stages.report import read_rows
 from egrpo.stages.results_text import COSTS
-from egrpo.stages.tables import HOW_TO_READ
+from egrpo.stages.tables import HOW_TO_READ, warning_lines
 from egrpo.store.files import write_text
 from egrpo.store.tables import COMPARISON, metadata_of, read_table
 
@@ -93,6 +93,7 @@ def content(
         "runs": at.study.runs,
         "date": date.fromtimestamp(table.stat().st_mtime),
         "verdicts": verdict_views(rows, at),
+        "warnings": warning_lines(rows),
         "lead": lead,
         "plans": plan_views(at),
         "comparison": comparison(rows),

@@ -12,6 +12,7 @@ from egrpo.config.sharing import shown_yaml, without_secrets
 from egrpo.errors import UserError
 from egrpo.stages.notes import run_note
 from egrpo.stages.publish_evaluation import EvaluationFiles, send_evaluation
+from egrpo.stages.training_warnings import warnings_in
 from egrpo.store import journal, tracking
 from egrpo.store.deliver import (
     finish,
@@ -62,6 +63,7 @@ def publish_run(
     tracking.deliver(client, run_id, _lines(root, run.run, key))
     sent = tracking.images_held(client, run_id)
     tracking.send_images(client, run_id, folder / "monitor", sent)
+    tracking.tag_warnings(client, run_id, warnings_in(folder / "train_metrics.parquet", run))
     send_datasets(client, run_id, _inputs(run, root), run.prompts.column)
     send_text(client, run_id, "config.yaml", shown_yaml(run, *without_secrets(run)))
     records = [folder / f for f in ("plan.json", "train.json")]

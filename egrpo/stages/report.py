@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from egrpo.stages.tables import MEASURED, Row, readable
+from egrpo.stages.tables import MEASURED, Row, readable, warning_lines
 from egrpo.store.tables import COMPARISON, read_table
 
 HEADER = ("reward", "base", "trained", "difference", "95% over prompts")
@@ -21,7 +21,7 @@ OPEN_UI = "Curves, images and settings of every run: `make ui` opens MLflow."
 
 
 def short_table(comparison: str | Path) -> str:
-    """The comparison as plain aligned text, followed by its verdicts.
+    """The comparison as plain aligned text, followed by its verdicts and warnings.
 
     Args:
         comparison: ``comparison.parquet``.
@@ -42,7 +42,8 @@ def short_table(comparison: str | Path) -> str:
     lines = [line(HEADER), line(["-" * w for w in widths])]
     for heading, part in by_run(rows):
         lines += [heading, *(line(cells(row)) for row in part)]
-    return "\n".join([*lines, NOTE, "", *verdicts(rows), OPEN_UI]) + "\n"
+    said = [*verdicts(rows), *warning_lines(rows)]
+    return "\n".join([*lines, NOTE, "", *said, OPEN_UI]) + "\n"
 
 
 def print_report(comparison: str | Path, console: Console | None = None) -> None:
@@ -71,7 +72,7 @@ def print_report(comparison: str | Path, console: Console | None = None) -> None
             style = "bold" if row["trained_on"] else "dim" if row["reward"] in MEASURED else ""
             table.add_row(*(Text(cell) for cell in cells(row)), style=style)
         console.print(table)
-    for line in [NOTE, *verdicts(rows), OPEN_UI]:
+    for line in [NOTE, *verdicts(rows), *warning_lines(rows), OPEN_UI]:
         console.print(Text(line))
 
 

@@ -24,7 +24,8 @@ from egrpo.config.load import load_run
 from egrpo.config.models import RunConfig
 from egrpo.core.bootstrap import paired_interval
 from egrpo.errors import UserError
-from egrpo.stages.render import write_texts
+from egrpo.stages.render import escaped, write_texts
+from egrpo.stages.training_warnings import warnings_in
 from egrpo.store.files import read_json
 from egrpo.store.tables import COMPARISON, IMAGES, SCORES, read_table, write_table
 
@@ -58,6 +59,7 @@ class RunFiles:
     base_scores: Path
     base_images: Path
     train: Path
+    metrics: Path
 
     @classmethod
     def at(cls, run: str | Path, base: str | Path) -> RunFiles:
@@ -70,6 +72,7 @@ class RunFiles:
             base_scores=base / "scores.parquet",
             base_images=base / "images.parquet",
             train=run / "train.json",
+            metrics=run / "train_metrics.parquet",
         )
 
 
@@ -104,6 +107,7 @@ def compare_run(run: str, files: RunFiles) -> list[Row]:
         "iterations": train["iterations"],
         "nfe": evaluations(train),
         "seconds": train["seconds"],
+        "warnings": "; ".join(warnings_in(files.metrics, config).values()) or None,
     }
     pairs = {**_paired_scores(files), **_paired_images(files)}
     on = config.train.rewards
@@ -276,13 +280,21 @@ def readable(row: Row) -> Row:
     }
 
 
-def markdown(rows: Iterable[Row]) -> str:
+def warning_lines(rows: Iterable[Row]) -> list[str]:
+    """One line for each run whose training had something wrong."""
+    found = {r["run"]: r["warnings"] for r in rows if r["warnings"]}
+    return [f"{run}: warning: {text}" for run, text in found.items()]
+
+
+def markdown(rows: Sequence[Row]) -> str:
     """The comparison as a Markdown table with what a reader must know above it."""
+    warned = [f"- {escaped(line)}" for line in warning_lines(rows)]
     lines = [
         "# Trained runs against their base model",
         "",
         HOW_TO_READ,
         "",
+        *([*warned, ""] if warned else []),
         "| run | method | reward | base | trained | difference | 95% over prompts | pairs | failed "
         "| iterations | network evaluations | seconds |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -10,22 +10,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from egrpo.config.models import RunConfig
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import state_key
-from egrpo.stages.monitor import crossed, load_grid, save_grid
+from egrpo.stages.monitor import load_grid, save_grid
 from egrpo.stages.processes import Processes
 from egrpo.stages.progress import Progress
-from egrpo.stages.records import metric_rows, rollout_columns
+from egrpo.stages.records import Metrics, metric_rows, rollout_columns
 from egrpo.stages.train import Trainer
+from egrpo.stages.training_warnings import History, beyond_bounds, training_warnings
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
 from egrpo.store.checkpoint import Checkpoint
 from egrpo.store.files import lock, write_json
 from egrpo.store.tables import ROLLOUTS, TRAIN_METRICS, write_table
+
+if TYPE_CHECKING:
+    from egrpo.store.live import LiveTracker
 
 LEASE_WAIT = 60.0
 """Seconds that a job waits for another one to leave its state folder."""
@@ -140,8 +144,9 @@ def _resume_and_train(
             print(f"{run.run}: going on after iteration {iteration}", file=sys.stderr)
     if world.main:
         journal.rewind(log, -1 if iteration is None else iteration)
-    with _live(run, key, store if world.main else None, log, folder / "monitor"):
-        stopped = _loop(trainer, folder, log, preempted, fresh=iteration is None)
+    live = _live(run, key, store if world.main else None, log, folder / "monitor")
+    with live as tracker:
+        stopped = _loop(trainer, folder, log, preempted, tracker, fresh=iteration is None)
         if trainer.iteration < run.train.iterations and not stopped:
             if world.main:
                 print(f"{run.run}: saved after iteration {trainer.iteration}", file=sys.stderr)
@@ -159,7 +164,7 @@ def _snapshot_missed(run: RunConfig, folder: Path, found: Checkpoint) -> bool:
 
 def _live(
     run: RunConfig, key: str, store: Path | None, log: Path, images: Path
-) -> AbstractContextManager[Any]:
+) -> AbstractContextManager[LiveTracker | None]:
     if store is None or not run.tracking.enabled:
         return nullcontext()
     from egrpo.store.live import LiveTracker
@@ -168,7 +173,13 @@ def _live(
 
 
 def _loop(
-    trainer: Trainer, folder: Path, log: Path, preempted: Callable[[], bool], *, fresh: bool
+    trainer: Trainer,
+    folder: Path,
+    log: Path,
+    preempted: Callable[[], bool],
+    tracker: LiveTracker | None,
+    *,
+    fresh: bool,
 ) -> dict[str, str]:
     """Train to the last iteration, or until a bound or a signal stops it; returns which bound."""
     run, t, world = trainer.run, trainer.run.train, trainer.world
@@ -182,8 +193,9 @@ def _loop(
     elif t.monitor_every:
         size = run.model.height, run.model.width
         trainer.base_images = load_grid(first, t.monitor_samples, *size)
-    monitors = world.from_main(lambda: _monitors(log))
-    reasons = _stops(run, _beyond_bounds(run, monitors))
+    history = world.from_main(lambda: _history(log))
+    said: dict[str, str] = {}
+    reasons = _stops(run, history)
     stop = False
     with Progress(t.iterations, run.run, trainer.iteration, shown=world.main) as progress:
         while trainer.iteration < t.iterations and not reasons and not stop:
@@ -198,9 +210,10 @@ def _loop(
                 if world.main:
                     grid = folder / "monitor" / f"iteration-{n:06d}.png"
                     save_grid(grid, images, t.monitor_samples)
-                monitors.append(measured)
-                reasons = _warn(run, n, _beyond_bounds(run, monitors), say=world.main)
+            history.append((n, metrics))
+            reasons = _stops(run, history)
             if world.main:
+                _say(run, history, said, reasons, tracker)
                 _record(trainer, log, metrics, rows)
             stop = any(world.gather(preempted()))
             if n % t.checkpoint_every == 0 or last or reasons or stop:
@@ -211,6 +224,8 @@ def _loop(
             )
     if not stop or trainer.iteration == t.iterations:
         _keep_snapshots(trainer, folder, None)
+        if world.main:
+            _say(run, history, said, reasons, tracker, ended=True)
     return reasons
 
 
@@ -220,32 +235,42 @@ def _save(trainer: Trainer, folder: Path) -> None:
         checkpoints.save(folder, checkpoint)
 
 
-def _monitors(log: Path) -> list[dict[str, float]]:
-    """What the monitors showed so far; from the journal, so that a resumed run stops too."""
-    metrics = (line["metrics"] for line in journal.read(log))
-    return [m for m in metrics if "monitor/distance_to_base" in m]
+def _history(log: Path) -> list[tuple[int, Metrics]]:
+    """Metrics so far; from the journal, so that a resumed run warns and stops as one at a time."""
+    return [(line["iteration"], line["metrics"]) for line in journal.read(log)]
 
 
-def _beyond_bounds(run: RunConfig, monitors: list[dict[str, float]]) -> dict[str, str]:
-    if len(monitors) < 2:  # the first is the untrained model's
-        return {}
-    return crossed(run.train.bounds, monitors[-1], monitors[0])
+def _stops(run: RunConfig, history: History) -> dict[str, str]:
+    """Bounds that end the run."""
+    beyond = beyond_bounds(run, history)
+    return {k: text for k, text in beyond.items() if run.bounds[k].action == "stop"}
 
 
-def _stops(run: RunConfig, beyond: dict[str, str]) -> dict[str, str]:
-    """Those that end the run."""
-    return {k: text for k, text in beyond.items() if run.train.bounds[k].action == "stop"}
+def _say(
+    run: RunConfig,
+    history: History,
+    said: dict[str, str],
+    stops: dict[str, str],
+    tracker: LiveTracker | None,
+    *,
+    ended: bool = False,
+) -> None:
+    """Say each kind of warning when it begins, and at the end what has become of it.
 
-
-def _warn(run: RunConfig, iteration: int, beyond: dict[str, str], *, say: bool) -> dict[str, str]:
-    """Say which bounds were crossed; returns those that end the run."""
-    stops = _stops(run, beyond)
-    for name, text in beyond.items():
-        what = "stops" if name in stops else "goes on"
-        line = f"{run.run}: iteration {iteration}: monitor {name}: {text}; training {what}"
-        if say:
-            print(line, file=sys.stderr, flush=True)
-    return stops
+    ``said`` is what this job's log holds; it grows.
+    """
+    found = training_warnings(run, history)
+    for kind, text in found.items():
+        if said.get(kind) == text or (kind in said and not ended):
+            continue
+        said[kind] = text
+        what = "stops" if kind.removeprefix("bound/") in stops else "goes on"
+        line = f"iteration {history[-1][0]}: {text}; training {what}"
+        if ended:
+            line = f"at the end: {text}"
+        print(f"{run.run}: {line}", file=sys.stderr, flush=True)
+    if tracker is not None:
+        tracker.warnings = tuple(found)
 
 
 def _keep_snapshots(trainer: Trainer, folder: Path, ahead: int | None) -> None:

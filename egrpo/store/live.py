@@ -28,6 +28,7 @@ from egrpo.store.tracking import (
     open_client,
     resolve_uri,
     send_images,
+    tag_warnings,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class LiveTracker:
         store: JSON file written by ``prepare``.
         journal: append-only record of the run (:mod:`egrpo.store.journal`).
         images: folder of monitor grids ``iteration-000010.png``, each written atomically.
+
+    Attributes:
+        warnings: kinds of what is wrong with the run so far, for its tag; training sets them.
     """
 
     def __init__(self, run: RunConfig, key: str, store: Path, journal: Path, images: Path) -> None:
@@ -63,6 +67,8 @@ class LiveTracker:
         self._pending: list[dict[str, Any]] = []
         self._failures = 0
         self._outcome = "FINISHED"
+        self.warnings: tuple[str, ...] = ()
+        self._tagged: tuple[str, ...] | None = None
 
     def __enter__(self) -> LiveTracker:
         if not self.run.tracking.enabled:
@@ -122,6 +128,9 @@ class LiveTracker:
         deliver(client, self._run_id, self._pending, self._held)
         self._pending = []
         send_images(client, self._run_id, self.images, self._sent)
+        if (warnings := self.warnings) != self._tagged:
+            tag_warnings(client, self._run_id, warnings)
+            self._tagged = warnings
         if self._load:
             self._load.send(client, self._run_id)
         self._client = client

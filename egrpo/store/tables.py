@@ -266,7 +266,7 @@ MERGE_PLAN = Table(
 
 COMPARISON = Table(
     "comparison",
-    1,
+    2,
     "Trained against base on the held-out prompts, paired by prompt and sample.",
     (
         ("run", TEXT, "", "run id"),
@@ -283,6 +283,7 @@ COMPARISON = Table(
         ("iterations", INT, "iterations", "of training"),
         ("nfe", BIG, "network evaluations", "of training: forward, forward+backward, reference"),
         ("seconds", REAL, "s", "of training, over all starts"),
+        ("warnings", TEXT, "", "what was wrong with the training, in words; null: nothing"),
     ),
     ("run", "reward"),
 )

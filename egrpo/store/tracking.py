@@ -180,6 +180,15 @@ def keep_tags(client: MlflowClient, record: Run, tags: Mapping[str, str]) -> Non
         client.log_batch(record.info.run_id, tags=missing)
 
 
+def tag_warnings(client: MlflowClient, run_id: str, kinds: Iterable[str]) -> None:
+    """Tag a training run with the kinds of what is wrong with it; a healthy one has no such tag."""
+    record = client.get_run(run_id)
+    if value := ",".join(kinds):
+        keep_tags(client, record, {"warnings": value})
+    elif "warnings" in record.data.tags:
+        client.delete_tag(run_id, "warnings")
+
+
 def find_or_create_study(client: MlflowClient, experiment_id: str, study: str) -> str:
     """Run id of the study's parent run."""
     return str(find_or_create(client, experiment_id, "study", study, study, {}).info.run_id)

@@ -7,10 +7,11 @@ rule comparison:
     input:
         configs=lambda wc: configs(run_set(wc.set)),
         scores=lambda wc: results(run_set(wc.set), "scores.parquet", "images.parquet"),
-        summaries=lambda wc: results(run_set(wc.set), "train.json"),
+        training=lambda wc: results(run_set(wc.set), "train.json", "train_metrics.parquet"),
         code=sources(
             "core/bootstrap.py",
             "stages/tables.py",
+            "stages/training_warnings.py",
             "store/tables.py",
             *RENDERING,
         ),
@@ -193,6 +194,7 @@ rule publish:
             "stages/publish.py",
             "stages/publish_evaluation.py",
             "stages/publish_run.py",
+            "stages/training_warnings.py",
             "store/deliver.py",
             "store/tracking.py",
             "store/views.py",
