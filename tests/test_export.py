@@ -101,7 +101,7 @@ def settings_in(root: Path) -> tuple[str, str]:
             "runs": str(root / "runs.tsv"),
             "model": {"path": str(ROOT / "assets/toy/pipeline")},
             "prompts": {"heldout": str(root / "mine.txt"), "limit": 4},
-            "train": {"learning_rate_scale": 1000.0},
+            "train": {"learning_rate_scale": 1000.0, "ema_decay": None, "ema_ramp": None},
             "evaluate": {"bootstrap": 200},
             "tracking": {"uri": TRACKING, "enabled": False},
             "methods": {

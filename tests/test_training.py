@@ -214,6 +214,19 @@ def test_average_of_flow_grpos_lineage_warms_up_and_moves_at_every_eighth_step(
         torch.testing.assert_close(found, expected)
 
 
+def test_a_run_too_short_for_its_average_says_so(
+    embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = {"method.name": "flow_grpo", "train.monitor_every": 0}
+    run_in_process(small_run("short", **of, **{"train.iterations": 3}), embeddings, tmp_path / "3")
+    assert (
+        "short: train.ema_every: the averaged weights, which are kept and evaluated, first move "
+        "after optimizer step 7, and this run takes 6: its result is the untrained model"
+    ) in capsys.readouterr().err
+    run_in_process(small_run("long", **of, **{"train.iterations": 4}), embeddings, tmp_path / "4")
+    assert "train.ema_every" not in capsys.readouterr().err
+
+
 def test_penalty_of_awm_is_the_distance_to_the_averaged_weights(embeddings: Path) -> None:
     """Its public code: 1 * mean((v - v_average)^2), average min(0.3, 0.001 n) of the old one."""
     overrides = {"method.name": "awm", "method.group_size": 3}

@@ -61,6 +61,19 @@ def train(
         SystemExit: after SIGTERM, with everything saved.
     """
     trainer = Trainer(run, plan, embeddings)
+    t = run.train
+    if (
+        trainer.ema is not None
+        and t.iterations * t.updates < t.ema_every - 1
+        and trainer.world.main
+    ):
+        print(
+            f"{run.run}: train.ema_every: the averaged weights, which are kept and evaluated, "
+            f"first move after optimizer step {t.ema_every - 1}, and this run takes "
+            f"{t.iterations * t.updates}: its result is the untrained model",
+            file=sys.stderr,
+            flush=True,
+        )
     key = state_key(run, plan, embeddings)
     folder = state / key
     folder.mkdir(parents=True, exist_ok=True)
