@@ -10,10 +10,17 @@ from egrpo.config.layout import PAGES, Layout
 from egrpo.config.trees import check_trees, needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
-from egrpo.store.files import lock, write_once, write_text
+from egrpo.store.files import lock, refused, write_once, write_text
 
 CONFIG_PATHS = [str(f) for f in workflow.overwrite_configfiles] or ["config/config.yaml"]
 CONFIG_FILES = ", ".join(CONFIG_PATHS)
+
+
+def in_one_line(error):
+    """Bad input, or files that cannot be written, as Snakemake says its own errors."""
+    told = error if isinstance(error, UserError) else refused(error)
+    return error if told is None else WorkflowError(str(told))
+
 
 try:
     for file in CONFIG_PATHS:
@@ -22,7 +29,7 @@ try:
     load.check_files(study, CONFIG_FILES)
     check_trees(study.runs)
 except UserError as error:
-    raise WorkflowError(str(error)) from None
+    raise in_one_line(error) from None
 
 at = Layout(study)
 RUNS = study.runs
@@ -31,8 +38,12 @@ STUDY = str(at.root)
 
 onstart:
     # Snakemake's own lock is of the working directory; two folders can share their results
-    at.root.mkdir(parents=True, exist_ok=True)
-    if lock(at.root / "workflow.lock") is None:
+    try:
+        at.root.mkdir(parents=True, exist_ok=True)
+        held = lock(at.root / "workflow.lock")
+    except (UserError, OSError) as error:
+        raise in_one_line(error) from None
+    if held is None:
         raise WorkflowError(f"{at.root}: another snakemake works on it; wait for it or end it")
 
 
@@ -88,7 +99,16 @@ def write_settings():
 
 
 if workflow.is_main_process:
-    write_settings()
+    for folder in [Path(".snakemake"), *Path(".snakemake").glob("*/")]:
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise WorkflowError(
+                f"{folder.resolve()}: cannot be written, and Snakemake keeps there what it did; give "
+                "this user the right to it, or work in a copy of the project"
+            )
+    try:
+        write_settings()
+    except (UserError, OSError) as error:
+        raise in_one_line(error) from None
 
 
 @functools.cache
@@ -128,10 +148,13 @@ def sources(*parts):
     text = "".join(f"{file_identity(f)}  {f.relative_to(root)}\n" for f in files)
     path = Path(".snakemake", "egrpo", f"code-{keys.digest(text)}.txt")
     edited = max(f.stat().st_mtime for f in files)
-    if not path.exists():
-        write_text(path, text)
-    if path.stat().st_mtime != edited:
-        os.utime(path, (edited, edited))
+    try:
+        if not path.exists():
+            write_text(path, text)
+        if path.stat().st_mtime != edited:
+            os.utime(path, (edited, edited))
+    except (UserError, OSError) as error:
+        raise in_one_line(error) from None
     return str(path)
 
 
