@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -39,15 +40,15 @@ class OneLineErrors(click.Group):
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Exception as error:
-            from egrpo.store.files import full_disk, no_space
+            from egrpo.store.files import refused
 
-            if not no_space(error):
+            told = refused(error)
+            if told is None:
                 if not sys.stderr.isatty():
                     raise
                 _show_traceback()
                 sys.exit(1)
-            where = getattr(error, "filename", None) or "results"
-            _say(str(full_disk(where)))
+            _say(str(told))
         sys.exit(2)
 
 
@@ -69,10 +70,20 @@ def _show_traceback() -> None:
     Console(stderr=True).print_exception(suppress=[click])
 
 
+def _reach_this_machine_directly() -> None:
+    """Rewards and tracking servers on this machine are asked without the proxy of the network."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in given.split(",") if host.strip()]
+    if "*" not in hosts:
+        hosts += [host for host in ("localhost", "127.0.0.1", "::1") if host not in hosts]
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
+
+
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Which denoising steps should reinforcement learning explore?"""
+    _reach_this_machine_directly()
     # preempted jobs end like interrupted ones: files closed, tracking told
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 

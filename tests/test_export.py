@@ -54,7 +54,7 @@ from egrpo.stages.train_run import train
 from egrpo.store.files import write_json
 from egrpo.store.tables import TRAIN_METRICS, write_table
 
-ELSEWHERE = ("planted-query",)
+ELSEWHERE = ("planted-user", "planted-word", "planted-query")
 """Secrets of a service: no run here may ask one."""
 NASTY = 'a |pipe|, <b>bold</b> *stars* `ticks` [link](x) $m$ & _under_ ``` ü \\ "quoted"'
 

@@ -28,8 +28,8 @@ from egrpo.stages.curves import curves_figure
 from egrpo.stages.embed import embed
 from egrpo.stages.processes import Processes
 from egrpo.stages.train_run import only_one, train
-from egrpo.store import journal
-from egrpo.store.files import write_json, write_once
+from egrpo.store import files, journal
+from egrpo.store.files import write_json, write_once, write_text
 
 
 class Disk:
@@ -43,7 +43,10 @@ class Disk:
             pytest.skip("mounting a small tmpfs needs root")
 
     def resize(self, size: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(self.folder)], check=True)
+        self.remount(f"size={size}")
+
+    def remount(self, how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(self.folder)], check=True)
 
 
 @pytest.fixture
@@ -149,6 +152,67 @@ def test_no_table_or_image_is_cut_short(disk: Disk, embeddings: Path, tmp_path: 
         disk.resize("64m")
         assert CliRunner().invoke(main, words).exit_code == 0
         assert {path.name for path in folder.iterdir()} == set(outputs.values())
+
+
+def test_a_read_only_file_system_is_one_line(disk: Disk, embeddings: Path, tmp_path: Path) -> None:
+    """Whatever is to be written there: a state, tables, a tracking store, settings."""
+    disk.resize("1m")
+    words = arguments(small_run("kept"), embeddings, tmp_path / "kept")
+    words[words.index("--state") + 1] = str(disk.folder / "state")
+    config = words[words.index("--run-config") + 1]
+    evaluate = ["evaluate", "--run-config", config, "--embeddings", str(embeddings)]
+    evaluate += ["--scores", str(disk.folder / "new/s"), "--images", str(disk.folder / "new/i")]
+    prepare = ["prepare", "--output", str(disk.folder / "s.json"), "--results", str(disk.folder)]
+    disk.remount("ro")
+    for command in (words, evaluate, [*prepare, config]):
+        done = CliRunner().invoke(main, command)
+        (line,) = [text for text in done.stderr.splitlines() if text.startswith("egrpo: ")]
+        assert done.exit_code == 2, done.output
+        assert str(disk.folder) in line
+        assert "Read-only file system; give this user the right to it, or use a folder" in line
+        assert "Traceback" not in done.output
+    for write in (write_once, write_text):
+        with pytest.raises(UserError, match=r"disk/a/b: Read-only file system"):
+            write(disk.folder / "a/b", (lambda: "x") if write is write_once else "x")  # type: ignore[operator]
+    disk.remount("rw")
+    assert CliRunner().invoke(main, evaluate).exit_code == 0
+
+
+def test_a_workflow_on_a_read_only_results_folder_is_one_line(disk: Disk, tmp_path: Path) -> None:
+    config = study(tmp_path, results=str(disk.folder))
+    disk.remount("ro")
+    command = [sys.executable, "-m", "snakemake", "-n", "--nolock", "--configfile", str(config)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"\n{disk.folder}/small: Read-only file system; give this user" in done.stderr
+    assert "OSError" not in done.stderr
+
+
+@pytest.mark.parametrize("number", files.NO_LOCKS)
+def test_without_flock_another_lock_is_taken_or_it_is_said(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(handle: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    path = tmp_path / "lock"
+    held = files.lock(path)
+    assert held is not None
+    code = (
+        "import fcntl, sys; from egrpo.store import files\n"
+        f"def none(handle, how): raise OSError({number}, 'x')\n"
+        "files.fcntl.flock = none\n"
+        "print(files.lock(sys.argv[1]) is None)"
+    )
+    other = [sys.executable, "-c", code, str(path)]
+    assert subprocess.run(other, capture_output=True, text=True).stdout == "True\n"
+    os.close(held)
+    assert subprocess.run(other, capture_output=True, text=True).stdout == "False\n"
+    monkeypatch.setattr(files.fcntl, "lockf", none)
+    for taking in (lambda: files.lock(path), lambda: files.alone(path).__enter__()):
+        with pytest.raises(UserError, match=r"lock: its file system has no locks \(.*-o flock"):
+            taking()
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,12 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+import requests
 import torch
+from click.testing import CliRunner
 from conftest import ROOT, small_run
 
+from egrpo.cli import main
 from egrpo.config.rewards import Remote as Settings
 from egrpo.errors import UserError
 from egrpo.rewards import load_rewards
@@ -620,3 +624,22 @@ def test_an_open_address_needs_a_token() -> None:
     )
     assert done.returncode == 2
     assert "--host 0.0.0.0: others can reach it; give --token-file" in done.stderr
+
+
+def test_this_machine_is_asked_without_the_proxy(
+    service: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxy variables of a company's network: rewards and tracking servers here are not there."""
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.com")
+    address = f"{service[0]}/health"
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(address, timeout=5)
+    CliRunner().invoke(main, ["plan"], catch_exceptions=False)
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "example.com,localhost,127.0.0.1,::1"
+    assert httpx2.get(address, timeout=5).status_code == 200
+    assert requests.get(address, timeout=5).status_code == 200  # as MLflow asks
+    assert urllib.request.urlopen(address, timeout=5).status == 200
+    assert urllib.request.getproxies()["http"] == "http://127.0.0.1:9", "others still go there"

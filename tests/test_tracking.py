@@ -16,12 +16,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import modes_by
+from conftest import modes_by, small_run
 from tracked import (
     HARMLESS_OPTIONS,
     SECRET_OPTIONS,
@@ -39,11 +40,14 @@ from tracked import (
     write_metrics,
 )
 
+from egrpo.config.base import without_password
+from egrpo.config.keys import tracking_key
 from egrpo.config.layout import Layout
-from egrpo.config.load import Study, load_run
+from egrpo.config.load import Row, Study, load_run, resolve_run
 from egrpo.config.models import Model, RunConfig, Tracking
 from egrpo.config.rewards import Custom, Remote, Verifier
 from egrpo.errors import UserError
+from egrpo.stages import doctor
 from egrpo.stages.prepare import prepare
 from egrpo.stages.publish import publish
 from egrpo.stages.publish_run import publish_run
@@ -235,6 +239,92 @@ def test_a_half_delivered_iteration_is_completed(store: Path) -> None:
     assert deliver(client, run_id, [line(1)], known) == 0
     assert deliver(client, run_id, [line(1), line(2)], known) == 1
     assert curve(client, run_id) == once(1, 2)
+
+
+# ---------------------------------------------------------------- addresses
+
+
+PASSWORD = "planted-pass"
+
+
+@pytest.mark.parametrize(
+    ("uri", "plain"),
+    [
+        ("http://host:5000", "http://host:5000"),
+        (f"http://me:{PASSWORD}@host:5000/x", "http://host:5000/x"),
+        (f"https://{PASSWORD}@host", "https://host"),
+        (f"http://me:{PASSWORD}/a@b?c@host/x", "http://host/x"),
+        (f"postgresql://me:{PASSWORD}@host/db", "postgresql://me@host/db"),
+        ("postgresql://me@host/db?sslmode=require", "postgresql://me@host/db?sslmode=require"),
+        (f"postgresql://host/db?user=me&password={PASSWORD}", "postgresql://host/db"),
+        (f"mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3D{PASSWORD}", "mssql+pyodbc:///"),
+        ("sqlite:////a@b:c/mlflow.db", "sqlite:////a@b:c/mlflow.db"),
+        (f"me:{PASSWORD}@host", "host"),
+    ],
+)
+def test_settings_hold_no_password_of_tracking(uri: str, plain: str) -> None:
+    assert without_password(uri) == plain
+    if "://" in uri:
+        assert PASSWORD not in tracking.in_one_line(f"cannot connect to {uri}, no route")
+    given = {"tracking": {"uri": uri}}
+    if uri == plain:
+        assert small_run(**{"tracking.uri": uri}).tracking.uri == uri
+        return
+    shared = {**small_run().model_dump(exclude={"run", "method", "arm"}), **given}
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as told:
+        resolve_run(shared, {}, Row("a", {}), "study.yaml", "runs.tsv")
+    assert str(told.value).startswith("study.yaml: tracking.uri: holds a user or a password")
+    assert PASSWORD not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (f"postgresql://me:{PASSWORD}@host/db", "the Python package psycopg2, which speaks to it"),
+        (f"mysql+pymysql://me:{PASSWORD}@host/db", "the Python package pymysql, which speaks to"),
+        (f"foo://me:{PASSWORD}@host", "'foo://me@host' is neither http"),
+        (f"postgresql+foo://me:{PASSWORD}@host", "postgresql+foo://me@host: not the address of a"),
+        ("mlruns", "'mlruns' is neither http"),
+        ("file:///mlruns", "'file:///mlruns' is neither http"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_said_before_training(
+    uri: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: ") as told:
+        prepare(study_of(tmp_path), tmp_path / "store.json")
+    assert message in str(told.value)
+    assert PASSWORD not in str(told.value)
+    off = study_of(tmp_path, run_config().model_copy(update={"tracking": Tracking(enabled=False)}))
+    (finding,) = doctor._tracking(off)
+    assert (finding.level, finding.text) == ("FAIL", str(told.value))
+
+
+def test_the_password_of_a_server_is_used_and_written_nowhere(
+    server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PASSWORD}@127.0.0.1:{server}")
+    run = run_config(prompts=prompts_of(tmp_path)).model_copy(update={"study": "secret"})
+    study = replace(results_of(tmp_path, run), name="secret")
+    (tmp_path / "results/small").rename(tmp_path / "results/secret")
+    at, store = Layout(study), tmp_path / "store.json"
+    key = tracking_key(run)
+    prepare(study, store)
+    assert read_json(store)["uri"] == f"http://127.0.0.1:{server}"
+    log = tmp_path / "journal.jsonl"
+    with LiveTracker(run, "k", store, log, tmp_path):
+        journal.append(log, line(0))
+    publish(study, store, at.comparison, tmp_path / "published.json")
+    assert read_json(tmp_path / "published.json")["uri"] == f"http://127.0.0.1:{server}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PASSWORD}@127.0.0.1:9")
+    prepare(study, tmp_path / "away.json")  # says that the server is away
+    assert found_in(tmp_path, [PASSWORD]) == []
+    said = capsys.readouterr()
+    assert "http://127.0.0.1:9 does not answer" in said.err
+    assert PASSWORD not in said.out + said.err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server}")
+    assert tracking_key(run) == key, "no digest tells a password either"
 
 
 # ---------------------------------------------------------------- while training
@@ -615,7 +705,7 @@ def test_mlflow_gets_no_secret(
     assert not [word for word in SECRETS if word not in told]
     publish(study, store, Layout(study).comparison, tmp_path / "published.json")
 
-    # as after delivery to a server: the same, with a password in the address of tracking
+    # as after delivery to a server: the same, with an address of tracking
     tracked = run.model_copy(update={"tracking": Tracking(uri=TRACKING)})
     client, experiment = open_client(read_json(store)["uri"]), read_json(store)["experiment_id"]
     publish_run(client, experiment, tracked, Layout(study).root, "", [], "#000000")

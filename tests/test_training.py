@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from egrpo.config.models import Bound, RunConfig
 from egrpo.config.trees import iteration_cost, needs_plan, plan_of, training_sigmas, tree_of
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
+from egrpo.stages import train_run
 from egrpo.stages.fingerprint import state_key
 from egrpo.stages.monitor import load_grid, save_grid
 from egrpo.stages.train import Trainer
@@ -743,7 +747,10 @@ def test_changed_settings_never_resume_stale_state(embeddings: Path) -> None:
     assert state_key(tracked, plan_for(tracked), embeddings) in keys
 
 
-def test_journal_leaves_out_a_torn_line(tmp_path: Path) -> None:
+# -- damaged state ---------------------------------------------------------------------------
+
+
+def test_journal_leaves_out_a_torn_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "journal.jsonl"
     for n in range(3):
         journal.append(path, {"iteration": n, "metrics": {"x": float("nan")}})
@@ -752,6 +759,212 @@ def test_journal_leaves_out_a_torn_line(tmp_path: Path) -> None:
     assert [line["iteration"] for line in journal.read(path)] == [0, 1, 2]
     journal.rewind(path, 1)
     assert [line["metrics"] for line in journal.read(path)] == [{"x": None}] * 2
+    assert capsys.readouterr().err == "", "a kill is no damage"
+
+
+def zeros(text: bytes) -> bytes:
+    third = len(text) // 3
+    return text[:third] + bytes(9) + text[third + 9 :]
+
+
+def swapped(text: bytes) -> bytes:
+    """The third line is not what it was, and still JSON of the right kind."""
+    lines = text.splitlines(keepends=True)
+    return b"".join([*lines[:2], lines[2].replace(b"0.25", b"0.75"), *lines[3:]])
+
+
+@pytest.mark.parametrize(
+    ("harm", "left", "said"),
+    [
+        (zeros, [0, 1, 3, 4, 5], "1 lines cannot be read, 0 are there twice"),
+        (swapped, [0, 1, 3, 4, 5], "1 lines cannot be read, 0 are there twice"),
+        (lambda text: text + text, [0, 1, 2, 3, 4, 5], "0 lines cannot be read, 6 are there twice"),
+        (lambda text: text.replace(b"}\n{", b"}?{", 1), [0, 1, 2, 3, 4, 5], ""),  # an end lost
+        (lambda text: b"".join(reversed(text.splitlines(keepends=True))), [0, 1, 2, 3, 4, 5], ""),
+        (
+            lambda text: text[: len(text) // 6 * 2 + 9] + text,
+            [0, 1, 2, 3, 4, 5],
+            "2 are there twice",
+        ),
+        (lambda text: text[:-1], [0, 1, 2, 3, 4, 5], ""),
+    ],
+)
+def test_a_damaged_journal_is_mended_from_its_whole_lines(
+    harm: Callable[[bytes], bytes],
+    left: list[int],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    for n in range(6):
+        journal.append(path, {"iteration": n, "metrics": {"x": 0.25}})
+    found = harm(path.read_bytes())
+    path.write_bytes(found)
+    journal.rewind(path, 5)
+    assert [line["iteration"] for line in journal.read(path)] == left
+    assert all(line["metrics"] == {"x": 0.25} for line in journal.read(path))
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == bool(said)
+    assert not said or path.with_suffix(".damaged").read_bytes() == found
+    journal.rewind(path, 5)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    lines = [
+        {"iteration": n, "time": 1.5, "nfe": n, "metrics": {"x": None}, "rollouts": {"step": [1]}}
+        for n in range(3)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(journal.read(path)) == lines
+    journal.rewind(path, 1)
+    journal.append(path, lines[2])
+    assert list(journal.read(path)) == lines
+    assert path.read_text().count('"crc32"') == 3
+
+
+@pytest.fixture(scope="module")
+def trained(
+    request: pytest.FixtureRequest, embeddings: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, Path]:
+    """A finished run with its state: 5 iterations, checkpoints of 4 and 5, a snapshot of 2."""
+    tuning = getattr(request, "param", "lora")
+    more = {"train.iterations": 5, "train.ema_decay": 0.5, "model.tuning": tuning}
+    each = iteration_cost(small_run("egrpo"), plan_for(small_run("egrpo")), 1, 100).total
+    run = small_run("egrpo", **more, **{"train.snapshots": [2 * each]})
+    folder = tmp_path_factory.mktemp(tuning)
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        run_in_process(run, embeddings, folder)
+    finally:
+        os.chdir(before)
+    return run, folder
+
+
+def without(*lost: int) -> Callable[[Path], None]:
+    def harm(state: Path) -> None:
+        log = state / "journal.jsonl"
+        kept = [line for line in journal.read(log) if line["iteration"] not in lost]
+        log.unlink()
+        for line in kept:
+            journal.append(log, line)
+
+    return harm
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def harm(state: Path) -> None:
+        (path,) = state.glob(name)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return harm
+
+
+def flipped(name: str) -> Callable[[Path], None]:
+    def harm(state: Path) -> None:
+        (path,) = state.glob(name)
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 1
+        path.write_bytes(content)
+
+    return harm
+
+
+def gone(name: str) -> Callable[[Path], None]:
+    return lambda state: (state / name).unlink()
+
+
+FIRST, LAST = "monitor/iteration-000000.png", "monitor/iteration-000005.png"
+BACK, AGAIN = "going back from iteration 5 to 4", "is measured again"
+DAMAGES: dict[str, tuple[Callable[[Path], None], list[str], set[int]]] = {
+    "line of the untrained model": (without(0), [AGAIN], set()),
+    "line after the checkpoint before": (without(5), [BACK], set()),
+    "line before both checkpoints": (without(2), ["tables lack 1 iterations (2);"], {2}),
+    "all lines": (gone("journal.jsonl"), [AGAIN, BACK, "lack 3 iterations (1, 2, 3)"], {1, 2, 3}),
+    "first grid cut": (cut(FIRST), [AGAIN], set()),
+    "first grid gone": (gone(FIRST), [AGAIN], set()),
+    "first grid, one bit": (flipped(FIRST), [AGAIN], set()),
+    "last grid cut": (cut(LAST), [BACK], set()),
+    "snapshot's weights, one bit": (
+        flipped("snapshots/*/*.safetensors"),
+        ["damaged snapshot", "starting over for a snapshot that it passed"],
+        set(),
+    ),
+    "snapshot's record cut": (cut("snapshots/*/snapshot.json"), ["starting over"], set()),
+}
+
+
+@pytest.mark.parametrize(
+    ("trained", "damage"),
+    [
+        *(("lora", damage) for damage in DAMAGES),
+        *(("full", d) for d in ("first grid gone", "snapshot's weights, one bit")),
+    ],
+    indirect=["trained"],
+)
+def test_damaged_state_is_said_and_made_again(
+    damage: str,
+    trained: tuple[RunConfig, Path],
+    embeddings: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same results bit for bit, but for what no checkpoint reaches back to; that is said."""
+    run, whole = trained
+    harm, says, lost = DAMAGES[damage]
+    shutil.copytree(whole / "state", tmp_path / "state")
+    (state,) = (tmp_path / "state").iterdir()
+    harm(state)
+    capsys.readouterr()
+    out = run_in_process(run, embeddings, tmp_path)
+    said = capsys.readouterr().err
+    assert all(text in said for text in says), said
+    files = [p.relative_to(whole / "out") for p in (whole / "out").rglob("*") if p.is_file()]
+    for name in files:
+        if name.suffix in (".png", ".safetensors"):
+            assert (out / name).read_bytes() == (whole / "out" / name).read_bytes(), name
+    for name in ("train_metrics.parquet", "rollouts.parquet"):
+        rows = [r for r in comparable(whole / "out" / name) if r["iteration"] not in lost]
+        assert comparable(out / name) == rows
+    assert json.loads((out / "train.json").read_text())["iterations_lost"] == len(lost)
+
+
+def test_a_grid_that_no_checkpoint_reaches_is_left_out(
+    trained: tuple[RunConfig, Path],
+    embeddings: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, whole = trained
+    shutil.copytree(whole / "state", tmp_path / "state")
+    (state,) = (tmp_path / "state").iterdir()
+    cut("monitor/iteration-000002.png")(state)
+    capsys.readouterr()
+    out = run_in_process(run, embeddings, tmp_path)
+    assert "images of the monitor lack 1 iterations (2);" in capsys.readouterr().err
+    names = {path.name for path in (out / "monitor").iterdir()}
+    assert names == {path.name for path in (whole / "out/monitor").iterdir()} - {
+        "iteration-000002.png"
+    }
+
+
+def test_a_snapshot_damaged_in_the_end_becomes_no_result(
+    trained: tuple[RunConfig, Path], embeddings: Path, tmp_path: Path
+) -> None:
+    run, whole = trained
+    shutil.copytree(whole / "state", tmp_path / "state")
+    (state,) = (tmp_path / "state").iterdir()
+    flipped("snapshots/*/*.safetensors")(state)  # after it was looked at when the job began
+    trainer = Trainer(run, plan_for(run), embeddings)
+    with pytest.raises(UserError, match=r"safetensors: damaged snapshot, .*; delete the folder"):
+        train_run._write_outputs(
+            trainer, "key", state, state / "journal.jsonl", tmp_path / "out", {}
+        )
+    assert not (tmp_path / "out/train.json").exists()
 
 
 def test_too_many_prompts_an_iteration(embeddings: Path) -> None:

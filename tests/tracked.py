@@ -46,7 +46,7 @@ SECRETS = (
     "tracking.example",
 )
 """Those of them that must not be found, and those of the addresses below."""
-TRACKING = "http://planted-user:planted-word@tracking.example:5000"
+TRACKING = "http://tracking.example:5000"
 SERVICE = "https://planted-user:planted-word@gpu7.example:8800/v1?sig=planted-query"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, Self
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -69,3 +70,23 @@ def unfit(value: Any, key: str) -> str | None:
     elif isinstance(value, list):
         parts = [(f"{key}.{n}", v) for n, v in enumerate(value)]
     return next((wrong for name, part in parts if (wrong := unfit(part, name))), None)
+
+
+_NAMED_SECRET = re.compile(r"(pass(word|wd|phrase)?|pwd|token|secret)=", re.IGNORECASE)
+
+
+def without_password(address: str) -> str:
+    """A tracking address as files and logs may hold it.
+
+    Of a server without user and password, of a database without the password; without a query that
+    names a secret. A password may hold a slash or an @ itself.
+    """
+    scheme, mark, rest = address.partition("://") if "://" in address else ("", "", address)
+    if scheme == "sqlite":
+        return address  # the rest is a path
+    user, _, host = rest.rpartition("@")
+    name = "" if scheme in ("", "http", "https") else user.partition(":")[0]
+    host, question, query = host.partition("?")
+    if _NAMED_SECRET.search(unquote(query)):
+        question = query = ""
+    return f"{scheme}{mark}{name}{'@' if name else ''}{host}{question}{query}"

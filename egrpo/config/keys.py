@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from egrpo.config.base import without_password
 from egrpo.config.models import RunConfig
 
 
@@ -133,7 +134,7 @@ def suffixes_key(run: RunConfig) -> str:
 def tracking_key(run: RunConfig) -> str:
     """Names where a study is tracked."""
     uri = run.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return digest({"study": run.study, "uri": uri})
+    return digest({"study": run.study, "uri": uri and without_password(uri)})
 
 
 def settings_key(run: RunConfig) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from egrpo.config.base import PAPER, Settings, check_path, setting
+from egrpo.config.base import PAPER, Settings, check_path, setting, without_password
 from egrpo.config.methods import (
     AWM,
     FLOW,
@@ -553,12 +553,24 @@ class Tracking(Settings):
     """MLflow."""
 
     uri: str | None = setting(
-        None, "Tracking server; null takes MLFLOW_TRACKING_URI, else SQLite in the results folder."
+        None,
+        "Tracking server, without a password; null takes MLFLOW_TRACKING_URI, else SQLite in the "
+        "results folder.",
     )
     every_seconds: float = setting(
         5.0, "Pause between deliveries of live metrics, seconds.", unit="s", gt=0.0
     )
     enabled: bool = setting(True, "Deliver live metrics while training.")
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        if self.uri is not None and without_password(self.uri) != self.uri:
+            raise ValueError(
+                "uri: holds a user or a password, which files of the results would show; leave "
+                "them out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave "
+                "the key out and set MLFLOW_TRACKING_URI, which is used and never written"
+            )
+        return self
 
 
 class RunConfig(Settings):

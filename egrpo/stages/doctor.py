@@ -64,6 +64,7 @@ def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding
         rewards: load every reward model, to know that its weights fit.
     """
     yield from _versions()
+    yield from _cache()
     try:
         study = load_study(*paths)
         missing = list(file_problems(study, ", ".join(map(str, paths))))
@@ -116,6 +117,20 @@ def _versions() -> Iterator[Finding]:
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         yield Finding("FAIL", "versions", f"torchvision does not match torch: {reason}")
+
+
+def _cache() -> Iterator[Finding]:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not os.access(existing(folder), os.W_OK):
+        text = f"{folder}: cannot be written, and Snakemake keeps files there; set XDG_CACHE_HOME"
+        yield Finding("FAIL", "cache", text)
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
 
 
 def _prompts(study: Study) -> Iterator[Finding]:
@@ -336,9 +351,11 @@ def _arithmetic(study: Study) -> Iterator[Finding]:
 
 def _disk(study: Study, configs: tuple[Path, ...]) -> Iterator[Finding]:
     at = Layout(study)
-    folder = at.root.parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(at.root.parent)
+    if not os.access(folder, os.W_OK):
+        text = f"{study.results}: {folder} cannot be written; let `results` name a folder that can"
+        yield Finding("FAIL", "disk", text)
+        return
     free = shutil.disk_usage(folder).free / GIB
     parts = {name: size / GIB for name, size in disk(study, copies=_tracked_here(study)).items()}
     old = leftovers(at)
@@ -370,11 +387,12 @@ def _tracking(study: Study) -> Iterator[Finding]:
     from egrpo.stages.prepare import study_uri
     from egrpo.store.tracking import in_one_line, open_client
 
-    if not any(run.tracking.enabled for run in study.runs.values()):
-        yield Finding("ok", "tracking", "switched off")
-        return
     try:
         uri = study_uri(study, f"sqlite:///{study.results}/mlflow.db")
+        shown = in_one_line(uri)
+        if not any(run.tracking.enabled for run in study.runs.values()):
+            yield Finding("ok", "tracking", "switched off")
+            return
         if uri.startswith("sqlite:"):
             yield Finding("ok", "tracking", uri)
             return
@@ -382,6 +400,6 @@ def _tracking(study: Study) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("FAIL", "tracking", str(error))
     except Exception as error:  # MLflow's and the network's; training would go on without
-        yield Finding("warn", "tracking", f"{uri} does not answer: {in_one_line(error)}")
+        yield Finding("warn", "tracking", f"{shown} does not answer: {in_one_line(error)}")
     else:
-        yield Finding("ok", "tracking", f"{uri} answers")
+        yield Finding("ok", "tracking", f"{shown} answers")

@@ -16,7 +16,7 @@ from egrpo.rewards.network import png_of
 from egrpo.stages.processes import Processes
 from egrpo.stages.progress import Progress
 from egrpo.stages.sampling import sample_images
-from egrpo.store.files import read_json
+from egrpo.store.checkpoint import read_snapshot
 from egrpo.store.tables import IMAGES, SCORES, SNAPSHOTS, write_table
 
 PROMPTS_AT_ONCE = 32
@@ -117,9 +117,8 @@ def evaluate(
         return
     kept: list[Row] = []
     for limit in run.train.snapshots:
-        record = read_json(snapshots / str(limit) / "snapshot.json")
-        spent = {key: record[key] for key in ("nfe", "iteration", "seconds")}
-        head = {"run": name, "evaluations": limit, **spent}
+        record = read_snapshot(snapshots / str(limit))
+        head = {"run": name, "evaluations": limit, **record}
         same = record["iteration"] == run.train.iterations  # the model just scored
         found = rows if same else evaluator.score(snapshots / str(limit), f"{name} at {limit}")[0]
         kept += [{**head, **row} for row in found]

@@ -7,7 +7,6 @@ a model card (``README.md``). Nothing in it says where on this machine it was ma
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from egrpo.errors import UserError
 from egrpo.stages.model_card import Sample, model_card
 from egrpo.stages.plan import load_plan
 from egrpo.stages.tables import Key, RunFiles, make_comparison, read_images, train_record
-from egrpo.store.files import full_disk, no_space, read_json, write_json, write_text
+from egrpo.store.files import checksums, full_disk, no_space, read_json, write_json, write_text
 from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
 from egrpo.store.weights import read_header
 
@@ -76,7 +75,9 @@ def export(
         scores = Path(without_folder(str(results))) / scores
         card = model_card(settings, new, samples, command(shown, scores), licence, base_model)
         write_text(new / "README.md", card)
-        write_json(new / INDEX, {"run": run, "study": settings.study, "files": _sums(new)})
+        write_json(
+            new / INDEX, {"run": run, "study": settings.study, "files": checksums(new, INDEX)}
+        )
     return folder
 
 
@@ -205,18 +206,6 @@ def _write_samples(images: Path, new: Path) -> list[Sample]:
     return samples
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder, but of the index."""
-    out = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / INDEX:
-            with open(path, "rb") as handle:
-                out[path.relative_to(folder).as_posix()] = hashlib.file_digest(
-                    handle, "sha256"
-                ).hexdigest()
-    return out
-
-
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` that takes its place in the end, or leaves no trace."""
@@ -255,7 +244,7 @@ def _may_be_replaced(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; {remedy}")
-    there = _sums(folder)
+    there = checksums(folder, INDEX)
     known: dict[str, str] = {}
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)

@@ -8,7 +8,6 @@ gives them back when it is gone, however it ends. Workers of a launcher die with
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from egrpo.errors import UserError
-from egrpo.store.files import lock
+from egrpo.store.files import alone, lock
 
 PAUSE = 0.5
 """Seconds between two looks at the locks."""
@@ -53,8 +52,7 @@ def lock_folder() -> Path:
 def take(count: int, ids: Sequence[str], folder: Path) -> list[tuple[str, int]] | None:
     """``count`` free GPUs with the descriptors of their locks, or None; never some of them."""
     held: list[tuple[str, int]] = []
-    with open(folder / "all.lock", "w", encoding="utf-8") as every:
-        fcntl.flock(every, fcntl.LOCK_EX)  # one job looks at a time
+    with alone(folder / "all.lock"):  # one job looks at a time
         for name in ids:
             if (handle := lock(folder / f"{name}.lock")) is not None:
                 held.append((name, handle))

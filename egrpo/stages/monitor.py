@@ -66,3 +66,15 @@ def load_grid(path: Path, samples: int, height: int, width: int) -> Tensor:
     pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
     grid = pixels.reshape(samples, height, -1, width, 3).permute(2, 0, 4, 1, 3)
     return grid.reshape(-1, 3, height, width).contiguous()
+
+
+def whole_grid(path: Path) -> bool:
+    """Whether there is a grid, with all its bytes as they were written (checksums of PNG)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError):  # PIL raises all of them for a damaged file
+        return False
+    return True

@@ -5,18 +5,16 @@ Several first users of a fresh SQLite file break the creation of its tables, so 
 
 from __future__ import annotations
 
-import fcntl
 import sqlite3
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
+from egrpo.config.base import without_password
 from egrpo.config.load import Study
 from egrpo.errors import UserError
 from egrpo.store import tracking
-from egrpo.store.files import write_json
+from egrpo.store.files import alone, write_json
 from egrpo.store.views import keep_views
 
 
@@ -45,7 +43,7 @@ def prepare(study: Study, output: Path) -> None:
             f"tracking: {error}; runs start all the same, their metrics are delivered later",
             file=sys.stderr,
         )
-        store = Store(uri=uri, experiment_id=None, parent_run_id=None)
+        store = Store(uri=without_password(uri), experiment_id=None, parent_run_id=None)
     write_json(output, store)
 
 
@@ -88,7 +86,7 @@ def ensure(uri: str, study: Study, timeout: int = 10, retries: int = 1) -> Store
         if file is not None:
             raise UserError(f"{file}: the tracking store cannot be used ({why})") from None
         raise ConnectionError(f"{tracking.in_one_line(uri)} does not answer ({why})") from None
-    return Store(uri=uri, experiment_id=experiment, parent_run_id=parent)
+    return Store(uri=without_password(uri), experiment_id=experiment, parent_run_id=parent)
 
 
 def _make_tables(uri: str, file: Path) -> None:
@@ -99,7 +97,8 @@ def _make_tables(uri: str, file: Path) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(file.with_name(f".{file.name}.lock")):
+    # two studies may share the file and start at the same time
+    with alone(file.with_name(f".{file.name}.lock")):
         if not file.exists():
             file.touch()  # SQLite would make it without the group's right to write
         try:
@@ -113,11 +112,3 @@ def _make_tables(uri: str, file: Path) -> None:
                 f"{file}: cannot be used as tracking store ({tracking.in_one_line(error)}); move "
                 "it away and run again: all results are on disk and are delivered again"
             ) from None
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Two studies may share the file and start at the same time."""
-    with open(lock, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

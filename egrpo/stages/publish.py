@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from egrpo.config.base import without_password
 from egrpo.config.load import Study
 from egrpo.errors import UserError
 from egrpo.stages.notes import STUDY_NOTE
@@ -61,7 +62,7 @@ def publish(study: Study, store: Path, table: Path, output: Path) -> None:
         finish(client, parent)
     except (MlflowException, RequestException) as error:
         raise _away(f"{tracking.in_one_line(uri)}: {tracking.in_one_line(error)}") from None
-    write_json(output, {**found, "uri": uri, "experiment_id": experiment})
+    write_json(output, {**found, "uri": without_password(uri), "experiment_id": experiment})
 
 
 def _away(text: str) -> UserError:

@@ -16,7 +16,7 @@ from egrpo.config.models import RunConfig
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
 from egrpo.stages.fingerprint import state_key
-from egrpo.stages.monitor import load_grid, save_grid
+from egrpo.stages.monitor import load_grid, save_grid, whole_grid
 from egrpo.stages.processes import Processes
 from egrpo.stages.progress import Progress
 from egrpo.stages.records import Metrics, metric_rows, rollout_columns
@@ -144,19 +144,17 @@ def _resume_and_train(
 ) -> None:
     run, world = trainer.run, trainer.world
     log = folder / "journal.jsonl"
-    found = checkpoints.latest(folder) if world.main else None
-    if found is not None and _snapshot_missed(run, folder, found):
-        print(f"{run.run}: starting over for a snapshot that it passed", file=sys.stderr)
-        checkpoints.remove(folder)
-        shutil.rmtree(folder / "snapshots", ignore_errors=True)  # of one trajectory, all of them
-        found = None
+    found = _where_to_go_on(run, folder, log) if world.main else None
     iteration = world.from_main(lambda: found.iteration if found else None)
+    if world.main:
+        journal.rewind(log, -1 if iteration is None else iteration)
     if iteration is not None:
+        if run.train.monitor_every:
+            _recall_untrained(trainer, folder, log)
         trainer.restore(found or checkpoints.at(folder, iteration))
         if world.main:
             print(f"{run.run}: going on after iteration {iteration}", file=sys.stderr)
-    if world.main:
-        journal.rewind(log, -1 if iteration is None else iteration)
+            _say_lost(run, folder, log, iteration)
     live = _live(run, key, store if world.main else None, log, folder / "monitor")
     with live as tracker:
         stopped = _loop(trainer, folder, log, preempted, tracker, fresh=iteration is None)
@@ -167,12 +165,111 @@ def _resume_and_train(
     _write_outputs(trainer, key, folder, log, output, stopped)
 
 
+def _where_to_go_on(run: RunConfig, folder: Path, log: Path) -> Checkpoint | None:
+    """The newest checkpoint, or the one before where that makes again what was lost since.
+
+    None: begin, also for a snapshot that was passed and is not there.
+    """
+    for limit in run.train.snapshots:
+        kept = folder / "snapshots" / str(limit)
+        try:
+            if kept.is_dir():
+                checkpoints.read_snapshot(kept)
+        except UserError as error:
+            print(f"{run.run}: {error}", file=sys.stderr, flush=True)
+            shutil.rmtree(kept)
+    newest = found = checkpoints.latest(folder)
+    if newest is None or found is None:
+        return None
+    lost = [*_lost_lines(run, log, newest.iteration), *_lost_grids(run, folder, newest.iteration)]
+    passed = _snapshot_missed(run, folder, newest)
+    if lost or passed:
+        before = checkpoints.latest(folder, before=newest.iteration)
+        if before and (passed or max(lost) > before.iteration):
+            found = before
+    if _snapshot_missed(run, folder, found):
+        print(f"{run.run}: starting over for a snapshot that it passed", file=sys.stderr)
+        checkpoints.remove(folder)
+        shutil.rmtree(folder / "snapshots", ignore_errors=True)  # of one trajectory, all of them
+        return None
+    if found is not newest:
+        print(
+            f"{run.run}: going back from iteration {newest.iteration} to {found.iteration}, to "
+            "make again what was lost since",
+            file=sys.stderr,
+        )
+    return found
+
+
 def _snapshot_missed(run: RunConfig, folder: Path, found: Checkpoint) -> bool:
     """Whether a snapshot asked for now lies before the checkpoint and was not kept."""
     used = found.numbers["counts"]
     spent = sum(used[name] for name in EVALUATIONS)
     kept = folder / "snapshots"
     return any(limit < spent and not (kept / str(limit)).is_dir() for limit in run.train.snapshots)
+
+
+def _lost_lines(run: RunConfig, log: Path, until: int) -> list[int]:
+    """Iterations up to ``until`` of which the journal holds no whole line."""
+    whole = journal.iterations(log)
+    return [n for n in range(0 if run.train.monitor_every else 1, until + 1) if n not in whole]
+
+
+def _lost_grids(run: RunConfig, folder: Path, until: int) -> list[int]:
+    """Monitored iterations up to ``until`` without a whole grid of images."""
+    every = run.train.monitor_every
+    if not every:
+        return []
+    monitored = {*range(0, until + 1, every), *({until} & {run.train.iterations})}
+    return [n for n in sorted(monitored) if not whole_grid(_grid(folder, n))]
+
+
+def _grid(folder: Path, iteration: int) -> Path:
+    return folder / "monitor" / f"iteration-{iteration:06d}.png"
+
+
+def _say_lost(run: RunConfig, folder: Path, log: Path, until: int) -> int:
+    """Say what the results will lack; returns the number of lost iterations."""
+    lines, grids = _lost_lines(run, log, until), _lost_grids(run, folder, until)
+    lacks = []
+    for what, lost in (("curves and tables", lines), ("images of the monitor", grids)):
+        if lost:
+            first = ", ".join(map(str, lost[:5])) + ", …" * (len(lost) > 5)
+            lacks.append(f"{what} lack {len(lost)} iterations ({first})")
+    if lacks:
+        print(
+            f"{run.run}: {folder}: journal or images damaged or lost: {' and '.join(lacks)}; "
+            "delete the folder to train the run from the beginning",
+            file=sys.stderr,
+            flush=True,
+        )
+    return len(lines)
+
+
+def _recall_untrained(trainer: Trainer, folder: Path, log: Path) -> None:
+    """What the monitor showed of the untrained model; measured again where that was lost.
+
+    Before a checkpoint is restored: until then the weights are the untrained ones.
+    """
+    run, t, first = trainer.run, trainer.run.train, _grid(folder, 0)
+    line, grid = trainer.world.from_main(
+        lambda: (0 in journal.iterations(log), whole_grid(first)),
+    )
+    if line and grid:
+        size = run.model.height, run.model.width
+        trainer.base_images = load_grid(first, t.monitor_samples, *size)
+        return
+    metrics, images = trainer.monitor()
+    if trainer.world.main:
+        print(
+            f"{run.run}: {folder}: the journal's first line or {first.name} was damaged or lost: "
+            "the untrained model is measured again",
+            file=sys.stderr,
+            flush=True,
+        )
+        save_grid(first, images, t.monitor_samples)
+        if not line:
+            _record(trainer, log, metrics, {})
 
 
 def _live(
@@ -196,16 +293,12 @@ def _loop(
 ) -> dict[str, str]:
     """Train to the last iteration, or until a bound or a signal stops it; returns which bound."""
     run, t, world = trainer.run, trainer.run.train, trainer.world
-    first = folder / "monitor" / "iteration-000000.png"
     if fresh and t.monitor_every:
         metrics, images = trainer.monitor()
         if world.main:
-            save_grid(first, images, t.monitor_samples)
+            save_grid(_grid(folder, 0), images, t.monitor_samples)
             _record(trainer, log, metrics, {})
         _save(trainer, folder)
-    elif t.monitor_every:
-        size = run.model.height, run.model.width
-        trainer.base_images = load_grid(first, t.monitor_samples, *size)
     history = world.from_main(lambda: _history(log))
     said: dict[str, str] = {}
     reasons = _stops(run, history)
@@ -221,8 +314,7 @@ def _loop(
                 measured, images = trainer.monitor()
                 metrics |= measured
                 if world.main:
-                    grid = folder / "monitor" / f"iteration-{n:06d}.png"
-                    save_grid(grid, images, t.monitor_samples)
+                    save_grid(_grid(folder, n), images, t.monitor_samples)
             history.append((n, metrics))
             reasons = _stops(run, history)
             if world.main:
@@ -299,14 +391,7 @@ def _keep_snapshots(trainer: Trainer, folder: Path, ahead: int | None) -> None:
         trainer.save(unfinished)
         if not trainer.world.main:
             continue
-        write_json(
-            unfinished / "snapshot.json",
-            {
-                "iteration": trainer.iteration,
-                "nfe": spent,
-                "seconds": round(trainer.seconds, 3),
-            },
-        )
+        checkpoints.seal_snapshot(unfinished, trainer.iteration, spent, trainer.seconds)
         unfinished.rename(target)
 
 
@@ -337,17 +422,15 @@ def _write_outputs(
     if not trainer.world.main:
         return
     (output / "monitor").mkdir(parents=True, exist_ok=True)
-    for line in journal.read(log):
-        grid = folder / "monitor" / f"iteration-{line['iteration']:06d}.png"
-        if grid.exists():
-            shutil.copyfile(grid, output / "monitor" / grid.name)
+    lost = _say_lost(run, folder, log, trainer.iteration)
+    for n in range(trainer.iteration + 1):
+        if whole_grid(_grid(folder, n)):
+            shutil.copyfile(_grid(folder, n), output / "monitor" / _grid(folder, n).name)
     (output / "snapshots").mkdir()
     for limit in run.train.snapshots:
-        shutil.copytree(
-            folder / "snapshots" / str(limit),
-            output / "snapshots" / str(limit),
-            copy_function=shutil.copyfile,
-        )
+        copy = output / "snapshots" / str(limit)
+        shutil.copytree(folder / "snapshots" / str(limit), copy, copy_function=shutil.copyfile)
+        checkpoints.read_snapshot(copy)
     head = {"config_hash": key}
     metrics = metric_rows(run.run, log)
     write_table(output / "train_metrics.parquet", TRAIN_METRICS, metrics, metadata=head)
@@ -359,6 +442,7 @@ def _write_outputs(
             "run": run.run,
             "key": key,
             "iterations": trainer.iteration,
+            "iterations_lost": lost,
             "stopped": stopped,
             **{f"nfe_{name}": trainer.counts[name] for name in (*EVALUATIONS, "monitor")},
             "seconds": round(trainer.seconds, 3),

@@ -77,8 +77,10 @@ def warnings_in(metrics: Path, run: RunConfig) -> dict[str, str]:
 
 def beyond_bounds(run: RunConfig, history: History) -> dict[str, str]:
     """Bounds that the last monitor crosses: name of the monitor -> what happened, in words."""
-    monitors = [m for _, m in history if DISTANCE in m]  # the first is the untrained model's
-    return crossed(run.bounds, monitors[-1], monitors[0]) if len(monitors) > 1 else {}
+    monitors = {n: m for n, m in history if DISTANCE in m}
+    last = max(monitors, default=0)
+    # a later monitor than the untrained model's would be no start
+    return crossed(run.bounds, monitors[last], monitors[0]) if last and 0 in monitors else {}
 
 
 def crossed(bounds: Mapping[str, Bound], now: Metrics, start: Metrics) -> dict[str, str]:

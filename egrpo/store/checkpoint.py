@@ -1,7 +1,7 @@
 """Checkpoints: one self-checking safetensors file each, written whole or not at all.
 
 Tensors and a few numbers; no pickle. The last two are kept, and a damaged one is passed over for
-the one before, said in one line.
+the one before, said in one line. Snapshots, the weights kept on the way, have checksums too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from egrpo.errors import UserError
-from egrpo.store.files import replacing
+from egrpo.store.files import checksums, read_json, replacing, write_json
+from egrpo.store.weights import read_header
 
 KEEP = 2
+SNAPSHOT = "snapshot.json"
+"""What is known of kept weights, beside them."""
 _NAME = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 
 
@@ -64,15 +67,18 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path, before: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole; None if the folder has none.
 
     Damaged ones that are passed over are renamed to ``*.damaged``.
 
+    Args:
+        before: look at those of earlier iterations only; None: at all.
+
     Raises:
         UserError: if there are checkpoints and none can be read. Nothing is removed then.
     """
-    found = _ordered(folder)
+    found = [path for path in _ordered(folder) if before is None or _iteration(path) < before]
     damaged: list[Path] = []
     for path in reversed(found):
         try:
@@ -86,7 +92,7 @@ def latest(folder: Path) -> Checkpoint | None:
         for bad in damaged:
             bad.rename(bad.with_suffix(".damaged"))
         return checkpoint
-    if damaged:
+    if damaged and before is None:
         raise UserError(
             f"{folder}: none of its {len(damaged)} checkpoints can be read; restore one from a "
             "backup, or delete the folder to train this run from the beginning"
@@ -103,6 +109,39 @@ def remove(folder: Path) -> None:
     """Remove all checkpoints of a folder."""
     for path in _ordered(folder):
         path.unlink()
+
+
+def seal_snapshot(folder: Path, iteration: int, nfe: int, seconds: float) -> None:
+    """Note beside weights that are kept when they were reached, and the checksums of their files.
+
+    Args:
+        nfe: network evaluations of training until then.
+        seconds: of training until then.
+    """
+    record = {"iteration": iteration, "nfe": nfe, "seconds": round(seconds, 3)}
+    write_json(folder / SNAPSHOT, {**record, "files": checksums(folder, SNAPSHOT)})
+
+
+def read_snapshot(folder: Path) -> dict[str, Any]:
+    """``iteration``, ``nfe`` and ``seconds`` of kept weights, whose files are as they were written.
+
+    Raises:
+        UserError: if they are damaged or not there.
+    """
+    record = read_json(folder / SNAPSHOT)
+    remedy = "delete the folder and run the training again"
+    if not isinstance(record, dict) or not {"iteration", "nfe", "seconds"} <= record.keys():
+        raise UserError(f"{folder / SNAPSHOT}: damaged; {remedy}")
+    known = record.pop("files", None)
+    if known is None:  # of earlier versions
+        for path in folder.glob("*.safetensors"):
+            read_header(path)
+        return record
+    there = checksums(folder, SNAPSHOT)
+    for name, checksum in known.items():
+        if there.get(name) != checksum:
+            raise UserError(f"{folder / name}: damaged snapshot, its checksum differs; {remedy}")
+    return record
 
 
 def _read(path: Path) -> Checkpoint:
@@ -124,4 +163,8 @@ def _path(folder: Path, iteration: int) -> Path:
 
 def _ordered(folder: Path) -> list[Path]:
     found = [p for p in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.stem.split("-")[1]))
+    return sorted(found, key=_iteration)
+
+
+def _iteration(path: Path) -> int:
+    return int(path.stem.split("-")[1])

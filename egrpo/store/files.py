@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
 from typing import Any
 
 from egrpo.errors import UserError
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system without a kind of lock answers."""
+
 
 def no_space(error: BaseException) -> bool:
-    """Whether an error means a full disk; safetensors wraps the system's error in its own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
+    """Whether an error means a full disk."""
+    return _number(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def full_disk(path: str | Path) -> UserError:
@@ -27,6 +30,30 @@ def full_disk(path: str | Path) -> UserError:
     return UserError(
         f"{path}: no space left on the disk; free some and start again, finished work is kept"
     )
+
+
+def refused(error: BaseException, path: str | Path | None = None) -> UserError | None:
+    """What a user is told where a full disk, rights or a read-only file system stand in the way.
+
+    None for any other error. ``path``: where the error does not name its file.
+    """
+    if no_space(error):
+        return full_disk(path or getattr(error, "filename", None) or "results")
+    number, path = _number(error), getattr(error, "filename", None) or path
+    if number not in (errno.EROFS, errno.EACCES, errno.EPERM) or path is None:
+        return None
+    return UserError(
+        f"{path}: {os.strerror(number)}; give this user the right to it, or use a folder that can "
+        "be written (`results` names that of the results)"
+    )
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error; safetensors and shutil wrap its error in their own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"os error (\d+)|\[Errno (\d+)\]", str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 @contextmanager
@@ -37,12 +64,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     files readable by their owner alone.
 
     Raises:
-        UserError: if the disk is full. ``path`` then still holds what it held before.
+        UserError: if the disk is full or may not be written. ``path`` then still holds what it held
+            before.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # of a process that was killed
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -53,11 +81,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
     except Exception as error:
-        if no_space(error):
-            raise full_disk(target) from None
+        if told := refused(error, target):
+            raise told from None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # where nothing could be written it says so once
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -75,13 +108,17 @@ def write_once(path: str | Path, make: Callable[[], str]) -> None:
     target = Path(path)
     if target.exists() and target.stat().st_size:
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(make(), encoding="utf-8")
         os.replace(temporary, target)
+    except OSError as error:
+        if told := refused(error, target):
+            raise told from None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -103,16 +140,62 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: damaged JSON ({error}); delete it and run again") from None
 
 
-def lock(path: str | Path) -> int | None:
+def checksums(folder: Path, but: str) -> dict[str, str]:
+    """SHA-256 of each file below a folder, but of the one that will hold them."""
+    out = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / but:
+            with open(path, "rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256")
+            out[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return out
+
+
+def lock(path: str | Path, *, wait: bool = False) -> int | None:
     """Take an exclusive lock; the kernel gives it back when this process is gone, however it ends.
+
+    Where the file system has no ``flock``, by ``lockf``. That one is the process's: it cannot keep
+    out the same process, and is given back when any descriptor of the file is closed.
+
+    Args:
+        wait: until whoever has it gives it back.
 
     Returns:
         A file descriptor: close it to give the lock back. None if somebody else has it.
+
+    Raises:
+        UserError: if the file system has no locks at all.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        try:
+            fcntl.flock(handle, how)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            fcntl.lockf(handle, how)
+    except (BlockingIOError, PermissionError):  # EACCES is lockf's other word for it
         os.close(handle)
         return None
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{path}: its file system has no locks ({error.strerror}), which keep two processes "
+            "from writing the same files; mount it with them (Lustre: -o flock), or use a folder "
+            "on another file system"
+        ) from None
     return handle
+
+
+@contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Within it no other process is within the same; waits for its turn."""
+    handle = lock(path, wait=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)

@@ -2,7 +2,8 @@
 
 Snakemake deletes a rule's log before every attempt, so this file lives beside the state. A line:
 ``{"iteration": 7, "time": 1790000000.0, "nfe": 28112, "metrics": {"reward/verifier": 0.61, ...},
-"rollouts": {"prompt_id": [...], ...}}``. Iteration 0 holds what was measured before training.
+"rollouts": {"prompt_id": [...], ...}, "crc32": "0e1c45f3"}``. Iteration 0 holds what was measured
+before training. The checksum is of the bytes before it; lines of earlier versions have none.
 """
 
 from __future__ import annotations
@@ -10,46 +11,128 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from egrpo.store.files import write_text
+from egrpo.errors import UserError
+from egrpo.store.files import replacing, write_text
 
 Line = dict[str, Any]
 
+_LINE = re.compile(rb'(\{"iteration": (\d+)\b.*), "crc32": "([0-9a-f]{8})"\}')
+_BEGIN = re.compile(rb'\n|(?=\{"iteration": )')
+"""Lines begin here, also where the end of the one before was lost."""
+_UNSUMMED = {"iteration", "time", "nfe", "metrics", "rollouts"}
+"""Keys of a line of earlier versions."""
+
 
 def read(path: str | Path) -> Iterator[Line]:
-    """Complete lines in order, up to the first that is damaged or torn (power loss, kill)."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return
-    for raw in lines[:-1]:
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(line, dict) or not isinstance(line.get("iteration"), int):
-            return
-        yield line
+    """Whole lines in order of iteration, wherever damaged ones are; of two of one the last.
+
+    Raises:
+        UserError: if the file is there and the system cannot read it.
+    """
+    whole = _whole(path)[0]
+    return (json.loads(whole[iteration]) for iteration in sorted(whole))
+
+
+def iterations(path: str | Path) -> set[int]:
+    """Iterations whose line is whole."""
+    return set(_whole(path)[0])
+
+
+def line_of(text: bytes) -> Line | None:
+    """The line that a piece of the file is; None where it is damaged or torn."""
+    summed = _summed(text)
+    return dict(json.loads(summed[1])) if summed else _unsummed(text)
 
 
 def append(path: str | Path, line: Line) -> None:
     """Append one line and sync it. NaN metrics are stored as null."""
-    text = json.dumps(_plain(line), allow_nan=False)
     with open(path, "a", encoding="utf-8") as handle:
-        handle.write(text + "\n")
+        handle.write(_text(line))
         handle.flush()
         os.fsync(handle.fileno())
 
 
 def rewind(path: str | Path, iteration: int) -> None:
-    """Keep only the lines up to ``iteration``: what a resumed run will not repeat."""
+    """Keep the whole lines up to ``iteration``: what a resumed run will not repeat.
+
+    Damage is said in one line, and the file as it was found stays beside as ``*.damaged``.
+    """
     if not Path(path).exists():
         return
-    kept = [line for line in read(path) if line["iteration"] <= iteration]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    whole, damaged, doubled = _whole(path)
+    if damaged or doubled:
+        aside = Path(path).with_suffix(".damaged")
+        with replacing(aside) as temporary:
+            temporary.write_bytes(Path(path).read_bytes())
+        say = (
+            f"{path}: damaged journal: {damaged} lines cannot be read, {doubled} are there twice; "
+            f"mended from the {len(whole)} whole ones, the file as it was is {aside.name}"
+        )
+        print(say, file=sys.stderr, flush=True)
+    kept = (_text(json.loads(whole[n])) for n in sorted(whole) if n <= iteration)
+    write_text(path, "".join(kept))
+
+
+def _whole(path: str | Path) -> tuple[dict[int, bytes], int, int]:
+    """JSON of the whole lines by iteration, and how many are damaged and how many there again.
+
+    What a kill leaves, a torn end, is no damage.
+    """
+    try:
+        pieces = _BEGIN.split(Path(path).read_bytes())
+    except FileNotFoundError:
+        return {}, 0, 0
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); move it away: training goes on, and its "
+            "curves lack what it held"
+        ) from None
+    whole: dict[int, bytes] = {}
+    damaged = doubled = 0
+    for number, piece in enumerate(pieces):
+        found = _summed(piece)
+        if found is None and (line := _unsummed(piece)) is not None:
+            found = line["iteration"], piece
+        if found is None:
+            damaged += bool(piece) and number < len(pieces) - 1
+            continue
+        iteration, text = found
+        doubled += iteration in whole
+        whole[iteration] = text
+    return whole, damaged, doubled
+
+
+def _summed(piece: bytes) -> tuple[int, bytes] | None:
+    """Iteration and JSON of a piece whose checksum is right."""
+    found = _LINE.match(piece)
+    if found is None or f"{zlib.crc32(found[1]):08x}".encode() != found[3]:
+        return None
+    return int(found[2]), found[1] + b"}"
+
+
+def _unsummed(piece: bytes) -> Line | None:
+    """The line of an earlier version that a piece is."""
+    try:
+        line = json.loads(piece)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or set(line) != _UNSUMMED:
+        return None
+    kinds = {"iteration": int, "nfe": int, "metrics": dict, "rollouts": dict}
+    return line if all(type(line[key]) is kind for key, kind in kinds.items()) else None
+
+
+def _text(line: Line) -> str:
+    ordered = {"iteration": line["iteration"], **_plain(line)}
+    text = json.dumps(ordered, allow_nan=False)[:-1]
+    return f'{text}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -12,7 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from egrpo.config.base import without_password
 from egrpo.config.models import RunConfig
+from egrpo.store import journal as journals
 from egrpo.store.files import read_json
 from egrpo.store.tracking import (
     Held,
@@ -140,7 +141,7 @@ class LiveTracker:
         uri = resolve_uri(self.run.tracking.uri, ids["uri"])
         client = open_client(uri)
         experiment, parent = ids["experiment_id"], ids["parent_run_id"]
-        if experiment is None or uri != ids["uri"]:
+        if experiment is None or without_password(uri) != ids["uri"]:
             study = self.run.study
             experiment = find_or_create_experiment(client, study, artifact_folder(uri, study))
             parent = find_or_create_study(client, experiment, study)
@@ -171,16 +172,13 @@ class Tail:
         except FileNotFoundError:
             return [], False
         lines = []
-        for raw in text.splitlines(keepends=True):
-            if not raw.endswith(b"\n"):
-                break  # torn: being written, or cut off by a kill
-            try:
-                line = json.loads(raw)
-            except json.JSONDecodeError:
-                break  # a torn line that was written on; only a rewind mends it
+        for raw in text.split(b"\n")[:-1]:  # the last is torn: being written, or cut off by a kill
+            self.offset += len(raw) + 1
+            line = journals.line_of(raw)
+            if line is None:  # damaged; those behind it are whole
+                continue
             line.pop("rollouts", None)  # large, and not for MLflow
             lines.append(line)
-            self.offset += len(raw)
         return lines, again
 
 

@@ -19,9 +19,11 @@ import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from egrpo.config.base import without_password
 from egrpo.config.models import RunConfig
 from egrpo.config.sharing import without_secrets
 from egrpo.errors import UserError
@@ -35,6 +37,8 @@ ITERATION_DONE = "iteration_done"
 """Metric sent last of each iteration: where it is, the iteration is complete."""
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
+DATABASES = ("postgresql", "mysql", "mssql")
+"""Kinds of databases that MLflow can track in, besides SQLite."""
 LONGEST_VALUE = 6000  # characters of a param
 
 
@@ -45,13 +49,41 @@ def resolve_uri(setting: str | None, default: str) -> str:
     """The tracking URI: ``tracking.uri``, else MLFLOW_TRACKING_URI, else ``default``.
 
     Raises:
-        UserError: if it is a folder; MLflow no longer keeps its store in files.
+        UserError: if it is none that MLflow knows here: a folder, in which MLflow no longer keeps
+            its store, another kind of address, or a database without its driver.
     """
     uri = setting or os.environ.get("MLFLOW_TRACKING_URI") or default
-    if "://" not in uri or uri.startswith("file:"):
-        where = "tracking.uri" if setting else "MLFLOW_TRACKING_URI"
-        raise UserError(f"{where}: {uri!r} is neither http(s)://host:port nor sqlite:///file.db")
+    where = "tracking.uri" if setting else "MLFLOW_TRACKING_URI"
+    kind = uri.partition("://")[0] if "://" in uri else "file"
+    if kind.partition("+")[0] in DATABASES:
+        _check_driver(uri, where)
+    elif kind not in ("http", "https", "sqlite", *_plugins()):
+        raise UserError(
+            f"{where}: {without_password(uri)!r} is neither http(s)://host:port nor "
+            f"sqlite:///file.db, nor a database ({', '.join(DATABASES)})"
+        )
     return uri
+
+
+def _plugins() -> set[str]:
+    """Kinds of addresses that installed packages add to MLflow."""
+    return {found.name for found in entry_points(group="mlflow.tracking_store")} - {"file"}
+
+
+def _check_driver(uri: str, where: str) -> None:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    shown = without_password(uri)
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ImportError as error:
+        raise UserError(
+            f"{where}: {shown}: the Python package {error.name}, which speaks to it, is not "
+            "installed; install it, or track on a server (http://host:port)"
+        ) from None
+    except (ArgumentError, ValueError):
+        raise UserError(f"{where}: {shown}: not the address of a database") from None
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -69,7 +101,8 @@ def artifact_folder(uri: str, study: str) -> str | None:
 def in_one_line(error: BaseException | str) -> str:
     """First line of a message, shortened, without the password of a URL."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = re.sub(r"//[^/@\s]*@", "//", text)
+    # a password may hold a slash or an @
+    text = re.sub(r"\w+://\S+", lambda address: without_password(address[0]), text)
     return text if len(text) <= 200 else text[:197] + "..."
 
 

@@ -12,7 +12,7 @@ from egrpo.config.trees import check_trees, needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.checks import check_study
 from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
-from egrpo.store.files import lock, write_once, write_text
+from egrpo.store.files import lock, refused, write_once, write_text
 
 # Files and --config are read and laid over each other by the package, as by its commands: Snakemake
 # merges what is to be replaced, makes texts of numbers below the top of --config, and passes over a
@@ -22,6 +22,13 @@ GIVEN = workflow.overwrite_configfiles
 CONFIG_PATHS = [str(f) for f in (*workflow.configfiles[len(GIVEN) :], *GIVEN)]
 OPTIONS = workflow.config_settings.config
 CONFIG_FILES = "config of the module" if IMPORTED else load.source_of(CONFIG_PATHS, OPTIONS)
+
+
+def in_one_line(error):
+    """Bad input, or files that cannot be written, as Snakemake says its own errors."""
+    told = error if isinstance(error, UserError) else refused(error)
+    return error if told is None else WorkflowError(str(told))
+
 
 try:
     study = (
@@ -33,7 +40,7 @@ try:
     check_trees(study.runs)
     check_study(study, CONFIG_FILES)
 except UserError as error:
-    raise WorkflowError(str(error)) from None
+    raise in_one_line(error) from None
 
 at = Layout(study)
 RUNS = study.runs
@@ -42,8 +49,12 @@ STUDY = str(at.root)
 
 onstart:
     # Snakemake's own lock is of the working directory; two folders can share their results
-    at.root.mkdir(parents=True, exist_ok=True)
-    if lock(at.root / "workflow.lock") is None:
+    try:
+        at.root.mkdir(parents=True, exist_ok=True)
+        held = lock(at.root / "workflow.lock")
+    except (UserError, OSError) as error:
+        raise in_one_line(error) from None
+    if held is None:
         raise WorkflowError(f"{at.root}: another snakemake works on it; wait for it or end it")
 
 
@@ -99,7 +110,16 @@ def write_settings():
 
 
 if workflow.is_main_process:
-    write_settings()
+    for folder in [Path(".snakemake"), *Path(".snakemake").glob("*/")]:
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise WorkflowError(
+                f"{folder.resolve()}: cannot be written, and Snakemake keeps there what it did; give "
+                "this user the right to it, or work in a copy of the project"
+            )
+    try:
+        write_settings()
+    except (UserError, OSError) as error:
+        raise in_one_line(error) from None
 
 
 @functools.cache
@@ -138,10 +158,13 @@ def sources(*parts):
     text = "".join(f"{file_identity(f)}  {f.relative_to(root)}\n" for f in files)
     path = Path(".snakemake", "egrpo", f"code-{keys.digest(text)}.txt")
     edited = max(f.stat().st_mtime for f in files)
-    if not path.exists():
-        write_text(path, text)
-    if path.stat().st_mtime != edited:
-        os.utime(path, (edited, edited))
+    try:
+        if not path.exists():
+            write_text(path, text)
+        if path.stat().st_mtime != edited:
+            os.utime(path, (edited, edited))
+    except (UserError, OSError) as error:
+        raise in_one_line(error) from None
     return str(path)
 
 
