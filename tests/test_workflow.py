@@ -138,7 +138,7 @@ def test_another_model_gets_the_same_targets_by_a_config(tmp_path: Path) -> None
     rows.write_text("a cat\na dog\n" * 8)
     there = {
         "results": str(tmp_path / "results"),
-        "model": {"path": "assets/toy/pipeline"},
+        "model": {"path": "assets/toy/pipeline", "height": 64, "width": 64},
         "prompts": {"train": str(rows), "heldout": str(rows)},
         "rewards": {"clip": {"path": "assets/toy/clip.pt"}},
     }
