@@ -140,7 +140,7 @@ def test_a_healthy_study(tmp_path: Path) -> None:
         assert any(line.split()[1] == what for line in lines), what
     (arm,) = (line for line in lines if "egrpo: 4 prompts an iteration, 4016 forward" in line)
     assert arm.endswith("; trained on verifier 1")
-    (arm,) = (line for line in lines if "egrpo_clip: " in line)
+    (arm,) = (line for line in lines if " egrpo_clip: " in line)
     assert arm.endswith("; trained on verifier 1 + clip 1")
     assert any("heldout.txt: 48 prompts, the first is 'a large purple" in line for line in lines)
     assert not (tmp_path / "results").exists()  # it looks, and touches nothing
