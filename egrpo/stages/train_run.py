@@ -53,7 +53,8 @@ def train(
         store: tracking store made by ``prepare``; None for no live tracking.
 
     Raises:
-        UserError: for bad input, a full disk, or an iteration without any valid reward.
+        UserError: for bad input, a full disk, an iteration without any valid reward, or weights
+            that make no images.
         SystemExit: after SIGTERM, with everything saved.
     """
     trainer = Trainer(run, plan, embeddings)
@@ -200,6 +201,8 @@ def _loop(
                     save_grid(grid, images, t.monitor_samples)
                 monitors.append(measured)
                 reasons = _warn(run, n, _beyond_bounds(run, monitors), say=world.main)
+            elif last:
+                trainer.check_weights()
             if world.main:
                 _record(trainer, log, metrics, rows)
             stop = any(world.gather(preempted()))
