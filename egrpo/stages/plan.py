@@ -105,8 +105,7 @@ def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[S
         if None in entropy[at].values():
             raise UserError(f"{profile}: has steps without entropy; delete it and run again")
         pair = row["spread"], row["yardstick"]
-        known = all(v is not None and math.isfinite(v) for v in pair)
-        if row["quantity"].startswith("reward:") and reward in rewards and known:
+        if row["quantity"].startswith("reward:") and reward in rewards and None not in pair:
             groups.setdefault(at, {}).setdefault(reward, []).append(pair)
     out = []
     for at, found in sorted(groups.items()):
