@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,36 @@ def small_run(run: str = "egrpo", **overrides: Any) -> RunConfig:
     shared = overlay(shared, SMALL)
     method = {"egrpo": {"group_size": 3, "active": 3}, "flow_grpo": {"group_size": 4, "steps": 5}}
     return resolve_run(shared, method, Row(run, overrides), "config/config.yaml", "runs.tsv")
+
+
+def overflowing(folder: Path) -> dict[str, Any]:
+    """Settings of the toy's model in float16, whose VAE overflows there, made in ``folder``."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(ROOT / "assets/toy/pipeline", folder)
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    for key in ("decoder.conv_in.weight", "decoder.conv_in.bias"):
+        state[key] *= 3e5
+    save_file(state, path, metadata={"format": "pt"})
+    whole = {"model.merge_lora_for_sampling": False}
+    return {"model.path": str(folder), "model.dtype": "float16", **whole}
+
+
+@pytest.fixture
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VAE overflows at the first image of every batch of several."""
+    from egrpo.models.base import FlowModel
+
+    plain = FlowModel.pixels
+
+    def pixels(self: FlowModel, decoded: torch.Tensor) -> torch.Tensor:
+        found = plain(self, decoded).clone()
+        if len(found) > 1:
+            found[0, 0, 0, 0] = torch.inf
+        return found
+
+    monkeypatch.setattr(FlowModel, "pixels", pixels)
 
 
 def write_run(run: RunConfig, path: Path) -> Path:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from egrpo.core.advantage import Advantages, advantages, edge_values, normalise
+from egrpo.core.advantage import Advantages, advantages, best_leaves, edge_values, normalise
 from egrpo.core.loss import clipped_objective, velocity_distance
 from egrpo.core.methods import branches, chains
 from egrpo.core.tree import Tree, TreeBuilder
@@ -146,6 +146,43 @@ def test_a_failure_in_one_reward_keeps_the_say_of_the_other():
     result = compute(rewards, two_groups(), {"a": 1.0, "b": 1.0})
     assert result.values[0] == pytest.approx(by_hand([1, 2, 6])[0])
     assert result.samples_invalid == 1
+
+
+@pytest.mark.parametrize("combine", ["advantages", "rewards", "gdpo"])
+def test_a_reward_may_apply_to_some_prompts_only(combine):
+    """Of three prompts one is scored by the first reward, one by the second, one by both."""
+    trees = [branches(4, ((1, 1),), 3, "flow_sde", trained=True)] * 3
+    a, b = [1, 2, 6, NAN, NAN, NAN, 0, 1, 5], [NAN, NAN, NAN, 10, 10, 40, 2, 0, 0]
+    result = compute({"a": a, "b": b}, trees, {"a": 0.5, "b": 2.0}, combine=combine)
+    if combine == "rewards":  # whatever the weight, a single reward is normalised
+        wanted = by_hand(a[:3]) + by_hand(b[3:6]) + by_hand([4, 0.5, 2.5])
+    else:
+        first, second = by_hand(a[:3]) + by_hand(a[6:]), by_hand(b[3:6]) + by_hand(b[6:])
+        wanted = [0.5 * x for x in first[:3]] + [2.0 * x for x in second[:3]]
+        wanted += [0.5 * x + 2.0 * y for x, y in zip(first[3:], second[3:], strict=True)]
+    if combine == "gdpo":
+        wanted = by_hand(wanted)
+    np.testing.assert_allclose(result.values, wanted, atol=1e-6)
+    assert result.samples_invalid == 0
+
+
+def test_a_failure_is_invalid_in_the_raw_sum_where_others_of_the_prompt_have_a_score():
+    trees = [branches(4, ((1, 1),), 3, "flow_sde", trained=True)] * 2
+    rewards = {"a": [1, 2, 6, 3, 4, 8], "b": [NAN, NAN, NAN, 1, NAN, 7]}
+    result = compute(rewards, trees, {"a": 1.0, "b": 1.0}, combine="rewards")
+    high, _, low = *by_hand([15, 4])[:1], 0.0, by_hand([15, 4])[1]
+    np.testing.assert_allclose(result.values, [*by_hand([1, 2, 6]), low, 0.0, high])
+    assert result.samples_invalid == 1
+
+
+def test_the_best_leaves_are_those_by_the_rewards_that_apply():
+    trees = [branches(4, ((1, 1),), 4, "flow_sde", trained=True)] * 3
+    rewards = {
+        "a": np.array([NAN, NAN, NAN, NAN, 1, 2, 3, 4, NAN, NAN, NAN, NAN]),
+        "b": np.array([1, 4, 2, 3, 9, 9, 9, NAN, NAN, NAN, NAN, NAN]),
+    }
+    best = best_leaves(rewards, {"a": 1.0, "b": 1.0}, trees, 0.5)
+    assert best == [{1, 3}, {1, 2}, {0, 1}]  # a failure comes last; with none valid, the first
 
 
 def binary_tree() -> Tree:

@@ -162,6 +162,18 @@ def test_tables_of_earlier_versions_are_still_read(files: dict[str, Path], tmp_p
     same(read_table(older, tables.SCORES).to_pylist(), tables.SCORES)
 
 
+@pytest.mark.parametrize("columns", [True, False])
+def test_a_missing_number_is_null_in_the_file(columns: bool, tmp_path: Path) -> None:
+    rows = [
+        row | {"value": value}
+        for row, value in zip(rows_of(tables.SCORES)[:3], (0.5, float("nan"), None), strict=True)
+    ]
+    written = {name: [row[name] for row in rows] for name in rows[0]} if columns else rows
+    write_table(tmp_path / "x.parquet", tables.SCORES, written)
+    values = pq.read_table(tmp_path / "x.parquet")["value"].to_pylist()
+    assert sorted(values, key=str) == [0.5, None, None]
+
+
 def test_a_changed_unit_is_seen(files: dict[str, Path], tmp_path: Path) -> None:
     wrong = rewritten(files["scores"], tmp_path / "wrong.parquet", {"units": '{"value": "kg"}'})
     with pytest.raises(UserError, match=r"wrong\.parquet: damaged Parquet \(the checksum"):

@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import ROOT, modes_by, small_run, write_run
+from conftest import ROOT, modes_by, overflowing, small_run, write_run
 from test_processes import arguments, same
 from test_workflow import study
 
 from egrpo.cli import main
+from egrpo.config.models import RunConfig
 from egrpo.config.trees import closed_form_plan
 from egrpo.errors import UserError
 from egrpo.models import load_model
@@ -27,6 +28,8 @@ from egrpo.stages import train_run
 from egrpo.stages.curves import curves_figure
 from egrpo.stages.embed import embed
 from egrpo.stages.processes import Processes
+from egrpo.stages.tables import is_image
+from egrpo.stages.train import Trainer
 from egrpo.stages.train_run import only_one, train
 from egrpo.store import files, journal
 from egrpo.store.files import write_json, write_once, write_text
@@ -213,6 +216,106 @@ def test_without_flock_another_lock_is_taken_or_it_is_said(
     for taking in (lambda: files.lock(path), lambda: files.alone(path).__enter__()):
         with pytest.raises(UserError, match=r"lock: its file system has no locks \(.*-o flock"):
             taking()
+
+
+# -- a model that makes no images --------------------------------------------------------------
+
+
+def words_of(stage: str, run: RunConfig, embeddings: Path, folder: Path) -> list[str]:
+    """Command line of a stage that makes images of the base model, its files in ``folder``."""
+    config = write_run(run, folder / "run.yaml")
+    words = [stage, "--run-config", str(config), "--embeddings", str(embeddings)]
+    outputs = {
+        "evaluate": {"--scores": "scores.parquet", "--images": "images.parquet"},
+        "profile": {"--output": "profile.parquet", "--branches": "branches.parquet"},
+        "suffixes": {"--output": "suffixes.parquet"},
+    }
+    if stage == "suffixes":
+        plan = closed_form_plan(run)
+        assert plan is not None
+        write_json(folder / "plan.json", plan.to_dict())
+        words += ["--plan", str(folder / "plan.json")]
+    return words + [w for flag, name in outputs[stage].items() for w in (flag, str(folder / name))]
+
+
+SMALL_PROFILE = {
+    "profile.prompts": 1,
+    "profile.samples": 3,
+    "profile.spans": [1],
+    "profile.shown": [[3, 1]],
+    "profile.decode_batch": 9,
+    "profile.strides": [1],
+    "profile.solvers": ["ode"],
+    "profile.features": [],
+    "profile.fp8": False,
+    "method.steps": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "what"),
+    [
+        ("evaluate", "evaluate base: 8 of 8"),
+        ("profile", "profile: prompt 0: 21 of 21"),
+        ("suffixes", "suffixes: prompt 0, stride 1, solver ode, network exact: 9 of 9"),
+    ],
+)
+def test_a_job_without_any_image_is_no_success(
+    stage: str, what: str, embeddings: Path, tmp_path: Path
+) -> None:
+    run = small_run("black", **overflowing(tmp_path / "model"), **SMALL_PROFILE)
+    done = CliRunner().invoke(main, words_of(stage, run, embeddings, tmp_path))
+    assert done.exit_code == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("egrpo: ")]
+    assert line.startswith(f"egrpo: {what} images are NaN or infinite: ")
+    assert "the VAE overflows in model.dtype float16; set it to bfloat16 or float32" in line
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_an_evaluation_of_destroyed_weights_is_no_success(embeddings: Path, tmp_path: Path) -> None:
+    run = small_run("far", **{"train.iterations": 1})
+    trainer = Trainer(run, closed_form_plan(run), embeddings)
+    with torch.no_grad():
+        trainer.parameters[-1].fill_(torch.nan)
+    trainer.save(tmp_path / "adapter")
+    words = words_of("evaluate", run, embeddings, tmp_path)
+    done = CliRunner().invoke(main, [*words, "--adapter", str(tmp_path / "adapter")])
+    assert done.exit_code == 2
+    assert f"evaluate far ({tmp_path}/adapter): 8 of 8 images are NaN or infinite" in done.stderr
+    assert "the weights have diverged; train with a lower train.learning_rate_scale" in done.stderr
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+@pytest.mark.usefixtures("spoilt")
+@pytest.mark.parametrize("stage", ["evaluate", "profile", "suffixes"])
+def test_single_images_that_are_none_are_said_and_stored_as_none(
+    stage: str, embeddings: Path, tmp_path: Path
+) -> None:
+    run = small_run("some", **{**SMALL_PROFILE, "evaluate.micro_batch": 4})
+    done = CliRunner().invoke(main, words_of(stage, run, embeddings, tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "images are NaN or infinite" in done.stderr
+    assert "they have no score" in done.stderr
+    if stage == "suffixes":
+        rows = pq.read_table(tmp_path / "suffixes.parquet").to_pylist()
+        ranks = {row["reward"]: row["rank_correlation"] for row in rows}
+        assert ranks["clip"] == pytest.approx(1.0), "over the samples that are left"
+        return
+    if stage == "profile":
+        path = tmp_path / "branches.parquet"
+        found = [(r["step"], r["sample"], r["png"]) for r in pq.read_table(path).to_pylist()]
+        lost = {(step, sample) for step, sample, png in found if not is_image(png, path)}
+        assert lost == {(3, 0)}, "samples 9 and 18 of 21, and the first"
+        rows = pq.read_table(tmp_path / "profile.parquet").to_pylist()
+        assert 0 < max(r["spread"] for r in rows if r["quantity"] == "image_distance") < 0.5
+        assert all(row["spread"] is not None for row in rows), "two samples are left"
+        return
+    path = tmp_path / "images.parquet"
+    pictures = {(r["prompt_id"], r["sample"]): r["png"] for r in pq.read_table(path).to_pylist()}
+    lost = {key for key, png in pictures.items() if not is_image(png, path)}
+    assert lost == {(0, 0), (2, 0)}, "the first of each batch of 4"
+    for row in pq.read_table(tmp_path / "scores.parquet").to_pylist():
+        assert (row["value"] is None) == ((row["prompt_id"], row["sample"]) in lost)
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,12 @@ def same(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def png(level: int, size: int = 8) -> bytes:
+def png(level: int, size: int = 8, opacity: int = 255) -> bytes:
+    picture = Image.fromarray(np.full((size, size, 3), level, np.uint8))
+    if opacity < 255:  # what is no image
+        picture.putalpha(opacity)
     out = io.BytesIO()
-    Image.fromarray(np.full((size, size, 3), level, np.uint8)).save(out, "PNG")
+    picture.save(out, "PNG")
     return out.getvalue()
 
 
@@ -61,6 +64,7 @@ def write_results(
     samples: int = 2,
     edit: Edit = same,
     size: int = 8,
+    lost: Collection[tuple[int, int]] = (),
 ) -> None:
     """Scores: quality = prompt/10 + gain, other = 1 - gain. Images: uniform, ``level`` apart."""
     keys = [(p, s) for p in range(len(PROMPTS)) for s in range(samples)]
@@ -72,7 +76,17 @@ def write_results(
         for h in head
         for reward, value in (("quality", h["prompt_id"] / 10 + gain), ("other", 1.0 - gain))
     ]
-    images = [{**h, "png": png(100 + level * (1 + h["sample"]), size)} for h in head]
+    images = [
+        {
+            **h,
+            "png": png(
+                100 + level * (1 + h["sample"]),
+                size,
+                0 if (h["prompt_id"], h["sample"]) in lost else 255,
+            ),
+        }
+        for h in head
+    ]
     write_table(folder / "scores.parquet", SCORES, edit(scores))
     write_table(folder / "images.parquet", IMAGES, images)
 
@@ -190,6 +204,21 @@ def test_failed_scores_are_left_out_and_counted(files: RunFiles, tmp_path: Path)
     assert rows["quality"]["base"] == pytest.approx(0.3)  # of the same pairs, without prompt 0
     assert (rows["other"]["pairs"], rows["other"]["difference"]) == (0, None)
     assert "| - |" in (tmp_path / "comparison.md").read_text()
+
+
+def test_no_distance_is_measured_to_what_is_no_image(files: RunFiles, tmp_path: Path) -> None:
+    for folder, run, level, lost in (
+        (files.base_scores.parent, "base", 10, [(1, 0)]),
+        (files.scores.parent, "one", 30, [(2, 0), (2, 1), (3, 1)]),
+    ):
+        write_results(folder, run, 0.0, level, lost=lost)
+    rows = comparison(files, tmp_path)
+    distance, diversity = rows["distance_to_base"], rows["diversity"]
+    assert (distance["pairs"], distance["invalid"]) == (8, 4)
+    # sample 0 is 20 levels apart, sample 1 is 40; left are 4 of the first and 4 of the second
+    assert distance["trained"] == pytest.approx(30 / 255, rel=1e-5)
+    assert (diversity["pairs"], diversity["invalid"]) == (3, 3)
+    assert diversity["trained"] == pytest.approx(30 / 255, rel=1e-5)
 
 
 def test_interval_resamples_prompts(files: RunFiles, tmp_path: Path) -> None:
@@ -569,6 +598,14 @@ def test_before_after_pairs_images_and_keeps_their_pixels(tmp_path: Path) -> Non
     pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
     for level in (110, 160):  # three squares of 192 x 192 pixels, edges apart
         assert (pixels == level).sum() == pytest.approx(3 * 192 * 192, rel=0.02)
+
+
+def test_before_after_shows_what_lies_below_an_image_that_is_none(tmp_path: Path) -> None:
+    write_results(tmp_path / "base", "base", 0.0, 10, lost=[(1, 0)])
+    figure = image_grid.before_after(tmp_path / "base/images.parquet", [], 2, tmp_path / "grid")
+    shown: list[Any] = [axes.images[0] for axes in figure.axes]
+    levels = [round(float(image.get_array().mean()) * 255) for image in shown]
+    assert levels == [110, 110]  # the cross of a real one; neither black nor a hole
 
 
 def test_before_after_refuses_images_of_other_prompts(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from egrpo.core.methods import chains
 from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
+from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.models import load_model
 from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
@@ -69,7 +70,7 @@ def test_ode_sampling_equals_the_stock_pipeline(pipe: Any, scale: float) -> None
     for i, prompt in enumerate(prompts):
         noise = normal(model.image_shape, "evaluate", i, -1, 0)[None]
         stock = stock_images(pipe, prompt.text, noise, 8, scale)
-        assert (ours[i].float() - stock[0]).abs().max() <= 1  # rounding to 8 bits
+        assert (ours.pixels[i].float() - stock[0]).abs().max() <= 1  # rounding to 8 bits
 
 
 def test_trained_lora_gives_the_same_image_in_the_stock_pipeline(
@@ -88,7 +89,9 @@ def test_trained_lora_gives_the_same_image_in_the_stock_pipeline(
     texts, conditioning = load_conditioning(embeddings, "heldout")
 
     def images(model: Any) -> torch.Tensor:
-        return sample_images(model, conditioning, [0], GRID, samples=1, micro_batch=8)[0].float()
+        return sample_images(model, conditioning, [0], GRID, samples=1, micro_batch=8)[
+            0
+        ].pixels.float()
 
     live, ours, untrained = images(trainer.model), images(fused), images(base)
     assert (untrained - ours).abs().max() > 8, "training must have changed the image"
@@ -134,7 +137,7 @@ def test_images_do_not_depend_on_the_batch(embeddings: Path) -> None:
     def draw(ids: list[int], batch: int) -> torch.Tensor:
         return sample_images(
             model, conditioning, ids, shifted_sigmas(4, 3.0), samples=2, micro_batch=batch
-        )[0].float()
+        )[0].pixels.float()
 
     together = draw([0, 1, 2], 6)
     alone = torch.cat([draw([i], 1) for i in (0, 1, 2)])
@@ -413,6 +416,67 @@ def test_scores_are_checked() -> None:
     found = score_all({"r": Infinite()}, pictures(2), ["", ""])["r"]
     assert np.isnan(found[0])
     assert found[1] == 1.0
+
+
+class Spoiling:
+    """A reward that writes into what it is given."""
+
+    def score(self, images: Any, prompts: Any) -> Any:
+        images[:, :, :, :8] = 0
+        prompts.reverse()
+        prompts[0] = ""
+        return [0.0] * len(images)
+
+
+class Prompts:
+    """A reward that notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def score(self, images: Any, prompts: Any) -> Any:
+        self.asked.append((images.clone(), list(prompts)))
+        return np.arange(len(images))
+
+
+@pytest.mark.parametrize("lost", [[], [2], [0, 2]])
+def test_a_reward_changes_nothing_that_others_see(lost: list[int]) -> None:
+    images, texts, other = pictures(3), ["a", "b", "c"], Prompts()
+    faults = np.array([DECODED if n in lost else FINE for n in range(3)], np.int8)
+    score_all({"own": Spoiling(), "other": other}, Images(images, faults), texts)
+    left = [n for n in range(3) if n not in lost]
+    ((seen, asked),) = other.asked
+    assert torch.equal(seen, pictures(3)[left])
+    assert asked == [texts[n] for n in left]
+    assert torch.equal(images, pictures(3)), "what is stored is the image as it was made"
+    assert texts == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("faults", [[LATENT, FINE, DECODED, FINE], [LATENT] * 4])
+def test_what_is_no_image_is_shown_to_no_reward(faults: list[int]) -> None:
+    other = Prompts()
+    images = Images(pictures(4), np.array(faults, np.int8))
+    scores = score_all({"r": other}, images, ["a", "b", "c", "d"])["r"]
+    np.testing.assert_array_equal(np.isnan(scores), np.array(faults) != FINE)
+    assert [asked for _, asked in other.asked] == ([["b", "d"]] if FINE in faults else [])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_becomes_no_image(bad: float) -> None:
+    """One number of one latent, or of what the VAE makes of it; the others are as without it."""
+    model = load_model(small_run().model)
+    latents = torch.randn(3, *model.image_shape, generator=torch.manual_seed(0))
+    fine = model.decode(latents, 2)
+    assert fine.valid.all()
+    spoilt = latents.clone()
+    spoilt[1, 0, 2, 3] = bad
+    found = model.decode(spoilt, 3)
+    assert found.faults.tolist() == [FINE, LATENT, FINE]
+    assert (found.pixels[[0, 2]].int() - fine.pixels[[0, 2]].int()).abs().max() <= 1
+    assert sorted(set(found.pixels[1].flatten().tolist())) == [120, 224]  # to be seen
+    decoded = torch.zeros(3, 3, 8, 8)
+    decoded[2, 1, 0, 7] = bad
+    assert Images.cast(decoded, latents).faults.tolist() == [FINE, FINE, DECODED]
 
 
 def test_executor_noise_depends_on_the_prompt_only() -> None:

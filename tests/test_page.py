@@ -28,6 +28,7 @@ from egrpo.config.load import Study
 from egrpo.config.models import RunConfig, TableSpec
 from egrpo.core.plan import make_plan
 from egrpo.errors import UserError
+from egrpo.images import Images
 from egrpo.stages.curves import curves_figure
 from egrpo.stages.figures import entropy_figure
 from egrpo.stages.gallery import MOST_ARMS, MOST_LARGE, MOST_SMALL, Gallery, make_gallery
@@ -97,7 +98,7 @@ def write_monitors(at: Layout, run: RunConfig, iterations: tuple[int, ...], rewa
     folder = at.run(run.run)
     for i in iterations:
         grid = folder / "monitor" / f"iteration-{i:06d}.png"
-        save_grid(grid, pixels(run, i), run.train.monitor_samples)
+        save_grid(grid, Images.whole(pixels(run, i)), run.train.monitor_samples)
     rows = [(i, "monitor/reward/quality", v) for i, v in zip(iterations, rewards, strict=True)]
     rows += [(i, "reward/quality", 0.5 + i / 100) for i in range(1, iterations[-1] + 1)]
     keys = ("iteration", "metric", "value")
@@ -371,7 +372,7 @@ def test_result_tables_mark_what_is_marked(browser: Browser, finished: Layout) -
         first = lines.nth(2).inner_text().split("\t")
         assert first[2:4] == ["0.513* [0.473, 0.553]", "1.513 [0.473, 0.553]"]
         assert first[4:] == ["20", "12,034", "62", "900"]
-        assert "scoring failed: two, other: 3" in page.locator("#tables").inner_text()
+        assert "without a score, left out: two, other: 3" in page.locator("#tables").inner_text()
         assert "At equal network evaluations (500)" in page.locator("h4").all_inner_texts()
 
 

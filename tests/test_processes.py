@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, small_run, write_run
+from conftest import ROOT, overflowing, small_run, write_run
 from safetensors.torch import load_file
 
 from egrpo.config.models import RunConfig
@@ -227,6 +227,13 @@ def test_images_and_scores_do_not_depend_on_the_number_of_processes(
     np.testing.assert_allclose(one.pop("value"), three.pop("value"), rtol=1e-5, atol=1e-6)
     assert one == three
     assert len(one["run"]) == 5 * 2 * len(small_run().rewards)
+
+
+def test_processes_that_make_no_image_end_together(embeddings: Path, tmp_path: Path) -> None:
+    run = small_run("black", **overflowing(tmp_path / "model"), **{"train.monitor_every": 0})
+    output, _ = (job := start(arguments(run, embeddings, tmp_path), 2)).communicate(timeout=300)
+    assert job.returncode not in (0, None)
+    assert "iteration 1: 18 of 18 images are NaN or infinite" in output
 
 
 def test_more_processes_than_prompts_is_one_line(embeddings: Path, tmp_path: Path) -> None:

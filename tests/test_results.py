@@ -449,7 +449,7 @@ def test_markdown_of_a_small_table(at: Layout) -> None:
 | good | egrpo | **3.010** {high}\\* | 21 | 1,231 | 60 | 902 |
 | fair | flow_grpo | <u>2.010</u> {low}\\* | 21 | 1,231 | 60 | 902 |
 
-Images left out because scoring failed: base, quality: 1.
+Images without a score, left out: base, quality: 1.
 
 ## At equal network evaluations (500)
 
@@ -464,7 +464,7 @@ shows its own, smaller cost.
 | good | egrpo | **3.010** {high}\\* | 6 | 493 | 10 | 902 |
 | fair | flow_grpo | <u>2.010</u> {low}\\* | 6 | 493 | 10 | 902 |
 
-Images left out because scoring failed: base, quality: 1.
+Images without a score, left out: base, quality: 1.
 """
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.spread import Spread
 from egrpo.errors import UserError
 from egrpo.stages.plan import measured_spread
-from egrpo.store.tables import ENTROPY_PROFILE, write_table
+from egrpo.store.tables import ENTROPY_PROFILE, read_table, write_table
 
 TWO = "run\tmethod.name\na\tegrpo\nb\tflow_grpo\n"
 TRAIN = {"rewards": {"verifier": 1.0}}
@@ -517,6 +518,19 @@ def test_spread_of_a_profile_is_weighted_by_the_trained_rewards(tmp_path: Path) 
     for s in found:
         assert s.value == pytest.approx((0.5 + 3 * 0.1) / 4 * s.entropy["exp_per_dim"])
     assert {(s.step, s.span) for s in found} >= {(0, 1), (14, 1), (11, 4)}
+
+
+def test_spread_of_a_reward_is_over_the_prompts_that_it_applies_to(tmp_path: Path) -> None:
+    path = a_profile(tmp_path / "p.parquet", auto(), {"verifier": 0.5, "clip": 0.1})
+    rows = read_table(path, ENTROPY_PROFILE).to_pylist()
+    whole = measured_spread(path, {"verifier": 1.0})
+    for row in rows:
+        if row["quantity"] == "reward:clip" or row["prompt_id"] == 0:
+            row["spread"] = row["yardstick"] = math.nan
+    write_table(path, ENTROPY_PROFILE, rows)
+    found = measured_spread(path, {"verifier": 1.0, "clip": 1.0})
+    # of both prompts 1 * entropy / 2 on average, of the second alone 1.5
+    assert [s.value for s in found] == pytest.approx([1.5 * s.value for s in whole])
 
 
 def test_automatic_threshold_is_the_least_entropy_with_enough_spread(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from conftest import small_run
 from scipy.stats import spearmanr
 
 from egrpo.config.trees import plan_of, training_sigmas
-from egrpo.stages.suffixes import rank_correlation, suffixes
+from egrpo.stages.suffixes import mean_spread, rank_correlation, suffixes
 
 
 def test_rank_correlation_is_spearmans_with_ties() -> None:
@@ -21,6 +21,17 @@ def test_rank_correlation_is_spearmans_with_ties() -> None:
     assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert rank_correlation(a, a**3) == pytest.approx(1.0)
     assert math.isnan(rank_correlation([1.0, 1.0], [0.0, 2.0]))
+    nan = math.nan
+    assert rank_correlation([1.0, 5.0, nan, 2.0], [0.0, 2.0, 9.0, nan]) == pytest.approx(1.0)
+    assert math.isnan(rank_correlation([1.0, nan, nan], [0.0, 2.0, 9.0]))
+    assert math.isnan(rank_correlation([nan, nan], [nan, nan]))
+
+
+def test_spread_is_over_groups_that_have_scores() -> None:
+    nan = math.nan
+    groups = [[[1.0, 3.0, nan], [nan, nan, nan]], [[0.0, nan, nan], [nan, nan, nan]]]
+    assert mean_spread([np.array(prompt) for prompt in groups]) == pytest.approx(math.sqrt(2))
+    assert mean_spread([np.array(groups[1])]) is None
 
 
 def test_exact_suffix_agrees_with_itself_and_others_cost_less(

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_run, write_run
+from conftest import ROOT, overflowing, small_run, write_run
 from safetensors.torch import load_file
 
 from egrpo.config.models import Bound, RunConfig
 from egrpo.config.trees import iteration_cost, needs_plan, plan_of, training_sigmas, tree_of
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
+from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.stages import train_run
 from egrpo.stages.fingerprint import state_key
-from egrpo.stages.monitor import load_grid, save_grid
+from egrpo.stages.monitor import load_grid, measure, save_grid
 from egrpo.stages.train import Trainer
 from egrpo.stages.train_run import train
 from egrpo.stages.training_warnings import crossed, training_warnings, warnings_in
@@ -290,6 +291,134 @@ def test_nan_rewards_are_counted_and_all_nan_is_refused(embeddings: Path) -> Non
     assert np.isfinite(some.values).all()
     with pytest.raises(UserError, match=r"rewards\.verifier: every image of iteration 1"):
         trainer.advantages({"verifier": np.full_like(scores, np.nan)}, rollout, trees)
+
+
+def test_a_reward_may_apply_to_some_of_the_prompts(
+    embeddings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One prompt an iteration, and so of one kind; each kind has a reward of its own."""
+    (tmp_path / "by_kind.py").write_text(
+        "def score(images, prompts, small):\n"
+        "    red = images[:, 0].float().mean((1, 2)).tolist()\n"
+        "    return [r if ('small' in p) == small else None for r, p in zip(red, prompts)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {
+        name: {"kind": "custom", "function": "by_kind:score", "options": {"small": small}}
+        for name, small in (("small", True), ("large", False))
+    }
+    run = small_run(
+        "mixed",
+        **{f"rewards.{name}": settings for name, settings in own.items()},
+        **{"train.rewards": {"small": 1.0, "large": 1.0, "verifier": None}},
+        **{"train.prompts_per_iteration": 1, "train.iterations": 6, "train.monitor_every": 6},
+    )
+    assert set(run.train.rewards) == set(own)
+    out = run_in_process(run, embeddings, tmp_path)
+    rows = read_table(out / "train_metrics.parquet", TRAIN_METRICS).to_pylist()
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        found.setdefault(row["metric"], []).append(row["value"])
+    counts = list(zip(found["reward_valid/small"], found["reward_valid/large"], strict=True))
+    assert set(counts) == {(9.0, 0.0), (0.0, 9.0)}, "3 steps of 3 samples"
+    for name, valid in zip(own, zip(*counts, strict=True), strict=True):
+        means = found[f"reward/{name}"]
+        assert [mean is None for mean in means] == [count == 0 for count in valid]
+        assert found[f"monitor/reward/{name}"][-1] > 0, "a mean over what it applies to"
+    assert not any(found["samples_invalid"])
+    assert min(found["advantage_abs_mean"]) > 0.1, "every iteration teaches something"
+    said = capsys.readouterr().err
+    for name in own:
+        assert said.count(f"rewards.{name}: every image of iteration") == 1
+    trainer = Trainer(run, plan_for(run), embeddings)
+    ids, trees = trainer.trees(1)
+    rollout = trainer.rollout(1, ids, trees)
+    nothing = np.full(len(rollout.leaves), np.nan)
+    with pytest.raises(UserError, match=r"rewards\.small, large: every image of iteration 1 was"):
+        trainer.advantages(dict.fromkeys(own, nothing), rollout, trees)
+
+
+# -- images that are none ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every", "what"), [(2, "monitor of iteration 0: 4 of 4"), (0, "iteration 1: 18 of 18")]
+)
+def test_a_vae_that_overflows_ends_the_run_in_one_line(
+    every: int, what: str, embeddings: Path, tmp_path: Path
+) -> None:
+    run = small_run("black", **overflowing(tmp_path / "model"), **{"train.monitor_every": every})
+    with pytest.raises(UserError) as caught:
+        run_in_process(run, embeddings, tmp_path)
+    assert str(caught.value) == (
+        f"run black: {what} images are NaN or infinite: their latents are finite, but not what the "
+        "VAE makes of them: the VAE overflows in model.dtype float16; set it to bfloat16 or float32"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("every", "what"), [(1, "monitor"), (0, "one image")])
+def test_a_last_iteration_that_destroys_the_weights_is_no_success(
+    every: int, what: str, embeddings: Path, tmp_path: Path
+) -> None:
+    far = {"train.learning_rate_scale": 1e30, "train.iterations": 1, "train.monitor_every": every}
+    run = small_run("far", **far)
+    for _ in range(2):  # started again it is none either
+        with pytest.raises(UserError, match=f"run far: {what} of iteration 1: .* have diverged; "):
+            run_in_process(run, embeddings, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_monitors_one_image_shows_that_the_weights_are_fit(
+    embeddings: Path, tmp_path: Path
+) -> None:
+    run = small_run("fit", **{"train.iterations": 1, "train.monitor_every": 0})
+    out = run_in_process(run, embeddings, tmp_path)
+    assert json.loads((out / "train.json").read_text())["nfe_monitor"] == run.evaluate.steps
+
+
+@pytest.mark.usefixtures("spoilt")
+def test_images_that_are_none_have_no_say(
+    embeddings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = trainer_for(embeddings, **{"train.decode_batch": 6, "train.micro_batch": 2})
+    for _ in range(2):
+        metrics, _ = trainer.step()
+        assert metrics["samples_invalid"] == 3, "the first of each batch of 6"
+        assert metrics["reward_valid/verifier"] == 15
+        assert np.isfinite(list(metrics.values())).all()
+    measured, images = trainer.monitor()
+    assert images.valid.tolist() == [False, True] * 2
+    assert measured["monitor/images_invalid"] == 2
+    assert np.isfinite(measured["monitor/reward/verifier"])
+    assert np.isnan(measured["monitor/diversity"]), "no prompt has two images"
+    assert measured["monitor/distance_to_base"] == 0.0
+    said = capsys.readouterr().err
+    assert "monitor of iteration 2: 2 of 4 images are NaN or infinite" in said
+    assert said.count("NaN or infinite") == 1, "in iterations they are counted"
+
+
+def test_distances_are_between_images() -> None:
+    pixels = torch.randint(0, 256, (6, 3, 5, 7), dtype=torch.uint8)
+    base = torch.randint(0, 256, (6, 3, 5, 7), dtype=torch.uint8)
+    some = Images(pixels, np.array([FINE, LATENT, FINE, FINE, DECODED, FINE], np.int8))
+    other = Images(base, np.array([FINE, FINE, LATENT, FINE, FINE, FINE], np.int8))
+    found = measure({}, some, other, 3)
+    whole = [
+        measure({}, Images.whole(x), Images.whole(y), 2)
+        for x, y in ((pixels[[0, 2]], base[[0, 2]]), (pixels[[3, 5]], base[[3, 5]]))
+    ]
+    both = measure({}, Images.whole(pixels[[0, 3, 5]]), Images.whole(base[[0, 3, 5]]), 3)
+    wanted = np.mean([w["monitor/diversity"] for w in whole])
+    assert found["monitor/diversity"] == pytest.approx(wanted)
+    assert found["monitor/distance_to_base"] == pytest.approx(both["monitor/distance_to_base"])
+    assert found["monitor/images_invalid"] == 2
+    lost = Images(pixels, np.full(6, LATENT, np.int8))
+    nothing = measure({}, lost, Images.whole(base), 3)
+    assert np.isnan([nothing[f"monitor/{m}"] for m in ("diversity", "distance_to_base")]).all()
 
 
 # -- resume --------------------------------------------------------------------------------
@@ -623,7 +752,16 @@ SILENT: dict[str, tuple[list[dict[str, float | None]], dict[str, str]]] = {
     ),
     "one of two rewards": (
         [step(4, 2, **{"reward_std/verifier": 0.1, "reward_std/clip": 0.0})] * 3,
-        {"equal_rewards/clip": "in 3 of 3 iterations all groups had equal rewards of clip"},
+        {"equal_rewards/clip": "in 3 of the 3 iterations with a valid score of clip all groups"},
+    ),
+    "a reward that applies to some prompts": (
+        [step(4, 2, **{"reward_std/verifier": 0.1, "reward_std/clip": 0.1})]
+        + [step(4, 2, **{"reward_std/clip": np.nan, "reward_valid/clip": 0})] * 3,
+        {},
+    ),
+    "a reward that never applies": (
+        [step(4, 2, **{"reward_std/clip": np.nan, "reward_valid/clip": 0})] * 3,
+        {"equal_rewards/clip": "no image of 3 iterations has a valid score of clip"},
     ),
 }
 
@@ -694,9 +832,13 @@ def test_a_run_says_that_it_learned_nothing_or_collapsed(
 
 
 def test_monitor_grid_survives_its_file(tmp_path: Path) -> None:
-    images = torch.randint(0, 256, (6, 3, 5, 7), dtype=torch.uint8)
-    save_grid(tmp_path / "grid.png", images, 2)
-    assert torch.equal(load_grid(tmp_path / "grid.png", 2, 5, 7), images)
+    pixels = torch.randint(0, 256, (6, 3, 5, 7), dtype=torch.uint8)
+    for faults in ([FINE] * 6, [FINE, LATENT, FINE, FINE, FINE, DECODED]):
+        images = Images(pixels, np.array(faults, np.int8))
+        save_grid(tmp_path / "grid.png", images, 2)
+        again = load_grid(tmp_path / "grid.png", 2, 5, 7)
+        assert torch.equal(again.pixels, pixels)
+        assert again.valid.tolist() == images.valid.tolist()
 
 
 def run_in_process(run: RunConfig, embeddings: Path, folder: Path) -> Path:

@@ -2,7 +2,9 @@
 
 Leaves with several labels (granularities) are normalised label by label, and summed.
 Group hygiene: a NaN reward leaves its sample out of mean and std; a group with fewer than two
-valid samples or with equal rewards has zero advantage and is counted.
+valid samples or with equal rewards has zero advantage and is counted. A reward without a valid
+score among all leaves of a tree does not apply to that prompt; where one has failed for some leaves
+only, these are invalid (:func:`weighted_sum`).
 Source: E-GRPO (arXiv 2601.00423); unbiased std as in its and DanceGRPO's code.
 """
 
@@ -27,7 +29,7 @@ class Advantages(NamedTuple):
         values: [E] float64, clamped; 0 where an edge or its group has nothing to say.
         groups: number of groups, summed over the rewards that were normalised.
         groups_masked: those with fewer than two valid samples or equal rewards.
-        samples_invalid: leaves with a NaN or an infinity in any reward.
+        samples_invalid: leaves that lack a reward which applies to their prompt, or all rewards.
     """
 
     values: Array
@@ -40,6 +42,11 @@ def leaf_labels(trees: Sequence[Tree]) -> Ints:
     """Label [L] of every leaf, ordered by (tree, leaf)."""
     labels = [tree.nodes[leaf].label for tree in trees for leaf in tree.leaves]
     return np.array(labels, dtype=np.int64)
+
+
+def leaf_trees(trees: Sequence[Tree]) -> Ints:
+    """Number [L] of the tree of every leaf, ordered by (tree, leaf)."""
+    return np.repeat(np.arange(len(trees)), [len(tree.leaves) for tree in trees])
 
 
 def edge_values(rewards: Array, trees: Sequence[Tree], edges: Sequence[tuple[int, int]]) -> Array:
@@ -62,21 +69,47 @@ def best_leaves(
 ) -> list[set[int]]:
     """For each tree the ranks of its best leaves, a ``share`` of them and at least one.
 
-    Best by the weighted sum of the rewards, each normalised among the tree's leaves; a leaf with
-    an invalid reward comes last.
+    Best by the weighted sum of the rewards that apply, each normalised among the tree's leaves; a
+    leaf that lacks one of these comes last.
     """
-    owner = np.repeat(np.arange(len(trees)), [len(tree.leaves) for tree in trees])
-    total = np.zeros(len(owner))
-    for name, weight in weights.items():
-        values = finite(rewards[name])
-        total += weight * np.nan_to_num(normalise(values, owner)[0])
-        total[np.isnan(values)] = -np.inf
+    owner = leaf_trees(trees)
+    raw = {name: finite(rewards[name]) for name in weights}
+    among = {
+        name: np.where(np.isnan(r), np.nan, np.nan_to_num(normalise(r, owner)[0]))
+        for name, r in raw.items()
+    }
+    total = np.nan_to_num(weighted_sum(among, weights, owner), nan=-np.inf)
     best = []
     for t in range(len(trees)):
         mine = total[owner == t]
         count = max(1, round(share * len(mine)))
         best.append(set(np.argsort(-mine, kind="stable")[:count].tolist()))
     return best
+
+
+def weighted_sum(rewards: Mapping[str, Array], weights: Mapping[str, float], owner: Ints) -> Array:
+    """Weighted sum [L] of the rewards that apply to each leaf's prompt.
+
+    A reward applies where any leaf of the tree has a valid score. So all leaves of a tree are
+    compared by the same rewards.
+
+    Args:
+        rewards: name -> [L]; NaN marks an invalid score.
+        weights: name -> weight.
+        owner: [L] tree of each leaf.
+
+    Returns:
+        NaN for a leaf that lacks the score of a reward which applies, or to which none applies.
+    """
+    total, lacking = np.zeros(len(owner)), np.zeros(len(owner), dtype=bool)
+    any_applies = np.zeros(len(owner), dtype=bool)
+    for name, weight in weights.items():
+        valid = ~np.isnan(rewards[name])
+        applies = np.isin(owner, owner[valid])
+        total += weight * np.nan_to_num(rewards[name])
+        lacking |= applies & ~valid
+        any_applies |= applies
+    return np.where(any_applies & ~lacking, total, np.nan)
 
 
 def prune(
@@ -154,10 +187,11 @@ def advantages(
         rewards: name -> [L] values of all leaves, ordered by (tree, leaf); NaN = scoring failed.
         weights: name -> weight of each trained reward.
         trees, edges: the forest and its trained edges, as in ``Rollout``.
-        combine: ``advantages`` (normalise each reward in its group, then weighted sum),
-            ``rewards`` (weighted raw sum, then normalise), or ``gdpo`` (as ``advantages``, then
-            normalised over the batch; arXiv 2601.05242). As in its code a group without spread
-            counts as zeros in the batch's std; what has no valid reward does not count.
+        combine: ``advantages`` (normalise each reward in its group, then weighted sum: a reward
+            that is NaN adds nothing), ``rewards`` (weighted raw sum of those that apply, see
+            :func:`weighted_sum`, then normalise), or ``gdpo`` (as ``advantages``, then normalised
+            over the batch; arXiv 2601.05242). As in its code a group without spread counts as zeros
+            in the batch's std; what has no valid reward does not count.
         std, ddof, eps: see :func:`normalise`.
         clamp: bound of the absolute advantage.
     """
@@ -166,10 +200,10 @@ def advantages(
     numbering = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     groups = np.array([numbering[key] for key in keys], dtype=np.int64)
     raw = {name: finite(rewards[name]) for name in weights}
-    invalid = int(np.any([np.isnan(r) for r in raw.values()], axis=0).sum())
+    summed = weighted_sum(raw, weights, leaf_trees(trees))
+    invalid = int(np.isnan(summed).sum())
     if combine == "rewards":
-        raw = {"sum": np.sum([weights[name] * r for name, r in raw.items()], axis=0)}
-        weights = {"sum": 1.0}
+        raw, weights = {"sum": summed}, {"sum": 1.0}
     labels = leaf_labels(trees)
     total = np.zeros(len(units))
     said, counted = np.zeros(len(units), dtype=bool), np.zeros(len(units), dtype=bool)

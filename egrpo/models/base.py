@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError, during, one_line
+from egrpo.images import Images
 from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter
 from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
@@ -322,16 +323,16 @@ class FlowModel(ABC):
 
     @during("decoding")
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int) -> Tensor:
-        """Images uint8 [n, 3, height, width] of latents [n, C, h, w], ``batch`` at a time."""
+    def decode(self, latents: Tensor, batch: int) -> Images:
+        """Images of latents [n, C, h, w], ``batch`` at a time."""
         images = []
         for part in latents.split(batch):
             z = self.to_vae(part.to(self.vae.dtype))
             if self.settings.channels_last and z.ndim == 4:
                 z = z.contiguous(memory_format=torch.channels_last)
             x = self.pixels(self.vae.decode(z, return_dict=False)[0]).float()
-            images.append(((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
-        return torch.cat(images).contiguous()
+            images.append(Images.cast(x, part))
+        return Images.joined(images)
 
     def pixels(self, decoded: Tensor) -> Tensor:
         """[n, 3, height, width] of what the VAE returns."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from egrpo.errors import UserError
+from egrpo.images import Images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,23 +67,34 @@ def load_rewards(settings: Mapping[str, RewardSettings], device: str) -> dict[st
 
 
 def score_all(
-    models: Mapping[str, RewardModel], images: Tensor, prompts: Sequence[str]
+    models: Mapping[str, RewardModel], images: Images | Tensor, prompts: Sequence[str]
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Every reward of every image: name -> [n] float64.
+
+    What is no image is shown to no reward and scored NaN. Each reward gets images and prompts of
+    its own: one that writes into them changes nothing that others see.
+
+    Args:
+        models: by name.
+        images: as decoded, or uint8 [n, 3, h, w] of which none is in doubt.
+        prompts: n texts.
 
     Raises:
         UserError: if a reward returns the wrong number of scores. A crash is not caught: no reward
             may turn into a number because its model failed.
     """
-    if not len(images):
-        return {name: np.empty(0) for name in models}
-    out = {}
-    for name, model in models.items():
-        scores = np.asarray(model.score(images, prompts), dtype=np.float64)
-        if scores.shape != (len(images),):
+    if not isinstance(images, Images):
+        images = Images.whole(images)
+    valid = images.valid
+    texts = [prompt for prompt, there in zip(prompts, valid, strict=True) if there]
+    out = {name: np.full(len(images), np.nan) for name in models}
+    for name, model in models.items() if texts else ():
+        own = images[valid].pixels  # a copy
+        scores = np.asarray(model.score(own, texts.copy()), dtype=np.float64)
+        if scores.shape != (len(texts),):
             raise UserError(
                 f"rewards.{name}: returned {scores.size} numbers of shape {scores.shape} for "
-                f"{len(images)} images; it must return one number an image"
+                f"{len(texts)} images; it must return one number an image"
             )
-        out[name] = np.where(np.isfinite(scores), scores, np.nan)
+        out[name][valid] = np.where(np.isfinite(scores), scores, np.nan)
     return out

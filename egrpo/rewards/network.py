@@ -103,12 +103,12 @@ def place(module: Any, device: torch.device, name: str) -> Any:
 
 
 def pictures(images: Tensor) -> list[Image.Image]:
-    """PIL images of uint8 [n, 3, h, w]."""
+    """PIL images of uint8 [n, 3, h, w], or [n, 4, h, w] with opacity."""
     return [Image.fromarray(p) for p in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def png_of(image: Tensor, side: int | None = None) -> bytes:
-    """A PNG file of one image uint8 [3, h, w]; resized to a square of ``side`` pixels if given."""
+    """A PNG file of one image uint8 [3 or 4, h, w]; a square of ``side`` pixels if given."""
     (picture,) = pictures(image[None])
     buffer = io.BytesIO()
     (picture if side is None else picture.resize((side, side))).save(buffer, format="PNG")

@@ -8,6 +8,7 @@ from typing import Any
 from egrpo.config.keys import evaluation_key, scoring_key
 from egrpo.config.models import RunConfig
 from egrpo.config.trees import evaluation_sigmas
+from egrpo.images import check
 from egrpo.models import load_model
 from egrpo.models.base import resolve_device
 from egrpo.models.conditioning import load_conditioning
@@ -43,6 +44,9 @@ class Evaluator:
 
         Returns:
             Rows of scores, and rows of images if ``pictures`` are asked for.
+
+        Raises:
+            UserError: if the model makes no image at all: its evaluation is none.
         """
         run, e = self.run, self.run.evaluate
         model = load_model(run.evaluation_model)
@@ -54,6 +58,7 @@ class Evaluator:
         ids = list(range(count))[self.world.share(count)]
         rows: list[Row] = []
         shown: list[Row] = []
+        faults: list[int] = []
         title = f"evaluate {what}"
         with Progress(len(ids), title, unit="prompt", shown=self.world.main) as progress:
             for begin in range(0, len(ids), PROMPTS_AT_ONCE):
@@ -71,15 +76,23 @@ class Evaluator:
                     for i in part
                     for s in range(e.samples)
                 ]
+                faults += images.faults.tolist()
                 scores = score_all(self.rewards, images, [str(head["prompt"]) for head in heads])
-                for n, (head, pixels) in enumerate(zip(heads, images, strict=True)):
+                for n, (head, picture) in enumerate(zip(heads, images.to_files(), strict=True)):
                     if pictures:
-                        shown.append({**head, "png": png_of(pixels)})
+                        shown.append({**head, "png": png_of(picture)})
                     rows += [
                         {**head, "reward": reward, "value": values[n]}
                         for reward, values in scores.items()
                     ]
                 progress.step(count=len(part))
+        check(
+            self.world.joined(faults),
+            title if adapter is None else f"{title} ({adapter})",
+            run.evaluation_model,
+            trained=adapter is not None,
+            say=self.world.main,
+        )
         return self.world.joined(rows), self.world.joined(shown)
 
 

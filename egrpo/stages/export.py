@@ -23,7 +23,14 @@ from egrpo.config.trees import needs_plan
 from egrpo.errors import UserError
 from egrpo.stages.model_card import Sample, model_card
 from egrpo.stages.plan import load_plan
-from egrpo.stages.tables import Key, RunFiles, make_comparison, read_images, train_record
+from egrpo.stages.tables import (
+    Key,
+    RunFiles,
+    is_image,
+    make_comparison,
+    read_images,
+    train_record,
+)
 from egrpo.store.files import checksums, full_disk, no_space, read_json, write_json, write_text
 from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
 from egrpo.store.weights import read_header
@@ -197,9 +204,10 @@ def _write_samples(images: Path, new: Path) -> list[Sample]:
     found = read_images(images)
     firsts: dict[int, Key] = {}
     for key in sorted(found):
-        firsts.setdefault(key[0], key)
+        if len(firsts) < SAMPLES and key[0] not in firsts and is_image(found[key], images):
+            firsts[key[0]] = key
     samples = []
-    for number, key in enumerate(list(firsts.values())[:SAMPLES], start=1):
+    for number, key in enumerate(firsts.values(), start=1):
         name = f"images/sample-{number}.png"
         (new / name).write_bytes(found[key])
         samples.append(Sample(key[2], name))

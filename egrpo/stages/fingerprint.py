@@ -19,6 +19,7 @@ SAMPLING_CODE = (
     "core/seeds.py",
     "core/transitions.py",
     "core/tree.py",
+    "images.py",
     "models",
     "rewards",
     "stages/sampling.py",

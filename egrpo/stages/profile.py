@@ -24,6 +24,7 @@ from egrpo.core.methods import branches
 from egrpo.core.noise import STD
 from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import normal
+from egrpo.images import Images, check
 from egrpo.models import load_model
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning, load_conditioning
@@ -33,7 +34,7 @@ from egrpo.stages.progress import Progress
 from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, write_table
 
 Spread = dict[str, float]
-Groups = dict[tuple[int, int], Tensor]
+Groups = dict[tuple[int, int], Images]
 
 
 def candidates(steps: int, spans: list[int]) -> list[tuple[int, int]]:
@@ -42,18 +43,23 @@ def candidates(steps: int, spans: list[int]) -> list[tuple[int, int]]:
 
 
 def image_distance(images: Tensor) -> float:
-    """Mean pairwise RMS distance of images uint8 [n, 3, h, w], as a fraction of full scale."""
+    """Mean pairwise RMS distance of images uint8 [n, 3, h, w], as a fraction of full scale.
+
+    NaN of fewer than two.
+    """
     pixels = images.float().div(255).flatten(1)
     return float(torch.pdist(pixels).mean()) / pixels.shape[1] ** 0.5
 
 
 def spread_of(
-    latents: Tensor | None, images: Tensor, prompt: str, rewards: dict[str, RewardModel]
+    latents: Tensor, images: Images, prompt: str, rewards: dict[str, RewardModel]
 ) -> Spread:
-    """Spread of one group: quantity -> value."""
-    out: Spread = {"image_distance": image_distance(images)}
-    if latents is not None:
-        out["latent_variance"] = float(latents.float().var(0).mean())
+    """Spread of one group: quantity -> value; NaN where fewer than two samples are left of it."""
+    left = latents[images.valid].float()
+    out: Spread = {
+        "image_distance": image_distance(images.pixels[images.valid]),
+        "latent_variance": float(left.var(0).mean()) if len(left) > 1 else float("nan"),
+    }
     for name, values in score_all(rewards, images, [prompt] * len(images)).items():
         valid = values[~np.isnan(values)]
         out[f"reward:{name}"] = float(valid.std(ddof=1)) if valid.size > 1 else float("nan")
@@ -62,14 +68,14 @@ def spread_of(
 
 def noisy_copies(
     model: FlowModel, leaf: Tensor, run: RunConfig, prompt_id: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Images, Tensor]:
     """The yardstick: K copies of one final sample, each with its own 10% noise.
 
     Noise goes on the final image (and, for ``latent_variance``, on the final latent), in a share
     of ``noise_fraction``: (1 - f) * x + f * noise, with noise of the data's unit scale.
 
     Returns:
-        Images uint8 [K, 3, h, w] and latents [K, ...].
+        Images [K] and latents [K, ...].
     """
     f, k = run.profile.noise_fraction, run.profile.samples
     latents = torch.stack(
@@ -78,21 +84,23 @@ def noisy_copies(
             for n in range(k)
         ]
     )
-    image = model.decode(leaf[None], 1)[0].float().cpu().div(127.5).sub(1)
+    decoded = model.decode(leaf[None], 1).cpu()
+    image = decoded.pixels[0].float().div(127.5).sub(1)
     noisy = torch.stack(
         [
             (1 - f) * image + f * normal(tuple(image.shape), "yardstick image", prompt_id, n)
             for n in range(k)
         ]
     )
-    return noisy.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8), latents
+    pixels = noisy.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return Images(pixels, decoded.faults.repeat(k)), latents
 
 
 def profile(run: RunConfig, embeddings: Path, output: Path, branches_path: Path) -> None:
     """Measure and write ``entropy_profile.parquet``, and the images of some of its groups.
 
     Raises:
-        UserError: for missing weights or embeddings.
+        UserError: for missing weights or embeddings, or a group without any image.
     """
     texts, conditioning = load_conditioning(embeddings, "train")
     model = load_model(run.model)
@@ -109,6 +117,7 @@ def profile(run: RunConfig, embeddings: Path, output: Path, branches_path: Path)
             if prompt_id < run.profile.shown_prompts:
                 shown += measured.shown(images, prompt_id, texts[prompt_id])
             progress.step()
+    check(measured.faults, "profile", run.model, trained=False)
     head = {"config_hash": profile_key(run)}
     write_table(branches_path, BRANCHES, shown, metadata=head)
     write_table(
@@ -131,6 +140,7 @@ class _Profile:
         self.run, self.model, self.rewards = run, model, rewards
         self.sigmas = training_sigmas(run)
         self.pairs = candidates(run.method.steps, run.profile.spans)
+        self.faults: list[int] = []
         self.tree = branches(
             run.method.steps,
             tuple(self.pairs),
@@ -142,7 +152,7 @@ class _Profile:
     def prompt(
         self, prompt: Conditioning, prompt_id: int, text: str
     ) -> tuple[Groups, list[dict[str, Any]]]:
-        """Images uint8 [K, 3, h, w] by (step, span), the yardstick's by (-1, 0), and rows."""
+        """Images [K] by (step, span), the yardstick's by (-1, 0), and rows."""
         run, model, k = self.run, self.model, self.run.profile.samples
 
         def noise(tree: int, start: int, sample: int) -> Tensor:
@@ -159,13 +169,18 @@ class _Profile:
             device=model.device,
         )
         images = model.decode(rollout.leaves, run.profile.decode_batch)
-        noisy, noisy_latents = noisy_copies(model, rollout.leaves[0], run, prompt_id)
+        self._check(images, f"prompt {prompt_id}")
+        first = int(images.valid.argmax())  # that is an image
+        noisy, noisy_latents = noisy_copies(model, rollout.leaves[first], run, prompt_id)
+        self._check(noisy, f"prompt {prompt_id}, yardstick")
         yardstick = spread_of(noisy_latents, noisy, text, self.rewards)
         groups = {(-1, 0): noisy}
+        self.faults += images.faults.tolist()
         rows = []
         for group, (start, span) in enumerate(self.pairs):
             members = slice(group * k, (group + 1) * k)
             groups[start, span] = images[members]
+            self._check(images[members], f"prompt {prompt_id}, step {start}, span {span}")
             spread = spread_of(rollout.leaves[members], images[members], text, self.rewards)
             head = closed_form(run, self.sigmas, start, span) | {"prompt_id": prompt_id}
             rows += [
@@ -173,6 +188,11 @@ class _Profile:
                 for q, value in spread.items()
             ]
         return groups, rows
+
+    def _check(self, images: Images, what: str) -> None:
+        """End the job if none of a group's is an image."""
+        faults = images.faults.tolist()
+        check(faults, f"profile: {what}", self.run.model, trained=False, say=False)
 
     def shown(self, groups: Groups, prompt_id: int, text: str) -> list[dict[str, Any]]:
         """Rows of the groups whose images are kept, the yardstick's first."""
@@ -184,11 +204,11 @@ class _Profile:
                 "step": step,
                 "span": span,
                 "sample": sample,
-                "png": png_of(pixels),
+                "png": png_of(picture),
             }
             for step, span in wanted
             if (step, span) in groups
-            for sample, pixels in enumerate(groups[step, span])
+            for sample, picture in enumerate(groups[step, span].to_files())
         ]
 
 

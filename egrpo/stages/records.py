@@ -20,7 +20,9 @@ Metrics = dict[str, float]
 def reward_metrics(
     scores: dict[str, Any], advantage: Advantages, rollout: Rollout, trees: list[Tree]
 ) -> Metrics:
-    """Means of the rewards, their mean std within groups, and what hygiene removed."""
+    """Means of the rewards over images with a valid score and how many these are, their mean std
+    within groups, and what hygiene removed.
+    """
     metrics: Metrics = {
         "groups": advantage.groups,
         "groups_masked": advantage.groups_masked,
@@ -32,6 +34,7 @@ def reward_metrics(
     for name, values in scores.items():
         valid = values[~np.isnan(values)]
         metrics[f"reward/{name}"] = float(valid.mean()) if valid.size else float("nan")
+        metrics[f"reward_valid/{name}"] = valid.size
         within: dict[tuple[int, int], list[float]] = {}
         for group, value in zip(groups, edge_values(values, trees, units), strict=True):
             if not np.isnan(value):

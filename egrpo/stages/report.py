@@ -112,7 +112,9 @@ def verdict(row: Row) -> str:
         text = f"{interval} lies below 0: worse than the base model."
     else:
         text = f"{interval} contains 0: no difference from the base is shown."
-    return text + (f" Scoring failed for {row['invalid']} pairs." if row["invalid"] else "")
+    return text + (
+        f" {row['invalid']} pairs without a score are left out." if row["invalid"] else ""
+    )
 
 
 def by_run(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

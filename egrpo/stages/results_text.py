@@ -117,7 +117,7 @@ def costs(row: Row) -> list[str]:
 def failures(rows: Sequence[Row]) -> str:
     """A sentence on the images without a score; empty where there are none."""
     failed = [f"{r['arm']}, {r['reward']}: {r['invalid']}" for r in rows if r["invalid"]]
-    return f"Images left out because scoring failed: {'; '.join(failed)}." if failed else ""
+    return f"Images without a score, left out: {'; '.join(failed)}." if failed else ""
 
 
 def numbers(row: Row) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from egrpo.core.methods import chains
 from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import normal
 from egrpo.errors import during
+from egrpo.images import Images
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
 
@@ -25,18 +26,18 @@ def sample_images(
     *,
     samples: int,
     micro_batch: int,
-) -> tuple[Tensor, int]:
+) -> tuple[Images, int]:
     """Images of the prompts, ``samples`` each, by plain ODE.
 
     The same prompt and sample start from the same noise in every run, whatever the batch size.
 
     Returns:
-        uint8 [prompts * samples, 3, height, width], samples of a prompt together, on the CPU;
-        and the number of network evaluations.
+        Images [prompts * samples], samples of a prompt together, on the CPU; and the number of
+        network evaluations.
     """
     if not prompt_ids:
         size = model.settings.height, model.settings.width
-        return torch.empty(0, 3, *size, dtype=torch.uint8), 0
+        return Images.whole(torch.empty(0, 3, *size, dtype=torch.uint8)), 0
     shape = model.image_shape
     prompts = conditioning.batch(prompt_ids, model.device)
     exact = model.settings.feature_cache is None

@@ -25,6 +25,7 @@ from egrpo.core.intervals import crossed_interval
 from egrpo.core.methods import egrpo
 from egrpo.core.plan import Plan
 from egrpo.core.seeds import normal
+from egrpo.images import check
 from egrpo.models import load_model
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning, load_conditioning
@@ -47,6 +48,9 @@ class Variant:
     solver: str = "ode"
     network: str = "exact"
 
+    def __str__(self) -> str:
+        return f"stride {self.granularity}, solver {self.solver}, network {self.network}"
+
 
 EXACT = Variant()
 Scores = dict[str, npt.NDArray[np.float64]]
@@ -61,11 +65,15 @@ class Rollouts(NamedTuple):
 
 
 def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Spearman's rank correlation of two samples [n]; NaN where one of them has no spread."""
+    """Spearman's rank correlation of two samples [n], over pairs of two finite values.
+
+    NaN where one side has no spread among them, or fewer than two are left.
+    """
     from scipy.stats import rankdata
 
-    ranks = [rankdata(x) for x in (first, second)]
-    if min(np.ptp(r) for r in ranks) == 0:
+    pairs = np.array([first, second], dtype=np.float64)
+    ranks = [rankdata(x) for x in pairs[:, np.isfinite(pairs).all(0)]]
+    if min((np.ptp(r) for r in ranks if len(r)), default=0) == 0:
         return float("nan")
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
@@ -76,7 +84,7 @@ def suffixes(run: RunConfig, plan: Plan, embeddings: Path, output: Path) -> None
     Writes Parquet to ``output``, CSV and Markdown beside it.
 
     Raises:
-        UserError: for missing weights or embeddings.
+        UserError: for missing weights or embeddings, or a variant that makes no image of a prompt.
     """
     texts, conditioning = load_conditioning(embeddings, "train")
     model = load_model(run.model)
@@ -157,6 +165,8 @@ def _finish(
     model.forget_features()
     seconds = time.monotonic() - begun
     images = model.decode(rollout.leaves, run.profile.decode_batch)
+    what = f"suffixes: prompt {prompt_id}, {variant}"
+    check(images.faults.tolist(), what, model.settings, trained=False)
     scores = score_all(rewards, images, [text] * len(images))
     return Rollouts(
         {name: v.reshape(-1, samples) for name, v in scores.items()}, rollout.forward, seconds
@@ -180,8 +190,6 @@ def _rows(
         ]
         known = [[r for r in prompt if not np.isnan(r)] for prompt in ranks]
         interval = crossed_interval(np.array([[np.mean(k) if k else np.nan for k in known]]))
-        spread = [np.nanmean(np.nanstd(first, axis=1, ddof=1)) for first, _ in pairs]
-        wanted = [np.nanmean(np.nanstd(second, axis=1, ddof=1)) for _, second in pairs]
         rows.append(
             {
                 "run": run,
@@ -192,8 +200,8 @@ def _rows(
                 "rank_correlation": none_for_nan(interval.mean),
                 "low": none_for_nan(max(interval.low, -1.0)),  # a correlation ends there
                 "high": none_for_nan(min(interval.high, 1.0)),
-                "spread": float(np.mean(spread)),
-                "spread_exact": float(np.mean(wanted)),
+                "spread": mean_spread([first for first, _ in pairs]),
+                "spread_exact": mean_spread([second for _, second in pairs]),
                 "nfe": float(np.mean([f.forward for f in found])),
                 "nfe_exact": float(np.mean([e.forward for e in exact])),
                 # the median: the first rollout of a network is slower
@@ -204,6 +212,17 @@ def _rows(
             }
         )
     return rows
+
+
+def mean_spread(scores: Sequence[npt.NDArray[np.float64]]) -> float | None:
+    """Mean std within the groups of a prompt [groups, samples], then over prompts.
+
+    Over groups with two scores at least; None without one.
+    """
+    valid = [[group[np.isfinite(group)] for group in prompt] for prompt in scores]
+    stds = [[np.std(x, ddof=1) for x in prompt if len(x) > 1] for prompt in valid]
+    means = [np.mean(found) for found in stds if found]
+    return float(np.mean(means)) if means else None
 
 
 def none_for_nan(value: float) -> float | None:
@@ -232,7 +251,8 @@ def _markdown(run: RunConfig, prompts: int, rows: Sequence[dict[str, Any]]) -> s
             ranks = f"{r['rank_correlation']:.3f}"
             if r["low"] is not None:
                 ranks += f" [{r['low']:.3f}, {r['high']:.3f}]"
-        spread = f"{r['spread'] / r['spread_exact']:.3f}" if r["spread_exact"] else "-"
+        known = r["spread_exact"] and r["spread"] is not None
+        spread = f"{r['spread'] / r['spread_exact']:.3f}" if known else "-"
         lines.append(
             f"| {r['granularity']} | {r['solver']} | {r['network']} | {r['reward']} | {ranks} "
             f"| {spread} | {r['nfe'] / r['nfe_exact']:.3f} "

@@ -183,7 +183,10 @@ def same_keys(base: Iterable[Key], trained: Iterable[Key], at: Path, other: Path
 
 
 def _paired_images(files: RunFiles) -> Paired:
-    """``diversity``, one pair a prompt, and ``distance_to_base``, one pair an image."""
+    """``diversity``, one pair a prompt, and ``distance_to_base``, one pair an image.
+
+    NaN where images are none.
+    """
     base, trained = read_images(files.base_images), read_images(files.images)
     keys = same_keys(base, trained, files.base_images, files.images)
     by_prompt: dict[int, list[Key]] = {}
@@ -192,8 +195,8 @@ def _paired_images(files: RunFiles) -> Paired:
     distance: list[float] = []
     spreads: dict[int, tuple[float, float]] = {}
     for prompt, group in by_prompt.items():  # prompt by prompt: large images need not all fit
-        before = [decode_png(base[k], files.base_images) for k in group]
-        after = [decode_png(trained[k], files.images) for k in group]
+        before = [measurable(base[k], files.base_images) for k in group]
+        after = [measurable(trained[k], files.images) for k in group]
         shapes = {image.shape for image in before + after}
         if len(shapes) > 1:
             raise UserError(
@@ -219,9 +222,28 @@ def read_images(path: Path) -> dict[Key, bytes]:
 
 
 def decode_png(png: bytes, path: Path) -> Pixels:
-    """Pixels in [0, 1], float32 [h, w, 3]; ``path`` is named if the PNG is damaged."""
+    """Pixels to look at in [0, 1], float32 [h, w, 3]; of what is no image a grey cross.
+
+    Raises:
+        UserError: naming ``path`` if the PNG is damaged.
+    """
+    return _rgba(png, path)[..., :3]
+
+
+def measurable(png: bytes, path: Path) -> Pixels:
+    """The same to measure: NaN where there is no image, which is transparent all over."""
+    pixels = _rgba(png, path)
+    return pixels[..., :3] if pixels[..., 3].any() else np.full_like(pixels[..., :3], np.nan)
+
+
+def is_image(png: bytes, path: Path) -> bool:
+    """Whether a PNG of ours holds an image."""
+    return bool(_rgba(png, path)[..., 3].any())
+
+
+def _rgba(png: bytes, path: Path) -> Pixels:
     try:
-        image = Image.open(io.BytesIO(png)).convert("RGB")
+        image = Image.open(io.BytesIO(png)).convert("RGBA")
     except (UnidentifiedImageError, OSError):
         raise UserError(f"{path}: holds a damaged image; delete it and run again") from None
     return np.asarray(image, dtype=np.float32) / np.float32(255.0)
@@ -233,8 +255,10 @@ def rms(first: Pixels, second: Pixels) -> float:
 
 
 def diversity(images: Sequence[Pixels]) -> float:
-    """Mean RMS distance over all pairs of at least two images, in [0, 1]."""
-    return float(np.mean([rms(a, b) for a, b in combinations(images, 2)]))
+    """Mean RMS distance over all pairs, in [0, 1]; NaN of fewer than two that are images."""
+    there = [image for image in images if np.isfinite(image).all()]
+    pairs = [rms(a, b) for a, b in combinations(there, 2)]
+    return float(np.mean(pairs)) if pairs else math.nan
 
 
 def train_record(path: Path) -> Mapping[str, Any]:

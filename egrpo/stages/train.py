@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ from egrpo.core.plan import Plan
 from egrpo.core.rollout import Rollout, TrainBatch, UpdateSize, update_sizes
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
+from egrpo.images import Images, check
 from egrpo.models import load_model
 from egrpo.models.attention import check_attention
 from egrpo.models.base import part_like, resolve_device, whole
@@ -102,7 +104,8 @@ class Trainer:
         self.counts = {"forward": 0, "train": 0, "reference": 0, "monitor": 0}
         self.spent: Counter[str] = Counter()  # of this process in this iteration
         self.peak_mib = 0.0
-        self.base_images: Tensor | None = None  # of the first monitor
+        self.base_images: Images | None = None  # of the first monitor
+        self.silent: set[str] = set()  # rewards that were said to have had no score
         self.model.refresh_sampler()
 
     # -- one iteration ---------------------------------------------------------------------
@@ -120,13 +123,27 @@ class Trainer:
             return self.rollouts.sample(iteration, ids, trees, finish)
 
     def advantages(self, scores: dict[str, Any], rollout: Rollout, trees: list[Tree]) -> Advantages:
-        """Advantages of the rollout's edges; refuses an iteration without any valid reward."""
-        for name in self.run.train.rewards:
-            if np.isnan(scores[name]).all():
-                raise UserError(
-                    f"run {self.run.run}: rewards.{name}: every image of iteration "
-                    f"{self.iteration + 1} was scored NaN; training would learn nothing"
+        """Advantages of the rollout's edges.
+
+        Raises:
+            UserError: if no trained reward gave any valid score.
+        """
+        trained = list(self.run.train.rewards)
+        silent = [name for name in trained if np.isnan(scores[name]).all()]
+        if silent == trained:
+            raise UserError(
+                f"run {self.run.run}: rewards.{', '.join(trained)}: every image of iteration "
+                f"{self.iteration + 1} was scored NaN; training would learn nothing"
+            )
+        for name in silent:  # it may apply to other prompts only
+            if name not in self.silent and self.world.main:
+                print(
+                    f"{self.run.run}: rewards.{name}: every image of iteration "
+                    f"{self.iteration + 1} was scored NaN; training goes on with the other rewards",
+                    file=sys.stderr,
+                    flush=True,
                 )
+            self.silent.add(name)
         a = self.run.advantage
         return advantages(
             scores,
@@ -287,11 +304,13 @@ class Trainer:
         ids, trees = self.trees(iteration)
         trained = {name: self.rewards[name] for name in self.run.train.rewards}
         decoding, coming = 0.0, []
+        faults: list[int] = []
 
         def finish(part: Rollout, of: list[int]) -> None:
             nonlocal decoding
             since = time.monotonic()
             images = self.model.decode(part.leaves, self.run.train.decode_batch)
+            faults.extend(images.faults.tolist())
             texts = [self.texts[of[t]] for t in part.leaf_tree]
             coming.append(scorer.submit(score_all, trained, images, texts))
             decoding += time.monotonic() - since
@@ -305,6 +324,7 @@ class Trainer:
         scores = self.world.arrays(
             {name: np.concatenate([each[name] for each in found]) for name in trained}
         )
+        self._check(self.world.joined(faults), f"iteration {iteration}", say=False)  # but counted
         scored = time.monotonic()
         advantage = self.advantages(scores, rollout, trees)
         kept = self.kept(scores, rollout, trees)
@@ -353,8 +373,22 @@ class Trainer:
         if sampler:
             self.model.refresh_sampler()
 
-    def monitor(self) -> tuple[Metrics, Tensor]:
-        """All rewards on the fixed held-out prompts, and the images uint8 [n, 3, h, w]."""
+    def _check(self, faults: list[int], what: str, *, say: bool = True) -> None:
+        """See :func:`egrpo.images.check`; ``faults`` are those of all processes."""
+        check(
+            faults,
+            f"run {self.run.run}: {what}",
+            self.run.model,
+            trained=self.iteration > 0,
+            say=say and self.world.main,
+        )
+
+    def monitor(self) -> tuple[Metrics, Images]:
+        """All rewards on the fixed held-out prompts, and the images [n].
+
+        Raises:
+            UserError: if none of them is an image.
+        """
         t = self.run.train
         ids = list(range(min(t.monitor_prompts, len(self.heldout_texts))))
         own = ids[self.world.share(len(ids))]
@@ -378,10 +412,26 @@ class Trainer:
         self.counts["monitor"] += sum(self.world.gather(forward))
         prompts = [self.heldout_texts[i] for i in own for _ in range(t.monitor_samples)]
         scores = self.world.arrays(score_all(self.rewards, images, prompts))
-        images = torch.from_numpy(self.world.joined_arrays(images.numpy()))
+        pixels = torch.from_numpy(self.world.joined_arrays(images.pixels.numpy()))
+        images = Images(pixels, self.world.joined_arrays(images.faults))
+        self._check(images.faults.tolist(), f"monitor of iteration {self.iteration}")
         if self.base_images is None:
             self.base_images = images
         return measure(scores, images, self.base_images, t.monitor_samples), images
+
+    def check_weights(self) -> None:
+        """Make one image with the weights as they are, where no monitor will.
+
+        Raises:
+            UserError: if it is none.
+        """
+        with self.averaged():
+            images, forward = sample_images(
+                self.model, self.heldout, [0], monitor_sigmas(self.run), samples=1, micro_batch=1
+            )
+        self.counts["monitor"] += sum(self.world.gather(forward))
+        faults = self.world.joined(images.faults.tolist())
+        self._check(faults, f"one image of iteration {self.iteration}")
 
     def save(self, folder: Path) -> None:
         """Write the averaged weights, or the weights; files by the main process."""

@@ -57,7 +57,8 @@ def train(
         store: tracking store made by ``prepare``; None for no live tracking.
 
     Raises:
-        UserError: for bad input, a full disk, or an iteration without any valid reward.
+        UserError: for bad input, a full disk, an iteration without any valid reward, or weights
+            that make no images.
         SystemExit: after SIGTERM, with everything saved.
     """
     trainer = Trainer(run, plan, embeddings)
@@ -315,6 +316,8 @@ def _loop(
                 metrics |= measured
                 if world.main:
                     save_grid(_grid(folder, n), images, t.monitor_samples)
+            elif last:
+                trainer.check_weights()
             history.append((n, metrics))
             reasons = _stops(run, history)
             if world.main:

@@ -139,10 +139,16 @@ def _equal_rewards(run: RunConfig, steps: Sequence[Metrics], equal: list[bool]) 
     elif masked > groups / 2:
         out["equal_rewards"] = f"{masked:.0f} of {groups:.0f} groups {of}, which taught nothing"
     for name in run.train.rewards if len(run.train.rewards) > 1 else ():
-        flat = sum(not _number(m, f"reward_std/{name}") > 0 for m in steps)
-        if _matters(flat, steps) and flat > sum(equal):
+        applied = [m for m in steps if _number(m, f"reward_valid/{name}") != 0]
+        flat = sum(not _number(m, f"reward_std/{name}") > 0 for m in applied)
+        if steps and not applied:
             out[f"equal_rewards/{name}"] = (
-                f"in {flat} of {n} iterations all groups {of} of {name}, which taught nothing"
+                f"no image of {n} iterations has a valid score of {name}, which taught nothing"
+            )
+        elif _matters(flat, applied) and flat > sum(equal):
+            out[f"equal_rewards/{name}"] = (
+                f"in {flat} of the {len(applied)} iterations with a valid score of {name} all "
+                f"groups {of} of it, which taught nothing"
             )
     return out
 

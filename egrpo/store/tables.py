@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from egrpo import __version__
@@ -124,7 +125,12 @@ ROLLOUTS = Table(
         ("span", INT, "grid intervals", "intervals it covers"),
         ("sample", INT, "", "sample within its group"),
         ("reward", TEXT, "", "name of the reward"),
-        ("value", REAL, "see reward", "mean reward of the leaves below; null where scoring failed"),
+        (
+            "value",
+            REAL,
+            "see reward",
+            "mean reward of the leaves below; null where none has a score",
+        ),
         ("advantage", REAL, "1", "advantage of the edge, all rewards combined"),
         ("log_prob", REAL, "nats per dimension", "under the weights that sampled"),
         ("nfe", BIG, "network evaluations", "of the run at the end of this iteration"),
@@ -142,7 +148,7 @@ SCORES = Table(
         ("prompt", TEXT, "", "its text"),
         ("sample", INT, "", "image of the prompt"),
         ("reward", TEXT, "", "name of the reward"),
-        ("value", REAL, "see reward", "score; null where scoring failed"),
+        ("value", REAL, "see reward", "score; null where there is none"),
     ),
     ("run", "prompt_id", "sample", "reward"),
 )
@@ -156,7 +162,7 @@ IMAGES = Table(
         ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
         ("prompt", TEXT, "", "its text"),
         ("sample", INT, "", "image of the prompt"),
-        ("png", BYTES, "PNG file", "the image, lossless"),
+        ("png", BYTES, "PNG file", "the image, lossless; transparent if it is NaN or infinite"),
     ),
     ("run", "prompt_id", "sample"),
 )
@@ -175,7 +181,7 @@ SNAPSHOTS = Table(
         ("prompt", TEXT, "", "its text"),
         ("sample", INT, "", "image of the prompt"),
         ("reward", TEXT, "", "name of the reward"),
-        ("value", REAL, "see reward", "score; null where scoring failed"),
+        ("value", REAL, "see reward", "score; null where there is none"),
     ),
     ("run", "evaluations", "prompt_id", "sample", "reward"),
 )
@@ -190,7 +196,7 @@ BRANCHES = Table(
         ("step", INT, "grid index", "where the branch starts; -1 for the noisy yardstick"),
         ("span", INT, "grid intervals", "intervals covered by the one SDE step; 0 for it"),
         ("sample", INT, "", "sample within the group"),
-        ("png", BYTES, "PNG file", "the image, lossless"),
+        ("png", BYTES, "PNG file", "the image, lossless; transparent if it is NaN or infinite"),
     ),
     ("prompt_id", "step", "span", "sample"),
 )
@@ -208,14 +214,14 @@ SUFFIXES = Table(
         ("rank_correlation", REAL, "1", "Spearman's, with the exact suffix, mean over groups"),
         ("low", REAL, "1", "lower end of its 95% interval over prompts"),
         ("high", REAL, "1", "upper end"),
-        ("spread", REAL, "see reward", "std within groups, mean"),
+        ("spread", REAL, "see reward", "std within groups, mean; null without two scores in one"),
         ("spread_exact", REAL, "see reward", "the same of the exact suffix"),
         ("nfe", REAL, "network evaluations", "of one prompt's rollout"),
         ("nfe_exact", REAL, "network evaluations", "of the exact one"),
         ("seconds", REAL, "s", "of one prompt's rollout, median"),
         ("seconds_exact", REAL, "s", "of the exact one"),
         ("groups", INT, "", "groups with a rank correlation"),
-        ("groups_equal", INT, "", "groups without, because one side's rewards are equal"),
+        ("groups_equal", INT, "", "groups without: one side's rewards are equal, or missing"),
     ),
     ("run", "granularity", "solver", "network", "reward"),
 )
@@ -237,7 +243,7 @@ RESULTS = Table(
         ("high", REAL, "see reward", "upper end"),
         ("mark", TEXT, "", "`best` or `second` of its section where the interval supports it"),
         ("seeds", INT, "", "training seeds"),
-        ("invalid", INT, "", "images left out because scoring failed"),
+        ("invalid", INT, "", "images left out, without a score"),
         ("iterations", REAL, "iterations", "mean over seeds"),
         ("nfe", REAL, "network evaluations", "of training, mean over seeds"),
         ("seconds", REAL, "s", "of training, mean over seeds"),
@@ -279,7 +285,7 @@ COMPARISON = Table(
         ("low", REAL, "see reward", "lower end of the 95% interval of the difference"),
         ("high", REAL, "see reward", "upper end"),
         ("pairs", INT, "", "pairs with both scores valid"),
-        ("invalid", INT, "", "pairs left out because scoring failed"),
+        ("invalid", INT, "", "pairs left out, a score of which is missing"),
         ("iterations", INT, "iterations", "of training"),
         ("nfe", BIG, "network evaluations", "of training: forward, forward+backward, reference"),
         ("seconds", REAL, "s", "of training, over all starts"),
@@ -330,12 +336,20 @@ def write_table(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write rows (or columns) sorted, with units and provenance in the metadata, atomically."""
+    """Write rows (or columns) sorted, with units and provenance in the metadata, atomically.
+
+    NaN becomes null: a missing number.
+    """
     schema = table.schema(metadata)
     if isinstance(rows, Mapping):
         data = pa.table({f.name: pa.array(rows[f.name], f.type) for f in schema}, schema=schema)
     else:
         data = pa.Table.from_pylist(list(rows), schema=schema)
+    for at, column in enumerate(schema):
+        if column.type == REAL:
+            data = data.set_column(
+                at, column, pc.if_else(pc.is_nan(data[at]), pa.scalar(None, REAL), data[at])
+            )
     if table.sort:
         data = data.sort_by([(name, "ascending") for name in table.sort])
     strings = [f.name for f in schema if f.type == TEXT]

@@ -176,10 +176,16 @@ def encode_images(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
-    """uint8 images [n, 32, 32, 3] of shifted and scaled latents [n, C, h, w]."""
+    """uint8 images [n, 32, 32, 3] of shifted and scaled latents [n, C, h, w].
+
+    Raises:
+        ValueError: if one of them is not finite.
+    """
     raw = latents / vae.config.scaling_factor + vae.config.shift_factor
     raw = raw.contiguous(memory_format=torch.channels_last)
     pixels = torch.cat([vae.decode(part).sample for part in raw.split(256)])
+    if not pixels.isfinite().all():
+        raise ValueError("images are NaN or infinite: the training of the pipeline has diverged")
     pixels = pixels.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
