@@ -164,10 +164,10 @@ def _first_calls(model: FlowModel, prompts: Conditioning) -> dict[str, Call]:
             found.setdefault(kind, (attention, args, kwargs))
 
         hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-    unit = model.vae_factor * model.patch
+    unit = model.latents.factor * model.latents.patch
     most = CHECKED // unit * unit
     height, width = (min(s, most) for s in (model.settings.height, model.settings.width))
-    shape = model.latent_shape(height, width)
+    shape = model.latents.shape(height, width)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(prompts), *shape, generator=generator).to(model.device)
     try:
