@@ -769,7 +769,8 @@ SILENT: dict[str, tuple[list[dict[str, float | None]], dict[str, str]]] = {
 @pytest.mark.parametrize("name", SILENT)
 def test_iterations_that_taught_nothing_are_counted(name: str) -> None:
     steps, expected = SILENT[name]
-    trained = {"train.rewards": {"verifier": 1.0, "clip": 1.0}} if "reward_std/clip" in steps[0] else {}
+    both = {"train.rewards": {"verifier": 1.0, "clip": 1.0}}
+    trained = both if "reward_std/clip" in steps[0] else {}
     found = training_warnings(small_run("silent", **trained), list(enumerate(steps, start=1)))
     assert list(found) == list(expected)
     for kind, text in expected.items():
