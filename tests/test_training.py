@@ -219,6 +219,21 @@ def test_average_of_flow_grpos_lineage_warms_up_and_moves_at_every_eighth_step(
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["flow_grpo", "awm"])
+def test_a_checkpoint_holds_all_that_the_average_depends_on(name: str, embeddings: Path) -> None:
+    of = {"method.name": name, "method.group_size": 3, "train.ema_every": 4}
+    straight, before, after = (trainer_for(embeddings, **of) for _ in range(3))
+    for trainer, count in ((straight, 4), (before, 2)):
+        for _ in range(count):
+            trainer.step()
+    after.restore(before.checkpoint())
+    for _ in range(2):
+        after.step()
+    for a, b in zip(straight.ema or [], after.ema or [], strict=True):
+        assert torch.equal(a, b)
+    assert straight.optimizer_steps == after.optimizer_steps == 4 * straight.run.train.updates
+
+
 def test_a_run_too_short_for_its_average_says_so(
     embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,10 +62,11 @@ class Rollouts:
             if finish is not None:
                 finish(parts[-1], ids[part])
         rollout = joined(parts, sizes)
-        shares = self.world.gather([(own.start + t, k) for t, k in rollout.edges])
-        if self.world.sharded:
+        if self.world.sharded:  # before anything else that the processes do together
             calls = [count for count, _ in rehearsed]
             self.idle(max(calls) - calls[self.world.rank], ids[:1])
+        shares = self.world.gather([(own.start + t, k) for t, k in rollout.edges])
+        if self.world.sharded:
             self.rehearsed = [r.placed(0, shares, n) for n, (_, r) in enumerate(rehearsed)]
         return rollout.placed(own.start, shares, self.world.rank)
 
