@@ -1026,7 +1026,7 @@ def flipped(name: str) -> Callable[[Path], None]:
     def harm(state: Path) -> None:
         (path,) = state.glob(name)
         content = bytearray(path.read_bytes())
-        content[-9] ^= 1
+        content[len(content) // 2] ^= 1
         path.write_bytes(content)
 
     return harm
@@ -1042,7 +1042,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str], set[int]]] = {
     "line of the untrained model": (without(0), [AGAIN], set()),
     "line after the checkpoint before": (without(5), [BACK], set()),
     "line before both checkpoints": (without(2), ["tables lack 1 iterations (2);"], {2}),
-    "all lines": (gone("journal.jsonl"), [AGAIN, BACK, "lack 3 iterations (1, 2, 3)"], {1, 2, 3}),
+    "all lines": (
+        gone("journal.jsonl"),
+        [AGAIN, BACK, "tables lack 4 iterations (1, 2, 3, 4);"],
+        {1, 2, 3, 4},
+    ),
     "first grid cut": (cut(FIRST), [AGAIN], set()),
     "first grid gone": (gone(FIRST), [AGAIN], set()),
     "first grid, one bit": (flipped(FIRST), [AGAIN], set()),
