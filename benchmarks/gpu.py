@@ -36,7 +36,7 @@ from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
-from egrpo.models.families import SD3, Flux
+from egrpo.models.families import FAMILIES, SD3, Flux
 
 GIB = 2.0**30
 
@@ -241,6 +241,7 @@ def build(
 ) -> FlowModel:
     """The adapter around a network and a VAE with random weights."""
     settings = SimpleNamespace(
+        family=next(name for name, cls in FAMILIES.items() if cls is architecture.family),
         dtype=str(bench.dtype).removeprefix("torch."),
         device=str(bench.device),
         height=height,

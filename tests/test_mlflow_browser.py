@@ -167,6 +167,7 @@ def test_filters_by_method_reward_threshold_and_seed(addresses: list[str], pages
             f"{second}/evaluation",
         ],
         "tags.reward LIKE '%clip%'": [],
+        "tags.warnings LIKE '%equal_rewards%'": [],
         "params.`method.threshold` = '2.2'": [first],
         "metrics.`verifier/difference` > 0.1": [f"{first}/evaluation", f"{second}/evaluation"],
     }

@@ -241,7 +241,7 @@ def test_parts_of_an_allocated_plan_are_its_steps():
     """As the setting train.updates says: n parts give one optimizer step after each of n steps."""
     tree = egrpo(allocated(), 12)
     parts = tree.parts(8)
-    by_step = {tree.nodes[source].index: part for source, part in parts.items()}
+    by_step = {tree.nodes[tree.source(edge)].index: part for edge, part in parts.items()}
     assert by_step == {i: i for i in range(8)}
 
 

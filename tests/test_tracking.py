@@ -179,14 +179,15 @@ def test_a_damaged_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_away_does_not_stop_the_workflow(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"http://user:secret@127.0.0.1:{free_port(0)}"
+    port = free_port(0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
     start = time.monotonic()
-    prepare(study_of(tmp_path, run_config(uri=uri)), tmp_path / "store.json")
+    prepare(study_of(tmp_path, run_config()), tmp_path / "store.json")
     assert time.monotonic() - start < 4 * REQUEST_TIMEOUT
     assert read_json(tmp_path / "store.json") == {
-        "uri": uri,
+        "uri": f"http://127.0.0.1:{port}",
         "experiment_id": None,
         "parent_run_id": None,
     }

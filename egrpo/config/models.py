@@ -27,6 +27,10 @@ from egrpo.config.methods import (
 from egrpo.config.rewards import AnyReward
 from egrpo.core.schedule import Sigmas, check_sigmas, shifted_sigmas, stock_end
 
+OWN_GRID = ("sd3",)
+"""Families whose stock pipeline has its scheduler make the grid, which then ends near 0; those of
+the others hand over equally spaced sigmas down to 1/T."""
+
 TOKEN = 16
 """Pixels of an image token's side: a latent has 8, a patch 2 of these."""
 
@@ -254,7 +258,7 @@ class Schedule(Settings):
             model: the family, and the size of images.
             stock: what `end` is where it is null.
         """
-        if model.family != "sd3" or not (stock if self.end is None else self.end == "stock"):
+        if model.family not in OWN_GRID or not (stock if self.end is None else self.end == "stock"):
             return None
         return stock_end(self.shift_at(model.height, model.width), dynamic=self.shift == "dynamic")
 

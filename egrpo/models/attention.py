@@ -156,7 +156,9 @@ def _first_calls(model: FlowModel, prompts: Conditioning) -> dict[str, Call]:
     found: dict[str, Call] = {}
     hooks = []
     for block in repeated_blocks(model.transformer):
-        module = next(m for m in block.modules() if hasattr(m, "processor"))
+        module = next((m for m in block.modules() if hasattr(m, "processor")), None)
+        if module is None:  # a network may name other modules among its blocks
+            continue
 
         def keep(
             attention: nn.Module, args: Any, kwargs: Any, kind: str = type(block).__name__
