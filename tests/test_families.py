@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from egrpo.config.models import Model, RunConfig, Schedule
+from egrpo.config.models import OWN_GRID, Model, RunConfig, Schedule
 from egrpo.config.prompts import Prompt
 from egrpo.config.trees import evaluation_sigmas, training_sigmas
 from egrpo.core.executor import execute
@@ -376,7 +376,7 @@ def test_the_snippet_of_a_model_card_draws_what_we_draw(
     seeded = "generator=torch.Generator().manual_seed(0)"
     code = loading(run, None, prompt.text)
     assert seeded in code
-    stock = family == "sd3" and "end" not in schedule  # needs nothing but a number of steps
+    stock = family in OWN_GRID and "end" not in schedule  # needs nothing but a number of steps
     assert ("sigmas=" in code) is not stock
     latents = packed(noise) if family in ("flux", "qwen_image") else noise
     exec(code.replace(seeded, "latents=latents"), {"latents": latents})
