@@ -745,6 +745,9 @@ def step(groups: int = 4, masked: int = 0, **metrics: float) -> dict[str, float 
     return {"groups": groups, "groups_masked": masked, "grad_norm": 1.0, **metrics}
 
 
+APART = step(
+    4, 2, **{"reward_std/verifier": 0.1, "reward_std/clip": np.nan, "reward_valid/clip": 0}
+)
 SILENT: dict[str, tuple[list[dict[str, float | None]], dict[str, str]]] = {
     "nothing wrong": ([step()] * 10, {}),
     "one group in three": ([step(3, 1)] * 10, {}),
@@ -770,12 +773,11 @@ SILENT: dict[str, tuple[list[dict[str, float | None]], dict[str, str]]] = {
         {"equal_rewards/clip": "in 3 of the 3 iterations with a valid score of clip all groups"},
     ),
     "a reward that applies to some prompts": (
-        [step(4, 2, **{"reward_std/verifier": 0.1, "reward_std/clip": 0.1})]
-        + [step(4, 2, **{"reward_std/clip": np.nan, "reward_valid/clip": 0})] * 3,
+        [step(4, 2, **{"reward_std/verifier": 0.1, "reward_std/clip": 0.1}), *[APART] * 3],
         {},
     ),
     "a reward that never applies": (
-        [step(4, 2, **{"reward_std/clip": np.nan, "reward_valid/clip": 0})] * 3,
+        [APART] * 3,
         {"equal_rewards/clip": "no image of 3 iterations has a valid score of clip"},
     ),
 }
@@ -805,7 +807,7 @@ TAUGHT_NOTHING: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"equal_rewards": "in 2 of 2 iterations all groups had equal rewards"},
     ),
     "rewards that cancel": (
-        {"rewards.again": {"kind": "verifier"}, "train.rewards": {"again": -1.0}},
+        {"rewards.again": {"kind": "verifier"}, "train.rewards": {"verifier": 1.0, "again": -1.0}},
         {"no_gradient": "in 2 of 2 iterations the gradient was 0"},
     ),
     "a learning rate that moves nothing": (
