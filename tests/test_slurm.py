@@ -163,8 +163,10 @@ def at_once(*numbers: str) -> None:
         if all(state == "RUNNING" for state in here.values()):
             return
         for number, state in here.items():
-            if state == "PENDING":
-                slurm("scontrol", "update", f"jobid={number}", "StartTime=now")
+            if state == "PENDING":  # or no longer, which the next round sees
+                subprocess.run(
+                    ["scontrol", "update", f"jobid={number}", "StartTime=now"], capture_output=True
+                )
         time.sleep(0.5)
     raise AssertionError(f"requeued jobs do not run: {here}")
 
