@@ -202,7 +202,7 @@ class UnifiedReward(RewardSettings):
         FINAL_SCORE,
         "Where the answer has the score: a number within the scale, else the score is NaN. The "
         "default takes the last one.",
-        UNIFIED,
+        "this project's choice; Flow-GRPO's public code takes the first",
     )
     least: float | None = setting(
         None, "Least score of the scale; null: 1 with the default `pattern`, else none.", unit="1"
