@@ -415,7 +415,7 @@ def resolve_run(
     except ValidationError as error:
         text, problem = explain(error, RunConfig), first_problem(error)
         if problem["loc"] != ("run",) and without_row(base, problem):
-            text = re.sub(r"^method(?=[.:])", f"methods.{name}", text)
+            text = re.sub(r"^method(?=\.\w|:)", f"methods.{name}", text)
             raise UserError(f"{source}: {text}") from None
         raise UserError(f"{table}, run {row.run!r}: {text}") from None
     if run.method.name != name:  # its recipe would be another method's
