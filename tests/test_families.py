@@ -702,6 +702,15 @@ def test_right_attention_passes_its_check(
     assert not any(block._forward_pre_hooks for block in model.transformer.modules())
 
 
+def test_the_check_of_attention_compiles_nothing(folders: dict[str, Path]) -> None:
+    from torch._dynamo.utils import counters
+
+    model = load_model(settings(folders["flux"], "flux", compile=True))
+    before = counters["stats"]["unique_graphs"]
+    attention.check_attention(model, model.encode(PROMPTS[:1], negative=False))
+    assert counters["stats"]["unique_graphs"] == before
+
+
 class _Wrong(torch.autograd.Function):
     """Attention's output, whose gradient is spoilt."""
 
