@@ -31,9 +31,9 @@ import diffusers
 import torch
 
 from egrpo.core.executor import execute
-from egrpo.core.methods import egrpo
 from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
+from egrpo.methods.shapes import egrpo
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
 from egrpo.models.families import FAMILIES, SD3, Flux

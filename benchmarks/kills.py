@@ -151,7 +151,7 @@ def weights(results: Path) -> dict[str, bytes]:
 
 def tracked(results: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """(run, metric) -> its (step, value) in MLflow, without times."""
-    from egrpo.store.tracking import configure, open_client
+    from egrpo.tracking.client import configure, open_client
 
     configure()
     client = open_client(f"sqlite:///{results}/mlflow.db")

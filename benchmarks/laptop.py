@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from egrpo.config.load import load_study
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import plan_of, training_sigmas
 from egrpo.core.advantage import Advantages
 from egrpo.core.executor import Rollout
 from egrpo.core.loss import clipped_objective
+from egrpo.measure.embed import embed
+from egrpo.planning.trees import plan_of, training_sigmas
 from egrpo.rewards import score_all
-from egrpo.stages.embed import embed
-from egrpo.stages.train import Trainer, peak_memory_mib
+from egrpo.study.resolve import load_study
+from egrpo.train.trainer import Trainer, peak_memory_mib
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -118,8 +118,8 @@ def settings(folder: Path, prompts: int) -> list[str]:
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import small_run, write_run
 
-    from egrpo.config.trees import closed_form_plan
-    from egrpo.stages.embed import embed
+    from egrpo.measure.embed import embed
+    from egrpo.planning.trees import closed_form_plan
     from egrpo.store.files import write_json
 
     run = small_run(
@@ -191,9 +191,9 @@ def worker(words: list[str]) -> None:
     import torch
 
     from egrpo.config.load import load_run
-    from egrpo.config.trees import closed_form_plan
-    from egrpo.stages.train import Trainer
+    from egrpo.planning.trees import closed_form_plan
     from egrpo.store import checkpoint
+    from egrpo.train.trainer import Trainer
 
     torch.set_num_threads(1)
     path, embeddings = Path(words[2]), Path(words[4])

@@ -19,7 +19,7 @@ from egrpo.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from egrpo.config.load import Study
+    from egrpo.study.resolve import Study
 
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -123,11 +123,11 @@ def plan_command(
         if profile is None or output is None or table is None:
             raise UserError("egrpo plan --run-config needs --profile, --output and --table")
         from egrpo.config.load import load_run
-        from egrpo.stages.plan import plan
+        from egrpo.planning.plan import plan
 
         plan(load_run(run_config), profile, output, table)
         return
-    from egrpo.stages.plan_text import plan_text
+    from egrpo.planning.plan_text import plan_text
 
     click.echo(plan_text(profile=profile, **options))
 
@@ -148,8 +148,8 @@ def cost_command(configs: tuple[Path, ...], as_json: bool) -> None:
     CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
     `snakemake --configfile` does.
     """
-    from egrpo.config.load import load_study
-    from egrpo.stages.cost import cost_table, study_cost
+    from egrpo.ops.cost import cost_table, study_cost
+    from egrpo.study.resolve import load_study
 
     study = load_study(*configs)
     click.echo(json.dumps(study_cost(study), indent=1) if as_json else cost_table(study))
@@ -164,7 +164,7 @@ def doctor_command(configs: tuple[Path, ...], skip_rewards: bool) -> None:
     CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
     `snakemake --configfile` does.
     """
-    from egrpo.stages.doctor import doctor
+    from egrpo.ops.doctor import doctor
 
     failed = False
     for finding in doctor(configs, rewards=not skip_rewards):
@@ -186,9 +186,9 @@ def clean_command(configs: tuple[Path, ...], yes: bool) -> None:
     CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
     `snakemake --configfile` does.
     """
-    from egrpo.config.layout import Layout
-    from egrpo.config.load import load_study
-    from egrpo.stages.clean import leftovers, remove, summary
+    from egrpo.ops.clean import leftovers, remove, summary
+    from egrpo.study.layout import Layout
+    from egrpo.study.resolve import load_study
 
     at = Layout(load_study(*configs))
     found = leftovers(at)
@@ -215,7 +215,7 @@ def _threads(count: int | None) -> None:
 def embed_command(run_config: Path, output: Path) -> None:
     """Encode the prompt files, so that no later job loads a text encoder."""
     from egrpo.config.load import load_run
-    from egrpo.stages.embed import embed
+    from egrpo.measure.embed import embed
 
     embed(load_run(run_config), output)
 
@@ -231,8 +231,8 @@ def profile_command(
 ) -> None:
     """Measure the entropy profile of the base model."""
     from egrpo.config.load import load_run
-    from egrpo.stages.memory import advice_where_memory_ends
-    from egrpo.stages.profile import profile
+    from egrpo.measure.profile import profile
+    from egrpo.ops.memory import advice_where_memory_ends
 
     _threads(threads)
     run = load_run(run_config)
@@ -251,9 +251,9 @@ def suffixes_command(
 ) -> None:
     """Compare cheaper suffixes of the branches with the exact one, on the base model."""
     from egrpo.config.load import load_run
-    from egrpo.stages.memory import advice_where_memory_ends
-    from egrpo.stages.plan import load_plan
-    from egrpo.stages.suffixes import suffixes
+    from egrpo.measure.suffixes import suffixes
+    from egrpo.ops.memory import advice_where_memory_ends
+    from egrpo.planning.plan import load_plan
 
     _threads(threads)
     run = load_run(run_config)
@@ -280,16 +280,16 @@ def train_command(
 ) -> None:
     """Train one run, from wherever its state is."""
     from egrpo.config.load import load_run
-    from egrpo.config.trees import needs_plan
-    from egrpo.stages.plan import load_plan
+    from egrpo.planning.plan import load_plan
+    from egrpo.planning.trees import needs_plan
 
     run = load_run(run_config)
     if needs_plan(run) and plan_path is None:
         raise UserError(f"run {run.run}: method {run.method.name} needs --plan")
     plan = load_plan(plan_path) if plan_path else None
     _threads(threads)
-    from egrpo.stages.memory import advice_where_memory_ends
-    from egrpo.stages.train_run import train
+    from egrpo.ops.memory import advice_where_memory_ends
+    from egrpo.train.job import train
 
     with advice_where_memory_ends(run, "train"):
         train(run, plan, embeddings, state=state, output=output, store=store)
@@ -316,8 +316,8 @@ def evaluate_command(
 ) -> None:
     """Sample the held-out prompts and score them under all rewards."""
     from egrpo.config.load import load_run
-    from egrpo.stages.evaluate import evaluate
-    from egrpo.stages.memory import advice_where_memory_ends
+    from egrpo.measure.evaluate import evaluate
+    from egrpo.ops.memory import advice_where_memory_ends
 
     _threads(threads)
     run = load_run(run_config)
@@ -331,7 +331,7 @@ def evaluate_command(
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def lease_command(gpus: int, ids: str, command: tuple[str, ...]) -> None:
     """Run COMMAND with GPUs that no other lease holds (profiles/gpu)."""
-    from egrpo.stages.lease import lease
+    from egrpo.ops.lease import lease
 
     lease(gpus, command, [name for name in ids.split(",") if name])
 
@@ -355,7 +355,7 @@ def _whole(name: str, default: int, text: str) -> Callable[[Any], Any]:
 @click.argument("configs", type=EXISTING, nargs=-1, required=True)
 def serve_command(configs: tuple[Path, ...], names: tuple[str, ...], **options: Any) -> None:
     """Serve the rewards of a study to training jobs (`kind: remote`)."""
-    from egrpo.stages.serve import serve
+    from egrpo.ops.serve import serve
 
     serve(configs, names, **options)
 
@@ -366,7 +366,8 @@ RESULTS = click.option("--results", default="results", show_default=True, help="
 
 def _study(results: str, run_configs: tuple[Path, ...]) -> Study:
     """The study that these resolved runs belong to."""
-    from egrpo.config.load import Study, load_run
+    from egrpo.config.load import load_run
+    from egrpo.study.resolve import Study
 
     runs = [load_run(path) for path in run_configs]
     return Study(runs[0].study, results, {run.run: run for run in runs})
@@ -378,7 +379,7 @@ def _study(results: str, run_configs: tuple[Path, ...]) -> Study:
 @RUN_CONFIGS
 def prepare_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> None:
     """Prepare the MLflow store before any run uses it."""
-    from egrpo.stages.prepare import prepare
+    from egrpo.tracking.prepare import prepare
 
     prepare(_study(results, run_configs), output)
 
@@ -389,8 +390,8 @@ def prepare_command(results: str, output: Path, run_configs: tuple[Path, ...]) -
 @RUN_CONFIGS
 def tables_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> None:
     """Compare every run with its base model: Parquet, CSV and Markdown."""
-    from egrpo.config.layout import Layout
-    from egrpo.stages.tables import RunFiles, make_comparison
+    from egrpo.report.tables import RunFiles, make_comparison
+    from egrpo.study.layout import Layout
 
     at = Layout(_study(results, run_configs))
     files = {run: RunFiles.at(at.run(run), at.base(run)) for run in at.study.runs}
@@ -407,10 +408,10 @@ TARGET = click.option("--settings", type=EXISTING, required=True, help="What mak
 @RUN_CONFIGS
 def table_command(results: str, settings: Path, run_configs: tuple[Path, ...]) -> None:
     """One table of the paper, over seeds and prompts."""
-    from egrpo.config.layout import Layout
     from egrpo.config.load import load_target
     from egrpo.config.models import TableSpec
-    from egrpo.stages.results import write_result_table
+    from egrpo.report.results import write_result_table
+    from egrpo.study.layout import Layout
 
     name, spec = load_target(settings, TableSpec)
     write_result_table(name, spec, Layout(_study(results, run_configs)))
@@ -422,10 +423,10 @@ def table_command(results: str, settings: Path, run_configs: tuple[Path, ...]) -
 @RUN_CONFIGS
 def figure_command(results: str, settings: Path, run_configs: tuple[Path, ...]) -> None:
     """One figure of the paper."""
-    from egrpo.config.layout import Layout
     from egrpo.config.load import load_target
     from egrpo.config.models import FigureSpec
-    from egrpo.stages.draw import draw_figure
+    from egrpo.figures.draw import draw_figure
+    from egrpo.study.layout import Layout
 
     name, spec = load_target(settings, FigureSpec)
     draw_figure(name, spec, Layout(_study(results, run_configs)))
@@ -436,8 +437,8 @@ def figure_command(results: str, settings: Path, run_configs: tuple[Path, ...]) 
 @RUN_CONFIGS
 def figures_command(results: str, run_configs: tuple[Path, ...]) -> None:
     """Draw entropy, spread, reward curves and the before/after grid."""
-    from egrpo.config.layout import Layout
-    from egrpo.stages.draw import draw
+    from egrpo.figures.draw import draw
+    from egrpo.study.layout import Layout
 
     draw(Layout(_study(results, run_configs)))
 
@@ -448,8 +449,8 @@ def figures_command(results: str, run_configs: tuple[Path, ...]) -> None:
 @RUN_CONFIGS
 def about_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> None:
     """Versions, commits and all settings of some runs as one page."""
-    from egrpo.config.layout import Layout
-    from egrpo.stages.provenance import write_about
+    from egrpo.report.provenance import write_about
+    from egrpo.study.layout import Layout
 
     write_about(Layout(_study(results, run_configs)), output)
 
@@ -468,10 +469,10 @@ def page_command(
     run_configs: tuple[Path, ...],
 ) -> None:
     """Tell the story of a study on one page that needs no network."""
-    from egrpo.config.layout import Layout
     from egrpo.config.load import load_target
     from egrpo.config.models import FigureSpec, TableSpec
-    from egrpo.stages.page import make_page
+    from egrpo.page.page import make_page
+    from egrpo.study.layout import Layout
 
     at = Layout(_study(results, run_configs))
     shown = dict(load_target(path, TableSpec) for path in tables)
@@ -488,7 +489,7 @@ def publish_command(
     results: str, store: Path, table: Path, output: Path, run_configs: tuple[Path, ...]
 ) -> None:
     """Deliver to MLflow whatever it does not have yet; running it again adds nothing."""
-    from egrpo.stages.publish import publish
+    from egrpo.tracking.publish import publish
 
     publish(_study(results, run_configs), store, table, output)
 
@@ -508,9 +509,9 @@ CONFIGS = click.option(
 @CONFIGS
 def report_command(configs: tuple[Path, ...]) -> None:
     """Print the comparison of all runs with their base model."""
-    from egrpo.config.layout import Layout, command
-    from egrpo.config.load import load_study
-    from egrpo.stages.report import print_report
+    from egrpo.report.report import print_report
+    from egrpo.study.layout import Layout, command
+    from egrpo.study.resolve import load_study
 
     at = Layout(load_study(*configs))
     if not at.comparison.exists():
@@ -524,7 +525,7 @@ def _runs_of_study(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Run ids for the shell; whatever is wrong with the settings, it says nothing."""
-    from egrpo.config.load import load_study
+    from egrpo.study.resolve import load_study
 
     try:
         study = load_study(*(ctx.params.get("configs") or [DEFAULT]))
@@ -541,9 +542,9 @@ def _runs_of_study(
 @click.option("--base-model", help="The base model's hub id, where the study names a folder.")
 def export_command(run: str, configs: tuple[Path, ...], output: Path | None, **says: Any) -> None:
     """Bundle the trained RUN for others: weights, settings, plan, scores, model card."""
-    from egrpo.config.layout import Layout
-    from egrpo.config.load import load_study
-    from egrpo.stages.export import export
+    from egrpo.bundle.export import export
+    from egrpo.study.layout import Layout
+    from egrpo.study.resolve import load_study
 
     folder = export(Layout(load_study(*configs)), run, output, configs=configs, **says)
     upload = shlex.join(["hf", "upload", "OWNER/NAME", str(folder)])
@@ -564,8 +565,8 @@ def completion_command(shell: str) -> None:
 @click.option("--port", type=int, default=5000, show_default=True, help="Wanted port; 0 for any.")
 def ui_command(configs: tuple[Path, ...], port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
-    from egrpo.config.layout import Layout, command
-    from egrpo.config.load import load_study
-    from egrpo.stages.ui import serve
+    from egrpo.study.layout import Layout, command
+    from egrpo.study.resolve import load_study
+    from egrpo.tracking.ui import serve
 
     serve(Layout(load_study(*configs)).store, port, made_by=command(configs))

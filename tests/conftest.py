@@ -14,9 +14,10 @@ import torch
 import yaml
 from mlflow_pages import CHROMIUM, chromium
 
-from egrpo.config.load import Row, overlay, read_yaml, resolve_run
+from egrpo.config.load import Row, overlay, read_yaml
 from egrpo.config.models import RunConfig, StudyConfig
 from egrpo.core.rollout import Rollout, TrainBatch
+from egrpo.study.resolve import resolve_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -113,7 +114,7 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompt embeddings of the toy's prompt files, encoded by the stock pipeline's own code."""
-    from egrpo.stages.embed import embed
+    from egrpo.measure.embed import embed
 
     path = tmp_path_factory.mktemp("embeddings") / "embeddings.safetensors"
     before = Path.cwd()

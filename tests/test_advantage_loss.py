@@ -15,8 +15,8 @@ from hypothesis.extra.numpy import arrays
 
 from egrpo.core.advantage import Advantages, advantages, best_leaves, edge_values, normalise
 from egrpo.core.loss import clipped_objective, velocity_distance
-from egrpo.core.methods import branches, chains
 from egrpo.core.tree import Tree, TreeBuilder
+from egrpo.methods.shapes import branches, chains
 
 NAN = math.nan
 

@@ -14,14 +14,15 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 
 from egrpo.cli import main
-from egrpo.config.keys import KEYS
-from egrpo.config.layout import Layout
-from egrpo.config.load import load_study, yaml_of
-from egrpo.config.trees import closed_form_plan
-from egrpo.stages.clean import leftovers
-from egrpo.stages.doctor import doctor
-from egrpo.stages.fingerprint import state_key
+from egrpo.config.load import yaml_of
+from egrpo.ops.clean import leftovers
+from egrpo.ops.doctor import doctor
+from egrpo.planning.trees import closed_form_plan
 from egrpo.store.files import lock, write_json, write_text
+from egrpo.study.fingerprint import state_key
+from egrpo.study.keys import KEYS
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import load_study
 
 LOGS = {"embeddings": "embed", "profiles": "profile", "base": "evaluate_base"}
 

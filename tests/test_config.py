@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
-from egrpo.config.keys import digest, embedding_key, evaluation_key, profile_key, run_key
-from egrpo.config.load import Study, load_run, load_study
-from egrpo.config.methods import Egrpo, FlowGrpo
+from egrpo.config.load import load_run
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import train_prompts
-from egrpo.config.trees import learning_rate
 from egrpo.errors import UserError
+from egrpo.methods.settings import Egrpo, FlowGrpo
+from egrpo.planning.trees import learning_rate
+from egrpo.study.keys import digest, embedding_key, evaluation_key, profile_key, run_key
+from egrpo.study.resolve import Study, load_study
 
 BASE: dict[str, Any] = {
     "results": "results",

@@ -18,16 +18,17 @@ import yaml
 from pydantic import BaseModel
 from snakemake.cli import get_argument_parser
 
+from docs.generate.__main__ import DOCUMENTS
+from docs.generate.commands import TARGETS, make_targets
+from docs.generate.methods import ENTRIES, departures, drawings, example
+from docs.generate.settings import extra, named, possible, section
+from docs.generate.tables import FILES
 from egrpo.cli import main
-from egrpo.config.load import METHOD_MODELS, load_study
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
 from egrpo.config.rewards import REWARD_MODELS
-from egrpo.documents.__main__ import DOCUMENTS
-from egrpo.documents.commands import TARGETS, make_targets
-from egrpo.documents.methods import ENTRIES, departures, drawings, example
-from egrpo.documents.settings import extra, named, possible, section
-from egrpo.documents.tables import FILES
+from egrpo.methods.settings import METHOD_MODELS
 from egrpo.store.tables import TABLES
+from egrpo.study.resolve import load_study
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -51,12 +52,12 @@ def without_numbers(svg: str) -> str:
 def test_generated_document_is_in_step(path):
     there, made = (ROOT / path).read_text(), DOCUMENTS[path]()
     if path.endswith(".svg") and there != made:  # processors differ in last digits
-        assert without_numbers(there) == without_numbers(made), "run `python -m egrpo.documents`"
+        assert without_numbers(there) == without_numbers(made), "run `python -m docs.generate`"
         there, made = (re.sub(r"\b[pm][0-9a-f]{10}\b", "", text) for text in (there, made))
         numbers = [[float(n) for n in NUMBER.findall(text)] for text in (there, made)]
         assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
         return
-    assert there == made, "run `python -m egrpo.documents`"
+    assert there == made, "run `python -m docs.generate`"
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -19,18 +19,18 @@ from click.testing import CliRunner
 from conftest import ROOT, small_run, write_run
 
 from egrpo.cli import main
-from egrpo.config.load import load_study
 from egrpo.config.models import Model
-from egrpo.config.trees import check_trees
 from egrpo.errors import UserError
 from egrpo.models import load_model
 from egrpo.models.families import SD3
-from egrpo.stages.disk import disk, monitor_bytes, record_bytes, trained_bytes
-from egrpo.stages.doctor import Finding, _attention, doctor
-from egrpo.stages.memory import GIB, lora_parameters, memory
-from egrpo.stages.train import Trainer
-from egrpo.stages.train_run import train
+from egrpo.ops.disk import disk, monitor_bytes, record_bytes, trained_bytes
+from egrpo.ops.doctor import Finding, _attention, doctor
+from egrpo.ops.memory import GIB, lora_parameters, memory
+from egrpo.planning.trees import check_trees
 from egrpo.store.weights import read_part
+from egrpo.study.resolve import load_study
+from egrpo.train.job import train
+from egrpo.train.trainer import Trainer
 
 PRESETS = {path.stem: path for path in sorted((ROOT / "config/presets").glob("*.yaml"))}
 LAID_OVER = {

@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, small_run, write_run
 
-from egrpo.config.load import load_study
 from egrpo.rewards import load_rewards, score_all
 from egrpo.store.tables import ROLLOUTS, read_table
+from egrpo.study.resolve import load_study
 
 COPIED = (
     *("egrpo", "tests", "config", "assets", "docs", "workflow"),

@@ -29,30 +29,31 @@ from test_cli import egrpo, refused
 from test_data import snippets
 from tracked import HARMLESS_OPTIONS, SECRET_OPTIONS, SECRETS, SERVICE, TRACKING, found_in
 
+from egrpo.bundle.export import INDEX, export
+from egrpo.bundle.loading import loading
+from egrpo.bundle.model_card import Sample, base_on_hub, escaped, model_card
 from egrpo.cli import main
-from egrpo.config.keys import run_key
-from egrpo.config.layout import Layout, command
-from egrpo.config.load import load_run, load_study, overlay, read_yaml
+from egrpo.config.load import load_run, overlay, read_yaml
 from egrpo.config.models import RunConfig
 from egrpo.config.rewards import Remote
-from egrpo.config.sharing import NO_ADDRESS, shareable, without_folder, without_secrets
-from egrpo.config.trees import needs_plan, plan_of, training_sigmas
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
+from egrpo.figures.draw import draw
+from egrpo.measure.embed import embed
+from egrpo.measure.evaluate import evaluate
 from egrpo.models.adapter import ADAPTER_FILE, CONFIG, read_adapter
-from egrpo.stages.draw import draw
-from egrpo.stages.embed import embed
-from egrpo.stages.evaluate import evaluate
-from egrpo.stages.export import INDEX, export
-from egrpo.stages.loading import loading
-from egrpo.stages.model_card import Sample, base_on_hub, escaped, model_card
-from egrpo.stages.page import make_page
-from egrpo.stages.provenance import versions, write_about
-from egrpo.stages.report import read_rows, short_table
-from egrpo.stages.tables import RunFiles, make_comparison, read_images, readable
-from egrpo.stages.train_run import train
+from egrpo.page.page import make_page
+from egrpo.planning.trees import needs_plan, plan_of, training_sigmas
+from egrpo.report.provenance import versions, write_about
+from egrpo.report.report import read_rows, short_table
+from egrpo.report.tables import RunFiles, make_comparison, read_images, readable
 from egrpo.store.files import write_json
 from egrpo.store.tables import TRAIN_METRICS, write_table
+from egrpo.study.keys import run_key
+from egrpo.study.layout import Layout, command
+from egrpo.study.resolve import load_study
+from egrpo.study.sharing import NO_ADDRESS, shareable, without_folder, without_secrets
+from egrpo.train.job import train
 
 ELSEWHERE = ("planted-user", "planted-word", "planted-query")
 """Secrets of a service: no run here may ask one."""

@@ -18,20 +18,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from egrpo.bundle.loading import loading
 from egrpo.config.models import OWN_GRID, Model, RunConfig, Schedule
 from egrpo.config.prompts import Prompt
-from egrpo.config.trees import evaluation_sigmas, training_sigmas
 from egrpo.core.executor import execute
-from egrpo.core.methods import chains
 from egrpo.core.schedule import Sigmas, shifted_sigmas, stock_end
 from egrpo.errors import UserError
+from egrpo.methods.shapes import chains
 from egrpo.models import attention, load_model
 from egrpo.models.adapter import ADAPTER_FILE, CONFIG, read_adapter
 from egrpo.models.base import FlowModel
 from egrpo.models.latents import size_problems
 from egrpo.models.packing import packed, token_positions, unpacked
-from egrpo.stages.loading import loading
-from egrpo.stages.train import Trainer
+from egrpo.planning.trees import evaluation_sigmas, training_sigmas
+from egrpo.train.trainer import Trainer
 
 FAMILIES = list(tiny_models.FAMILIES)
 PROMPTS = [
@@ -193,7 +193,7 @@ def family_run(folder: Path, family: str, **more: Any) -> RunConfig:
 def test_training_changes_the_loss_and_its_adapter_loads_in_stock_diffusers(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
-    from egrpo.stages.embed import embed
+    from egrpo.measure.embed import embed
 
     guidance = GUIDANCE[family]
     run = family_run(folders[family], family, **{"model.guidance_scale": guidance})
@@ -384,7 +384,7 @@ def test_the_snippet_of_a_model_card_draws_what_we_draw(
 
 
 def _plan(run: RunConfig) -> Any:
-    from egrpo.config.trees import closed_form_plan
+    from egrpo.planning.trees import closed_form_plan
 
     return closed_form_plan(run)
 
@@ -567,7 +567,7 @@ def test_adapter_of_another_rank_or_family(folders: dict[str, Path], tmp_path: P
 def test_gradient_checkpointing_changes_nothing(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
-    from egrpo.stages.embed import embed
+    from egrpo.measure.embed import embed
 
     after = []
     for checkpointing in (False, True):
@@ -804,7 +804,7 @@ def test_fp8_weights_are_near(folders: dict[str, Path], family: str) -> None:
 def test_feature_cache_spares_the_blocks_and_leaves_training_exact(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
-    from egrpo.stages.embed import embed
+    from egrpo.measure.embed import embed
 
     def trainer(**more: Any) -> Trainer:
         run = family_run(folders[family], family, **more)

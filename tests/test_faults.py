@@ -21,18 +21,18 @@ from test_workflow import study
 
 from egrpo.cli import main
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import closed_form_plan
 from egrpo.errors import UserError
+from egrpo.figures.curves import curves_figure
+from egrpo.measure.embed import embed
 from egrpo.models import load_model
-from egrpo.stages import train_run
-from egrpo.stages.curves import curves_figure
-from egrpo.stages.embed import embed
-from egrpo.stages.processes import Processes
-from egrpo.stages.tables import is_image
-from egrpo.stages.train import Trainer
-from egrpo.stages.train_run import only_one, train
+from egrpo.planning.trees import closed_form_plan
+from egrpo.report.tables import is_image
+from egrpo.sampling.processes import Processes
 from egrpo.store import files, journal
 from egrpo.store.files import write_json, write_once, write_text
+from egrpo.train import job as train_run
+from egrpo.train.job import only_one, train
+from egrpo.train.trainer import Trainer
 
 
 class Disk:

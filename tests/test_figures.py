@@ -26,12 +26,12 @@ from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.spread import Choice, Spread, choose_threshold
 from egrpo.errors import UserError
-from egrpo.stages.branches import branches_figure
-from egrpo.stages.curves import arm_curves_figure, curves_figure
-from egrpo.stages.figures import entropy_figure
-from egrpo.stages.image_grid import images_figure
-from egrpo.stages.style import wrap
-from egrpo.stages.threshold_figure import threshold_figure
+from egrpo.figures.branches import branches_figure
+from egrpo.figures.curves import arm_curves_figure, curves_figure
+from egrpo.figures.image_grid import images_figure
+from egrpo.figures.profile import entropy_figure
+from egrpo.figures.style import wrap
+from egrpo.figures.threshold import threshold_figure
 from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, IMAGES, TRAIN_METRICS, write_table
 
 GRID = shifted_sigmas(16, 3.0)
@@ -493,9 +493,9 @@ def test_same_data_gives_the_same_files_and_leaves_matplotlib_alone(
 
 
 def test_figures_need_neither_torch_nor_pyplot() -> None:
-    names = "branches curves figures image_grid style threshold_figure".split()
+    names = "branches curves profile image_grid style threshold".split()
     code = (
-        f"import sys, {', '.join(f'egrpo.stages.{name}' for name in names)}\n"
+        f"import sys, {', '.join(f'egrpo.figures.{name}' for name in names)}\n"
         "print([m for m in ('torch', 'mlflow', 'pandas', 'matplotlib.pyplot') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -25,9 +25,10 @@ from egrpo.core.entropy import step_entropy
 from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.errors import UserError
-from egrpo.stages import figures, image_grid, report, tables
-from egrpo.stages.notes import run_note
-from egrpo.stages.tables import RunFiles, make_comparison
+from egrpo.figures import image_grid
+from egrpo.figures import profile as figures
+from egrpo.report import report, tables
+from egrpo.report.tables import RunFiles, make_comparison
 from egrpo.store.tables import (
     COMPARISON,
     ENTROPY_PROFILE,
@@ -37,6 +38,7 @@ from egrpo.store.tables import (
     read_table,
     write_table,
 )
+from egrpo.tracking.notes import run_note
 
 GRID = shifted_sigmas(16, 3.0)
 PROMPTS = [f"prompt number {i}" for i in range(6)]
@@ -628,7 +630,7 @@ def test_same_data_gives_the_same_file(profile: Path, tmp_path: Path) -> None:
 
 def test_tables_figures_and_report_need_neither_torch_nor_trackers() -> None:
     code = (
-        "import sys, egrpo.stages.tables, egrpo.stages.figures, egrpo.stages.report\n"
+        "import sys, egrpo.report.tables, egrpo.figures.profile, egrpo.report.report\n"
         "print([m for m in ('torch', 'mlflow', 'pandas', 'matplotlib.pyplot') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,12 +21,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
+from docs.generate.settings import section
 from egrpo.cli import main
-from egrpo.config.load import METHOD_MODELS, Study, check_files, load_run, load_study, numbers
+from egrpo.config.load import load_run, numbers
 from egrpo.config.models import RunConfig, StudyConfig
-from egrpo.config.trees import check_trees
-from egrpo.documents.settings import section
 from egrpo.errors import UserError
+from egrpo.methods.settings import METHOD_MODELS
+from egrpo.planning.trees import check_trees
+from egrpo.study.files import check_files
+from egrpo.study.resolve import Study, load_study
 
 METHODS = {"one": "egrpo", "two": "mixgrpo", "three": "branchgrpo", "four": "diffusion_nft"}
 ROWS = "run\tmethod.name\ttrain.iterations\tmethod.steps\n" + "".join(

@@ -34,10 +34,10 @@ from egrpo.core.schedule import shifted_sigmas
 from egrpo.errors import UserError
 from egrpo.models import load_model
 from egrpo.models.conditioning import Conditioning, load_conditioning, save_conditioning
+from egrpo.planning.plan import grid_of, load_plan, measured_spread, plan
 from egrpo.rewards import load_reward
 from egrpo.rewards.network import read_state
 from egrpo.rewards.torchscript import read_torchscript
-from egrpo.stages.plan import grid_of, load_plan, measured_spread, plan
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
 from egrpo.store.files import write_json

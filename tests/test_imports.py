@@ -13,7 +13,6 @@ LIGHT_CORE = [
     "egrpo.core.entropy",
     "egrpo.core.plan",
     "egrpo.core.tree",
-    "egrpo.core.methods",
     "egrpo.core.advantage",
     "egrpo.core.seeds",
     "egrpo.core.intervals",

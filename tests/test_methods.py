@@ -14,9 +14,13 @@ from typing import Any
 import pytest
 from conftest import ROOT, small_run, write_run
 
-from egrpo.config.load import METHOD_MODELS
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import (
+from egrpo.core.noise import NOISING
+from egrpo.core.schedule import shifted_sigmas, stock_end
+from egrpo.core.tree import Cost, Tree
+from egrpo.errors import UserError
+from egrpo.methods.settings import METHOD_MODELS
+from egrpo.planning.trees import (
     evaluation_sigmas,
     iteration_cost,
     monitor_sigmas,
@@ -25,10 +29,6 @@ from egrpo.config.trees import (
     training_sigmas,
     tree_of,
 )
-from egrpo.core.noise import NOISING
-from egrpo.core.schedule import shifted_sigmas, stock_end
-from egrpo.core.tree import Cost, Tree
-from egrpo.errors import UserError
 
 METHODS = sorted(METHOD_MODELS)
 
@@ -280,7 +280,7 @@ OCCASIONS = [(1, 0), (1, 1), (2, 0), (30, 7), (31, 7)]
 SCRIPT = """
 import hashlib, sys
 from egrpo.config.load import load_run
-from egrpo.config.trees import needs_plan, plan_of, training_sigmas, tree_of
+from egrpo.planning.trees import needs_plan, plan_of, training_sigmas, tree_of
 for path in sys.argv[1:]:
     run = load_run(path)
     plan = plan_of(run, training_sigmas(run)) if needs_plan(run) else None

@@ -20,12 +20,12 @@ from egrpo.config.models import RunConfig
 from egrpo.core.advantage import Advantages, advantages, best_leaves, prune
 from egrpo.core.executor import execute
 from egrpo.core.loss import clipped_objective, negative_aware_objective
-from egrpo.core.methods import branches, branchgrpo, dancegrpo, forward_process, windowed
 from egrpo.core.noise import NOISING, Matching
 from egrpo.core.rollout import Rollout, Segment, TrainBatch
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.seeds import normal, seed_of
 from egrpo.core.tree import Tree, TreeBuilder
+from egrpo.methods.shapes import branches, branchgrpo, dancegrpo, forward_process, windowed
 
 NAN = math.nan
 PROMPTS = 3

@@ -14,16 +14,16 @@ from mlflow_pages import Pages, interface
 from PIL import Image
 from tracked import line, picture, prompts_of, results_of, run_config, study_of, write_metrics
 
-from egrpo.config.layout import Layout
-from egrpo.config.load import Study
-from egrpo.config.methods import Egrpo, FlowGrpo
 from egrpo.config.models import RunConfig
-from egrpo.stages.prepare import prepare
-from egrpo.stages.publish import publish
-from egrpo.store import tracking
+from egrpo.methods.settings import Egrpo, FlowGrpo
 from egrpo.store.files import read_json
-from egrpo.store.tracking import deliver, open_client
-from egrpo.store.views import TRAINING, address
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import Study
+from egrpo.tracking import client as tracking
+from egrpo.tracking.client import deliver, open_client
+from egrpo.tracking.prepare import prepare
+from egrpo.tracking.publish import publish
+from egrpo.tracking.views import TRAINING, address
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

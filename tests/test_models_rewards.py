@@ -15,19 +15,19 @@ from PIL import Image
 from egrpo.config.prompts import read_prompts
 from egrpo.config.rewards import REWARD_MODELS
 from egrpo.core.executor import execute
-from egrpo.core.methods import chains
 from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
 from egrpo.images import DECODED, FINE, LATENT, Images
+from egrpo.measure.embed import embed
+from egrpo.methods.shapes import chains
 from egrpo.models import load_model
 from egrpo.models.conditioning import load_conditioning
 from egrpo.rewards import load_rewards, score_all
-from egrpo.rewards.jpeg import JpegCompressibility
+from egrpo.rewards.jpeg import Jpeg
 from egrpo.rewards.verifier import Verifier
-from egrpo.stages.embed import embed
-from egrpo.stages.sampling import sample_images
-from egrpo.stages.train import Trainer
+from egrpo.sampling.sample import sample_images
+from egrpo.train.trainer import Trainer
 
 TOY = "assets/toy/pipeline"
 GRID = shifted_sigmas(8, 3.0, end=stock_end(3.0, dynamic=False))
@@ -77,7 +77,7 @@ def test_trained_lora_gives_the_same_image_in_the_stock_pipeline(
     pipe: Any, embeddings: Path, tmp_path: Path
 ) -> None:
     run = small_run("x", **{"train.learning_rate_scale": 1000.0})
-    from egrpo.config.trees import plan_of, training_sigmas
+    from egrpo.planning.trees import plan_of, training_sigmas
 
     trainer = Trainer(run, plan_of(run, training_sigmas(run)), embeddings)
     trainer.step()
@@ -106,7 +106,7 @@ def test_trained_lora_gives_the_same_image_in_the_stock_pipeline(
 
 
 def test_fully_tuned_weights_load_again(embeddings: Path, tmp_path: Path) -> None:
-    from egrpo.config.trees import plan_of, training_sigmas
+    from egrpo.planning.trees import plan_of, training_sigmas
 
     run = small_run("x", **{"model.tuning": "full"})
     trainer = Trainer(run, plan_of(run, training_sigmas(run)), embeddings)
@@ -364,7 +364,7 @@ def test_clip_equals_clip_anytorch(size: tuple[int, int]) -> None:
 def test_jpeg_is_minus_the_size_in_kilobytes() -> None:
     images = pictures(2)
     images[1] = 128
-    scores = JpegCompressibility().score(images, ["", ""])
+    scores = Jpeg().score(images, ["", ""])
     buffer = io.BytesIO()
     Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
     assert scores[0] == pytest.approx(-len(buffer.getvalue()) / 1000)

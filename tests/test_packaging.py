@@ -22,7 +22,7 @@ from packaging.version import Version
 
 from egrpo import __version__
 from egrpo.cli import main
-from egrpo.config.load import load_study
+from egrpo.study.resolve import load_study
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BIN = Path(sys.executable).parent
@@ -61,7 +61,7 @@ def test_citation_names_software_and_paper() -> None:
     assert paper["identifiers"][0]["type"] in ("doi", "url", "swh", "other")
     assert "2601.00423" in paper["url"]
     assert "2601.00423" in paper["identifiers"][0]["value"]
-    template = (ROOT / "egrpo/stages/templates/model_card.md.j2").read_text(encoding="utf-8")
+    template = (ROOT / "egrpo/page/templates/model_card.md.j2").read_text(encoding="utf-8")
     assert paper["title"] in template  # cards cite the same
     for author in paper["authors"]:
         assert f"{author['given-names']} {author['family-names']}" in template

@@ -23,19 +23,16 @@ from PIL import Image
 from test_cli import egrpo, refused
 from test_figures_tables import GRID, profile_rows, write_results
 
-from egrpo.config.layout import Layout
-from egrpo.config.load import Study
 from egrpo.config.models import RunConfig, TableSpec
 from egrpo.core.plan import make_plan
 from egrpo.errors import UserError
+from egrpo.figures.curves import curves_figure
+from egrpo.figures.profile import entropy_figure
 from egrpo.images import Images
-from egrpo.stages.curves import curves_figure
-from egrpo.stages.figures import entropy_figure
-from egrpo.stages.gallery import MOST_ARMS, MOST_LARGE, MOST_SMALL, Gallery, make_gallery
-from egrpo.stages.monitor import save_grid
-from egrpo.stages.page import make_page, pages, write_root
-from egrpo.stages.plan import plan_rows
-from egrpo.stages.tables import RunFiles, make_comparison
+from egrpo.page.gallery import MOST_ARMS, MOST_LARGE, MOST_SMALL, Gallery, make_gallery
+from egrpo.page.page import make_page, pages, write_root
+from egrpo.planning.plan import plan_rows
+from egrpo.report.tables import RunFiles, make_comparison
 from egrpo.store.files import write_json
 from egrpo.store.tables import (
     COMPARISON,
@@ -46,6 +43,9 @@ from egrpo.store.tables import (
     read_table,
     write_table,
 )
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import Study
+from egrpo.train.monitor import save_grid
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -562,7 +562,7 @@ def test_command_makes_the_same_page(results: Layout, finished: Layout) -> None:
 
 def test_page_needs_no_heavy_package() -> None:
     code = (
-        "import sys, egrpo.stages.page\nheavy = ('torch', 'mlflow', 'pandas', 'matplotlib')\n"
+        "import sys, egrpo.page.page\nheavy = ('torch', 'mlflow', 'pandas', 'matplotlib')\n"
         "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -611,7 +611,7 @@ def test_two_studies_that_finish_at_once_are_both_listed(
 ) -> None:
     """The other page appears after ours looked, and before it wrote."""
     folder = tmp_path / "results"
-    from egrpo.stages import page as module
+    from egrpo.page import page as module
 
     def late(found: Path) -> Iterator[dict[str, str]]:
         yield from list(pages(found))

@@ -15,16 +15,16 @@ from PIL import Image
 from test_figures_tables import GRID
 from test_page import config, image_of, opened, write_all
 
-from egrpo.config.layout import Layout
-from egrpo.config.load import Study
 from egrpo.config.models import FigureSpec
 from egrpo.core.plan import make_plan
-from egrpo.stages.page import make_page, write_root
-from egrpo.stages.page_parts import LARGE, WIDE
-from egrpo.stages.plan import plan_rows
-from egrpo.stages.provenance import write_about
+from egrpo.page.page import make_page, write_root
+from egrpo.page.parts import LARGE, WIDE
+from egrpo.planning.plan import plan_rows
+from egrpo.report.provenance import write_about
 from egrpo.store.files import write_json
 from egrpo.store.tables import COMPARISON, MERGE_PLAN, SCORES, read_table, write_table
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import Study
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -19,7 +19,7 @@ from conftest import ROOT, overflowing, small_run, write_run
 from safetensors.torch import load_file
 
 from egrpo.config.models import RunConfig
-from egrpo.config.trees import closed_form_plan
+from egrpo.planning.trees import closed_form_plan
 from egrpo.store.files import write_json
 
 LIVE = {"train.ema_decay": None, "train.ema_ramp": None}

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from egrpo.config.layout import Layout
-from egrpo.config.load import Study
 from egrpo.config.models import RunConfig, TableSpec
 from egrpo.errors import UserError
-from egrpo.stages.results import make_table, marks, write_result_table
+from egrpo.report.results import make_table, marks, write_result_table
 from egrpo.store.tables import RESULTS, SCORES, SNAPSHOTS, read_table, write_table
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import Study
 
 PROMPTS = 12
 SAMPLES = 2
@@ -581,7 +581,7 @@ def test_peak_memory_may_be_unknown(at: Layout) -> None:
 
 def test_results_need_neither_torch_nor_trackers() -> None:
     code = (
-        "import sys, egrpo.stages.results\n"
+        "import sys, egrpo.report.results\n"
         "print([m for m in ('torch', 'mlflow', 'pandas', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,10 +16,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from egrpo.core.entropy import profile, step_entropy
-from egrpo.core.methods import egrpo
 from egrpo.core.noise import flow_sde_std
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import check_sigmas, shifted_sigmas, stock_end
+from egrpo.methods.shapes import egrpo
 
 PAPER_GRID = shifted_sigmas(16, 3.0)
 PAPER_ENTROPY = [

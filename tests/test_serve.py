@@ -32,12 +32,12 @@ from conftest import ROOT, small_run
 from egrpo.cli import main
 from egrpo.config.rewards import Remote as Settings
 from egrpo.errors import UserError
+from egrpo.ops import serve
+from egrpo.ops.batcher import Batcher, RewardFailedError
 from egrpo.rewards import load_rewards
 from egrpo.rewards.http import text_of
 from egrpo.rewards.network import png_of
 from egrpo.rewards.remote import TRIES, Remote
-from egrpo.stages import serve
-from egrpo.stages.batcher import Batcher, RewardFailedError
 
 PROMPTS = ["two red circles", "", "a blue square — ünïcode"]
 

@@ -13,14 +13,14 @@ from conftest import small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egrpo.config.trees import plan_of, training_sigmas, tree_of
 from egrpo.core.entropy import step_entropy
-from egrpo.core.methods import egrpo
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.spread import Spread, allocate, choose_threshold
 from egrpo.core.tree import Cost
 from egrpo.errors import UserError
+from egrpo.methods.shapes import egrpo
+from egrpo.planning.trees import plan_of, training_sigmas, tree_of
 
 MEASURES = ("exp_per_dim", "nats_per_dim", "variance")
 

@@ -14,13 +14,14 @@ import pytest
 from conftest import ROOT, small_run
 from test_config import BASE, Folder
 
-from egrpo.config import load
-from egrpo.config.keys import run_key, training_key
-from egrpo.config.layout import Layout
-from egrpo.config.load import load_study, load_target, options_of, yaml_of
+from egrpo.config.load import load_target, options_of, yaml_of
 from egrpo.config.models import RunConfig, TableSpec
 from egrpo.config.prompts import read_prompts
-from egrpo.config.trees import (
+from egrpo.core.entropy import MEASURES, step_entropy
+from egrpo.core.spread import Spread
+from egrpo.errors import UserError
+from egrpo.planning.plan import measured_spread
+from egrpo.planning.trees import (
     check_trees,
     iteration_cost,
     plan_of,
@@ -28,11 +29,11 @@ from egrpo.config.trees import (
     run_cost,
     training_sigmas,
 )
-from egrpo.core.entropy import MEASURES, step_entropy
-from egrpo.core.spread import Spread
-from egrpo.errors import UserError
-from egrpo.stages.plan import measured_spread
 from egrpo.store.tables import ENTROPY_PROFILE, read_table, write_table
+from egrpo.study import files as load
+from egrpo.study.keys import run_key, training_key
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import load_study
 
 TWO = "run\tmethod.name\na\tegrpo\nb\tflow_grpo\n"
 TRAIN = {"rewards": {"verifier": 1.0}}

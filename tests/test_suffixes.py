@@ -11,8 +11,8 @@ import pytest
 from conftest import small_run
 from scipy.stats import spearmanr
 
-from egrpo.config.trees import plan_of, training_sigmas
-from egrpo.stages.suffixes import mean_spread, rank_correlation, suffixes
+from egrpo.measure.suffixes import mean_spread, rank_correlation, suffixes
+from egrpo.planning.trees import plan_of, training_sigmas
 
 
 def test_rank_correlation_is_spearmans_with_ties() -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 CRASH = (
-    "import egrpo.config.load as load, egrpo.cli as cli\n"
+    "import egrpo.study.resolve as load, egrpo.cli as cli\n"
     "def broken(*paths):\n"
     "    raise ZeroDivisionError('what nobody expected')\n"
     "load.load_study = broken\n"
@@ -21,7 +21,7 @@ CRASH = (
 )
 WORK = (
     "import time\n"
-    "from egrpo.stages.progress import Progress\n"
+    "from egrpo.progress import Progress\n"
     "with Progress(5, 'train', done=1) as progress:\n"
     "    for _ in range(4):\n"
     "        time.sleep(0.15)\n"

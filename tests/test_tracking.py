@@ -40,23 +40,26 @@ from tracked import (
     write_metrics,
 )
 
-from egrpo.config.base import without_password
-from egrpo.config.keys import tracking_key
-from egrpo.config.layout import Layout
-from egrpo.config.load import Row, Study, load_run, resolve_run
+from egrpo.config.load import Row, load_run
 from egrpo.config.models import Model, RunConfig, Tracking
 from egrpo.config.rewards import Custom, Remote, Verifier
 from egrpo.errors import UserError
-from egrpo.stages import doctor
-from egrpo.stages.prepare import prepare
-from egrpo.stages.publish import publish
-from egrpo.stages.publish_run import publish_run
-from egrpo.stages.ui import free_port, serve
-from egrpo.store import journal, live, superseded, tracking
-from egrpo.store.deliver import digest_of
+from egrpo.ops import doctor
+from egrpo.settings import without_password
+from egrpo.store import journal
 from egrpo.store.files import read_json, write_json, write_text
-from egrpo.store.live import LiveTracker
-from egrpo.store.tracking import deliver, open_client
+from egrpo.study.keys import tracking_key
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import Study, resolve_run
+from egrpo.tracking import client as tracking
+from egrpo.tracking import live, superseded
+from egrpo.tracking.client import deliver, open_client
+from egrpo.tracking.deliver import digest_of
+from egrpo.tracking.live import LiveTracker
+from egrpo.tracking.prepare import prepare
+from egrpo.tracking.publish import publish
+from egrpo.tracking.publish_run import publish_run
+from egrpo.tracking.ui import free_port, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -476,7 +479,7 @@ def server(tables_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     write_json(folder / "store.json", ids)
     code = (  # nohup has the interrupt ignored
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from egrpo.stages.ui import serve; from pathlib import Path; serve(Path('store.json'))"
+        "from egrpo.tracking.ui import serve; from pathlib import Path; serve(Path('store.json'))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(

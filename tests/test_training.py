@@ -21,20 +21,20 @@ from conftest import ROOT, overflowing, small_run, write_run
 from safetensors.torch import load_file
 
 from egrpo.config.models import Bound, RunConfig
-from egrpo.config.trees import iteration_cost, needs_plan, plan_of, training_sigmas, tree_of
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
 from egrpo.images import DECODED, FINE, LATENT, Images
-from egrpo.stages import train_run
-from egrpo.stages.fingerprint import state_key
-from egrpo.stages.monitor import load_grid, measure, save_grid
-from egrpo.stages.train import Trainer
-from egrpo.stages.train_run import train
-from egrpo.stages.training_warnings import crossed, training_warnings, warnings_in
+from egrpo.planning.trees import iteration_cost, needs_plan, plan_of, training_sigmas, tree_of
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
 from egrpo.store.files import write_json
 from egrpo.store.tables import ROLLOUTS, TRAIN_METRICS, read_table
+from egrpo.study.fingerprint import state_key
+from egrpo.train import job as train_run
+from egrpo.train.job import train
+from egrpo.train.monitor import load_grid, measure, save_grid
+from egrpo.train.trainer import Trainer
+from egrpo.train.warnings import crossed, training_warnings, warnings_in
 
 
 def plan_for(run: RunConfig) -> Plan | None:

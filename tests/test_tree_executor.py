@@ -16,7 +16,14 @@ from conftest import updates_of
 from torch import Tensor
 
 from egrpo.core.executor import execute
-from egrpo.core.methods import (
+from egrpo.core.noise import NOISING
+from egrpo.core.plan import make_plan
+from egrpo.core.rollout import Rollout
+from egrpo.core.schedule import shifted_sigmas
+from egrpo.core.seeds import normal, seed_of
+from egrpo.core.transitions import transition
+from egrpo.core.tree import ROOT, Cost, Node, Tree, TreeBuilder
+from egrpo.methods.shapes import (
     branches,
     branchgrpo,
     chains,
@@ -28,13 +35,6 @@ from egrpo.core.methods import (
     tempflow_grpo,
     windowed,
 )
-from egrpo.core.noise import NOISING
-from egrpo.core.plan import make_plan
-from egrpo.core.rollout import Rollout
-from egrpo.core.schedule import shifted_sigmas
-from egrpo.core.seeds import normal, seed_of
-from egrpo.core.transitions import transition
-from egrpo.core.tree import ROOT, Cost, Node, Tree, TreeBuilder
 
 LEVEL = 0.7
 PAPER = make_plan(shifted_sigmas(16, 3.0), range(8), threshold=2.2, noise_level=LEVEL)

@@ -18,8 +18,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from egrpo.config.load import load_run, load_study, overlay, read_yaml
+from egrpo.config.load import load_run, overlay, read_yaml
 from egrpo.store.tables import TABLES
+from egrpo.study.resolve import load_study
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -348,7 +349,7 @@ def test_an_edit_of_the_code_runs_again_what_it_decides(finished: Path, tmp_path
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy2(ROOT / "Snakefile", tmp_path)
     assert planned(finished, where=tmp_path) == {}
-    with (tmp_path / "egrpo/stages/templates/page.css").open("a") as source:
+    with (tmp_path / "egrpo/page/templates/page.css").open("a") as source:
         source.write("/* edited */\n")
     assert planned(finished, where=tmp_path) == {"all": 1, "page": 1}
     with (tmp_path / "egrpo/core/loss.py").open("a") as source:

@@ -281,7 +281,7 @@ def test_stock_pipeline_draws_what_it_is_asked_for_in_part(
 
 
 def test_prompt_embeddings_tell_the_words_apart(pipeline: StableDiffusion3Pipeline) -> None:
-    from egrpo.world.train_pipeline import encode_prompts
+    from toy_world.train_pipeline import encode_prompts
 
     tokenizer = pipeline.tokenizer
     assert tokenizer.model_max_length == 9
@@ -313,8 +313,7 @@ def test_prompt_embeddings_tell_the_words_apart(pipeline: StableDiffusion3Pipeli
 
 def test_vae_reconstructs_and_its_latents_are_standard(truth: Truth) -> None:
     from diffusers import AutoencoderKL
-
-    from egrpo.world.train_pipeline import decode_latents, encode_images
+    from toy_world.train_pipeline import decode_latents, encode_images
 
     vae = AutoencoderKL.from_pretrained(str(TOY / "pipeline" / "vae"))
     combinations, images = truth
@@ -329,8 +328,7 @@ def test_vae_reconstructs_and_its_latents_are_standard(truth: Truth) -> None:
 
 def test_clip_loads_with_its_own_library_and_ranks_prompts(truth: Truth) -> None:
     import torch
-
-    from egrpo.world.train_scorers import clip_ranking, clip_text_features
+    from toy_world.train_scorers import clip_ranking, clip_text_features
 
     state = torch.load(TOY / "clip.pt", weights_only=True)
     assert state["token_embedding.weight"].shape == (49408, 64)
@@ -354,9 +352,9 @@ def test_clip_loads_with_its_own_library_and_ranks_prompts(truth: Truth) -> None
 
 def test_preference_orders_synthetic_pairs_and_ignores_the_prompt(truth: Truth) -> None:
     import torch
+    from toy_world.train_scorers import blur, preference_accuracy, synthetic_pairs
 
     from egrpo.world.preference import load_preference
-    from egrpo.world.train_scorers import blur, preference_accuracy, synthetic_pairs
 
     model = load_preference(TOY / "preference.safetensors")
     pairs = synthetic_pairs(all_combinations(), 500, torch.Generator().manual_seed(99))
@@ -402,8 +400,7 @@ def test_preference_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 def test_captions_never_name_a_heldout_prompt() -> None:
     import torch
-
-    from egrpo.world.train_pipeline import caption_table
+    from toy_world.train_pipeline import caption_table
 
     train, _ = split()
     table = caption_table(train, 0.2)
@@ -417,8 +414,7 @@ def test_captions_never_name_a_heldout_prompt() -> None:
 
 def test_settings_refuse_unknown_keys_and_bad_values() -> None:
     from pydantic import ValidationError
-
-    from egrpo.world.recipe import WorldSettings, load_settings
+    from toy_world.recipe import WorldSettings, load_settings
 
     settings = load_settings(CONFIG)
     tree = settings.model_dump()
@@ -434,8 +430,7 @@ def test_settings_refuse_unknown_keys_and_bad_values() -> None:
 
 def test_recipe_runs_end_to_end_and_repeats(tmp_path: Path) -> None:
     from safetensors.torch import load_file
-
-    from egrpo.world.recipe import build, load_settings, main, scale_steps
+    from toy_world.recipe import build, load_settings, main, scale_steps
 
     arguments = ["--config", str(CONFIG), "--steps-scale", "0.001", "--output"]
     with modes_by(0o027, tmp_path):

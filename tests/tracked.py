@@ -9,13 +9,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from egrpo.config.keys import evaluation_key, profile_key
-from egrpo.config.load import Study
-from egrpo.config.methods import Egrpo
 from egrpo.config.models import Model, Prompts, RunConfig, Tracking, Train
 from egrpo.config.rewards import Verifier
+from egrpo.methods.settings import Egrpo
 from egrpo.store import tables
 from egrpo.store.files import write_json, write_text
+from egrpo.study.keys import evaluation_key, profile_key
+from egrpo.study.resolve import Study
 
 SECRET_OPTIONS: dict[str, Any] = {
     "api_key": "sk-planted-1",

@@ -1,60 +1,28 @@
-"""Reading, merging and validating settings.
-
-Order of merging, later wins: model defaults, the method's own recipe, the study's YAML files,
-snakemake's ``--config``, the run's row in the runs table.
-"""
+"""Settings as they lie in files, and laid over each other."""
 
 from __future__ import annotations
 
-import difflib
-import functools
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from egrpo.config.methods import AnyMethod, Method
-from egrpo.config.models import FigureSpec, Prompts, RunConfig, StudyConfig, TableSpec
-from egrpo.config.prompts import read_prompts
-from egrpo.config.rewards import REWARD_MODELS
-from egrpo.config.targets import check_targets, resolve_budgets, with_snapshots
+from egrpo.config.explain import explain, shown
+from egrpo.config.models import FigureSpec, RunConfig, TableSpec
 from egrpo.errors import UserError
 
 Tree = dict[str, Any]
 
-METHOD_MODELS: dict[str, type[Method]] = {
-    model.model_fields["name"].default: model for model in get_args(get_args(AnyMethod)[0])
-}
-"""Settings model of each method, by name."""
-
-TAGGED: dict[str, type[BaseModel]] = {**METHOD_MODELS, **REWARD_MODELS}
-"""What pydantic puts into the place of a setting whose name or kind chooses its model."""
-
-_UNION_MEMBERS = ("int", "float", "list[int]", "constrained-int", "constrained-float")
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 
 _ANCIENT = re.compile(r"[+-]?0[0-7_]+|.*:.*")
 """Numbers that YAML 1.1 reads as others: 010 as 8, 1:30 as 90."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study with all its runs resolved."""
-
-    name: str
-    results: str
-    runs: dict[str, RunConfig]
-    default_runs: tuple[str, ...] = ()
-    paper: tuple[str, ...] = ()
-    tables: Mapping[str, TableSpec] = field(default_factory=dict)
-    figures: Mapping[str, FigureSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -309,225 +277,6 @@ def kept(below: Tree, top: Mapping[str, Any], where: tuple[str, ...]) -> Tree:
     return below
 
 
-def resolve(data: Tree, source: str) -> Study:
-    """All runs of a study from its settings (as read from YAML).
-
-    Args:
-        data: the study's YAML; ``source`` is its name for messages.
-
-    Raises:
-        UserError: one line naming file, key and remedy.
-    """
-    study_keys = set(StudyConfig.model_fields)
-    data = without_nulls(numbers(data))
-    data = {k: v for k, v in data.items() if v is not None or k not in study_keys}
-    try:
-        study = StudyConfig.model_validate({k: v for k, v in data.items() if k in study_keys})
-    except ValidationError as error:
-        raise UserError(f"{source}: {explain(error, StudyConfig)}") from None
-    unknown = sorted(set(study.methods) - set(METHOD_MODELS))
-    if unknown:
-        raise UserError(
-            f"{source}: methods.{unknown[0]}: unknown method; known: {', '.join(METHOD_MODELS)}"
-        )
-    shared = {k: v for k, v in data.items() if k not in study_keys}
-    for key in ("run", "arm", "method"):
-        if key in shared:
-            raise UserError(
-                f"{source}: {key}: belongs in the runs table (method.name, method.…) or under "
-                "`methods`, not at the top of a study"
-            )
-    if not os.path.isfile(study.runs):
-        raise UserError(f"{source}: runs: {study.runs}: no such file")
-    runs: dict[str, RunConfig] = {}
-    for row in read_runs(study.runs):
-        for arm, one in seeded(row, study):
-            runs[one.run] = resolve_run(shared, study.methods, one, source, study.runs, arm)
-    for name in sorted(set(study.methods) - {run.method.name for run in runs.values()}):
-        try:  # no run says whether these settings are right
-            METHOD_MODELS[name].model_validate({"name": name, **study.methods[name]})
-        except ValidationError as error:
-            text = explain(error, METHOD_MODELS[name])
-            raise UserError(f"{source}: methods.{name}.{text}") from None
-    names = {run.study for run in runs.values()}
-    if len(names) > 1:
-        raise UserError(f"{study.runs}: column study: all runs of a table share one study")
-    check_targets(study, runs, source)
-    try:
-        tables = resolve_budgets(study.tables, runs)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    return Study(
-        names.pop(),
-        study.results,
-        with_snapshots(runs, tables.values()),
-        tuple(runs if study.default_runs is None else study.default_runs),
-        tuple((*study.tables, *study.figures) if study.paper is None else study.paper),
-        tables,
-        study.figures,
-    )
-
-
-def seeded(row: Row, study: StudyConfig) -> Iterator[tuple[str, Row]]:
-    """(arm, row) of each run that a line of the runs table stands for."""
-    if study.seeds is None:
-        yield row.run, row
-        return
-    if "seed" in row.overrides:
-        raise UserError(
-            f"{study.runs}: run {row.run!r}, column seed: the study's `seeds` give every run its "
-            "seed; leave one of them out"
-        )
-    for seed in study.seeds:
-        yield row.run, Row(f"{row.run}-s{seed}", {**row.overrides, "seed": seed})
-
-
-def resolve_run(
-    shared: Tree,
-    methods: Mapping[str, Tree],
-    row: Row,
-    source: str,
-    table: str,
-    arm: str | None = None,
-) -> RunConfig:
-    """One run: its method's recipe, the study's settings, then its own overrides."""
-    name = row.overrides.get("method.name", "egrpo")
-    if not isinstance(name, str) or name not in METHOD_MODELS:
-        raise UserError(
-            f"{table}: run {row.run!r}, column method.name: unknown method {name!r}; "
-            f"known: {', '.join(METHOD_MODELS)}"
-        )
-    tree: Tree = {}
-    for key, value in METHOD_MODELS[name].recipe.items():
-        put(tree, key, value)
-    tree = overlay(tree, shared)
-    own = {"run": row.run, "arm": arm or row.run}
-    base = overlay(tree, {**own, "method": {"name": name, **methods.get(name, {})}})
-    over: Tree = {}
-    for key, value in row.overrides.items():
-        if key.startswith("train.rewards.") and at(over, "train.rewards") is None:
-            trained = at(base, "train.rewards")  # of which the column sets one
-            put(over, "train.rewards", dict(trained) if isinstance(trained, dict) else {})
-        put(over, key, value)
-    tree = without_nulls(overlay(base, over))
-    try:
-        run = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        text, problem = explain(error, RunConfig), first_problem(error)
-        if problem["loc"] != ("run",) and without_row(base, problem):
-            text = re.sub(r"^method(?=\.\w|:)", f"methods.{name}", text)
-            raise UserError(f"{source}: {text}") from None
-        raise UserError(f"{table}, run {row.run!r}: {text}") from None
-    if run.method.name != name:  # its recipe would be another method's
-        raise UserError(
-            f"{table}, run {row.run!r}: method.name is {name!r} but the settings of the method "
-            f"say {run.method.name!r}; set it in column method.name only"
-        )
-    return run
-
-
-def load_study(*paths: str | Path, options: Mapping[str, Any] | None = None) -> Study:
-    """Read and resolve a study's YAML; later files are laid over the first.
-
-    Args:
-        paths: the files.
-        options: snakemake's ``--config``, laid over them.
-    """
-    data: Tree = {}
-    for path in paths:
-        data = overlay(data, read_yaml(path))
-    given = options or {}
-    return resolve(overlay(data, options_of(given)), source_of(paths, given))
-
-
-def source_of(paths: Iterable[str | Path], options: Collection[str] = ()) -> str:
-    """Where settings come from, for messages."""
-    return ", ".join([*map(str, paths), *(["--config"] if options else [])])
-
-
-def check_files(study: Study, source: str) -> None:
-    """Refuse a study whose prompt, reward or model files are not there, before anything runs.
-
-    Raises:
-        UserError: naming the key and the file.
-    """
-    for problem in file_problems(study, source):
-        raise UserError(problem)
-
-
-def file_problems(study: Study, source: str) -> Iterator[str]:
-    """Every file that is not there, each once: key, file, and a run that asks for it."""
-    of_prompts = functools.cache(lambda *given: [*_problems_of_prompts(*given)])  # files are long
-    seen: set[str] = set()
-    first = [name for name in study.default_runs if name in study.runs]
-    for name in [*first, *(run for run in study.runs if run not in first)]:
-        for problem in _problems_of(study.runs[name], of_prompts):
-            if problem not in seen:
-                seen.add(problem)
-                yield f"{source}: {problem} (run {name})"
-
-
-def _problems_of(run: RunConfig, of_prompts: Callable[[Prompts, int], list[str]]) -> Iterator[str]:
-    pinned = run.model.revision is not None
-    yield from _source("model.path", run.model.path, "revision", pinned, file=False)
-    yield from of_prompts(run.prompts, run.train.prompts_per_iteration)
-    for name, reward in run.rewards.items():
-        for key, path in reward.files.items():
-            commit, file = reward.hub.get(key), key in reward.hub_files
-            pinned = commit is not None and getattr(reward, commit) is not None
-            yield from _source(f"rewards.{name}.{key}", path, commit, pinned, file=file)
-
-
-def _problems_of_prompts(files: Prompts, size: int) -> Iterator[str]:
-    """What is wrong with prompt files, of whose prompts an iteration takes ``size``."""
-    for key in ("train", "heldout"):
-        path = getattr(files, key)
-        if not os.path.isfile(path):
-            yield f"prompts.{key}: {path}: no such file"
-            continue
-        try:
-            count = len(read_prompts(path, files.column))
-        except UserError as error:
-            yield f"prompts.{key}: {error}"
-            continue
-        count = min(count, files.limit or count)
-        if key == "train" and count < size:
-            yield f"train.prompts_per_iteration: {size} prompts, but {path} has {count}"
-
-
-def _source(key: str, path: str, commit: str | None, pinned: bool, *, file: bool) -> Iterator[str]:
-    """What a path lacks that is not there, unless it is a hub id with its commit.
-
-    Args:
-        key, path: setting and its value.
-        commit: the setting of a hub id's commit; None where only files will do.
-        pinned: whether that is set.
-        file: whether it is one file, and not a folder.
-    """
-    if os.path.exists(path):  # and no error where this can be no path
-        return
-    what, hub_id = ("file", "owner/name/file") if file else ("folder", "owner/name")
-    if commit is None:
-        yield f"{key}: {path}: no such file"
-    elif not is_hub_id(path, file=file):
-        yield f"{key}: {path}: no such {what}, and not a hub id ({hub_id})"
-    elif not pinned:
-        yield (
-            f"{key}: {path}: no such {what}; if it is a hub id ({hub_id}), pin its commit by "
-            f"{commit}, so that the run can be repeated"
-        )
-
-
-def is_hub_id(path: str, *, file: bool = False) -> bool:
-    """Whether ``path`` is an ``owner/name`` and not a folder, nor a mistyped one beside folders.
-
-    ``file``: whether it is an ``owner/name/file``, one file of such a repository.
-    """
-    owner = Path(path).parts[0] if path else ""
-    pattern = r"[\w.-]+/[\w.-]+" + r"(/[\w.-]+)+" * file
-    return not os.path.isdir(owner) and re.fullmatch(pattern, path) is not None
-
-
 def load_run(path: str | Path) -> RunConfig:
     """Read the resolved settings of one run, as the workflow wrote them."""
     data = read_yaml(path)
@@ -552,89 +301,3 @@ def load_target(path: str | Path, model: type[Target]) -> tuple[str, Target]:
         return name, model.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, model)}") from None
-
-
-def first_problem(error: ValidationError) -> ErrorDetails:
-    """The problem to tell: a misspelt key before others, for it may be why they are missing."""
-    problems = error.errors(include_url=False)
-    return next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-
-
-def key_of(loc: tuple[int | str, ...]) -> str:
-    """The dotted key of a problem, without pydantic's names for members of a union."""
-    tag = {"method": 1, "rewards": 2}.get(str(loc[0]) if loc else "")
-    parts = loc if tag is None else loc[:tag] + loc[tag + 1 :]
-    return ".".join(str(p) for p in parts if p not in _UNION_MEMBERS)
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem as one line: key, what is wrong, what would be right."""
-    first = first_problem(error)
-    key = key_of(first["loc"])
-    if first["type"] == "extra_forbidden":
-        text = f"unknown setting{did_you_mean(model, first['loc'])}"
-    elif first["type"] == "missing":
-        text = "is missing"
-    else:
-        text = first["msg"].removeprefix("Value error, ")
-        if first["type"] != "value_error":
-            text += f", got {shown(first['input'])}"
-    # errors of a whole section carry their own key
-    separator = "." if first["type"] == "value_error" else ": "
-    joined = f"{key}{separator}{text}" if key else text
-    problems = error.errors(include_url=False)
-    others = len({key_of(p["loc"]) for p in problems}) - 1
-    joined = f"{joined} (and {others} more)" if others else joined
-    if sum(p["type"] == "missing" for p in problems) > 1:
-        joined += "; a file that is laid over another one? name that one before it"
-    return joined
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: one may hold a whole section."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no number of thousands of digits
-        text = "a number too long to show"
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def without_row(base: Tree, problem: ErrorDetails) -> bool:
-    """Whether a problem is there before the row's overrides: then the study is at fault."""
-
-    def same(p: ErrorDetails) -> tuple[Any, ...]:
-        value = None if isinstance(p["input"], dict) else p["input"]
-        return p["loc"], p["type"], p["msg"], value
-
-    try:
-        RunConfig.model_validate(base)
-    except ValidationError as error:
-        return same(problem) in [same(p) for p in error.errors(include_url=False)]
-    return False
-
-
-def did_you_mean(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    """``; did you mean `x`?`` for a key that nearly exists, else the list of keys."""
-    current: Any = model
-    for part in loc[:-1]:
-        if get_origin(current) is dict:
-            current = get_args(current)[1]
-            continue
-        if part in TAGGED:
-            current = TAGGED[str(part)]
-            continue
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            return ""
-        current = field.annotation
-    fields, key = getattr(current, "model_fields", {}), str(loc[-1])
-    names = list(fields)
-    beside = StudyConfig.model_fields if current is RunConfig else ()
-    meant = [
-        f"{name}.{key}"
-        for name, field in fields.items()
-        if key in getattr(field.annotation, "model_fields", {})
-    ] or difflib.get_close_matches(key, [*names, *beside], n=1)
-    if meant:
-        return f"; did you mean `{'` or `'.join(meant)}`?"
-    return f"; known here: {', '.join(names)}" if names else ""

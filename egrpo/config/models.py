@@ -1,7 +1,7 @@
 """Every setting, with its unit, bounds, default and the default's source.
 
 Frozen, and unknown keys are refused. The commented reference YAML, the JSON schema and the
-settings page are generated from these classes (``egrpo.documents``).
+settings page are generated from these classes (``docs.generate``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from egrpo.config.base import PAPER, Settings, check_path, setting, without_password
-from egrpo.config.methods import (
+from egrpo.config.rewards import AnyReward
+from egrpo.core.schedule import Sigmas, check_sigmas, shifted_sigmas, stock_end
+from egrpo.methods.settings import (
     AWM,
     FLOW,
     GUARD,
@@ -24,8 +25,7 @@ from egrpo.config.methods import (
     Merging,
     Solver,
 )
-from egrpo.config.rewards import AnyReward
-from egrpo.core.schedule import Sigmas, check_sigmas, shifted_sigmas, stock_end
+from egrpo.settings import PAPER, Settings, check_path, setting, without_password
 
 OWN_GRID = ("sd3",)
 """Families whose stock pipeline has its scheduler make the grid, which then ends near 0; those of

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from egrpo.config.base import Settings, check_path, setting
+from egrpo.settings import Settings, check_path, setting
 
 HPS = "HPSv2, arXiv 2306.09341 and its public code"
 PICK = "PickScore, arXiv 2305.01569 and its model card"
@@ -26,6 +25,10 @@ FINAL_SCALE = (1.0, 5.0)
 class RewardSettings(Settings):
     """What every reward has."""
 
+    module: ClassVar[str]
+    """Module of ``egrpo.rewards`` that computes it, by a class of the same name."""
+    unscored: ClassVar[frozenset[str]] = frozenset({"device", "batch", "token_file"})
+    """Settings that change no score."""
     sources: ClassVar[tuple[str, ...]] = ()
     """Names of the settings that name a file or folder."""
     hub: ClassVar[dict[str, str]] = {}
@@ -72,24 +75,28 @@ class FileReward(NetworkReward):
 class Verifier(RewardSettings):
     """The toy world's verifier: mean log-score of what the prompt asks for."""
 
+    module = "verifier"
     kind: Literal["verifier"]
 
 
 class VerifierExact(RewardSettings):
     """The toy world's verifier: 1 where all that the prompt asks for is there, else 0."""
 
+    module = "verifier"
     kind: Literal["verifier_exact"]
 
 
 class Jpeg(RewardSettings):
     """Minus the size of the JPEG at quality 95, in kB (DDPO, arXiv 2305.13301)."""
 
+    module = "jpeg"
     kind: Literal["jpeg_compressibility"]
 
 
 class Preference(RewardSettings):
     """The toy world's preference score."""
 
+    module = "preference"
     sources = ("path",)
 
     kind: Literal["preference"]
@@ -99,6 +106,7 @@ class Preference(RewardSettings):
 class Clip(FileReward):
     """Raw cosine of image and text by one of OpenAI's CLIP models (clip-anytorch)."""
 
+    module = "clip"
     sources = ("path",)
 
     kind: Literal["clip"]
@@ -108,6 +116,7 @@ class Clip(FileReward):
 class OpenClip(FileReward):
     """Raw cosine of image and text by a model of open_clip."""
 
+    module = "open_clip"
     sources = ("path",)
 
     kind: Literal["open_clip"]
@@ -128,6 +137,7 @@ class OpenClip(FileReward):
 class Hps(FileReward):
     """HPSv2.1: raw cosine, about 0.31 for FLUX.1-dev; images are padded, not cropped."""
 
+    module = "open_clip"
     sources = ("path",)
 
     kind: Literal["hpsv2"]
@@ -142,6 +152,7 @@ class Hps(FileReward):
 class PickScore(NetworkReward):
     """PickScore: cosine times exp(logit_scale), about 23; the E-GRPO paper divides by 100."""
 
+    module = "pickscore"
     sources = ("path", "processor")
     hub: ClassVar[dict[str, str]] = {"path": "revision", "processor": "processor_revision"}
 
@@ -162,6 +173,7 @@ class PickScore(NetworkReward):
 class ImageReward(FileReward):
     """ImageReward: BLIP with a linear head, normalised as published."""
 
+    module = "imagereward"
     sources = ("path", "tokenizer", "med_config")
     hub: ClassVar[dict[str, str]] = {"path": "revision", "tokenizer": "tokenizer_revision"}
 
@@ -177,6 +189,7 @@ class ImageReward(FileReward):
 class Aesthetic(FileReward):
     """LAION's aesthetic score, about 1 to 10: a linear head on CLIP ViT-L/14."""
 
+    module = "clip"
     sources = ("path", "clip")
     hub: ClassVar[dict[str, str]] = {"path": "revision", "clip": "clip_revision"}
     hub_files: ClassVar[tuple[str, ...]] = ("path", "clip")
@@ -189,6 +202,9 @@ class Aesthetic(FileReward):
 
 class UnifiedReward(RewardSettings):
     """A vision-language model behind an OpenAI-style HTTP endpoint (vLLM, SGLang)."""
+
+    module = "unifiedreward"
+    unscored = RewardSettings.unscored | {"seconds", "attempts", "concurrency"}
 
     kind: Literal["unifiedreward"]
     url: str = setting(
@@ -249,6 +265,9 @@ class UnifiedReward(RewardSettings):
 class Remote(RewardSettings):
     """A reward that `egrpo serve-rewards` computes, on another GPU or another machine."""
 
+    module = "remote"
+    unscored = RewardSettings.unscored | {"seconds", "patience", "concurrency", "encoding"}
+
     kind: Literal["remote"]
     url: str = setting(
         ..., "Address of the service, such as http://127.0.0.1:8800.", pattern=r"^https?://.+"
@@ -272,6 +291,7 @@ class Remote(RewardSettings):
 class Custom(RewardSettings):
     """A function of your own: ``function(images, prompts, **options) -> n numbers``."""
 
+    module = "custom"
     kind: Literal["custom"]
     function: str = setting(
         ...,
@@ -280,15 +300,6 @@ class Custom(RewardSettings):
         pattern=r"^[\w.]+:\w+$",
     )
     options: dict[str, Any] = setting({}, "Further arguments.")
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The module's source, so that an edit makes everything again."""
-        try:
-            spec = importlib.util.find_spec(self.function.split(":")[0])
-        except Exception:  # no such module, or its package fails: said when it is loaded
-            spec = None
-        return {"function": spec.origin} if spec is not None and spec.origin else {}
 
 
 AnyReward = Annotated[

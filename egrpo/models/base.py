@@ -112,7 +112,7 @@ class FlowModel(ABC):
     def _load(self, class_name: str, part: str) -> nn.Module:
         import diffusers
 
-        from egrpo.config.load import is_hub_id
+        from egrpo.settings import is_hub_id
 
         source = self.settings.path
         local = Path(source).is_dir()

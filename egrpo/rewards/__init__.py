@@ -28,32 +28,14 @@ class RewardModel(Protocol):
         ...
 
 
-LOADERS: dict[str, tuple[str, str]] = {
-    "verifier": ("verifier", "Verifier"),
-    "verifier_exact": ("verifier", "VerifierExact"),
-    "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
-    "preference": ("preference", "Preference"),
-    "clip": ("clip", "Clip"),
-    "open_clip": ("open_clip", "OpenClip"),
-    "hpsv2": ("open_clip", "Hps"),
-    "pickscore": ("pickscore", "PickScore"),
-    "imagereward": ("imagereward", "ImageReward"),
-    "aesthetic": ("clip", "Aesthetic"),
-    "unifiedreward": ("unifiedreward", "UnifiedReward"),
-    "remote": ("remote", "Remote"),
-    "custom": ("custom", "Custom"),
-}
-"""Module and class of each ``kind``; imported when one is used, for some take seconds."""
-
-
 def load_reward(settings: RewardSettings, device: str) -> RewardModel:
     """The model of one reward; ``device`` is that of the base model.
 
     Raises:
         UserError: naming the file or setting that is missing or wrong.
     """
-    module, name = LOADERS[settings.model_dump()["kind"]]
-    made = getattr(importlib.import_module(f"egrpo.rewards.{module}"), name)
+    module = importlib.import_module(f"egrpo.rewards.{settings.module}")  # some take seconds
+    made = getattr(module, type(settings).__name__)
     return cast(RewardModel, made(settings, device))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class JpegCompressibility:
+class Jpeg:
     """Higher is smaller. The prompt does not matter."""
 
     def __init__(self, settings: Any = None, device: str = "cpu") -> None:

@@ -126,7 +126,7 @@ def local_file(path: str, revision: str | None, name: str) -> str:
     Raises:
         UserError: if there is no such file, here or there.
     """
-    from egrpo.config.load import is_hub_id
+    from egrpo.settings import is_hub_id
 
     if Path(path).is_file():
         return path

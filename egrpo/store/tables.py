@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from egrpo import __version__
-from egrpo.config.layout import command
 from egrpo.errors import UserError
 from egrpo.store.files import replacing
+from egrpo.study.layout import command
 
 TEXT = pa.string()
 INT = pa.int32()

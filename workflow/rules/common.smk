@@ -6,12 +6,15 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 import egrpo
-from egrpo.config import keys, load
-from egrpo.config.layout import PAGES, Layout
-from egrpo.config.trees import check_trees, needs_plan
+from egrpo.config.load import yaml_of
+from egrpo.study import keys
+from egrpo.study.layout import PAGES, Layout
+from egrpo.study.resolve import load_study, resolve, source_of
+from egrpo.planning.trees import check_trees, needs_plan
 from egrpo.errors import UserError
-from egrpo.stages.checks import check_study
-from egrpo.stages.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
+from egrpo.ops.checks import check_study
+from egrpo.study.files import check_files
+from egrpo.study.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
 from egrpo.store.files import lock, refused, write_once, write_text
 
 # Files and --config are read and laid over each other by the package, as by its commands: Snakemake
@@ -21,7 +24,7 @@ IMPORTED = not workflow.modifier.is_main_snakefile()
 GIVEN = workflow.overwrite_configfiles
 CONFIG_PATHS = [str(f) for f in (*workflow.configfiles[len(GIVEN) :], *GIVEN)]
 OPTIONS = workflow.config_settings.config
-CONFIG_FILES = "config of the module" if IMPORTED else load.source_of(CONFIG_PATHS, OPTIONS)
+CONFIG_FILES = "config of the module" if IMPORTED else source_of(CONFIG_PATHS, OPTIONS)
 
 
 def in_one_line(error):
@@ -32,11 +35,9 @@ def in_one_line(error):
 
 try:
     study = (
-        load.resolve(config, CONFIG_FILES)
-        if IMPORTED
-        else load.load_study(*CONFIG_PATHS, options=OPTIONS)
+        resolve(config, CONFIG_FILES) if IMPORTED else load_study(*CONFIG_PATHS, options=OPTIONS)
     )
-    load.check_files(study, CONFIG_FILES)
+    check_files(study, CONFIG_FILES)
     check_trees(study.runs)
     check_study(study, CONFIG_FILES)
 except UserError as error:
@@ -60,9 +61,9 @@ onstart:
 
 # How tables become pages.
 RENDERING = (
-    "stages/render.py",
-    "stages/templates/document.css",
-    "stages/templates/document.html.j2",
+    "page/render.py",
+    "page/templates/document.css",
+    "page/templates/document.html.j2",
 )
 
 
@@ -102,11 +103,9 @@ def write_settings():
     targets = {**study.tables, **study.figures}
     wanted = {at.settings(stage, run): RUNS[run] for (stage, _), run in owners().items()}
     for path, settings in wanted.items():
-        write_once(path, lambda: load.yaml_of(settings.model_dump()))
+        write_once(path, lambda: yaml_of(settings.model_dump()))
     for name, spec in targets.items():
-        write_once(
-            at.target_settings(name), lambda: load.yaml_of({"name": name, **spec.model_dump()})
-        )
+        write_once(at.target_settings(name), lambda: yaml_of({"name": name, **spec.model_dump()}))
 
 
 if workflow.is_main_process:

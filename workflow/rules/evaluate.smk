@@ -6,7 +6,7 @@ rule evaluate_base:
         settings=f"{STUDY}/settings/base-{{key}}.yaml",
         embeddings=lambda wc: at.embeddings(owner("base", wc.key)),
         weights=lambda wc: weights(owner("base", wc.key)),
-        code=sources(*SAMPLING_CODE, "stages/evaluate.py"),
+        code=sources(*SAMPLING_CODE, "measure/evaluate.py"),
     output:
         scores=f"{STUDY}/base/{{key}}/scores.parquet",
         images=f"{STUDY}/base/{{key}}/images.parquet",
@@ -32,7 +32,7 @@ rule evaluate:
         weights=lambda wc: weights(wc.run),
         adapter=f"{STUDY}/runs/{{run}}/adapter",
         snapshots=f"{STUDY}/runs/{{run}}/snapshots",
-        code=sources(*SAMPLING_CODE, "stages/evaluate.py"),
+        code=sources(*SAMPLING_CODE, "measure/evaluate.py"),
     output:
         scores=f"{STUDY}/runs/{{run}}/scores.parquet",
         images=f"{STUDY}/runs/{{run}}/images.parquet",

@@ -38,7 +38,7 @@ rule embed:
         settings=f"{STUDY}/settings/embed-{{key}}.yaml",
         prompts=lambda wc: prompt_files(owner("embed", wc.key)),
         weights=lambda wc: files_under(RUNS[owner("embed", wc.key)].model.path),
-        code=sources("models", "stages/embed.py"),
+        code=sources("models", "measure/embed.py"),
     output:
         embeddings=f"{STUDY}/embeddings/{{key}}.safetensors",
     log:

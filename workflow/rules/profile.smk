@@ -6,7 +6,7 @@ rule profile:
         settings=f"{STUDY}/settings/profile-{{key}}.yaml",
         embeddings=lambda wc: at.embeddings(owner("profile", wc.key)),
         weights=lambda wc: weights(owner("profile", wc.key)),
-        code=sources(*SAMPLING_CODE, "core/entropy.py", "stages/profile.py"),
+        code=sources(*SAMPLING_CODE, "core/entropy.py", "measure/profile.py"),
     output:
         profile=f"{STUDY}/profiles/{{key}}/entropy_profile.parquet",
         branches=f"{STUDY}/profiles/{{key}}/branches.parquet",
@@ -30,14 +30,14 @@ rule plan:
         settings=lambda wc: at.settings("plan", wc.run),
         profile=lambda wc: at.profile(wc.run),
         code=sources(
-            "config/methods.py",
-            "config/trees.py",
+            "methods/settings.py",
+            "planning/trees.py",
             "core/entropy.py",
             "core/noise.py",
             "core/plan.py",
             "core/schedule.py",
             "core/spread.py",
-            "stages/plan.py",
+            "planning/plan.py",
         ),
     output:
         plan=f"{STUDY}/runs/{{run}}/plan.json",
@@ -59,7 +59,7 @@ rule suffix_quality:
         plan=f"{STUDY}/runs/{{run}}/plan.json",
         embeddings=lambda wc: at.embeddings(wc.run),
         weights=lambda wc: weights(wc.run),
-        code=sources(*SAMPLING_CODE, "core/intervals.py", "stages/suffixes.py", *RENDERING),
+        code=sources(*SAMPLING_CODE, "core/intervals.py", "measure/suffixes.py", *RENDERING),
     output:
         table=f"{STUDY}/runs/{{run}}/suffixes.parquet",
         csv=f"{STUDY}/runs/{{run}}/suffixes.csv",

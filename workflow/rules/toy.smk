@@ -2,10 +2,14 @@
 # the default study uses assets/toy as it is committed.
 
 
+SCRIPTS = Path(workflow.current_basedir).parent / "scripts"
+
+
 rule toy_world:
     input:
         settings="config/toy_world.yaml",
         code=sources("world"),
+        recipe=sorted(map(str, SCRIPTS.glob("toy_world/*.py"))),
     output:
         folder=directory(f"{at.root.parent}/toy_world"),
     log:
@@ -15,6 +19,8 @@ rule toy_world:
     conda:
         "../../envs/egrpo.yaml"
     threads: 2
+    params:
+        scripts=str(SCRIPTS),
     shell:
-        "python -m egrpo.world.recipe --config {input.settings:q} --output {output.folder:q}"
+        "PYTHONPATH={params.scripts:q} python -m toy_world.recipe --config {input.settings:q} --output {output.folder:q}"
         " > {log:q} 2>&1"

@@ -8,7 +8,7 @@ rule train:
         plan=plan_input,
         weights=lambda wc: weights(wc.run),
         store=at.store,
-        code=sources(*TRAINING_CODE, "stages/train_run.py", "stages/training_warnings.py"),
+        code=sources(*TRAINING_CODE, "train/job.py", "train/warnings.py"),
     output:
         adapter=directory(f"{STUDY}/runs/{{run}}/adapter"),
         monitor=directory(f"{STUDY}/runs/{{run}}/monitor"),

@@ -1,0 +1,119 @@
+"""The page of all commands: `egrpo`, `make`, and the targets of the workflow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+
+from docs.generate.text import cell, rows
+from egrpo.cli import main
+from egrpo.study.resolve import load_study
+
+TARGETS = {
+    "all": "What `snakemake` makes without a target: the default runs (`default_runs`), their "
+    "comparison with the base model, figures, and delivery to MLflow.",
+    "paper": "The tables and figures that the study names under `paper`.",
+    "everything": "All tables and figures of the study.",
+    "plans": "Profiles and merge plans of all runs, without training anything.",
+    "suffixes": "How cheaper suffixes, kept features and float8 weights rank the samples of a "
+    "group, on the base model.",
+    "toy_world": "The toy world's weights again, by `config/toy_world.yaml`; half an hour.",
+}
+"""Targets of the workflow that every study has."""
+
+INTRODUCTION = """\
+# Commands
+
+Generated from `egrpo/cli.py`, the `Makefile` and the workflow by `python -m docs.generate`.
+
+`make` puts `.venv/bin` into the path of what it runs; for the other commands `. .venv/bin/activate`
+first. A wrong setting, a missing or a damaged file ends every command in one line, with status 2.
+"""
+
+
+def make_targets() -> Iterator[tuple[str, str]]:
+    """Targets of the Makefile with what they say of themselves."""
+    text = Path("Makefile").read_text(encoding="utf-8")
+    yield from re.findall(r"^([a-z-]+):.*?## (.*)$", text, re.MULTILINE)
+
+
+def called_by_rules() -> set[str]:
+    """Commands that a rule of the workflow calls."""
+    rules = (path.read_text(encoding="utf-8") for path in Path("workflow/rules").glob("*.smk"))
+    return {name for text in rules for name in re.findall(r"-m egrpo ([a-z-]+)", text)}
+
+
+def _argument(parameter: click.Parameter) -> str:
+    """A positional argument as the usage line has it."""
+    name = (parameter.human_readable_name or "").upper()
+    return f"{name}..." if parameter.nargs == -1 else name
+
+
+def _option(option: click.Option) -> tuple[str, str, str]:
+    """An option's name, default and sentence."""
+    kind = "" if option.is_flag else f" {option.type.name.upper()}"
+    default = "" if option.is_flag or option.default is None else option.default
+    if option.required:
+        shown = "required"
+    elif option.multiple:
+        shown = "may be repeated"
+    else:
+        plain = isinstance(default, (str, int, float)) and default != ""
+        shown = f"`{default}`" if plain else ""
+    return f"`{'`, `'.join(option.opts)}{kind}`", shown, cell(option.help or "")
+
+
+def described(name: str, command: click.Command) -> list[str]:
+    """Lines of one command's section."""
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    arguments = [p for p in command.params if isinstance(p, click.Argument)]
+    usage = ["egrpo", name]
+    usage += [f"{o.opts[0]} {o.type.name.upper()}" for o in options if o.required]
+    usage += ["[OPTIONS]"] if any(not o.required for o in options) else []
+    usage += [_argument(a) for a in arguments]
+    text = " ".join((command.help or "").split("\n\n")[0].split())
+    more = [" ".join(part.split()) for part in (command.help or "").split("\n\n")[1:]]
+    out = [f"### `egrpo {name}`", "", text, "", "```", " ".join(usage), "```", ""]
+    for part in more:
+        out += [part, ""]
+    body = [_option(option) for option in options]
+    return [*out, *(rows(("option", "default", "what it is"), body) if body else []), ""]
+
+
+def _commands(names: Iterable[str]) -> list[str]:
+    return [line for name in names for line in described(name, main.commands[name])]
+
+
+def commands_page() -> str:
+    """Markdown page of every command; the repository's root is the working directory."""
+    by_rules = called_by_rules()
+    study = load_study("config/config.yaml")
+    out = [INTRODUCTION, "## make", ""]
+    out += rows(("target", "what it does"), ((f"`make {t}`", cell(s)) for t, s in make_targets()))
+    out += [
+        "",
+        "## snakemake",
+        "",
+        "`snakemake --cores all TARGET... --configfile A.yaml B.yaml`: makes the targets and what "
+        "they need; without `--configfile` the study is `config/config.yaml`; of several files "
+        "each is laid over those before it. `-n` shows what would run.",
+        "",
+        *rows(("target", "what it makes"), ((f"`{t}`", cell(s)) for t, s in TARGETS.items())),
+        "",
+        "A file is a target too, such as `results/laptop/runs/egrpo_g2-s1/scores.parquet`. So is "
+        "each table and figure that a study names; those of `config/config.yaml`:",
+        "",
+    ]
+    captions = {name: table.caption for name, table in study.tables.items()}
+    captions |= {name: figure.caption for name, figure in study.figures.items()}
+    shown = ((f"`{name}`", cell(caption)) for name, caption in captions.items())
+    out += rows(("target", "what it shows"), shown)
+    people = [name for name in sorted(main.commands) if name not in by_rules or name == "plan"]
+    out += ["", "## egrpo, for people", "", *_commands(people)]
+    out += ["## egrpo, for the workflow", "", "What its rules call; a line of a log that failed "]
+    out[-1] += "can be repeated by hand."
+    out += ["", *_commands(name for name in sorted(main.commands) if name not in people)]
+    return "\n".join(out).rstrip() + "\n"

@@ -1,0 +1,267 @@
+"""A trained run as a folder for others, in the layout that model hubs expect.
+
+Weights, settings, plan, scores of the run and of its base model, their comparison, some images, and
+a model card (``README.md``). Nothing in it says where on this machine it was made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+from egrpo.bundle.model_card import Sample, model_card
+from egrpo.config.load import load_run
+from egrpo.config.models import RunConfig
+from egrpo.errors import UserError
+from egrpo.planning.plan import load_plan
+from egrpo.planning.trees import needs_plan
+from egrpo.report.tables import (
+    Key,
+    RunFiles,
+    is_image,
+    make_comparison,
+    read_images,
+    train_record,
+)
+from egrpo.store.files import checksums, full_disk, no_space, read_json, write_json, write_text
+from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
+from egrpo.store.weights import read_header
+from egrpo.study.keys import settings_key
+from egrpo.study.layout import DEFAULT, Layout, command
+from egrpo.study.resolve import Study
+from egrpo.study.sharing import shareable, shown_yaml, without_folder
+
+INDEX = "bundle.json"
+"""Names the files of a bundle with their SHA-256; a folder that holds it is an earlier bundle."""
+SAMPLES = 4
+"""Held-out prompts whose images stand in the card."""
+
+
+def export(
+    at: Layout,
+    run: str,
+    output: Path | None = None,
+    *,
+    configs: Sequence[str | Path] = (DEFAULT,),
+    licence: str | None = None,
+    base_model: str | None = None,
+) -> Path:
+    """Write the bundle of one run, whole or not at all; an earlier bundle there is replaced.
+
+    Args:
+        at, run: the study, and a run of it that is trained and evaluated.
+        output: folder to make; None: ``export/<run>`` in the study's results.
+        configs: files of the study, for the commands that are shown.
+        licence, base_model: what the card says of them; None: no licence, and the base model only
+            where the settings name it by its hub id.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: naming the result that is missing and the command that makes it, or what stands
+            in the way of the folder.
+    """
+    if run not in at.study.runs:
+        raise UserError(f"{', '.join(map(str, configs))}: no run {run!r}{_nearest(at.study, run)}")
+    settings = _settings_of(at, run, configs)
+    weights = _inputs(at, settings, configs)
+    folder = output or at.bundle(run)
+    with _new_folder(folder) as new:
+        for name, source in weights.items():
+            _write_weights(source, new / name)
+        _write_results(at, settings, new)
+        samples = _write_samples(at.run(run) / "images.parquet", new)
+        shown = [without_folder(str(path)) for path in configs]
+        results = Path(at.study.results)
+        scores = at.run(run).relative_to(results) / "scores.parquet"
+        scores = Path(without_folder(str(results))) / scores
+        card = model_card(settings, new, samples, command(shown, scores), licence, base_model)
+        write_text(new / "README.md", card)
+        write_json(
+            new / INDEX, {"run": run, "study": settings.study, "files": checksums(new, INDEX)}
+        )
+    return folder
+
+
+def _nearest(study: Study, wanted: str) -> str:
+    """Which run was meant: one of an arm of that name, one spelt alike, or one of the default's."""
+    names = [name for name, run in study.runs.items() if run.arm == wanted]
+    names = names or difflib.get_close_matches(wanted, study.runs, n=3)
+    if names:
+        return f"; did you mean {', '.join(names)}?"
+    first = list(study.default_runs or study.runs)[:5]
+    return f"; there are {', '.join(first)}{' and others' if len(study.runs) > len(first) else ''}"
+
+
+def _settings_of(at: Layout, run: str, configs: Sequence[str | Path]) -> RunConfig:
+    """The settings that the run was made with, which must be the study's."""
+    path, of_study = at.config(run), at.study.runs[run]
+    _there(path, command(configs, path))
+    made = load_run(path)
+    untracked = made.model_copy(update={"tracking": of_study.tracking})
+    if settings_key(untracked) != settings_key(of_study):
+        stale = path, at.run(run) / "scores.parquet", at.base(run) / "scores.parquet"
+        raise UserError(
+            f"{path}: not the settings that the study has now; `{command(configs, *stale)}` makes "
+            "anew what they touch"
+        )
+    return made
+
+
+def _there(path: Path, how: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `{how}` makes it")
+
+
+def _inputs(at: Layout, run: RunConfig, configs: Sequence[str | Path]) -> dict[str, Path]:
+    """The weights by their name in the bundle; all else that the bundle needs is there too."""
+    folder, base = at.run(run.run), at.base(run.run)
+    needed = ["train.json", "train_metrics.parquet", "scores.parquet", "images.parquet"]
+    needed += ["plan.json"] if needs_plan(run) else []
+    found = [folder / name for name in needed]
+    found += [base / name for name in ("scores.parquet", "images.parquet")]
+    for path in found:
+        _there(path, command(configs, path))
+    weights = {
+        "lora": {"pytorch_lora_weights.safetensors": "pytorch_lora_weights.safetensors"},
+        "full": {
+            f"transformer/{name}": name
+            for name in ("config.json", "diffusion_pytorch_model.safetensors")
+        },
+    }[run.model.tuning]
+    sources = {name: folder / "adapter" / file for name, file in weights.items()}
+    trained = train_record(folder / "train.json").get("trainable_parameters")
+    for path in sources.values():
+        if path.parent.exists():  # to snakemake the folder is the result
+            _there(path, f"rm -r {path.parent}; {command(configs, path.parent)}")
+        _there(path, command(configs, path.parent))
+        if path.suffix == ".safetensors" and run.model.tuning == "lora":
+            count = sum(prod(shape) for shape in read_header(path).values())
+            if trained is not None and count != trained:
+                raise UserError(
+                    f"{path}: holds {count:,} weights, but {trained:,} were trained; delete the "
+                    "folder and train the run again"
+                )
+    return sources
+
+
+def _write_weights(source: Path, target: Path) -> None:
+    from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter  # torch
+
+    if source.name == ADAPTER_FILE:  # the same bytes, but of one that an earlier version trained
+        write_adapter(target, *read_adapter(source))
+    elif source.name == "config.json":  # diffusers notes where the base model was
+        write_json(target, {k: _plain(value) for k, value in read_json(source).items()})
+    else:
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The content alone: the copy has the permissions of a new file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _plain(value: object) -> object:
+    return without_folder(value) if isinstance(value, str) else value
+
+
+def _write_results(at: Layout, run: RunConfig, new: Path) -> None:
+    """Settings, plan, tables and figures."""
+    from egrpo.figures.curves import curves_figure
+    from egrpo.figures.image_grid import before_after
+
+    folder, files = at.run(run.run), RunFiles.at(at.run(run.run), at.base(run.run))
+    settings, notes = shareable(run)
+    write_text(new / "config.yaml", shown_yaml(run, settings, notes))
+    for name, source, table in (
+        ("train_metrics.parquet", folder / "train_metrics.parquet", TRAIN_METRICS),
+        ("scores.parquet", files.scores, SCORES),
+        ("base_scores.parquet", files.base_scores, SCORES),
+    ):
+        read_table(source, table)  # refuses a damaged one
+        _copy(source, new / name)
+    _copy(files.train, new / "train.json")
+    if needs_plan(run):
+        load_plan(folder / "plan.json")
+        _copy(folder / "plan.json", new / "plan.json")
+    make_comparison({run.run: files}, new / "comparison.parquet")
+    (new / "comparison.html").unlink()  # the card shows it
+    images = new / "images"
+    runs = [(run.run, files.images)]
+    before_after(files.base_images, runs, SAMPLES, images / "before_after")
+    curves_figure([new / "train_metrics.parquet"], list(run.train.rewards), images / "curves")
+    (images / "curves.svg").unlink()
+
+
+def _write_samples(images: Path, new: Path) -> list[Sample]:
+    """The first image of the first prompts, each as a file of its own."""
+    found = read_images(images)
+    firsts: dict[int, Key] = {}
+    for key in sorted(found):
+        if len(firsts) < SAMPLES and key[0] not in firsts and is_image(found[key], images):
+            firsts[key[0]] = key
+    samples = []
+    for number, key in enumerate(firsts.values(), start=1):
+        name = f"images/sample-{number}.png"
+        (new / name).write_bytes(found[key])
+        samples.append(Sample(key[2], name))
+    return samples
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place in the end, or leaves no trace."""
+    _may_be_replaced(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{what}") for what in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+    except Exception as error:
+        if no_space(error):
+            raise full_disk(target) from None
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _may_be_replaced(folder: Path) -> None:
+    """Nothing, an empty folder, or an earlier bundle as it was made.
+
+    Raises:
+        UserError: naming what would be lost.
+    """
+    remedy = "move it away, or choose another folder by --output"
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; {remedy}")
+    there = checksums(folder, INDEX)
+    known: dict[str, str] = {}
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        known = index.get("files", {}) if isinstance(index, dict) else {}
+    elif not any(folder.iterdir()):
+        return
+    changed = [name for name, checksum in there.items() if known.get(name) != checksum]
+    if changed or not known:
+        name = changed[0] if changed else INDEX
+        what = "has changed since it was exported" if name in known else "is no file of a bundle"
+        raise UserError(f"{folder}: {name} {what}, and would be lost; {remedy}")

@@ -1,0 +1,239 @@
+"""The model card of a bundle: YAML front matter for model hubs, and a page for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from egrpo.config.models import RunConfig
+from egrpo.errors import UserError
+from egrpo.methods.settings import Merging
+from egrpo.page.render import escaped, render
+from egrpo.planning.plan import load_plan, plan_rows
+from egrpo.planning.trees import learning_rate, needs_plan
+from egrpo.report.report import read_rows, verdicts
+from egrpo.report.results_text import counted
+from egrpo.report.tables import MEASURED, Row, readable
+from egrpo.settings import is_hub_id
+from egrpo.store.files import read_json
+from egrpo.store.tables import SCORES, TRAIN_METRICS, metadata_of, read_table
+from egrpo.study.keys import run_key
+from egrpo.study.sharing import shareable, without_folder
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+TASK = "text-to-image"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image shown by itself.
+
+    Attributes:
+        prompt: what it was drawn from.
+        file: its name in the bundle.
+    """
+
+    prompt: str
+    file: str
+
+
+def model_card(
+    run: RunConfig,
+    folder: Path,
+    samples: Sequence[Sample],
+    made_by: str,
+    licence: str | None,
+    base_model: str | None,
+) -> str:
+    """README.md of a bundle.
+
+    Args:
+        run: settings of the run.
+        folder: the bundle so far: its tables and plan are read.
+        samples: images that lie in it.
+        made_by: command that makes the run's results.
+        licence: as the user says it; None: the card says that it is open.
+        base_model: the base model's hub id, for settings that name a folder.
+
+    Raises:
+        UserError: if ``base_model`` is no hub id.
+    """
+    from egrpo.bundle.loading import loading  # torch
+
+    if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        raise UserError(f"--base-model: {base_model!r} is no hub id (owner/name)")
+    hub_id = base_model or base_on_hub(run)
+    rows = read_rows(folder / "comparison.parquet")
+    page = render(
+        "model_card.md.j2",
+        run=run,
+        samples=samples,
+        licence=licence,
+        hub_id=hub_id,
+        base=hub_id or without_folder(run.model.path),
+        loading=loading(run, hub_id, samples[0].prompt),
+        method=(type(run.method).__doc__ or "").strip().splitlines()[0],
+        facts=facts(run, folder),
+        plan=plan_of_bundle(run, folder),
+        rewards=[reward_row(run, name) for name in run.rewards],
+        rows=[{**row, "text": readable(row)} for row in rows],
+        verdicts=said_of(rows),
+        measured={row["reward"]: readable(row) for row in rows if row["reward"] in MEASURED},
+        invalid=sum(row["invalid"] for row in rows),
+        over=counted(_prompts(folder), "held-out prompt", run.evaluate.samples),
+        warnings=rows[0]["warnings"],
+        stopped=read_json(folder / "train.json").get("stopped", {}),
+        made_by=made_by,
+        key=read_json(folder / "train.json").get("key"),
+        digest=run_key(run),
+        made=metadata_of(read_table(folder / "train_metrics.parquet", TRAIN_METRICS)),
+        notes=shareable(run)[1],
+    )
+    data = card_data(run, rows, samples, licence, hub_id, _prompts(folder))
+    return f"---\n{data.to_yaml()}\n---\n{page}"
+
+
+def base_on_hub(run: RunConfig) -> str | None:
+    """The base model's hub id; None where the settings name a folder."""
+    model = run.model
+    local = Path(model.path).exists() or model.revision is None
+    return None if local or not is_hub_id(model.path) else model.path
+
+
+# -- front matter -------------------------------------------------------------------------------
+
+
+def card_data(
+    run: RunConfig,
+    rows: Sequence[Row],
+    samples: Sequence[Sample],
+    licence: str | None,
+    hub_id: str | None,
+    prompts: int,
+) -> ModelCardData:
+    """What a hub reads of the card."""
+    from huggingface_hub import ModelCardData
+
+    lora = run.model.tuning == "lora"
+    tags = ["text-to-image", "diffusers", "flow-matching", "grpo", "egrpo"]
+    tags += ["lora", "template:sd-lora"] if lora else []
+    more: dict[str, Any] = {
+        "widget": [{"text": s.prompt, "output": {"url": s.file}} for s in samples]
+    }
+    if hub_id:
+        more["base_model_relation"] = "adapter" if lora else "finetune"
+    return ModelCardData(
+        base_model=hub_id,
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=tags,
+        model_name=f"{run.study} {run.run}",
+        eval_results=eval_results(run, rows, prompts),
+        **more,
+    )
+
+
+def eval_results(run: RunConfig, rows: Sequence[Row], prompts: int) -> list[EvalResult]:
+    """The trained model's means, each with the base's, the difference and its 95% interval."""
+    from huggingface_hub import EvalResult
+
+    name = Path(run.prompts.heldout).name
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")
+            or "prompts",
+            dataset_name=f"held-out prompts ({name})",
+            dataset_args={"prompts": prompts, "samples": run.evaluate.samples},
+            metric_type=row["reward"],
+            metric_name=f"{row['reward']}, mean",
+            metric_value=row["trained"],
+            metric_args={key: row[key] for key in ("base", "difference", "low", "high", "pairs")},
+        )
+        for row in rows
+        if row["trained"] is not None
+    ]
+
+
+# -- what the page tells ------------------------------------------------------------------------
+
+
+def said_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(trained reward, on which side of 0 its interval lies)."""
+    names = [row["reward"] for row in rows if row["trained_on"]]
+    lines = zip(names, verdicts(rows), strict=True)
+    return [(name, text.split(f"{name}: ", 1)[1]) for name, text in lines]
+
+
+def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
+    """How the run was trained, as (what, value)."""
+    t, train, lora = run.train, read_json(folder / "train.json"), run.model.lora
+    tuned = "all weights of the transformer"
+    if run.model.tuning == "lora":
+        tuned = f"LoRA, rank {lora.rank}, alpha {lora.alpha} (the saved weights hold the scale)"
+    shift = f"shift {run.schedule.shift}"
+    weights = ", ".join(f"{escaped(name)} (weight {w:g})" for name, w in t.rewards.items())
+    return [
+        ("trained on", weights),
+        ("what is trained", f"{tuned}; {train.get('trainable_parameters', 0):,} parameters"),
+        ("sampling steps in training", f"{run.method.steps}, {shift}"),
+        ("samples of a group", str(run.method.group_size)),
+        ("image size in training", f"{run.model.height} x {run.model.width} pixels"),
+        ("iterations", f"{train['iterations']} of {t.prompts_per_iteration} prompts"),
+        (
+            "optimizer",
+            f"AdamW, learning rate {learning_rate(run):g}, steps an iteration: {t.updates}",
+        ),
+        ("loss", f"{t.loss}, KL weight {t.kl_weight:g}"),
+        ("network evaluations, sampling", f"{train['nfe_forward']:,}"),
+        ("network evaluations, forward and backward", f"{train['nfe_train']:,}"),
+        ("network evaluations, other weights for the penalties", f"{train['nfe_reference']:,}"),
+        ("seconds of training", f"{train['seconds']:,.0f}"),
+        ("peak memory", f"{train.get('peak_memory_mib', 0):,.0f} MiB"),
+        ("seed", str(run.seed)),
+    ]
+
+
+def plan_of_bundle(run: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """The merge plan in one sentence and its rows; None for a method without one."""
+    if not needs_plan(run) or not isinstance(run.method, Merging):
+        return None
+    plan = load_plan(folder / "plan.json")
+    if plan.threshold is None:
+        how = "a fixed number of grid intervals"
+    elif plan.threshold == 0:
+        how = "one grid interval: nothing is merged"
+    else:
+        how = (
+            f"as many grid intervals as its entropy needs to reach {plan.threshold:g} "
+            f"({plan.measure})"
+        )
+    words = (
+        f"{len(plan.active)} of the {plan.steps} sampling steps explore: from each of them the "
+        f"samples of a group branch by one stochastic step ({plan.dynamics}, noise level "
+        f"{plan.noise_level:g}) that covers {how}. All other steps are deterministic."
+    )
+    return {"words": words, "rows": plan_rows(run.run, plan), "warnings": plan.warnings}
+
+
+def reward_row(run: RunConfig, name: str) -> dict[str, Any]:
+    """Name, kind, weights and part in training of one reward."""
+    settings = run.rewards[name]
+    path = str(getattr(settings, "path", "") or getattr(settings, "function", ""))
+    return {
+        "name": name,
+        "kind": settings.kind,
+        "what": (type(settings).__doc__ or "").strip().splitlines()[0],
+        "path": without_folder(path),
+        "weight": run.train.rewards.get(name),
+    }
+
+
+def _prompts(folder: Path) -> int:
+    return len(set(read_table(folder / "scores.parquet", SCORES)["prompt_id"].to_pylist()))

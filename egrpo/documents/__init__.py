@@ -1,4 +1,0 @@
-"""Documents generated from the code: settings, tables, commands, methods and their trees.
-
-``python -m egrpo.documents`` writes them; a test keeps them in step.
-"""

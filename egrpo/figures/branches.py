@@ -1,0 +1,304 @@
+"""What a branch changes, to look at: its samples side by side and the spread of their rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from egrpo.errors import UserError
+from egrpo.figures.image_grid import (
+    CANVAS_STYLE,
+    GAP,
+    MARGIN,
+    PAGE,
+    Canvas,
+    cell_width,
+    height_of,
+)
+from egrpo.figures.style import FINE, INK, PALETTE, inches, save_figure, wrap
+from egrpo.report.tables import Pixels, decode_png
+from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, read_table
+
+Pair = tuple[int, int]
+"""(step, span)."""
+Prompt = tuple[int, str]
+"""(prompt id, prompt)."""
+Images = dict[tuple[Prompt, Pair], list[bytes]]
+Measured = dict[tuple[int, Pair, str], tuple[float, float]]
+"""(prompt id, pair, reward) -> (spread, yardstick)."""
+YARDSTICK: Pair = (-1, 0)
+SAMPLES = 8
+"""Most images of a row."""
+LEFT, PANEL, BETWEEN = 1.1, 0.9, 0.16
+"""Inches: labels of the rows, a panel of spread, the room before it."""
+HEAD, PROMPT, TICKS, FOOT = 0.62, 0.24, 0.26, 0.26
+"""Inches: title and headings, a prompt, the numbers below a block, the legend."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Everything of one prompt.
+
+    Attributes:
+        rows: images of each row, the yardstick's last.
+        spread: reward -> its std in each group, without the yardstick; NaN where scoring failed.
+        yardstick: reward -> its std among the noisy copies of one image.
+    """
+
+    prompt_id: int
+    prompt: str
+    rows: list[list[bytes]]
+    spread: dict[str, list[float]]
+    yardstick: dict[str, float]
+
+
+def branches_figure(
+    branches: str | Path,
+    profile: str | Path,
+    pairs: Sequence[Sequence[int]],
+    prompts: int,
+    stem: str | Path,
+    noise_fraction: float = 0.1,
+    *,
+    rewards: Sequence[str] | None = None,
+) -> Figure:
+    """Fig. 1a of the paper: samples that branch at one step, and how far their rewards differ.
+
+    A block a prompt; in it a row for each pair and one for the noisy copies of one image, the
+    yardstick. Up to 8 samples of the group stand beside the std of each reward in the group (gid
+    "above:<reward>:<prompt id>" or "below:…", by the yardstick), whose axis a reward's panels
+    share; the dashed line is the yardstick's ("yardstick:…").
+
+    Args:
+        branches: ``branches.parquet``.
+        profile: ``entropy_profile.parquet`` of the same groups.
+        pairs: [step, span] of each row.
+        prompts: most blocks; fewer where fewer are kept (``profile.shown_prompts``).
+        stem: output path without ending.
+        noise_fraction: share of noise of the yardstick, for its label (``profile`` settings).
+        rewards: rewards shown, in this order; None: all of the profile.
+
+    Raises:
+        UserError: if a file is missing or damaged, or lacks a pair or a reward.
+    """
+    wanted = _pairs(pairs)
+    measured = _measured(profile)
+    known = sorted({reward for *_, reward in measured})
+    shown = list(known if rewards is None else rewards)
+    lacking = [reward for reward in shown if reward not in known]
+    if not shown or lacking:
+        raise UserError(f"{profile}: holds no spread of {lacking[0] if lacking else 'any reward'}")
+    images = _images(Path(branches))
+    found = list(dict.fromkeys(prompt for prompt, _ in images))[: max(0, prompts)]
+    if not found:
+        raise UserError(f"{branches}: no image to show; profile.shown_prompts must be at least 1")
+    for prompt in found:
+        _check(prompt, wanted, shown, images, measured, f"{branches}", f"{profile}")
+    blocks = [
+        Block(
+            prompt_id=number,
+            prompt=text,
+            rows=[images[(number, text), pair] for pair in [*wanted, YARDSTICK]],
+            spread={r: [measured[number, pair, r][0] for pair in wanted] for r in shown},
+            yardstick={r: measured[number, wanted[0], r][1] for r in shown},
+        )
+        for number, text in found
+    ]
+    labels = [f"SDE at step {step}" for step, _ in wanted]
+    for row, (_, span) in enumerate(wanted):
+        labels[row] += f",\n{span} steps merged" if span > 1 else ""
+    labels.append(f"{noise_fraction:.0%} noise\n(yardstick)")
+    with rc_context(CANVAS_STYLE):
+        return save_figure(_draw(blocks, labels, Path(branches)), stem, dpi=FINE)
+
+
+def _pairs(pairs: Sequence[Sequence[int]]) -> list[Pair]:
+    """[step, span] as tuples."""
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise UserError(f"branches: pairs must be [step, span], at least one; got {list(pairs)}")
+    return [(step, span) for step, span in pairs]
+
+
+def _check(
+    prompt: Prompt,
+    pairs: Sequence[Pair],
+    rewards: Sequence[str],
+    images: Images,
+    measured: Measured,
+    branches: str,
+    profile: str,
+) -> None:
+    """Refuse a prompt that lacks a row of images or the spread beside it; files are for words."""
+    for pair in [*pairs, YARDSTICK]:
+        if (prompt, pair) not in images:
+            what = "the yardstick" if pair == YARDSTICK else f"step {pair[0]}, span {pair[1]}"
+            raise UserError(
+                f"{branches}: holds no image of {what} for prompt {prompt[0]}; add it to "
+                "profile.shown, within the schedule"
+            )
+    for step, span in pairs:
+        for reward in rewards:
+            if (prompt[0], (step, span), reward) not in measured:
+                raise UserError(
+                    f"{profile}: holds no spread of {reward} at step {step}, span {span} for "
+                    f"prompt {prompt[0]}; add the span to profile.spans"
+                )
+
+
+def _images(path: Path) -> Images:
+    """First images by prompt and pair."""
+    rows = read_table(path, BRANCHES).to_pylist()
+    out: Images = {}
+    for row in sorted(rows, key=lambda r: (r["prompt_id"], r["sample"])):
+        key = (row["prompt_id"], row["prompt"]), (row["step"], row["span"])
+        out.setdefault(key, []).append(row["png"])
+    return {key: found[:SAMPLES] for key, found in out.items()}
+
+
+def _measured(path: str | Path) -> Measured:
+    """Std in the group and that of the yardstick, by (prompt id, pair, reward); null is NaN."""
+    return {
+        (row["prompt_id"], (row["step"], row["span"]), row["quantity"].removeprefix("reward:")): (
+            math.nan if row["spread"] is None else row["spread"],
+            math.nan if row["yardstick"] is None else row["yardstick"],
+        )
+        for row in read_table(path, ENTROPY_PROFILE).to_pylist()
+        if row["quantity"].startswith("reward:")
+    }
+
+
+def _draw(blocks: Sequence[Block], labels: Sequence[str], path: Path) -> Figure:
+    """All blocks below each other; lengths in inches."""
+    rewards = list(blocks[0].spread)
+    count = max(len(row) for block in blocks for row in block.rows)
+    first = decode_png(blocks[0].rows[0][0], path)
+    beside = LEFT + len(rewards) * (PANEL + BETWEEN) + 2 * MARGIN
+    room = min(0.9, max(0.54, (PAGE - beside) / count - GAP))
+    across = cell_width(first, int(room * FINE))
+    width, pitch = across / FINE + GAP, height_of(first, across) / FINE + GAP
+    tall = PROMPT + len(labels) * pitch + TICKS
+    canvas = Canvas.of(beside + count * width, HEAD + len(blocks) * tall + FOOT, FINE)
+    head = {"fontsize": 8, "va": "baseline", "linespacing": 1.1}
+    canvas.text(MARGIN, 0.24, "What a branch changes", va="bottom", fontsize=10.5, weight="bold")
+    canvas.text(MARGIN + LEFT, HEAD - 0.07, "samples of one group", **head)
+    for n, reward in enumerate(rewards):
+        x = MARGIN + LEFT + count * width + n * (PANEL + BETWEEN) + BETWEEN
+        limit = max([0.0, *_shown(blocks, reward)]) * 1.08 or 1.0
+        name = wrap(reward, PANEL + BETWEEN - GAP, measure=inches(8))
+        canvas.text(x, HEAD - 0.07, f"std of\n{name}", **head)
+        for k, block in enumerate(blocks):
+            y = HEAD + k * tall + PROMPT - GAP / 2
+            panel = canvas.axes(x, y, PANEL, len(labels) * pitch)
+            _draw_spread(panel, block, reward, limit)
+    for k, block in enumerate(blocks):
+        _draw_images(canvas, block, labels, HEAD + k * tall, across, path)
+    _legend(canvas)
+    return canvas.figure
+
+
+def _shown(blocks: Sequence[Block], reward: str) -> list[float]:
+    """All finite values of a reward, which share an axis."""
+    values = [v for b in blocks for v in [*b.spread[reward], b.yardstick[reward]]]
+    return [v for v in values if math.isfinite(v)]
+
+
+def _draw_images(
+    canvas: Canvas, block: Block, labels: Sequence[str], y: float, across: int, path: Path
+) -> None:
+    """The prompt and, below it, the rows of images; the block begins at height ``y``."""
+    prompt = wrap(block.prompt, canvas.width - 2 * MARGIN, 1, inches(8, style="italic"))
+    canvas.text(MARGIN, y + PROMPT - 0.05, prompt, va="bottom", fontsize=8, style="italic")
+    y += PROMPT
+    for label, row in zip(labels, block.rows, strict=True):
+        height = 0.0
+        for sample, png in enumerate(row):
+            image: Pixels = decode_png(png, path)
+            x = MARGIN + LEFT + sample * (across / FINE + GAP)
+            canvas.image(image, x, y, across)
+            height = height_of(image, across) / FINE
+        canvas.text(MARGIN, y + height / 2, label, va="center", fontsize=8)
+        y += height + GAP
+
+
+def _draw_spread(axes: Axes, block: Block, reward: str, limit: float) -> None:
+    """A stem and a dot a row, beside the images; the yardstick across all rows."""
+    yardstick, spread = block.yardstick[reward], block.spread[reward]
+    rows = len(spread) + 1
+    axes.set(xlim=(0.0, limit), ylim=(rows - 0.5, -0.5), yticks=[])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=2))
+    axes.tick_params(labelsize=7, pad=1.5, length=2)
+    name = f"{reward}:{block.prompt_id}"
+    if math.isfinite(yardstick):
+        axes.axvline(yardstick, color=INK, ls="--", lw=1.1, gid=f"yardstick:{name}", clip_on=False)
+        axes.plot([yardstick], [rows - 1], **_dot("yardstick"))
+    groups: Mapping[str, list[int]] = {
+        "above": [i for i, v in enumerate(spread) if v > yardstick],
+        "below": [i for i, v in enumerate(spread) if v <= yardstick],
+        "alone": [i for i, v in enumerate(spread) if math.isfinite(v) and yardstick != yardstick],
+    }
+    for kind, at in groups.items():
+        values = [spread[i] for i in at]
+        axes.hlines(at, 0.0, values, color=PALETTE[0], lw=1.2)
+        axes.plot(values, at, gid=f"{kind}:{name}", **_dot(kind))
+    for i, value in enumerate([*spread, yardstick]):
+        failed = not math.isfinite(value)
+        place = 0.0 if failed else value / limit
+        axes.annotate(
+            "no score" if failed else _number(value),
+            (place * limit, i),
+            xytext=(2 if place < 0.2 else 0, 4.5),
+            textcoords="offset points",
+            ha="left" if place < 0.2 else "right" if place > 0.8 else "center",
+            fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+        )
+
+
+def _number(value: float) -> str:
+    """Two digits, and all before the point."""
+    return f"{value:#.2g}" if 0 < value < 10 else f"{value:.0f}"
+
+
+def _dot(kind: str) -> dict[str, Any]:
+    """Full above the yardstick, hollow below it, grey without it, a diamond for itself."""
+    grey = "#BBBBBB"
+    face = {"above": PALETTE[0], "below": "white", "alone": grey, "yardstick": INK}[kind]
+    edge = INK if kind == "yardstick" else PALETTE[0]
+    return {
+        "ls": "none",
+        "marker": "D" if kind == "yardstick" else "o",
+        "ms": 4.5 if kind == "yardstick" else 5.5,
+        "mfc": face,
+        "mec": edge,
+        "mew": 1.2,
+        "zorder": 4,
+        "clip_on": False,
+    }
+
+
+def _legend(canvas: Canvas) -> None:
+    handles = [
+        Line2D([], [], label="spreads more than the yardstick", **_dot("above")),
+        Line2D([], [], label="does not", **_dot("below")),
+        Line2D(
+            [], [], label="yardstick", **(_dot("yardstick") | {"ls": "--", "color": INK, "lw": 1.1})
+        ),
+    ]
+    canvas.figure.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.0),
+        ncols=3,
+        fontsize=8,
+        borderaxespad=0.2,
+        handlelength=3.0,
+    )

@@ -1,0 +1,255 @@
+"""Reward curves: of single runs, and of arms whose runs differ in their seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from egrpo.core.intervals import crossed_interval
+from egrpo.errors import UserError
+from egrpo.figures.style import LINES, STYLE, Real, columns, look, save_figure, wrap
+from egrpo.store.tables import TRAIN_METRICS
+
+Columns = Mapping[str, npt.NDArray[Any]]
+WIDTH = 9.5
+"""Inches."""
+MOST_MARKERS = 8
+"""Of one line; more would hide each other and the dashes."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a panel.
+
+    Attributes:
+        name: run or arm.
+        kind: "training" (samples) or "monitor" (fixed held-out prompts).
+        iteration, nfe, value: [n] by iteration, finite.
+        seeds: the values that ``value`` is the mean of, [seeds, n].
+    """
+
+    name: str
+    kind: str
+    iteration: npt.NDArray[Any]
+    nfe: npt.NDArray[Any]
+    value: Real
+    seeds: Real
+
+    def band(self) -> tuple[Real, Real]:
+        """Ends of the 95% interval of the mean over seeds (Student's t), [n] each."""
+        each = [crossed_interval(self.seeds[None, :, i]) for i in range(len(self.value))]
+        return np.array([i.low for i in each]), np.array([i.high for i in each])
+
+
+def curves_figure(
+    metrics: Sequence[str | Path], rewards: Sequence[str], stem: str | Path, *, window: int = 10
+) -> Figure:
+    """Reward against iterations and against network evaluations, one row of panels a reward.
+
+    Thin lines: mean of the training samples, trailing mean of up to ``window`` iterations (gid
+    "training:<run>"). Markers: mean on fixed held-out prompts (gid "monitor:<run>").
+
+    Args:
+        metrics: ``train_metrics.parquet`` of each run.
+        rewards: names of the rewards to draw, as in the metrics ``reward/<name>``.
+        stem: output path without ending.
+        window: iterations of the trailing mean, at least 1.
+
+    Raises:
+        UserError: if a file is missing or damaged, or no run has any of the rewards.
+    """
+    tables = [columns(path, TRAIN_METRICS) for path in metrics]
+    curves = {r: [c for table in tables for c in _run_curves(table, r, window)] for r in rewards}
+    if not any(curves.values()):
+        raise UserError(
+            f"curves: no run has the metric reward/<name> of {', '.join(rewards) or 'any reward'}"
+        )
+    title = (
+        "Reward during training (markers: fixed held-out prompts; thin lines: "
+        f"training samples, mean of last {window} iterations)"
+    )
+    return _draw(curves, title, stem)
+
+
+def _run_curves(table: Columns, reward: str, window: int) -> Iterator[Curve]:
+    """Training and monitor curve of each run in a table."""
+    for run in dict.fromkeys(table["run"]):
+        part = {name: column[table["run"] == run] for name, column in table.items()}
+        iteration, nfe, value = _series(part, f"reward/{reward}")
+        if len(value):
+            mean = trailing_mean(value, window)
+            yield Curve(run, "training", iteration, nfe, mean, mean[None])
+        iteration, nfe, value = _series(part, f"monitor/reward/{reward}")
+        if len(value):
+            yield Curve(run, "monitor", iteration, nfe, value, value[None])
+
+
+def arm_curves_figure(
+    groups: Mapping[str, Sequence[str | Path]], rewards: Sequence[str], stem: str | Path
+) -> Figure:
+    """Fig. 1c and 4 of the paper: reward on fixed held-out prompts, arm by arm, over seeds.
+
+    Lines (gid "monitor:<arm>") are means over the seeds of an arm, bands (gid "band:<arm>") the
+    95% intervals of these means over seeds (Student's t) on the same prompts; an arm with one seed
+    has none. The axes show every seed; with few seeds bands may leave them. Points are the
+    iterations at which every seed of the arm was measured. Left against iterations, right against
+    the mean network evaluations of the seeds; one row of panels a reward.
+
+    Args:
+        groups: ``train_metrics.parquet`` of each seed, by arm.
+        rewards: names of the rewards to draw, as in the metrics ``monitor/reward/<name>``.
+        stem: output path without ending.
+
+    Raises:
+        UserError: if a file is missing or damaged, holds more than one run or one that its arm
+            already has, or if an arm lacks a reward.
+    """
+    if not groups or not rewards:
+        raise UserError("curves: at least one arm and one reward are needed")
+    tables = {arm: _seeds(arm, paths) for arm, paths in groups.items()}
+    curves = {r: [_arm_curve(arm, seeds, r) for arm, seeds in tables.items()] for r in rewards}
+    counts = sorted({len(seeds) for seeds in tables.values()})
+    title = "Reward on fixed held-out prompts during training"
+    if counts[-1] > 1:
+        several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        title += f" (line: mean of {several} seeds; band: its 95% interval over seeds)"
+    return _draw(curves, title, stem)
+
+
+def _seeds(arm: str, paths: Sequence[str | Path]) -> dict[str | Path, Columns]:
+    """Tables of an arm's runs, by path."""
+    if not paths:
+        raise UserError(f"curves: arm {arm!r} has no run")
+    tables: dict[str | Path, Columns] = {path: columns(path, TRAIN_METRICS) for path in paths}
+    seen: set[str] = set()
+    for path in paths:
+        runs = set(tables[path]["run"])
+        if len(runs) != 1:
+            raise UserError(f"{path}: holds {len(runs)} runs, expected one seed of arm {arm!r}")
+        if runs & seen:
+            raise UserError(f"{path}: arm {arm!r} has run {runs.pop()!r} twice")
+        seen |= runs
+    return tables
+
+
+def _arm_curve(arm: str, tables: Mapping[str | Path, Columns], reward: str) -> Curve:
+    """Mean over the seeds of an arm, where all of them were measured."""
+    seeds = {path: _series(table, f"monitor/reward/{reward}") for path, table in tables.items()}
+    for path, (_, _, value) in seeds.items():
+        if not len(value):
+            raise UserError(
+                f"{path}: arm {arm!r} has no value of monitor/reward/{reward}; is it among its "
+                "rewards, and train.monitor_every above 0?"
+            )
+    shared = reduce(np.intersect1d, [iteration for iteration, *_ in seeds.values()])
+    if not len(shared):
+        raise UserError(f"curves: seeds of arm {arm!r} were monitored at no common iteration")
+    at = [np.searchsorted(iteration, shared) for iteration, *_ in seeds.values()]
+    nfe = np.array([s[1][i] for s, i in zip(seeds.values(), at, strict=True)], dtype=float)
+    value = np.array([s[2][i] for s, i in zip(seeds.values(), at, strict=True)])
+    return Curve(arm, "monitor", shared, nfe.mean(0), value.mean(0), value)
+
+
+def _series(table: Columns, metric: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any], Real]:
+    """Iterations, network evaluations and finite values of one metric, by iteration."""
+    at = (table["metric"] == metric) & np.isfinite(table["value"])
+    order = np.argsort(table["iteration"][at], kind="stable")
+    iteration, nfe, value = (table[name][at][order] for name in ("iteration", "nfe", "value"))
+    return iteration, nfe, value
+
+
+def trailing_mean(values: Real, window: int) -> Real:
+    """Mean of each value and up to ``window`` - 1 before it, [n]; fewer at the start.
+
+    Raises:
+        ValueError: if ``window`` is less than 1.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(stop - window, 0)
+    return np.asarray((sums[stop] - sums[start]) / (stop - start))
+
+
+def _draw(curves: Mapping[str, Sequence[Curve]], title: str, stem: str | Path) -> Figure:
+    """A row of two panels for each reward, and one legend of all names below."""
+    names = list(dict.fromkeys(curve.name for found in curves.values() for curve in found))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.4 * len(curves) + 0.9))
+        grid = figure.subplots(len(curves), 2, squeeze=False, sharey="row", sharex="col")
+        for (left, right), (reward, found) in zip(grid, curves.items(), strict=True):
+            for curve in found:
+                at = names.index(curve.name)
+                _draw_curve(left, curve.iteration, curve, at)
+                _draw_curve(right, curve.nfe, curve, at)
+            left.set_ylabel(f"reward: {reward}")
+            if found:
+                left.set_ylim(*_limits(found))
+        grid[-1][0].set_xlabel("training iterations")
+        grid[-1][1].set_xlabel("network evaluations (forward, forward-backward, reference)")
+        grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        grid[-1][1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        grid[0][0].set_title("at equal iterations", loc="left")
+        grid[0][1].set_title("at equal network evaluations", loc="left")
+        _legend(figure, names)
+        figure.suptitle(title, fontsize=11)
+        return save_figure(figure, stem)
+
+
+def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Ends of an axis that shows all seeds, with a margin."""
+    low = min(float(curve.seeds.min()) for curve in curves)
+    high = max(float(curve.seeds.max()) for curve in curves)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _draw_curve(axes: Axes, x: npt.NDArray[Any], curve: Curve, at: int) -> None:
+    style = look(at) | {"gid": f"{curve.kind}:{curve.name}"}
+    if curve.kind == "training":
+        style |= {"marker": None, "lw": 0.9, "alpha": 0.5, "zorder": 2}
+    else:
+        every = -(-len(x) // MOST_MARKERS)
+        # each series begins with another point, so that markers of near curves stand apart
+        style |= {"ls": LINES[at % len(LINES)], "markevery": (at % every, every)}
+        style |= _marker(at) | {"zorder": 3}
+    axes.plot(x, curve.value, **style)
+    if len(curve.seeds) > 1:
+        low, high = curve.band()
+        axes.fill_between(
+            x, low, high, color=style["color"], alpha=0.13, lw=0, gid=f"band:{curve.name}"
+        )
+
+
+def _marker(at: int) -> dict[str, Any]:
+    """A white edge, so that markers stand out of lines; stars fill less of their size."""
+    return {"ms": 10 if look(at)["marker"] == "*" else 6.5, "mec": "white", "mew": 0.7}
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    """Below the panels, in as many columns as the names leave room for."""
+    labels = [wrap(name, 28) for name in names]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    room = int(WIDTH / (0.75 + 0.08 * longest))  # inches: the sample of the line, the characters
+    shown = [
+        Line2D([], [], ls=LINES[i % len(LINES)], label=label, **look(i), **_marker(i))
+        for i, label in enumerate(labels)
+    ]
+    figure.legend(
+        handles=shown,
+        loc="outside lower center",
+        ncols=min(room, len(shown), 6),
+        handlelength=3.4,
+    )

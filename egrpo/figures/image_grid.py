@@ -1,0 +1,187 @@
+"""Grids of images: prompts below each other, the base model and what was trained side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from egrpo.errors import UserError
+from egrpo.figures.style import DPI, FINE, STYLE, inches, save_figure, wrap
+from egrpo.report.tables import Key, Pixels, decode_png, read_images
+
+CANVAS_STYLE = STYLE | {"figure.constrained_layout.use": False}
+"""For figures laid out by :class:`Canvas`."""
+PAGE, MARGIN, GAP, LEFT = 10.0, 0.12, 0.06, 1.3
+"""Inches: width of a page, its edge, between images, of the prompts beside them."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A figure laid out in inches from its top left corner, so that pixels stay whole."""
+
+    figure: Figure
+    width: float
+    height: float
+    dpi: int
+
+    @classmethod
+    def of(cls, width: float, height: float, dpi: int) -> Canvas:
+        """An empty figure of this size in inches, for a file of ``dpi``."""
+        return cls(Figure(figsize=(width, height), dpi=dpi), width, height, dpi)
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes whose upper left corner is at (x, y)."""
+        bottom = self.height - y - height
+        box = x / self.width, bottom / self.height, width / self.width, height / self.height
+        return self.figure.add_axes(box)
+
+    def image(self, pixels: Pixels, x: float, y: float, across: int) -> Axes:
+        """An image ``across`` output pixels wide, its upper left corner at (x, y)."""
+        down = height_of(pixels, across)
+        axes = self.axes(x, y, across / self.dpi, down / self.dpi)
+        axes.imshow(fitted(pixels, across), interpolation="nearest")
+        axes.set_axis_off()
+        return axes
+
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        """Text as it is, at (x, y); dollar signs of a prompt are no mathematics."""
+        place = x / self.width, 1.0 - y / self.height
+        self.figure.text(*place, text, parse_math=False, **style)
+
+
+def cell_width(pixels: Pixels, room: int) -> int:
+    """Output pixels across that an image takes of ``room``: small ones a whole multiple."""
+    factor = room // pixels.shape[1]
+    return pixels.shape[1] * factor if factor > 1 else room
+
+
+def height_of(pixels: Pixels, across: int) -> int:
+    """Output pixels down of an image that is ``across`` wide."""
+    return round(across * pixels.shape[0] / pixels.shape[1])
+
+
+def fitted(pixels: Pixels, across: int) -> Pixels:
+    """An image as it goes into the file: small ones as they are, others with ``across`` pixels.
+
+    Large images are thus embedded once at the size shown, in the SVG too.
+    """
+    if across % pixels.shape[1] == 0:
+        return pixels
+    image = Image.fromarray(np.rint(pixels * 255.0).astype(np.uint8))
+    size = across, height_of(pixels, across)
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32) / np.float32(255.0)
+
+
+def before_after(
+    base_images: str | Path,
+    runs: Sequence[tuple[str, str | Path]],
+    prompts: int,
+    stem: str | Path,
+) -> Figure:
+    """Images of the base model and of each run side by side, from the same prompt and noise.
+
+    Rows are the first ``prompts`` prompts (their first sample), columns the base and the runs.
+    Writes the PNG only, with large images, to look at.
+
+    Raises:
+        UserError: if a file is missing or damaged, or a run lacks an image of the base.
+    """
+    keys, columns, first = _read(base_images, runs, prompts)
+    across = cell_width(first, 192 if first.shape[1] <= 192 else 384)
+    return _image_grid(keys, columns, first, across, stem, ("png",), DPI)
+
+
+def images_figure(
+    base_images: str | Path,
+    columns: Sequence[tuple[str, str | Path]],
+    prompts: int,
+    stem: str | Path,
+) -> Figure:
+    """Fig. 5 of the paper: prompts by models, from the same prompt and noise, on one page.
+
+    Args:
+        base_images: ``images.parquet`` of the base model; its first samples of the first prompts.
+        columns: heading and ``images.parquet`` of each trained model.
+        prompts: rows, at least 1.
+        stem: output path without ending.
+
+    Raises:
+        UserError: if a file is missing or damaged, or a model lacks an image of the base.
+    """
+    keys, read, first = _read(base_images, columns, prompts)
+    room = (PAGE - 2 * MARGIN - LEFT) / len(read) - GAP
+    across = cell_width(first, min(384, max(96, int(room * FINE))))
+    return _image_grid(keys, read, first, across, stem, ("png", "svg"), FINE)
+
+
+Column = tuple[str, Path, dict[Key, bytes]]
+"""Heading, file, images."""
+
+
+def _read(
+    base_images: str | Path, runs: Sequence[tuple[str, str | Path]], prompts: int
+) -> tuple[list[Key], list[Column], Pixels]:
+    """Images to show, the columns that hold them, and the first image."""
+    base = read_images(Path(base_images))
+    first: dict[int, Key] = {}
+    for key in sorted(base):
+        first.setdefault(key[0], key)
+    keys = list(first.values())[: max(0, prompts)]
+    if not keys:
+        raise UserError(f"{base_images}: no image to show; at least 1 prompt is needed")
+    columns: list[Column] = [("base", Path(base_images), {key: base[key] for key in keys})]
+    base.clear()  # one table at a time: hundreds of large images each, of which few are shown
+    for run, path in runs:
+        images = read_images(Path(path))
+        lacking = [key for key in keys if key not in images]
+        if lacking:
+            raise UserError(
+                f"{path}: run {run!r} has no image of prompt {lacking[0][0]} "
+                f"({lacking[0][2]!r}), sample {lacking[0][1]}; evaluate it on the base's prompts"
+            )
+        columns.append((run, Path(path), {key: images[key] for key in keys}))
+    return keys, columns, decode_png(columns[0][2][keys[0]], Path(base_images))
+
+
+def _image_grid(
+    keys: Sequence[Key],
+    columns: Sequence[Column],
+    first: Pixels,
+    across: int,
+    stem: str | Path,
+    endings: Sequence[str],
+    dpi: int,
+) -> Figure:
+    """Prompts to the left, headings above; each cell is as large as the first image's."""
+    width, height = across / dpi, height_of(first, across) / dpi
+    small = width < 1.0
+    size = 7.5 if small else 10.0
+    heads = [
+        wrap(name, width + GAP / 2, measure=inches(size, weight="bold")) for name, *_ in columns
+    ]
+    top = MARGIN + GAP + max(head.count("\n") + 1 for head in heads) * size * 1.25 / 72.0
+    total = LEFT + len(columns) * (width + GAP) + 2 * MARGIN - GAP
+    with rc_context(CANVAS_STYLE):
+        canvas = Canvas.of(total, top + len(keys) * (height + GAP) + MARGIN - GAP, dpi)
+        for column, head in enumerate(heads):
+            middle = MARGIN + LEFT + column * (width + GAP) + width / 2
+            style = {"ha": "center", "va": "baseline", "fontsize": size, "weight": "bold"}
+            canvas.text(middle, top - GAP - size * 0.25 / 72.0, head, **style)
+        for row, key in enumerate(keys):
+            y = top + row * (height + GAP)
+            font = 7.5 if small else 9.0
+            lines = max(1, int(height * 72.0 / (font * 1.25)))
+            text = wrap(key[2], LEFT - 2 * GAP, lines, inches(font))
+            canvas.text(MARGIN, y + height / 2, text, va="center", fontsize=font)
+            for column, (_, path, images) in enumerate(columns):
+                x = MARGIN + LEFT + column * (width + GAP)
+                canvas.image(decode_png(images[key], path), x, y, across)
+        return save_figure(canvas.figure, stem, endings, dpi)

@@ -1,0 +1,115 @@
+"""What a study will execute, before anything runs. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from egrpo.config.models import RunConfig
+from egrpo.config.prompts import train_prompts
+from egrpo.core.plan import Plan
+from egrpo.methods.settings import BranchGrpo
+from egrpo.planning.plan import load_plan
+from egrpo.planning.trees import (
+    closed_form_plan,
+    cost_of,
+    needs_plan,
+    prompt_ids,
+    reads_profile,
+    run_cost,
+    tree_of,
+)
+from egrpo.store.tables import MERGE_PLAN, metadata_of, read_table
+from egrpo.study.keys import plan_key
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import Study
+
+COLUMNS = (
+    ("forward/prompt", "prompt", "forward"),
+    ("train/prompt", "prompt", "train"),
+    ("forward/run", "run", "forward"),
+    ("train/run", "run", "train"),
+    ("reference/run", "run", "reference"),
+    ("all/run", "run", "total"),
+)
+NOTE = (
+    "forward: evaluations while sampling; train: forward+backward passes; reference: forwards of "
+    "the base model and of the averaged weights, for their penalties; prompt: one prompt of the "
+    "first iteration"
+)
+
+
+def study_cost(
+    study: Study, names: Iterable[str] | None = None
+) -> dict[str, dict[str, Any] | None]:
+    """Cost of runs (None: all); None where a plan waits for a profile that is not measured yet.
+
+    Raises:
+        UserError: if a prompt file is missing or a plan damaged.
+    """
+    at = Layout(study)
+    used = {run.prompts for run in study.runs.values()}
+    counts = {of: len(train_prompts(of.train, of.limit, of.column)) for of in used}
+    out: dict[str, dict[str, Any] | None] = {}
+    for name in names or study.runs:
+        run = study.runs[name]
+        plan = known_plan(run, at)
+        if plan is None and needs_plan(run):
+            out[name] = None
+            continue
+        count = counts[run.prompts]
+        first = prompt_ids(run, 1, count)[0]
+        prompt, whole = (
+            cost_of(run, [tree_of(run, plan, 1, first)]),
+            run_cost(run, plan, count),
+        )
+        pruned = isinstance(run.method, BranchGrpo) and run.method.width_share < 1.0
+        out[name] = {
+            "method": run.method.name,
+            "prompt": {**asdict(prompt), "total": prompt.total},
+            "run": {**asdict(whole), "total": whole.total},
+            "train_at_most": pruned,
+        }
+    return out
+
+
+def known_plan(run: RunConfig, at: Layout) -> Plan | None:
+    """The plan of a run: computed, or read where it was made from a profile; None for no plan."""
+    if not reads_profile(run):
+        return closed_form_plan(run)
+    path, table = (at.run(run.run) / name for name in ("plan.json", "merge_plan.parquet"))
+    if not (path.exists() and table.exists()):
+        return None
+    made_for = metadata_of(read_table(table, MERGE_PLAN)).get("config_hash")
+    return load_plan(path) if made_for == plan_key(run) else None
+
+
+def cost_table(study: Study) -> str:
+    """The costs side by side; of an arm with several seeds those of the first."""
+    firsts: dict[str, str] = {}
+    for name, run in study.runs.items():
+        firsts.setdefault(run.arm, name)
+    costs = study_cost(study, firsts.values())
+    rows = [["run", "method", *(title for title, *_ in COLUMNS)]]
+    for name in firsts.values():
+        cost = costs[name]
+        if cost is None:
+            cells = ["needs its profile; `snakemake --cores all plans` makes it"]
+            rows.append([name, study.runs[name].method.name, *cells])
+            continue
+        most = "<=" if cost["train_at_most"] else ""
+        cells = [
+            (most if part in ("train", "total") else "") + f"{cost[of][part]:,}"
+            for _, of, part in COLUMNS
+        ]
+        rows.append([name, cost["method"], *cells])
+    full = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    lines = []
+    for row in rows:
+        names = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=False)]
+        lines.append("  ".join(names + numbers))
+    seeds = "" if len(firsts) == len(study.runs) else "; of several seeds the first is shown"
+    return "\n".join([*lines, NOTE + seeds])

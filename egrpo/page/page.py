@@ -1,0 +1,179 @@
+"""The story of a study on one page: question, outcome, entropy, plans, curves, tables, images.
+
+A page is one file that asks for nothing else: images and figures are data URIs, styles and script
+are part of it. It works without the script, which only moves the gallery's slider.
+
+``results/index.html`` is the way in for everybody: with one page below it, its script leads there
+at once, but leaves those who come from that page's link to ``#list``; with several it lists them.
+It is no declared output of the workflow. Several studies share it, and a declared file would be out
+of date for each of them whenever another one had made it; so whoever makes a page writes it anew
+from the pages that are there. A lost one comes back with the next page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import date
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from egrpo import __version__
+from egrpo.config.models import FigureSpec, TableSpec
+from egrpo.page.gallery import make_gallery
+from egrpo.page.parts import (
+    Picture,
+    comparison,
+    picture,
+    plan_views,
+    result_view,
+    settings_rows,
+    verdict_views,
+)
+from egrpo.page.render import render
+from egrpo.planning.trees import needs_plan
+from egrpo.report.provenance import versions
+from egrpo.report.report import read_rows
+from egrpo.report.results_text import COSTS
+from egrpo.report.tables import HOW_TO_READ, warning_lines
+from egrpo.store.files import write_text
+from egrpo.store.tables import COMPARISON, metadata_of, read_table
+from egrpo.study.layout import PAGES, Layout
+
+SHOWN = {
+    "index": "the default runs",
+    "paper": "the paper's tables and figures",
+    "everything": "everything",
+}
+"""What each page tells of."""
+HEAD = 4096
+"""Bytes of a page that hold what the list of pages says of it."""
+
+
+def make_page(
+    name: str,
+    at: Layout,
+    tables: Mapping[str, TableSpec],
+    figures: Mapping[str, FigureSpec],
+) -> None:
+    """Write one page of a study, and the first page of the results folder.
+
+    Args:
+        name: one of :data:`egrpo.study.layout.PAGES`.
+        at: the runs that it tells of, and where their results lie.
+        tables, figures: what of the study stands on it beside the comparison.
+
+    Raises:
+        UserError: if a result is missing or damaged.
+    """
+    path = at.page(name)
+    write_text(path, render("page.html.j2", **content(name, at, tables, figures)))
+    write_root(at.root.parent)
+
+
+def content(
+    name: str, at: Layout, tables: Mapping[str, TableSpec], figures: Mapping[str, FigureSpec]
+) -> dict[str, Any]:
+    """What the template of a page is filled with.
+
+    Raises:
+        UserError: if a result is missing or damaged.
+    """
+    table = at.table(PAGES[name])
+    rows = read_rows(table)
+    left = dict(figures)
+    lead = {kind: _lead(kind, name, at, left) for kind in ("entropy", "curves")}
+    images = [spec.arms for spec in figures.values() if spec.kind == "images"]
+    arms = images[0] if images else [run.arm for run in at.study.runs.values()]
+    return {
+        "study": at.study.name,
+        "name": name,
+        "shown": SHOWN[name],
+        "runs": at.study.runs,
+        "date": date.fromtimestamp(table.stat().st_mtime),
+        "verdicts": verdict_views(rows, at),
+        "warnings": warning_lines(rows),
+        "lead": lead,
+        "plans": plan_views(at),
+        "comparison": comparison(rows),
+        "tables": [result_view(key, spec, at) for key, spec in tables.items()],
+        "figures": [
+            (key, picture(at.figure(key).with_suffix(""), spec.kind, spec.caption))
+            for key, spec in left.items()
+        ],
+        "gallery": make_gallery(at, list(dict.fromkeys(arms))),
+        "settings": settings_rows(at),
+        "how_to_read": HOW_TO_READ,
+        "cost_heads": list(COSTS.values()),
+        "head": metadata_of(read_table(table, COMPARISON)),
+        "version": __version__,
+        "versions": versions(),
+    }
+
+
+def _lead(kind: str, name: str, at: Layout, figures: dict[str, FigureSpec]) -> Picture | None:
+    """The figure of the story: the study's first of its kind, which leaves ``figures``, or the one
+    of the default runs, which the paper's runs may not be."""
+    for key, spec in figures.items():
+        if spec.kind == kind:
+            del figures[key]
+            return picture(at.figure(key).with_suffix(""), spec.kind, spec.caption)
+    stem = at.figures / kind
+    wanted = kind == "curves" or any(needs_plan(run) for run in at.study.runs.values())
+    if (
+        name == "paper"
+        or not wanted
+        or (name == "everything" and not stem.with_suffix(".png").exists())
+    ):
+        return None
+    return picture(stem, kind)
+
+
+# --- the first page of all studies ----------------------------------------------------------------
+
+
+class _Head(HTMLParser):
+    """What a page's head says of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meta: dict[str, str] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note a meta element."""
+        found = dict(attrs)
+        if tag == "meta" and found.get("name"):
+            self.meta[str(found["name"])] = found.get("content") or ""
+
+
+def pages(results: Path) -> Iterator[dict[str, str]]:
+    """The pages of all studies below a results folder: address, study, what each shows, date."""
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        for name in PAGES:
+            try:
+                with open(folder / f"{name}.html", encoding="utf-8", errors="replace") as file:
+                    text = file.read(HEAD)
+            except (FileNotFoundError, IsADirectoryError):
+                continue
+            head = _Head()
+            head.feed(text)
+            if head.meta.get("generator", "").startswith("egrpo "):
+                yield {
+                    "href": f"{quote(folder.name)}/{name}.html",
+                    "study": folder.name,
+                    "shown": head.meta.get("egrpo-shown", ""),
+                    "date": head.meta.get("date", ""),
+                }
+
+
+def write_root(results: Path) -> None:
+    """Write ``index.html`` of a results folder from the pages below it.
+
+    Two workflows may do so at once. Each looks again after it wrote: whoever writes last has seen
+    the other's page.
+    """
+    path, written = results / "index.html", ""
+    while (text := render("root.html.j2", pages=list(pages(results)))) != written:
+        write_text(path, text)
+        written = text

@@ -1,0 +1,1 @@
+"""From a run's settings to its grid, plan, trees and cost."""

@@ -1,0 +1,90 @@
+"""With what results were made: versions of the software, commits and digests of the settings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from egrpo import __version__
+from egrpo.config.load import yaml_of
+from egrpo.config.models import RunConfig
+from egrpo.page.render import render
+from egrpo.report.tables import evaluations, train_record
+from egrpo.store.files import write_text
+from egrpo.store.tables import SCORES, Table, git_commit, metadata_of, read_table
+from egrpo.study.keys import run_key
+from egrpo.study.layout import Layout
+from egrpo.study.sharing import shareable
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "open_clip_torch",
+    "clip-anytorch",
+    "mlflow",
+    "snakemake",
+    "pyarrow",
+    "numpy",
+)
+"""What results depend on."""
+MISSING = "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of this package, Python and what results depend on; no import of any."""
+    found = {"egrpo": f"{__version__} {git_commit()}".strip(), "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = MISSING
+    return found
+
+
+def made_at(path: str | Path, table: Table) -> str:
+    """The commit that a table was written at, else the version.
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds another table.
+    """
+    head = metadata_of(read_table(path, table))
+    return head.get("git_commit") or f"egrpo {head.get('egrpo_version', '?')}"
+
+
+def describe(run: RunConfig, train: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader wants to know of a run first, by heading."""
+    weights = run.train.rewards
+    return {
+        "run": run.run,
+        "method": run.method.name,
+        "trained on": ", ".join(n if w == 1 else f"{n} ({w:g})" for n, w in weights.items()),
+        "seed": str(run.seed),
+        "iterations": str(train["iterations"]),
+        "network evaluations": f"{evaluations(train):,}",
+        "seconds": f"{train['seconds']:,.0f}",
+        "settings": run_key(run),
+    }
+
+
+def write_about(at: Layout, output: str | Path) -> None:
+    """Write one HTML page: versions, runs with their commits, and all their settings.
+
+    Raises:
+        UserError: if a result of a run is missing or damaged.
+    """
+    rows, settings = [], dict[str, str]()
+    for name, run in at.study.runs.items():
+        row = describe(run, train_record(at.run(name) / "train.json"))
+        rows.append({**row, "scored at": made_at(at.run(name) / "scores.parquet", SCORES)})
+        if run.arm not in {at.study.runs[shown].arm for shown in settings}:
+            settings[name] = yaml_of(shareable(run)[0])
+    title = f"Study {at.study.name}: versions and settings"
+    page = render("about.html.j2", title=title, versions=versions(), runs=rows, settings=settings)
+    write_text(output, page)

@@ -1,0 +1,1 @@
+"""Images of a model, by one process or several."""

@@ -1,1 +1,0 @@
-"""What a workflow rule runs: one module per rule."""

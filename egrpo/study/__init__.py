@@ -1,0 +1,1 @@
+"""What settings and files make together: runs, paths, identities."""

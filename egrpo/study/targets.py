@@ -1,0 +1,192 @@
+"""Tables and figures of a study: what they may ask for, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
+from egrpo.errors import UserError
+from egrpo.methods.settings import Merging
+from egrpo.planning.trees import closed_form_plan, cost_of, reads_profile, tree_of
+from egrpo.study.keys import KEYS, evaluation_key
+
+BASE = "base"
+"""The untrained model, in the place of an arm."""
+
+RESERVED = (
+    *KEYS,
+    *("about", "all", "everything", "page", "paper", "plans", "publish", "settings"),
+    *("comparison", "paper_runs", "all_runs", "before_after", "curves", "entropy", "spread"),
+    *("evaluate_base", "figures", "prepare_store", "result_figure", "result_table", "run_config"),
+    *("suffix_quality", "suffixes", "toy_world"),
+)
+"""Names of rules and files that a table or figure of a study must not take."""
+
+
+def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig], source: str) -> None:
+    """Refuse tables, figures and default runs that name what the study does not have.
+
+    Raises:
+        UserError: naming file and key.
+    """
+    arms = list(dict.fromkeys(run.arm for run in runs.values()))
+    rewards = list(dict.fromkeys(name for run in runs.values() for name in run.rewards))
+
+    def known(key: str, what: str, wanted: Iterable[str], there: Iterable[str]) -> None:
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            near = difflib.get_close_matches(missing[0], list(there), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{source}: {key}: no {what} {missing[0]!r}{hint}")
+
+    if study.seeds is not None and (
+        not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0
+    ):
+        raise UserError(f"{source}: seeds: distinct numbers of at least 0 are needed")
+    known("default_runs", "run", study.default_runs or (), runs)
+    known("paper", "table or figure", study.paper or (), (*study.tables, *study.figures))
+    both = sorted(set(study.tables) & set(study.figures))
+    if both:
+        raise UserError(f"{source}: figures.{both[0]}: a table has that name")
+    for name in (*study.tables, *study.figures):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
+            raise UserError(
+                f"{source}: tables, figures: {name!r} cannot be a target; use small letters, "
+                f"digits and _, and none of {', '.join(RESERVED)}"
+            )
+    for name, table in study.tables.items():
+        known(f"tables.{name}.sections", "line of the runs table", table.arms, arms)
+        known(f"tables.{name}.rewards", "reward", table.rewards, rewards)
+        try:
+            check_table(name, table, runs)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+    for name, figure in study.figures.items():
+        known(f"figures.{name}.arms", "line of the runs table", figure.arms, arms)
+        known(f"figures.{name}.rewards", "reward", figure.rewards, rewards)
+        try:
+            check_figure(name, figure, runs)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
+
+def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> None:
+    """Refuse a table that the runs cannot fill.
+
+    Raises:
+        UserError: naming the key.
+    """
+    firsts: dict[str, RunConfig] = {}
+    for run in runs.values():
+        firsts.setdefault(run.arm, run)
+    if not spec.rewards:
+        raise UserError(f"tables.{name}.rewards: no reward is given")
+    if not spec.sections or not all(spec.sections.values()):
+        raise UserError(f"tables.{name}.sections: a section, and an arm in each, is needed")
+    for heading, members in spec.sections.items():
+        key = f"tables.{name}.sections.{heading}"
+        for arm in members:
+            if arm == BASE:
+                raise UserError(f"{key}: the base model is always there; leave {arm!r} out")
+            if members.count(arm) > 1:
+                raise UserError(f"{key}: arm {arm!r} occurs twice")
+            if arm not in firsts:
+                raise UserError(
+                    f"{key}: no arm {arm!r} in the runs table; there are {', '.join(firsts)}"
+                )
+            for reward in spec.rewards:
+                if reward not in firsts[arm].rewards:
+                    raise UserError(
+                        f"tables.{name}.rewards: arm {arm!r} is not evaluated with {reward!r}; "
+                        f"its rewards are {', '.join(firsts[arm].rewards)}"
+                    )
+            if evaluation_key(firsts[arm]) != evaluation_key(firsts[members[0]]):
+                raise UserError(
+                    f"{key}: arms {members[0]!r} and {arm!r} have different base models or "
+                    "evaluations; they cannot be compared"
+                )
+
+
+def check_figure(name: str, spec: FigureSpec, runs: Mapping[str, RunConfig]) -> None:
+    """Refuse a figure that the runs cannot fill.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if not spec.arms:
+        raise UserError(f"figures.{name}.arms: no arm is given")
+    if spec.kind in ("curves", "images"):
+        return
+    first = next(run for run in runs.values() if run.arm == spec.arms[0])
+    method, profile = first.method, first.profile
+    if not isinstance(method, Merging):
+        raise UserError(
+            f"figures.{name}.arms: {spec.kind} shows a profile, and arm {spec.arms[0]!r} "
+            f"({method.name}) has none"
+        )
+    if spec.kind == "threshold" and (method.threshold != "auto" or method.span is not None):
+        raise UserError(f"figures.{name}.arms: the threshold of arm {spec.arms[0]!r} is not auto")
+    lacking = [span for span in spec.spans if span not in profile.spans]
+    if spec.kind == "entropy" and lacking:
+        raise UserError(f"figures.{name}.spans: {lacking[0]} is not in profile.spans")
+    missing = [pair for pair in spec.pairs if pair not in profile.shown]
+    if spec.kind == "branches" and missing:
+        raise UserError(f"figures.{name}.pairs: {missing[0]} is not in profile.shown")
+
+
+def resolve_budgets(
+    tables: Mapping[str, TableSpec], runs: Mapping[str, RunConfig]
+) -> dict[str, TableSpec]:
+    """Tables with numbers in the place of ``evaluations: cheapest``.
+
+    A run's cost is taken from its first iteration; arms whose plan waits for a profile do not
+    count. At less than one iteration of an arm only its untrained model could be compared: there
+    is no such comparison where ``cheapest`` comes to that, as in a short trial.
+
+    Raises:
+        UserError: if a table's own number of evaluations is less than one iteration of an arm.
+    """
+    each: dict[str, tuple[int, int]] = {}  # of one iteration, and of the run
+    for run in runs.values():
+        if run.arm not in each and not reads_profile(run):
+            tree = tree_of(run, closed_form_plan(run))
+            one = cost_of(run, [tree]).total * run.train.prompts_per_iteration
+            each[run.arm] = one, one * run.train.iterations
+    out = {}
+    for name, spec in tables.items():
+        costs = {arm: each[arm] for arm in spec.arms if arm in each}
+        budget = spec.evaluations
+        if budget == "cheapest":
+            if not costs:
+                raise UserError(
+                    f"tables.{name}.evaluations: cheapest is not known yet; give a number"
+                )
+            budget = min(whole for _, whole in costs.values())
+        caption, dearest = spec.caption, max(costs, key=lambda arm: costs[arm][0], default="")
+        if budget is not None and costs and costs[dearest][0] > budget:
+            less = f"{budget} is less than one iteration of arm {dearest!r} ({costs[dearest][0]})"
+            if spec.evaluations != "cheapest":
+                raise UserError(
+                    f"tables.{name}.evaluations: {less}; give more, or null for no comparison there"
+                )
+            budget, caption = None, f"{caption} Compared at the end only: cheapest, {less}."
+        out[name] = spec.model_copy(update={"evaluations": budget, "caption": caption})
+    return out
+
+
+def with_snapshots(
+    runs: Mapping[str, RunConfig], tables: Iterable[TableSpec]
+) -> dict[str, RunConfig]:
+    """Runs that keep their weights at the evaluations that tables compare them at."""
+    wanted: dict[str, set[int]] = {}
+    for table in tables:
+        for arm in table.arms if table.evaluations else ():
+            wanted.setdefault(arm, set()).add(int(table.evaluations or 0))
+    out = {}
+    for name, run in runs.items():
+        snapshots = sorted({*run.train.snapshots, *wanted.get(run.arm, ())})
+        train = run.train.model_copy(update={"snapshots": snapshots})
+        out[name] = run.model_copy(update={"train": train})
+    return out

@@ -1,0 +1,198 @@
+"""What ``publish`` delivers to MLflow, each once: files, values, datasets, notes, models.
+
+A tag ``egrpo.sent.<what>`` holds the digest of what was sent: the same again is skipped, and what
+somebody edited in MLflow since is left alone until it changes here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
+
+from egrpo.config.models import RunConfig
+from egrpo.config.prompts import read_prompts
+from egrpo.errors import UserError
+from egrpo.study.layout import command
+from egrpo.tracking import client as tracking
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Run
+
+
+def finish(client: MlflowClient, run_id: str) -> None:
+    """Set the status, unless it is set."""
+    if client.get_run(run_id).info.status != "FINISHED":
+        client.set_terminated(run_id, "FINISHED")
+
+
+def _once(
+    client: MlflowClient, run_id: str, what: str, digest: str, send: Callable[[], None]
+) -> None:
+    tag = f"egrpo.sent.{what}"
+    if client.get_run(run_id).data.tags.get(tag) != digest:
+        send()
+        client.set_tag(run_id, tag, digest)
+
+
+# ---------------------------------------------------------------- files, notes, values
+
+
+def send_files(client: MlflowClient, run_id: str, target: str, paths: list[Path]) -> None:
+    """Upload files, or folders with all they hold, to the artifact folder ``target``."""
+    found = _named(paths)
+
+    def send() -> None:
+        for file, name in found.items():
+            place = str(Path(target, name).parent).lstrip(".") or None
+            client.log_artifact(run_id, str(file), place)
+
+    if found:
+        _once(client, run_id, target or "settings", digest_of(*found), send)
+
+
+def send_text(client: MlflowClient, run_id: str, name: str, text: str) -> None:
+    """Upload a text as the artifact ``name``."""
+    _once(client, run_id, name, _sum_of(text), lambda: client.log_text(run_id, text, name))
+
+
+def send_note(client: MlflowClient, run_id: str, text: str) -> None:
+    """Set the description of a run, which MLflow shows on its page; Markdown."""
+
+    def send() -> None:
+        client.set_tag(run_id, "mlflow.note.content", text)
+
+    _once(client, run_id, "note", _sum_of(text), send)
+
+
+def _sum_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def send_colour(client: MlflowClient, run_id: str, colour: str) -> None:
+    """Colour of a run in MLflow's charts, unless it has one: else runs get them by chance."""
+    if "mlflow.runColor" not in client.get_run(run_id).data.tags:
+        client.set_tag(run_id, "mlflow.runColor", colour)
+
+
+def send_values(
+    client: MlflowClient, record: Run, values: Mapping[str, float | None], model: str | None = None
+) -> None:
+    """Log the values that the run does not have, or has otherwise; also as those of ``model``."""
+    from mlflow.entities import Metric
+
+    now, held = int(1000 * time.time()), record.data.metrics
+    named = {tracking.safe_name(k): v for k, v in values.items() if v is not None and v == v}
+    batch = [Metric(k, v, now, 0, model_id=model) for k, v in named.items() if held.get(k) != v]
+    for start in range(0, len(batch), tracking.METRICS_PER_BATCH):
+        client.log_batch(
+            record.info.run_id, metrics=batch[start : start + tracking.METRICS_PER_BATCH]
+        )
+
+
+def _named(paths: Iterable[Path]) -> dict[Path, str]:
+    """Each file, with its name below the folder that holds it; hidden ones are Snakemake's own."""
+    found = {}
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and not file.name.startswith("."):
+                found[file] = file.name if file == path else str(file.relative_to(path))
+    return found
+
+
+# ---------------------------------------------------------------- datasets and models
+
+
+def send_datasets(
+    client: MlflowClient, run_id: str, files: Mapping[Path, str], column: str
+) -> None:
+    """Log files as datasets that a run read: file -> context; ``column`` is that of prompts."""
+    inputs = client.get_run(run_id).inputs.dataset_inputs
+    held = {(i.dataset.name, i.dataset.digest) for i in inputs}
+    datasets = [_dataset(file, context, column) for file, context in files.items()]
+    missing = [d for d in datasets if (d.dataset.name, d.dataset.digest) not in held]
+    if missing:
+        client.log_inputs(run_id, datasets=missing)
+
+
+def send_model(
+    client: MlflowClient, experiment: str, run_id: str, run: RunConfig, folder: Path
+) -> str | None:
+    """The trained weights as the logged model of a run; its id, None where there are no weights.
+
+    No flavour of MLflow's: the files are what diffusers reads, ``models:/<id>`` fetches them.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    found = _named([folder])
+    if not found:
+        return None
+    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
+    if models:
+        model = str(models[0].model_id)
+    else:
+        tags = {k: v for k, v in tracking.run_tags(run, None).items() if k != "run"}
+        params = {k: v for k, v in tracking.settings(run).items() if k.startswith("model.")}
+        made = client.create_logged_model(
+            experiment, run.run, run_id, tags, params, run.model.tuning
+        )
+        model = str(made.model_id)
+
+    def send() -> None:
+        for file, name in found.items():
+            client.log_model_artifact(model, str(file), str(Path(name).parent).lstrip(".") or None)
+        client.finalize_logged_model(model, "READY")
+        outputs = client.get_run(run_id).outputs
+        if model not in {m.model_id for m in outputs.model_outputs}:
+            client.log_outputs(run_id, [LoggedModelOutput(model, run.train.iterations)])
+
+    _once(client, run_id, "model", digest_of(*found), send)
+    return model
+
+
+def _dataset(file: Path, context: str, column: str) -> DatasetInput:
+    """A prompt file or a Parquet table, with its number of rows and its columns."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"uri": _relative(file)})
+    if file.suffix == ".parquet":
+        with pq.ParquetFile(file) as table:
+            rows = table.metadata.num_rows
+            columns = {field.name: str(field.type) for field in table.schema_arrow}
+    else:
+        rows, columns = len(read_prompts(file, column)), {"prompt": "string"}
+    schema = json.dumps({"mlflow_colspec": [{"name": k, "type": v} for k, v in columns.items()]})
+    dataset = Dataset(
+        file.name, digest_of(file), "local", source, schema, json.dumps({"num_rows": rows})
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _relative(file: Path) -> str:
+    """A path that says nothing about the machine, where that is possible."""
+    if file.is_absolute() and file.is_relative_to(Path.cwd()):
+        return str(file.relative_to(Path.cwd()))
+    return str(file)
+
+
+def digest_of(*files: Path) -> str:
+    """Digest of names and contents.
+
+    Raises:
+        UserError: if a file is missing.
+    """
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode() + b"\0")
+        try:
+            with open(file, "rb") as handle:
+                total.update(hashlib.file_digest(handle, "sha256").digest())
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; `{command((), file)}` makes it") from None
+    return total.hexdigest()[:16]

@@ -1,0 +1,225 @@
+"""Live metrics in MLflow while training: a thread that delivers the growing journal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from egrpo.config.models import RunConfig
+from egrpo.settings import without_password
+from egrpo.store import journal as journals
+from egrpo.store.files import read_json
+from egrpo.tracking.client import (
+    Held,
+    artifact_folder,
+    configure,
+    deliver,
+    find_or_create_experiment,
+    find_or_create_run,
+    find_or_create_study,
+    held,
+    images_held,
+    in_one_line,
+    open_client,
+    resolve_uri,
+    send_images,
+    tag_warnings,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXIT_WAIT = 10.0  # seconds
+LONGEST_PAUSE = 60.0  # seconds between attempts while the server is away
+SYSTEM_EVERY = 10.0  # seconds between samples of the machine's load
+
+
+class LiveTracker:
+    """Delivers a growing journal to MLflow from a thread of its own.
+
+    Training is never stopped or slowed by it: every error is caught and said once, and what could
+    not be delivered is still in the journal, for the next attempt or for ``publish``.
+
+    Args:
+        run, key: resolved settings, and the key of the training state, which names the MLflow run.
+        store: JSON file written by ``prepare``.
+        journal: append-only record of the run (:mod:`egrpo.store.journal`).
+        images: folder of monitor grids ``iteration-000010.png``, each written atomically.
+
+    Attributes:
+        warnings: kinds of what is wrong with the run so far, for its tag; training sets them.
+    """
+
+    def __init__(self, run: RunConfig, key: str, store: Path, journal: Path, images: Path) -> None:
+        self.run, self.key, self.store, self.images = run, key, Path(store), Path(images)
+        self._tail = Tail(Path(journal))
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._client: MlflowClient | None = None
+        self._load: SystemLoad | None = None
+        self._run_id = ""
+        self._held, self._sent = Held(), set[int]()
+        self._pending: list[dict[str, Any]] = []
+        self._failures = 0
+        self._outcome = "FINISHED"
+        self.warnings: tuple[str, ...] = ()
+        self._tagged: tuple[str, ...] | None = None
+
+    def __enter__(self) -> LiveTracker:
+        if not self.run.tracking.enabled:
+            return self
+        try:
+            # imported here, not in the thread: two threads that import share half-made modules
+            configure()
+            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+        except Exception as error:  # whatever is wrong with MLflow, training goes on
+            self._say(f"MLflow cannot be loaded ({in_one_line(error)}); no live metrics")
+            return self
+        self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        if self._thread is None:
+            return
+        if kind is not None:
+            self._outcome = "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self._stop.set()
+        self._thread.join(EXIT_WAIT)
+        if self._thread.is_alive() or self._failures:
+            self._say("the last metrics are not delivered yet; `publish` delivers them")
+
+    def _say(self, text: str) -> None:
+        print(f"{self.run.run}: tracking: {text}", file=sys.stderr, flush=True)
+
+    def _loop(self) -> None:
+        every, pause, last = self.run.tracking.every_seconds, 0.0, False
+        while not last:
+            last = self._stop.wait(pause)
+            try:
+                self._deliver()
+                if last and self._client:
+                    self._client.set_terminated(self._run_id, self._outcome)
+            except Exception as error:  # away, slow, full, refused: training goes on
+                self._client = None  # ask again what it holds: it may have kept a part
+                self._failures += 1
+                pause = min(LONGEST_PAUSE, every * 2**self._failures)
+                if self._failures == 1:
+                    self._say(f"{in_one_line(error)}; metrics stay on disk and are sent later")
+                continue
+            if self._failures:
+                self._say("the server is back; all metrics are delivered")
+            self._failures, pause = 0, every
+
+    def _deliver(self) -> None:
+        client = self._client or self._connect()
+        lines, again = self._tail.read()
+        self._pending = lines if again else self._pending + lines
+        deliver(client, self._run_id, self._pending, self._held)
+        self._pending = []
+        send_images(client, self._run_id, self.images, self._sent)
+        if (warnings := self.warnings) != self._tagged:
+            tag_warnings(client, self._run_id, warnings)
+            self._tagged = warnings
+        if self._load:
+            self._load.send(client, self._run_id)
+        self._client = client
+
+    def _connect(self) -> MlflowClient:
+        ids = read_json(self.store)
+        uri = resolve_uri(self.run.tracking.uri, ids["uri"])
+        client = open_client(uri)
+        experiment, parent = ids["experiment_id"], ids["parent_run_id"]
+        if experiment is None or without_password(uri) != ids["uri"]:
+            study = self.run.study
+            experiment = find_or_create_experiment(client, study, artifact_folder(uri, study))
+            parent = find_or_create_study(client, experiment, study)
+        self._run_id = find_or_create_run(client, experiment, self.run, self.key, parent)
+        client.update_run(self._run_id, status="RUNNING")
+        self._held = held(client, self._run_id)
+        self._sent = images_held(client, self._run_id)
+        self._load = SystemLoad.after(client, self._run_id)
+        return client
+
+
+class Tail:
+    """Complete new lines of a journal, also after it was rewound."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset, self.inode = path, 0, -1
+
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """New lines without their rollouts, and whether they begin with the journal's first."""
+        try:
+            with open(self.path, "rb") as handle:
+                status = os.fstat(handle.fileno())
+                if status.st_ino != self.inode or status.st_size < self.offset:
+                    self.inode, self.offset = status.st_ino, 0
+                again = self.offset == 0
+                handle.seek(self.offset)
+                text = handle.read()
+        except FileNotFoundError:
+            return [], False
+        lines = []
+        for raw in text.split(b"\n")[:-1]:  # the last is torn: being written, or cut off by a kill
+            self.offset += len(raw) + 1
+            line = journals.line_of(raw)
+            if line is None:  # damaged; those behind it are whole
+                continue
+            line.pop("rollouts", None)  # large, and not for MLflow
+            lines.append(line)
+        return lines, again
+
+
+class SystemLoad:
+    """CPU, memory, disk, network and GPU, under ``system/`` as MLflow's own monitor names them.
+
+    MLflow's monitor ends at the first failed request and may block at exit; this one does not.
+    """
+
+    def __init__(self, step: int) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self.step, self.next = step, 0.0
+        self.monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # no NVIDIA GPU or no nvidia-ml-py
+            self.monitors.append(GPUMonitor())
+
+    @classmethod
+    def after(cls, client: MlflowClient, run_id: str) -> SystemLoad | None:
+        """A monitor that goes on counting where the run's last one ended; None without psutil."""
+        try:
+            old = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+            return cls(max((m.step for m in old), default=-1) + 1)
+        except ImportError:
+            return None
+
+    def send(self, client: MlflowClient, run_id: str) -> None:
+        """Log one sample, at most every ``SYSTEM_EVERY`` seconds."""
+        from mlflow.entities import Metric
+
+        if time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + SYSTEM_EVERY
+        stamp, values = int(1000 * time.time()), {}
+        for monitor in self.monitors:
+            monitor.collect_metrics()
+            values.update(monitor.aggregate_metrics())
+            monitor.clear_metrics()
+        batch = [Metric(f"system/{k}", float(v), stamp, self.step) for k, v in values.items()]
+        client.log_batch(run_id, metrics=batch)
+        self.step += 1

@@ -1,0 +1,62 @@
+"""Descriptions of MLflow's runs, in Markdown: what a run is, what came out, how it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from egrpo.config.models import RunConfig
+from egrpo.page.render import escaped
+from egrpo.report.report import HEADER, cells, in_order, verdicts
+from egrpo.report.tables import Row, readable, warning_lines
+
+STUDY_NOTE = """\
+A study. Below this run lies one run for each training, below each of those its evaluation, and
+beside them the evaluation of the base model.
+
+Tables and figures over runs are artifacts of this run (`tables`, `figures`). The menu *Views* of
+the runs page lists training runs, means over seeds and evaluations.
+"""
+
+
+def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> str:
+    """Description of a training run.
+
+    Args:
+        comparison: rows of the comparison about this run; may be empty.
+        model: MLflow's id of its logged model.
+    """
+    threshold = getattr(run.method, "threshold", None)
+    parts = [
+        f"Method `{run.method.name}`" + ("" if threshold is None else f", threshold {threshold}"),
+        f"trained on {', '.join(sorted(run.train.rewards))}",
+        f"seed {run.seed}",
+        f"{run.train.iterations} iterations",
+    ]
+    if comparison:
+        t = readable(comparison[0])
+        parts += [f"{t['nfe']} network evaluations", f"{t['seconds']} s of training"]
+    text = [", ".join(parts) + ".", ""]
+    if comparison:
+        rows = in_order(comparison)
+        said = [*verdicts(rows), *map(escaped, warning_lines(rows))]
+        text += [*(f"**{line}**" for line in said), ""]
+        text += ["| " + " | ".join(HEADER) + " |", "|---" + "|--:" * (len(HEADER) - 1) + "|"]
+        text += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+        text += ["", "Means over held-out prompts; \\* trained on this reward.", ""]
+    if model is not None:
+        text += [
+            "The trained weights are the logged model of this run:",
+            "",
+            "```python",
+            f'folder = mlflow.artifacts.download_artifacts("models:/{model}")',
+            _loading(run),
+            "```",
+            "",
+        ]
+    return "\n".join(text)
+
+
+def _loading(run: RunConfig) -> str:
+    if run.model.tuning == "lora":
+        return "pipe.load_lora_weights(folder)  # a diffusers pipeline of the base model"
+    return "pipe.transformer = type(pipe.transformer).from_pretrained(folder)"

@@ -1,0 +1,194 @@
+"""One evaluation into MLflow: mean rewards, gains, tables of scores and images.
+
+The base model's evaluation is a run beside those of trained models, so that MLflow's comparison of
+tables shows the same prompt and noise before and after training.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from egrpo.config.models import RunConfig
+from egrpo.store.tables import IMAGES, SCORES, read_table
+from egrpo.study.keys import evaluation_key
+from egrpo.tracking import client as tracking
+from egrpo.tracking.deliver import digest_of, finish, send_colour, send_datasets, send_values
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from PIL.Image import Image
+
+Row = dict[str, Any]
+PIXELS = 256
+"""Most pixels of an image in a table, each way; the full ones lie in ``images.parquet``."""
+
+
+@dataclass(frozen=True)
+class EvaluationFiles:
+    """Where an evaluation lies, the base's it is compared with, and how MLflow's run is tagged."""
+
+    name: str
+    folder: Path
+    base_folder: Path
+    heldout: Path
+    column: str
+    prompts: int
+    """How many prompts are shown with their images."""
+    trained_on: tuple[str, ...]
+    """Rewards that stand first in tables."""
+    tags: dict[str, str]
+
+    @classmethod
+    def trained(cls, run: RunConfig, root: Path) -> EvaluationFiles:
+        """Of a trained model."""
+        tags = tracking.run_tags(run, None)
+        return cls._of(run, root, f"{run.run}/evaluation", root / "runs" / run.run, tags)
+
+    @classmethod
+    def base(cls, run: RunConfig, root: Path) -> EvaluationFiles:
+        """Of the untrained model that a run is compared with."""
+        folder = root / "base" / evaluation_key(run)
+        tags = dict.fromkeys(("run", "arm", "method"), "base")
+        return cls._of(run, root, "base/evaluation", folder, tags)
+
+    @classmethod
+    def _of(
+        cls, run: RunConfig, root: Path, name: str, folder: Path, tags: dict[str, str]
+    ) -> EvaluationFiles:
+        base, heldout = root / "base" / evaluation_key(run), Path(run.prompts.heldout)
+        return cls(
+            name,
+            folder,
+            base,
+            heldout,
+            run.prompts.column,
+            run.evaluate.grid_prompts,
+            tuple(run.train.rewards),
+            tags,
+        )
+
+
+def send_evaluation(
+    client: MlflowClient,
+    experiment: str,
+    files: EvaluationFiles,
+    parent: str,
+    colour: str,
+    comparison: list[Row] | None = None,
+    model: str | None = None,
+) -> str:
+    """A run below ``parent``, found by the contents of its scores; its id in MLflow.
+
+    Args:
+        colour: of its bars and points, as `#0072B2`.
+        comparison: rows of the comparison about it, for the gains.
+        model: MLflow's id of the logged model that was evaluated.
+    """
+    file = files.folder / "scores.parquet"
+    key, tags = digest_of(file), {**files.tags, "mlflow.parentRunId": parent}
+    record = tracking.find_or_create(client, experiment, "evaluation", key, files.name, tags)
+    run_id = str(record.info.run_id)
+    scores = read_table(file, SCORES).to_pylist()
+    send_values(client, record, _values(scores, comparison or []), model)
+    send_datasets(client, run_id, {files.heldout: "evaluation"}, files.column)
+    _send_tables(client, run_id, scores, files)
+    send_colour(client, run_id, colour)
+    finish(client, run_id)
+    return run_id
+
+
+def _send_tables(
+    client: MlflowClient, run_id: str, scores: list[Row], files: EvaluationFiles
+) -> None:
+    """Tables as MLflow compares them: the first one, by its first column, showing its second."""
+    from mlflow import Image as Shown
+
+    held = {f.path for f in client.list_artifacts(run_id)}
+    if "images.json" not in held:  # log_table appends to one that is there
+        samples = _first_images(files.folder, files.prompts)
+        prompts = {row["prompt_id"]: row["prompt"] for row in scores}
+        table = {
+            "prompt": [prompts[prompt_id] for prompt_id in samples],
+            "samples": [Shown(_two(own)) for own in samples.values()],
+        }
+        client.log_table(run_id, table, "images.json")
+    if "scores.json" not in held:
+        client.log_table(run_id, _scores_table(scores, files.trained_on), "scores.json")
+    if "before_after.png" not in held and files.folder != files.base_folder:
+        both = (_first_images(f, files.prompts) for f in (files.base_folder, files.folder))
+        grid = _grid([[own[0] for own in samples.values()] for samples in both])
+        client.log_image(run_id, grid, "before_after.png")
+
+
+def _values(scores: list[Row], comparison: list[Row]) -> dict[str, float | None]:
+    """Metrics of an evaluation: ``<reward>/mean``, what the comparison says of it, and the cost."""
+    values: dict[str, float | None] = {}
+    for reward in sorted({row["reward"] for row in scores}):
+        valid = [r["value"] for r in scores if r["reward"] == reward and r["value"] is not None]
+        values[f"{reward}/mean"] = sum(valid) / len(valid) if valid else None
+    for row in comparison:
+        for column in ("difference", "low", "high"):
+            values[f"{row['reward']}/{column}"] = row[column]
+        values["nfe"] = row["nfe"]
+    return values
+
+
+def _scores_table(scores: list[Row], first: tuple[str, ...]) -> dict[str, list[Any]]:
+    """One row an image, named by prompt and sample, and a column for each reward."""
+    rewards = sorted({row["reward"] for row in scores}, key=lambda r: (r not in first, r))
+    values = {(r["prompt_id"], r["sample"], r["reward"]): r["value"] for r in scores}
+    rows = sorted({(r["prompt_id"], r["sample"], r["prompt"]) for r in scores})
+    return {
+        "prompt [sample]": [f"{prompt} [{sample}]" for _, sample, prompt in rows],
+        **{reward: [values.get((i, s, reward)) for i, s, _ in rows] for reward in rewards},
+        "prompt_id": [prompt_id for prompt_id, _, _ in rows],
+        "sample": [sample for _, sample, _ in rows],
+    }
+
+
+def _first_images(folder: Path, prompts: int) -> dict[int, list[Image]]:
+    """All samples of the first prompts, by prompt id."""
+    from PIL import Image
+
+    table = read_table(folder / "images.parquet", IMAGES)
+    found: dict[int, list[Image.Image]] = {}
+    first = sorted(set(table["prompt_id"].to_pylist()))[:prompts]
+    chosen = table.filter(pc.is_in(table["prompt_id"], pa.array(first, pa.int32())))
+    for row in chosen.sort_by([("prompt_id", "ascending"), ("sample", "ascending")]).to_pylist():
+        image = Image.open(io.BytesIO(row["png"])).convert("RGB")
+        found.setdefault(row["prompt_id"], []).append(image)
+    return found
+
+
+def _two(samples: list[Image]) -> Image:
+    """Two samples beside each other, as the upper half of a square.
+
+    MLflow's comparison of tables cuts off the lower half of what it shows.
+    """
+    from PIL import Image
+
+    small = [image.copy() for image in samples[:2]]
+    for image in small:
+        image.thumbnail((PIXELS, PIXELS))
+    width, height = small[0].size
+    square = Image.new("RGB", (2 * width, 2 * height), "white")
+    square.paste(_grid([small]), (0, 0))
+    return square
+
+
+def _grid(rows: list[list[Image]]) -> Image:
+    """Rows of images of one size as one image."""
+    from PIL import Image
+
+    width, height = rows[0][0].size
+    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            grid.paste(image, (x * width, y * height))
+    return grid

@@ -1,0 +1,106 @@
+"""One training run into MLflow: curves, grids, inputs, settings, adapter, description."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from egrpo.config.models import RunConfig
+from egrpo.errors import UserError
+from egrpo.store import journal
+from egrpo.store.files import read_json
+from egrpo.store.tables import TRAIN_METRICS, read_table
+from egrpo.study.keys import profile_key
+from egrpo.study.sharing import shown_yaml, without_secrets
+from egrpo.tracking import client as tracking
+from egrpo.tracking.deliver import (
+    finish,
+    send_colour,
+    send_datasets,
+    send_files,
+    send_model,
+    send_note,
+    send_text,
+)
+from egrpo.tracking.notes import run_note
+from egrpo.tracking.publish_evaluation import EvaluationFiles, send_evaluation
+from egrpo.train.warnings import warnings_in
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Row = dict[str, Any]
+
+
+def publish_run(
+    client: MlflowClient,
+    experiment: str,
+    run: RunConfig,
+    root: Path,
+    parent: str,
+    comparison: list[Row],
+    colour: str,
+) -> tuple[str, str]:
+    """Deliver what is missing of a training run and of its evaluation.
+
+    Args:
+        root: folder of the study's results.
+        parent: MLflow's id of the study's run.
+        comparison: rows of the comparison about this run.
+        colour: of its curves, as `#0072B2`.
+
+    Returns:
+        MLflow's ids of the training run and of its evaluation.
+
+    Raises:
+        UserError: if a result is missing.
+    """
+    folder = root / "runs" / run.run
+    key = read_json(folder / "train.json").get("key")
+    if not key:
+        raise UserError(f"{folder / 'train.json'}: `key` is missing; train the run again")
+    run_id = tracking.find_or_create_run(client, experiment, run, key, parent)
+    tracking.deliver(client, run_id, _lines(root, run.run, key))
+    sent = tracking.images_held(client, run_id)
+    tracking.send_images(client, run_id, folder / "monitor", sent)
+    tracking.tag_warnings(client, run_id, warnings_in(folder / "train_metrics.parquet", run))
+    send_datasets(client, run_id, _inputs(run, root), run.prompts.column)
+    send_text(client, run_id, "config.yaml", shown_yaml(run, *without_secrets(run)))
+    records = [folder / f for f in ("plan.json", "train.json")]
+    send_files(client, run_id, "", [f for f in records if f.exists()])
+    model = send_model(client, experiment, run_id, run, folder / "adapter")
+    files = EvaluationFiles.trained(run, root)
+    evaluation = send_evaluation(client, experiment, files, run_id, colour, comparison, model)
+    send_colour(client, run_id, colour)
+    send_note(client, run_id, run_note(run, comparison, model))
+    finish(client, run_id)
+    return run_id, evaluation
+
+
+def _lines(root: Path, run: str, key: str) -> Iterable[Row]:
+    """The table of metrics as journal lines, with the journal's times while it exists.
+
+    Equal times let MLflow itself refuse a second copy of what a slow server took late.
+    """
+    log = root / "state" / run / key / "journal.jsonl"
+    times = {line["iteration"]: line.get("time") for line in journal.read(log)}
+    file = root / "runs" / run / "train_metrics.parquet"
+    lines: dict[int, Row] = {}
+    for row in read_table(file, TRAIN_METRICS).to_pylist():
+        step = row["iteration"]
+        stamp = times.get(step) or file.stat().st_mtime
+        line = lines.setdefault(
+            step, {"iteration": step, "time": stamp, "nfe": row["nfe"], "metrics": {}}
+        )
+        line["metrics"][row["metric"]] = row["value"]
+    return lines.values()
+
+
+def _inputs(run: RunConfig, root: Path) -> dict[Path, str]:
+    """Prompt files and entropy profile, with what each is for."""
+    files = {Path(run.prompts.train): "training", Path(run.prompts.heldout): "monitoring"}
+    profile = root / "profiles" / profile_key(run) / "entropy_profile.parquet"
+    if profile.exists():  # only methods that plan by entropy have one
+        files[profile] = "planning"
+    return files

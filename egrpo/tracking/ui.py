@@ -1,0 +1,137 @@
+"""MLflow's browser interface on a study's store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from egrpo.errors import UserError
+from egrpo.store.files import read_json
+from egrpo.tracking.client import in_one_line, sqlite_file
+from egrpo.tracking.views import addresses
+
+START_WAIT = 120.0  # seconds; usually 5 to 8, once 36 were seen
+
+
+def serve(store: Path, port: int = 5000, made_by: str = "make demo") -> None:
+    """Serve the interface on 127.0.0.1 until Ctrl-C; for a server, only print its addresses.
+
+    Args:
+        store: JSON file written by ``prepare``.
+        port: wanted port; a free one is taken if it is in use.
+        made_by: command that makes the store, for messages.
+
+    Raises:
+        UserError: if there is no store yet, or MLflow does not start.
+    """
+    if not Path(store).exists():
+        raise UserError(f"{store}: no tracking store yet; `{made_by}` makes it")
+    ids = read_json(store)
+    uri, experiment = ids["uri"], ids["experiment_id"]
+    file = sqlite_file(uri)
+    if file is None:
+        print(_pages(in_one_line(uri).rstrip("/"), experiment))
+        return
+    if not file.exists():
+        raise UserError(f"{file}: no tracking store yet; `{made_by}` makes it")
+    port = free_port(port)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = _start(uri, file, port)
+    try:
+        _wait_until_healthy(server, port)
+        print(f"{_pages(f'http://127.0.0.1:{port}', experiment)}\nCtrl-C ends it", flush=True)
+        server.wait()
+        raise UserError(f"MLflow ended by itself with status {server.returncode}")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        _end(server)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def _pages(server: str, experiment: str | None) -> str:
+    """Addresses worth opening, each with what it shows."""
+    if experiment is None:  # the server was away when the store was prepared
+        return f"{server}/#/"
+    return "\n".join(f"{server}/{page}\n    {what}" for page, what in addresses(experiment))
+
+
+def free_port(wanted: int) -> int:
+    """``wanted`` if nobody listens there, else one that is free."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except (OSError, OverflowError):
+                continue
+            return int(probe.getsockname()[1])
+    raise UserError("no free port on 127.0.0.1")
+
+
+def _start(uri: str, file: Path, port: int) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--uvicorn-opts",
+        "--log-level error",
+        "--backend-store-uri",
+        uri,
+        "--artifacts-destination",
+        str(file.parent / "mlartifacts"),
+    ]
+    environment = {
+        **os.environ,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # spares 480 MB
+        "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # the default loses concurrent writes
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    # a session of its own: Ctrl-C reaches this process alone, which then ends the whole group
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], port: int) -> None:
+    end = time.monotonic() + START_WAIT
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            raise UserError(f"MLflow did not start (status {server.returncode}); see above")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise UserError(f"MLflow did not answer on port {port} within {START_WAIT:.0f} s")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End the server's process group, by force after 5 s."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, how)
+            server.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
