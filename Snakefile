@@ -32,7 +32,7 @@ rule all:
         at.comparison,
         at.about("comparison"),
         at.page("index"),
-        default_figures(),
+        default_figures(due),
         profiles(study.default_runs),
         plans(study.default_runs),
         results(study.default_runs, "scores.parquet", "images.parquet", "rollouts.parquet"),

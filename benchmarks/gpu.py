@@ -33,7 +33,7 @@ import torch
 from egrpo.core.executor import execute
 from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
-from egrpo.methods.shapes import egrpo
+from egrpo.methods.shapes import planned_branches
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
 from egrpo.models.families import FAMILIES, SD3, Flux
@@ -332,7 +332,7 @@ def iteration(
     """Rollout, decoding, and one optimizer step, as the trainer does them, for one prompt."""
     sigmas = shifted_sigmas(work.steps, 3.0)
     plan = make_plan(sigmas, list(range(work.active)), threshold=2.2, noise_level=0.7)
-    tree = egrpo(plan, work.group)
+    tree = planned_branches(plan, work.group)
     cond = prompts(a, bench, 1)
     inside = 0.0
 

@@ -46,7 +46,7 @@ SMALL: dict[str, Any] = {
         "monitor_prompts": 2,
         "monitor_samples": 2,
     },
-    "evaluate": {"samples": 2, "prompts": 16, "bootstrap": 200},
+    "evaluate": {"samples": 2, "prompts": 16},
 }
 RUNS = "run\tmethod.name\tmethod.group_size\none\tegrpo\t6\ntwo\tflow_grpo\t6\nthree\tawm\t6\n"
 
@@ -85,8 +85,8 @@ def stages_below(pid: int) -> dict[psutil.Process, str]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        if words[1:3] == ["-m", "egrpo"] and words[3] in STAGES:
-            found[process] = words[3]
+        if words[1:4] == ["-m", "egrpo", "make"] and words[4] in STAGES:
+            found[process] = words[4]
     return found
 
 

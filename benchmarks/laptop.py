@@ -14,20 +14,25 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from egrpo.config.models import RunConfig
+from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.core.advantage import Advantages
 from egrpo.core.executor import Rollout
 from egrpo.core.loss import clipped_objective
 from egrpo.measure.embed import embed
-from egrpo.planning.trees import plan_of, training_sigmas
+from egrpo.models.conditioning import Embeddings
+from egrpo.planning.grids import training_sigmas
+from egrpo.planning.trees import plan_of
 from egrpo.rewards import score_all
 from egrpo.study.resolve import load_study
-from egrpo.train.trainer import Trainer, peak_memory_mib
+from egrpo.train.counts import peak_memory_mib
+from egrpo.train.trainer import Trainer
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -70,11 +75,9 @@ def one_by_one(trainer: Trainer, iteration: int) -> None:
     Every latent is evaluated alone, every image decoded and scored alone, and every sample has a
     forward and backward of its own.
     """
-    run = trainer.run
-    narrow = run.model_copy(
-        update={"train": run.train.model_copy(update={"micro_batch": 1, "train_micro_batch": 1})}
-    )
-    trainer.run = narrow
+    rollouts = trainer.learner.rollouts
+    whole = rollouts.sampler
+    rollouts.sampler = replace(whole, micro_batch=1, train_micro_batch=1)
     ids, trees = trainer.trees(iteration)
     rollout = trainer.rollout(iteration, ids, trees)
     scores: dict[str, list[float]] = {name: [] for name in trainer.rewards}
@@ -84,7 +87,7 @@ def one_by_one(trainer: Trainer, iteration: int) -> None:
             scores[name].append(float(value[0]))
     arrays = {name: torch.tensor(v, dtype=torch.float64).numpy() for name, v in scores.items()}
     separate_backward(trainer, rollout, ids, trainer.advantages(arrays, rollout, trees))
-    trainer.run = run
+    rollouts.sampler = whole
 
 
 def separate_backward(
@@ -101,9 +104,8 @@ def separate_backward(
             ratio = (new - batch.log_prob[edge])[None]
             objective = clipped_objective(ratio, value, torch.ones(1), 1e-4)
             (objective.loss / len(rollout.edges)).backward()
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    trainer.model.refresh_sampler()
+    trainer.learner.optimizer.step()
+    trainer.learner.optimizer.zero_grad()
 
 
 def machine() -> str:
@@ -123,13 +125,20 @@ def machine() -> str:
     )
 
 
+def embedded(run: RunConfig, folder: Path) -> Embeddings:
+    """Embeddings of both prompt files, by what asks for them."""
+    files = run.prompts
+    train, heldout = folder / "train.safetensors", folder / "heldout.safetensors"
+    embed(run, train_prompts(files.train, files.limit, files.column), train)
+    embed(run, read_prompts(files.heldout, files.column), heldout)
+    return {"train": train, "monitor": heldout}
+
+
 def measure(run: RunConfig, threads: int, repeats: int) -> list[tuple[str, str, str]]:
     """Rows of the table of one E-GRPO run: (what, measured, target)."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "embeddings.safetensors"
-        embed(run, path)
-        trainer = Trainer(run, plan_of(run, training_sigmas(run)), path)
+        trainer = Trainer(run, plan_of(run, training_sigmas(run)), embedded(run, Path(folder)))
     replay, evaluations = bare_forwards(trainer)
     parts: dict[str, float] = {"time/iteration": float("inf")}
 
@@ -155,7 +164,7 @@ def measure(run: RunConfig, threads: int, repeats: int) -> list[tuple[str, str, 
         ("E-GRPO iteration", f"{seconds:.2f} s", "at most 1 s"),
         *(
             (f"of it {name[5:].replace('_', ' ')}", f"{parts[name]:.2f} s", "")
-            for name in ("time/rollout", "time/decode_and_reward", "time/optimise")
+            for name in ("time/rollout", "time/decode_and_reward", "time/optimize")
         ),
         ("peak memory of the process", f"{memory:,.0f} MiB", ""),
         ("the same work one sample at a time", f"{alone:.1f} s", ""),

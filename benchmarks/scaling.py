@@ -116,11 +116,7 @@ def flux(image_side: int = 720) -> Costs:
 def settings(folder: Path, prompts: int) -> list[str]:
     """Arguments of a training job of the default study."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import small_run, write_run
-
-    from egrpo.measure.embed import embed
-    from egrpo.planning.trees import closed_form_plan
-    from egrpo.store.files import write_json
+    from conftest import STAGES, embedded, small_run, train_words
 
     run = small_run(
         "egrpo",
@@ -134,24 +130,25 @@ def settings(folder: Path, prompts: int) -> list[str]:
         },
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_run(run, folder / "run.yaml")
-    embed(run, folder / "e.safetensors")
-    plan = closed_form_plan(run)
-    assert plan is not None
-    write_json(folder / "plan.json", plan.to_dict())
-    words = ["train", "--run-config", folder / "run.yaml", "--embeddings", folder / "e.safetensors"]
-    words += ["--plan", folder / "plan.json", "--threads", "1"]
-    return [str(word) for word in words]
+    return [STAGES, *train_words(run, embedded(run, folder), folder)]
+
+
+def placed(words: list[str], state: Path, out: Path) -> list[str]:
+    """The same with a state and results of their own."""
+    found = [*words]
+    for option, path in (("--state", state), ("--output", out)):
+        found[found.index(option) + 1] = str(path)
+    return found
 
 
 def trained(folder: Path, words: list[str], processes: int) -> dict[str, float]:
     """Median seconds of an iteration and its parts, and the time until the first."""
     launch = [*LAUNCH, "--num_processes", str(processes)] if processes > 1 else []
     out = folder / f"out-{processes}"
-    state = ["--state", str(folder / f"state-{processes}"), "--output", str(out)]
+    job = placed(words, folder / f"state-{processes}", out)
     begun = time.time()
     subprocess.run(
-        [sys.executable, *launch, "-m", "egrpo", *words, *state],
+        [sys.executable, *launch, *job],
         cwd=ROOT,
         env=ENV,
         check=True,
@@ -175,8 +172,7 @@ def side_by_side(folder: Path, words: list[str], jobs: int) -> float:
     """Median seconds of an iteration of jobs that run at once and know nothing of each other."""
     running = []
     for n in range(jobs):
-        where = ["--state", str(folder / f"s-{n}"), "--output", str(folder / f"o-{n}")]
-        command = [sys.executable, "-m", "egrpo", *words, *where]
+        command = [sys.executable, *placed(words, folder / f"s-{n}", folder / f"o-{n}")]
         running.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -196,10 +192,11 @@ def worker(words: list[str]) -> None:
     from egrpo.train.trainer import Trainer
 
     torch.set_num_threads(1)
-    path, embeddings = Path(words[2]), Path(words[4])
+    path, folder = (Path(words[words.index(o) + 1]) for o in ("--run-config", "--embeddings"))
     run = load_run(path)
-    trainer = Trainer(run, closed_form_plan(run), embeddings)
-    world = trainer.world
+    files = {"train": folder / "train.safetensors", "monitor": folder / "heldout.safetensors"}
+    trainer = Trainer(run, closed_form_plan(run), files)
+    processes = trainer.processes
     payload: Any = [(n, n) for n in range(trainer.run.train.prompts_per_iteration * 96)]
     for p in trainer.parameters:
         p.grad = torch.ones_like(p)
@@ -207,24 +204,24 @@ def worker(words: list[str]) -> None:
     def median(work: Any) -> float:
         seconds = []
         for _ in range(12):
-            world.wait()
+            processes.wait()
             begun = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - begun)
         return statistics.median(seconds[2:])
 
     found = {
-        "gather": median(lambda: world.gather(payload)),
-        "reduce": median(lambda: world.add_gradients(trainer.parameters)),
+        "gather": median(lambda: processes.gather(payload)),
+        "reduce": median(lambda: processes.add_gradients(trainer.parameters)),
     }
-    if world.main:
+    if processes.main:
         with tempfile.TemporaryDirectory() as where:
             begun = time.perf_counter()
             checkpoint.save(Path(where), trainer.checkpoint())
             found["checkpoint"] = time.perf_counter() - begun
         found["bytes"] = sum(p.numel() * 4 for p in trainer.parameters)
         print(json.dumps(found), flush=True)
-    world.wait()
+    processes.wait()
 
 
 def talking(words: list[str]) -> dict[str, float]:
@@ -248,7 +245,7 @@ def toy(one: dict[str, float], talk: dict[str, float], prompts: int) -> Costs:
     images = 96
     return Costs(
         evaluation=one["rollout"] / forward / prompts,
-        training=one["optimise"] / train / prompts,
+        training=one["optimize"] / train / prompts,
         image=one["decode_and_reward"] / images / prompts,
         forward=forward,
         train=train,

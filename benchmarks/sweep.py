@@ -37,7 +37,7 @@ SHORT: dict[str, Any] = {
     "figures": None,
     "methods": {"egrpo": {"group_size": 3, "active": 3}, "flow_grpo": {"group_size": 4}},
     "train": {"iterations": 2, "prompts_per_iteration": 2, "monitor_every": 0},
-    "evaluate": {"steps": 4, "samples": 1, "prompts": 4, "bootstrap": 100},
+    "evaluate": {"steps": 4, "samples": 1, "prompts": 4},
     "tracking": {"enabled": False},
 }
 

@@ -19,7 +19,6 @@ from egrpo.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from egrpo.study.resolve import Study
 
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -108,28 +107,11 @@ def main() -> None:
 @click.option("--profile", type=EXISTING, help="Profile of a model: its grid, and auto's spread.")
 @click.option("--rewards", default="", help="auto: rewards of the profile, a,b,…; default all.")
 @click.option("--factor", type=float, default=1.0, show_default=True, help="auto: enough spread.")
-@click.option("--run-config", type=EXISTING, help="Resolved settings of a run (workflow).")
-@click.option("--output", type=FILE, help="plan.json to write (workflow).")
-@click.option("--table", type=FILE, help="merge_plan.parquet to write (workflow).")
-def plan_command(
-    run_config: Path | None,
-    profile: Path | None,
-    output: Path | None,
-    table: Path | None,
-    **options: Any,
-) -> None:
+def plan_command(**options: Any) -> None:
     """Choose, by an entropy threshold, how many steps each SDE step merges. Needs no torch."""
-    if run_config is not None:
-        if profile is None or output is None or table is None:
-            raise UserError("egrpo plan --run-config needs --profile, --output and --table")
-        from egrpo.config.load import load_run
-        from egrpo.planning.plan import plan
-
-        plan(load_run(run_config), profile, output, table)
-        return
     from egrpo.planning.plan_text import plan_text
 
-    click.echo(plan_text(profile=profile, **options))
+    click.echo(plan_text(**options))
 
 
 # as in config.layout, whose import would slow the shell's completion down
@@ -201,128 +183,63 @@ def clean_command(configs: tuple[Path, ...], yes: bool) -> None:
     click.echo(f"{at.root}: {summary(found)}{f': {said}' if found else ''}")
 
 
-def _threads(count: int | None) -> None:
-    """Keep torch to the threads that the workflow gave this job."""
-    if count:
-        import torch
-
-        torch.set_num_threads(count)
-
-
-@main.command("embed")
-@click.option("--run-config", type=EXISTING, required=True, help="Resolved settings of a run.")
-@click.option("--output", type=FILE, required=True, help="Safetensors file to write.")
-def embed_command(run_config: Path, output: Path) -> None:
-    """Encode the prompt files, so that no later job loads a text encoder."""
-    from egrpo.config.load import load_run
-    from egrpo.measure.embed import embed
-
-    embed(load_run(run_config), output)
-
-
-@main.command("profile")
-@click.option("--run-config", type=EXISTING, required=True, help="Resolved settings of a run.")
-@click.option("--embeddings", type=EXISTING, required=True, help="Prompt embeddings.")
-@click.option("--output", type=FILE, required=True, help="Parquet file to write.")
-@click.option("--branches", type=FILE, required=True, help="Parquet file of images to write.")
+@main.command("make", hidden=True)
+@click.argument("stage")
+@click.argument("order", type=EXISTING)
 @click.option("--threads", type=int, help="CPU threads.")
-def profile_command(
-    run_config: Path, embeddings: Path, output: Path, branches: Path, threads: int | None
-) -> None:
-    """Measure the entropy profile of the base model."""
-    from egrpo.config.load import load_run
-    from egrpo.measure.profile import profile
-    from egrpo.ops.memory import advice_where_memory_ends
+@click.option("--name", default="", help="Of what is shared or told.")
+def make_command(stage: str, order: Path, threads: int | None, name: str) -> None:
+    """Do a job of the workflow."""
+    from egrpo.jobs import make
 
-    _threads(threads)
-    run = load_run(run_config)
-    with advice_where_memory_ends(run, "profile"):
-        profile(run, embeddings, output, branches)
+    make(stage, order, threads=threads, name=name)
 
 
-@main.command("suffixes")
-@click.option("--run-config", type=EXISTING, required=True, help="Resolved settings of a run.")
-@click.option("--plan", "plan_path", type=EXISTING, required=True, help="Its merge plan.")
-@click.option("--embeddings", type=EXISTING, required=True, help="Prompt embeddings.")
-@click.option("--output", type=FILE, required=True, help="Parquet file; CSV and Markdown beside.")
-@click.option("--threads", type=int, help="CPU threads.")
-def suffixes_command(
-    run_config: Path, plan_path: Path, embeddings: Path, output: Path, threads: int | None
-) -> None:
-    """Compare cheaper suffixes of the branches with the exact one, on the base model."""
-    from egrpo.config.load import load_run
-    from egrpo.measure.suffixes import suffixes
-    from egrpo.ops.memory import advice_where_memory_ends
-    from egrpo.planning.plan import load_plan
+@main.command("repeat")
+@click.argument("config", type=EXISTING)
+@click.option("--plan", type=EXISTING, help="Merge plan, for methods that merge.")
+@click.option("--output", type=FILE, required=True, help="Folder of the results; rerun to resume.")
+def repeat_command(config: Path, plan: Path | None, output: Path) -> None:
+    """Train and evaluate one run again from its resolved settings CONFIG, without a study."""
+    from egrpo.bundle.repeat import repeat
 
-    _threads(threads)
-    run = load_run(run_config)
-    with advice_where_memory_ends(run, "profile"):
-        suffixes(run, load_plan(plan_path), embeddings, output)
+    repeat(config, plan, output)
 
 
-@main.command("train")
-@click.option("--run-config", type=EXISTING, required=True, help="Resolved settings of a run.")
-@click.option("--embeddings", type=EXISTING, required=True, help="Prompt embeddings.")
-@click.option("--plan", "plan_path", type=EXISTING, help="Merge plan, for methods that merge.")
-@click.option("--state", type=FILE, required=True, help="Folder of checkpoints; rerun to resume.")
-@click.option("--output", type=FILE, required=True, help="Folder of the outputs.")
-@click.option("--store", type=EXISTING, help="Tracking store made by `egrpo prepare`.")
-@click.option("--threads", type=int, help="CPU threads.")
-def train_command(
-    run_config: Path,
-    embeddings: Path,
-    plan_path: Path | None,
-    state: Path,
-    output: Path,
-    store: Path | None,
-    threads: int | None,
-) -> None:
-    """Train one run, from wherever its state is."""
-    from egrpo.config.load import load_run
-    from egrpo.planning.plan import load_plan
-    from egrpo.planning.trees import needs_plan
+@main.command("status")
+@STUDY
+def status_command(configs: tuple[Path, ...]) -> None:
+    """Say of each run what is done, what is to do, and what of it a change has made stale.
 
-    run = load_run(run_config)
-    if needs_plan(run) and plan_path is None:
-        raise UserError(f"run {run.run}: method {run.method.name} needs --plan")
-    plan = load_plan(plan_path) if plan_path else None
-    _threads(threads)
-    from egrpo.ops.memory import advice_where_memory_ends
-    from egrpo.train.job import train
+    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
+    `snakemake --configfile` does.
+    """
+    from egrpo.ops.status import status
+    from egrpo.study.layout import Layout
+    from egrpo.study.resolve import load_study
 
-    with advice_where_memory_ends(run, "train"):
-        train(run, plan, embeddings, state=state, output=output, store=store)
+    for line in status(Layout(load_study(*configs))):
+        click.echo(line)
 
 
-@main.command("evaluate")
-@click.option("--run-config", type=EXISTING, required=True, help="Resolved settings of a run.")
-@click.option("--embeddings", type=EXISTING, required=True, help="Prompt embeddings.")
-@click.option("--adapter", type=FILE, help="What training wrote; left out: the base model.")
-@click.option("--scores", type=FILE, required=True, help="Parquet file of scores to write.")
-@click.option("--images", type=FILE, required=True, help="Parquet file of images to write.")
-@click.option("--snapshots", type=FILE, help="Weights that training kept on its way.")
-@click.option("--snapshot-scores", type=FILE, help="Parquet file of their scores to write.")
-@click.option("--threads", type=int, help="CPU threads.")
-def evaluate_command(
-    run_config: Path,
-    embeddings: Path,
-    adapter: Path | None,
-    scores: Path,
-    images: Path,
-    snapshots: Path | None,
-    snapshot_scores: Path | None,
-    threads: int | None,
-) -> None:
-    """Sample the held-out prompts and score them under all rewards."""
-    from egrpo.config.load import load_run
-    from egrpo.measure.evaluate import evaluate
-    from egrpo.ops.memory import advice_where_memory_ends
+@main.command("keep")
+@STUDY
+@click.option("--run", "runs", multiple=True, help="Run; given again, several; left out: all.")
+def keep_command(configs: tuple[Path, ...], runs: tuple[str, ...]) -> None:
+    """Keep results that other code made, as if today's had: you say that they are the same.
 
-    _threads(threads)
-    run = load_run(run_config)
-    with advice_where_memory_ends(run, "evaluate"):
-        evaluate(run, embeddings, adapter, scores, images, snapshots, snapshot_scores)
+    Also takes over results of versions that did not record what they were computed from, if their
+    settings are today's. Settings and files that changed are never passed over.
+
+    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
+    `snakemake --configfile` does.
+    """
+    from egrpo.ops.status import keep
+    from egrpo.study.layout import Layout
+    from egrpo.study.resolve import load_study
+
+    for line in keep(Layout(load_study(*configs)), runs):
+        click.echo(line)
 
 
 @main.command("lease", context_settings={"ignore_unknown_options": True})
@@ -360,140 +277,6 @@ def serve_command(configs: tuple[Path, ...], names: tuple[str, ...], **options: 
     serve(configs, names, **options)
 
 
-RUN_CONFIGS = click.argument("run_configs", type=EXISTING, nargs=-1, required=True)
-RESULTS = click.option("--results", default="results", show_default=True, help="Results folder.")
-
-
-def _study(results: str, run_configs: tuple[Path, ...]) -> Study:
-    """The study that these resolved runs belong to."""
-    from egrpo.config.load import load_run
-    from egrpo.study.resolve import Study
-
-    runs = [load_run(path) for path in run_configs]
-    return Study(runs[0].study, results, {run.run: run for run in runs})
-
-
-@main.command("prepare")
-@RESULTS
-@click.option("--output", type=FILE, required=True, help="JSON file to write.")
-@RUN_CONFIGS
-def prepare_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> None:
-    """Prepare the MLflow store before any run uses it."""
-    from egrpo.tracking.prepare import prepare
-
-    prepare(_study(results, run_configs), output)
-
-
-@main.command("tables")
-@RESULTS
-@click.option("--output", type=FILE, required=True, help="Parquet file; CSV and Markdown beside.")
-@RUN_CONFIGS
-def tables_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> None:
-    """Compare every run with its base model: Parquet, CSV and Markdown."""
-    from egrpo.report.tables import RunFiles, make_comparison
-    from egrpo.study.layout import Layout
-
-    at = Layout(_study(results, run_configs))
-    files = {run: RunFiles.at(at.run(run), at.base(run)) for run in at.study.runs}
-    make_comparison(files, output)
-
-
-PAGE = click.Choice(["index", "paper", "everything"])
-TARGET = click.option("--settings", type=EXISTING, required=True, help="What makes it (workflow).")
-
-
-@main.command("table")
-@RESULTS
-@TARGET
-@RUN_CONFIGS
-def table_command(results: str, settings: Path, run_configs: tuple[Path, ...]) -> None:
-    """One table of the paper, over seeds and prompts."""
-    from egrpo.config.load import load_target
-    from egrpo.config.models import TableSpec
-    from egrpo.report.results import write_result_table
-    from egrpo.study.layout import Layout
-
-    name, spec = load_target(settings, TableSpec)
-    write_result_table(name, spec, Layout(_study(results, run_configs)))
-
-
-@main.command("figure")
-@RESULTS
-@TARGET
-@RUN_CONFIGS
-def figure_command(results: str, settings: Path, run_configs: tuple[Path, ...]) -> None:
-    """One figure of the paper."""
-    from egrpo.config.load import load_target
-    from egrpo.config.models import FigureSpec
-    from egrpo.figures.draw import draw_figure
-    from egrpo.study.layout import Layout
-
-    name, spec = load_target(settings, FigureSpec)
-    draw_figure(name, spec, Layout(_study(results, run_configs)))
-
-
-@main.command("figures")
-@RESULTS
-@RUN_CONFIGS
-def figures_command(results: str, run_configs: tuple[Path, ...]) -> None:
-    """Draw entropy, spread, reward curves and the before/after grid."""
-    from egrpo.figures.draw import draw
-    from egrpo.study.layout import Layout
-
-    draw(Layout(_study(results, run_configs)))
-
-
-@main.command("about")
-@RESULTS
-@click.option("--output", type=FILE, required=True, help="HTML file to write.")
-@RUN_CONFIGS
-def about_command(results: str, output: Path, run_configs: tuple[Path, ...]) -> None:
-    """Versions, commits and all settings of some runs as one page."""
-    from egrpo.report.provenance import write_about
-    from egrpo.study.layout import Layout
-
-    write_about(Layout(_study(results, run_configs)), output)
-
-
-@main.command("page")
-@RESULTS
-@click.option("--page", type=PAGE, default="index", show_default=True, help="Which one.")
-@click.option("--table", "tables", type=EXISTING, multiple=True, help="Settings of a table.")
-@click.option("--figure", "figures", type=EXISTING, multiple=True, help="Settings of a figure.")
-@RUN_CONFIGS
-def page_command(
-    results: str,
-    page: str,
-    tables: tuple[Path, ...],
-    figures: tuple[Path, ...],
-    run_configs: tuple[Path, ...],
-) -> None:
-    """Tell the story of a study on one page that needs no network."""
-    from egrpo.config.load import load_target
-    from egrpo.config.models import FigureSpec, TableSpec
-    from egrpo.page.page import make_page
-    from egrpo.study.layout import Layout
-
-    at = Layout(_study(results, run_configs))
-    shown = dict(load_target(path, TableSpec) for path in tables)
-    make_page(page, at, shown, dict(load_target(path, FigureSpec) for path in figures))
-
-
-@main.command("publish")
-@RESULTS
-@click.option("--store", type=EXISTING, required=True, help="Written by `egrpo prepare`.")
-@click.option("--table", type=EXISTING, required=True, help="Comparison of the runs.")
-@click.option("--output", type=FILE, required=True, help="JSON file to write.")
-@RUN_CONFIGS
-def publish_command(
-    results: str, store: Path, table: Path, output: Path, run_configs: tuple[Path, ...]
-) -> None:
-    """Deliver to MLflow whatever it does not have yet; running it again adds nothing."""
-    from egrpo.tracking.publish import publish
-
-    publish(_study(results, run_configs), store, table, output)
-
-
 CONFIGS = click.option(
     "--config",
     "configs",
@@ -509,8 +292,9 @@ CONFIGS = click.option(
 @CONFIGS
 def report_command(configs: tuple[Path, ...]) -> None:
     """Print the comparison of all runs with their base model."""
+    from egrpo.errors import command
     from egrpo.report.report import print_report
-    from egrpo.study.layout import Layout, command
+    from egrpo.study.layout import Layout
     from egrpo.study.resolve import load_study
 
     at = Layout(load_study(*configs))
@@ -565,7 +349,8 @@ def completion_command(shell: str) -> None:
 @click.option("--port", type=int, default=5000, show_default=True, help="Wanted port; 0 for any.")
 def ui_command(configs: tuple[Path, ...], port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
-    from egrpo.study.layout import Layout, command
+    from egrpo.errors import command
+    from egrpo.study.layout import Layout
     from egrpo.study.resolve import load_study
     from egrpo.tracking.ui import serve
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 LONGEST = 1500
 """Characters of a message; what is longer loses its middle."""
@@ -39,3 +41,18 @@ def during(what: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"while {what}")
         raise
+
+
+DEFAULT = Path("config/config.yaml")
+"""The study of whoever names none."""
+
+
+def command(configs: Sequence[str | Path], *targets: str | Path) -> str:
+    """What makes results of the study in these files, to be shown as a remedy.
+
+    ``configs`` is empty where the caller does not know them.
+    """
+    words = ["snakemake", "--cores", "all", *map(str, targets)]
+    if configs and list(map(Path, configs)) != [DEFAULT]:
+        words += ["--configfile", *map(str, configs)]
+    return shlex.join(words)

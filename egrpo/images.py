@@ -78,6 +78,27 @@ class Images:
         """Which are images, [n]."""
         return self.faults == FINE
 
+    def pairwise_distance(self) -> float:
+        """Mean RMS distance of all pairs of images, as a fraction of full scale.
+
+        NaN of fewer than two.
+        """
+        pixels = self._scaled(self.valid)
+        return float(torch.pdist(pixels).mean()) / pixels.shape[1] ** 0.5
+
+    def distance_to(self, others: Images) -> float:
+        """Mean RMS distance of each image to its counterpart, as a fraction of full scale.
+
+        Over pairs of two images; NaN without one.
+        """
+        both = self.valid & others.valid
+        apart = (self._scaled(both) - others._scaled(both)).square().mean(1).sqrt()
+        return float(apart.mean())
+
+    def _scaled(self, some: npt.NDArray[np.bool_]) -> Tensor:
+        """Pixels of some in [0, 1], float32 [k, 3 * height * width]."""
+        return self.pixels[some].float().div(255).flatten(1)
+
     def with_opacity(self) -> Tensor:
         """uint8 [n, 4, height, width]: transparent where there is no image."""
         opacity = torch.from_numpy(np.where(self.valid, 255, 0).astype(np.uint8))

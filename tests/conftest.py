@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,20 @@ from mlflow_pages import CHROMIUM, chromium
 from egrpo.config.load import Row, overlay, read_yaml
 from egrpo.config.models import RunConfig, StudyConfig
 from egrpo.core.rollout import Rollout, TrainBatch
+from egrpo.core.tree import Tree
+from egrpo.models.conditioning import Embeddings
+from egrpo.planning.trees import closed_form_plan
+from egrpo.store.files import write_json
 from egrpo.study.resolve import resolve_run
 
 if TYPE_CHECKING:
+    from subprocess import Popen
+
     from playwright.sync_api import Browser
+
+    from egrpo.train.trainer import Trainer
+
+ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -85,6 +96,93 @@ def write_run(run: RunConfig, path: Path) -> Path:
     return path
 
 
+def trainer_for(embeddings: Embeddings, name: str = "egrpo", **overrides: Any) -> Trainer:
+    """The trainer of a small run."""
+    from egrpo.train.trainer import Trainer
+
+    run = small_run(name, **overrides)
+    return Trainer(run, closed_form_plan(run), embeddings)
+
+
+def sampled(trainer: Trainer, iteration: int = 1) -> tuple[Rollout, list[int], list[Tree]]:
+    """The rollout of an iteration, its prompts and its trees."""
+    ids, trees = trainer.trees(iteration)
+    return trainer.rollout(iteration, ids, trees), ids, trees
+
+
+@torch.no_grad()
+def velocity_at(trainer: Trainer, ids: list[int], batch: TrainBatch) -> torch.Tensor:
+    """Velocities [B, C, h, w] at the sources of a batch by the weights as they are."""
+    prompts = trainer.conditioning.batch(ids, trainer.model.device).rows(batch.tree)
+    return trainer.model.velocity(batch.x, trainer.sigmas[batch.start], prompts)
+
+
+def run_in_process(run: RunConfig, embeddings: Embeddings, folder: Path) -> Path:
+    """Train a run; returns the folder of its results, beside that of its state."""
+    from egrpo.train.job import train
+
+    plan = closed_form_plan(run)
+    train(run, plan, embeddings, state=folder / "state" / "key", output=folder / "out")
+    return folder / "out"
+
+
+class Jobs:
+    """Small runs trained in this process, their files in one folder."""
+
+    def __init__(
+        self, embeddings: Embeddings, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.embeddings, self.folder, self.capsys = embeddings, folder, capsys
+
+    def __call__(self, run: RunConfig | str, place: str = "", **overrides: Any) -> Path:
+        """Train it; returns the folder of its results."""
+        self.said()
+        made = small_run(run, **overrides) if isinstance(run, str) else run
+        return run_in_process(made, self.embeddings, self.folder / place)
+
+    def said(self) -> str:
+        """What the last one said."""
+        return self.capsys.readouterr().err
+
+
+@pytest.fixture
+def jobs(embeddings: Embeddings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Jobs:
+    """Trains small runs in this test's folder."""
+    return Jobs(embeddings, tmp_path, capsys)
+
+
+STAGES = str(ROOT / "tests/stages.py")
+"""The script that runs stages with paths of their own."""
+
+
+def stage_words(
+    stage: str, run: RunConfig, embeddings: Embeddings, folder: Path, out: Path | None = None
+) -> list[str]:
+    """Arguments of that script: files in ``folder``, results in ``out`` or ``folder/out``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["--run-config", str(write_run(run, folder / "run.yaml"))]
+    words += ["--embeddings", str(embeddings["train"].parent)]
+    words += ["--output", str(out or folder / "out"), "--threads", "1", stage]
+    if stage in ("train", "suffixes") and (plan := closed_form_plan(run)) is not None:
+        write_json(folder / "plan.json", plan.to_dict())
+        words += ["--plan", str(folder / "plan.json")]
+    return words + (["--state", str(folder / "state")] if stage == "train" else [])
+
+
+def train_words(run: RunConfig, embeddings: Embeddings, folder: Path) -> list[str]:
+    """Those of training."""
+    return stage_words("train", run, embeddings, folder)
+
+
+def wait_for(condition: Callable[[], Any], job: Popen[str] | None = None) -> None:
+    """Until something is so; ``job`` must not end before."""
+    until = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < until
+        assert job is None or job.poll() is None, job.communicate()
+        time.sleep(0.01)
+
+
 @contextmanager
 def modes_by(mask: int, folder: Path) -> Iterator[None]:
     """Under this umask; then all that lies in the folder has the mode of what is new."""
@@ -102,7 +200,7 @@ def modes_by(mask: int, folder: Path) -> Iterator[None]:
 def updates_of(rollout: Rollout, kept: Collection[int] | None = None) -> list[list[TrainBatch]]:
     """Batches of each optimizer step of a rollout, those edges only that are ``kept``."""
     parts = sorted({batch.part for batch in rollout.batches})
-    return [batches for part in parts if (batches := rollout.update(part, kept))]
+    return [batches for part in parts if (batches := rollout.batches_of(part, kept))]
 
 
 @pytest.fixture(autouse=True)
@@ -111,19 +209,23 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(scope="session")
-def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompt embeddings of the toy's prompt files, encoded by the stock pipeline's own code."""
+def embedded(run: RunConfig, folder: Path) -> Embeddings:
+    """Embeddings of both prompt files of a run, by the sets that jobs ask for."""
+    from egrpo.config.prompts import read_prompts, train_prompts
     from egrpo.measure.embed import embed
 
-    path = tmp_path_factory.mktemp("embeddings") / "embeddings.safetensors"
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        embed(small_run(), path)
-    finally:
-        os.chdir(before)
-    return path
+    files = run.prompts
+    train, heldout = folder / "train.safetensors", folder / "heldout.safetensors"
+    embed(run, train_prompts(files.train, files.limit, files.column), train)
+    embed(run, read_prompts(files.heldout, files.column), heldout)
+    return {"train": train, "profile": train, "heldout": heldout, "monitor": heldout}
+
+
+@pytest.fixture(scope="session")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
+    """Those of the toy's prompt files, encoded by the stock pipeline's own code."""
+    with chdir(ROOT):
+        return embedded(small_run(), tmp_path_factory.mktemp("embeddings"))
 
 
 @pytest.fixture(scope="session")

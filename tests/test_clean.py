@@ -14,17 +14,14 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 
 from egrpo.cli import main
-from egrpo.config.load import yaml_of
 from egrpo.ops.clean import leftovers
 from egrpo.ops.doctor import doctor
-from egrpo.planning.trees import closed_form_plan
 from egrpo.store.files import lock, write_json, write_text
-from egrpo.study.fingerprint import state_key
-from egrpo.study.keys import KEYS
-from egrpo.study.layout import Layout
+from egrpo.study.due import Due
+from egrpo.study.layout import SHARED, Layout
+from egrpo.study.orders import order_of_run
 from egrpo.study.resolve import load_study
-
-LOGS = {"embeddings": "embed", "profiles": "profile", "base": "evaluate_base"}
+from egrpo.study.standing import write_receipt
 
 
 def settings(folder: Path, **changes: Any) -> tuple[Path, Path]:
@@ -48,33 +45,21 @@ def layout(files: tuple[Path, ...]) -> Layout:
 
 def finish(at: Layout) -> None:
     """Write what the workflow writes for all runs, with contents of a few bytes."""
+    due = Due(at)
     for name, run in at.study.runs.items():
-        for stage in KEYS:
-            write_text(at.settings(stage, name), yaml_of(run.model_dump()))
-        base, profile, folder = at.base(name), at.profile(name).parent, at.run(name)
-        for path in (
-            at.embeddings(name),
-            *(profile / f"{file}.parquet" for file in ("entropy_profile", "branches")),
-            *(base / f"{file}.parquet" for file in ("scores", "images")),
-            *(
-                folder / f
-                for f in ("config.yaml", "scores.parquet", "adapter/weights", "monitor/a")
-            ),
-        ):
-            write_text(path, f"made for {path}")
-        plan = closed_form_plan(run)
-        assert plan is not None
-        write_json(folder / "plan.json", plan.to_dict())
-        key = state_key(run, plan, at.embeddings(name))
-        write_json(folder / "train.json", {"run": name, "key": key})
-        state = at.root / "state" / name / key
+        order_of_run(at, name)
+        for kind in ("embed-train", "profile", "base", "plan", "train", "evaluate"):
+            stage = kind.partition("-")[0]
+            name_of = at.identity(kind, name) if stage in SHARED else name
+            outputs = at.outputs(stage, name_of)
+            for path in outputs:
+                write_text(path if path.suffix else path / "file", f"made for {path}")
+            write_receipt(at, stage, name_of, at.identities.record(kind, run), outputs)
+        key = at.identity("trajectory", name)
+        write_json(at.run(name) / "train.json", {"run": name, "key": key})
         for file in ("checkpoint-000001.safetensors", "journal.jsonl", "lock", "monitor/a.png"):
-            write_text(state / file, f"state of {name}")
-        for rule, stem in (
-            *(("run_config", name), ("plan", name), ("train", name), ("profile", profile.name)),
-            *(("embed", at.embeddings(name).stem), ("evaluate_base", base.name)),
-        ):
-            write_text(at.root / "logs" / rule / f"{stem}.log", "")
+            write_text(at.state(name) / key / file, f"state of {name}")
+    due.told("about", "all_runs").order()
 
 
 def files_below(folder: Path) -> set[str]:
@@ -92,7 +77,7 @@ WITHOUT_A_REWARD: dict[str, Any] = {"rewards": {"jpeg": None}}
     ("changes", "gone"),
     [
         ({}, set()),
-        ({"rewards": {"jpeg": None}}, {"settings", "profiles", "base", "state"}),
+        ({"rewards": {"jpeg": None}}, {"settings", "profiles", "base"}),
         ({"seeds": [0]}, {"settings", "runs", "state"}),
         ({"prompts": {"limit": 8}}, {"settings", "embeddings", "profiles", "state"}),
         ({"evaluate": {"samples": 1}}, {"settings", "base"}),
@@ -197,18 +182,6 @@ def test_nothing_is_removed_while_a_job_works(where: str, tmp_path: Path) -> Non
         os.close(held)
     assert clean(files, "--yes").exit_code == 0
     assert not (at.root / "state/one-s1").exists()
-
-
-def test_a_state_is_kept_where_its_key_cannot_be_known(tmp_path: Path) -> None:
-    files = settings(tmp_path)
-    at = layout(files)
-    finish(at)
-    (at.run("one-s0") / "plan.json").unlink()
-    old = at.root / "state/one-s0/0123456789/checkpoint-000002.safetensors"
-    write_text(old, "of other settings")
-    assert leftovers(at) == []
-    finish(at)
-    assert [one.path for one in leftovers(at)] == [old.parent]
 
 
 def test_the_state_that_the_results_came_from_is_kept(tmp_path: Path) -> None:

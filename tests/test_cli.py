@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from egrpo.study.layout import Layout
+from egrpo.study.orders import order_of_run
+from egrpo.study.resolve import Study
+
 
 def egrpo(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -116,25 +120,17 @@ def test_cost_shows_the_arms_side_by_side(default_study: list[str]) -> None:
     assert "needs its profile; `snakemake --cores all plans` makes it" in text
 
 
-def test_damaged_inputs_of_stages_are_one_line(tmp_path: Path) -> None:
-    from conftest import small_run, write_run
+def test_a_job_reads_no_results_but_those_that_it_was_planned_for(tmp_path: Path) -> None:
+    from conftest import small_run
 
-    config = write_run(small_run(), tmp_path / "run.yaml")
-    damaged = tmp_path / "embeddings.safetensors"
-    damaged.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
-    common = ("--run-config", config, "--embeddings", damaged)
-    refused(
-        egrpo("train", *common, "--state", tmp_path / "s", "--output", tmp_path / "o"), "--plan"
-    )
-    (tmp_path / "plan.json").write_text('{"sigmas": [1.0, 0.0]}')
-    plan = ("--plan", tmp_path / "plan.json")
-    done = egrpo("train", *common, *plan, "--state", tmp_path / "s", "--output", tmp_path / "o")
-    refused(done, "plan.json: not a plan: plan has no key")
-    done = egrpo("evaluate", *common, "--scores", tmp_path / "s", "--images", tmp_path / "i")
-    refused(done, "embeddings.safetensors: damaged embeddings")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "embeddings.safetensors", "plan.json", "run.yaml",
-    ]  # fmt: skip
+    run = small_run().model_copy(update={"study": "small"})
+    at = Layout(Study("small", str(tmp_path), {run.run: run}))
+    order = order_of_run(at, run.run)
+    refused(egrpo("make", "train", order), "holds no result of these settings (plan egrpo: wanted")
+    refused(egrpo("make", "evaluate", order), "(train egrpo: wanted", "start the workflow again")
+    profile = at.profile(run.run)
+    refused(egrpo("make", "plan", order), f"{profile}: no such file")
+    assert not at.run(run.run).exists()
 
 
 def test_beginners_mistakes_are_answered(tmp_path: Path) -> None:

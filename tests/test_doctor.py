@@ -16,12 +16,13 @@ import tiny_models
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import ROOT, small_run, write_run
+from conftest import ROOT, small_run, train_words, write_run
+from stages import main as stages
 
-from egrpo.cli import main
 from egrpo.config.models import Model
 from egrpo.errors import UserError
 from egrpo.models import load_model
+from egrpo.models.conditioning import Embeddings
 from egrpo.models.families import SD3
 from egrpo.ops.disk import disk, monitor_bytes, record_bytes, trained_bytes
 from egrpo.ops.doctor import Finding, _attention, doctor
@@ -332,11 +333,11 @@ def test_a_reward_of_ones_own_is_tried(
     ],
 )
 def test_disk_of_a_run_is_what_it_takes(
-    settings: dict[str, Any], tmp_path: Path, embeddings: Path
+    settings: dict[str, Any], tmp_path: Path, embeddings: Embeddings
 ) -> None:
     method = {"method.name": "flow_grpo", "train.iterations": 6, "train.prompts_per_iteration": 4}
     run = small_run("flow", **method, **settings)
-    train(run, None, embeddings, state=tmp_path / "state", output=tmp_path / "out")
+    train(run, None, embeddings, state=tmp_path / "state/key", output=tmp_path / "out")
     part = read_part(Path(run.model.path), "transformer")
     told = trained_bytes(run, part, copies=False)
     found = {
@@ -390,12 +391,15 @@ def test_half_a_header(tmp_path: Path) -> None:
     ],
 )
 def test_memory_that_ends_is_one_line_and_loses_nothing(
-    phase: str, setting: str, tmp_path: Path, embeddings: Path, monkeypatch: pytest.MonkeyPatch
+    phase: str,
+    setting: str,
+    tmp_path: Path,
+    embeddings: Embeddings,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second iteration does not fit; with the setting that the line names the run goes on."""
-    run = write_run(small_run("flow", **{"method.name": "flow_grpo"}), tmp_path / "run.yaml")
-    command = ["train", "--run-config", str(run), "--embeddings", str(embeddings)]
-    command += ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "out")]
+    run = small_run("flow", **{"method.name": "flow_grpo"})
+    command = train_words(run, embeddings, tmp_path)
     iteration = 0
     network, to_vae, trees = SD3.network, SD3.to_vae, Trainer.trees
 
@@ -420,15 +424,16 @@ def test_memory_that_ends_is_one_line_and_loses_nothing(
         patch.setattr(Trainer, "trees", counted)
         patch.setattr(SD3, "network", small_network)
         patch.setattr(SD3, "to_vae", small_vae)
-        failed = CliRunner().invoke(main, command)
+        failed = CliRunner().invoke(stages, command)
     assert failed.exit_code == 2, failed.output
     (line,) = [x for x in failed.stderr.splitlines() if x.startswith("egrpo: ")]
     assert f"memory ran out while {phase}" in line
     assert setting in line
     assert not (tmp_path / "out" / "train.json").exists()
     key, value = setting.split(" ")[:2]
-    write_run(small_run("flow", **{"method.name": "flow_grpo", key[:-1]: int(value)}), run)
-    again = CliRunner().invoke(main, command)
+    mended = small_run("flow", **{"method.name": "flow_grpo", key[:-1]: int(value)})
+    write_run(mended, tmp_path / "run.yaml")
+    again = CliRunner().invoke(stages, command)
     assert again.exit_code == 0, again.output
     assert f"going on after iteration {iteration - 1}" in again.stderr
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_run, write_run
+from conftest import ROOT, STAGES, small_run, stage_words, train_words
 
+from egrpo.models.conditioning import Embeddings
 from egrpo.rewards import load_rewards, score_all
 from egrpo.store.tables import ROLLOUTS, read_table
 from egrpo.study.resolve import load_study
@@ -86,19 +87,12 @@ def test_colourfulness_is_that_of_the_paper() -> None:
     assert got[2] == pytest.approx(0.3 * 255 * 1.25**0.5 / 100, rel=1e-5)
 
 
-def test_a_run_trains_on_colourfulness(embeddings: Path, tmp_path: Path) -> None:
+def test_a_run_trains_on_colourfulness(embeddings: Embeddings, tmp_path: Path) -> None:
     words = {"kind": "custom", "function": "examples.colourfulness:colourfulness"}
     change = {"rewards.colour": words, "train.rewards": {"verifier": None, "colour": 1.0}}
-    config = write_run(small_run("x", **change, **{"train.iterations": 2}), tmp_path / "run.yaml")
-    plan, profile = tmp_path / "plan.json", tmp_path / "profile.parquet"
-    steps = ["profile", "--output", profile, "--branches", tmp_path / "branches.parquet"]
-    egrpo = (sys.executable, "-m", "egrpo")
-    common = ("--run-config", config)
-    run(*egrpo, *steps, *common, "--embeddings", embeddings, folder=ROOT)
-    made = ("--output", plan, "--table", tmp_path / "plan.parquet")
-    run(*egrpo, "plan", *common, "--profile", profile, *made, folder=ROOT)
-    out = ("--state", tmp_path / "state", "--output", tmp_path / "out")
-    run(*egrpo, "train", *common, "--embeddings", embeddings, "--plan", plan, *out, folder=ROOT)
+    made = small_run("x", **change, **{"train.iterations": 2})
+    run(sys.executable, STAGES, *stage_words("profile", made, embeddings, tmp_path), folder=ROOT)
+    run(sys.executable, STAGES, *train_words(made, embeddings, tmp_path), folder=ROOT)
     table = read_table(tmp_path / "out/rollouts.parquet", ROLLOUTS)
     assert set(table["reward"].to_pylist()) == {"colour"}
     assert len(set(table["value"].to_pylist())) > 10

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMALL, modes_by
+from conftest import ROOT, SMALL, embedded, modes_by
 from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -33,26 +33,30 @@ from egrpo.bundle.export import INDEX, export
 from egrpo.bundle.loading import loading
 from egrpo.bundle.model_card import Sample, base_on_hub, escaped, model_card
 from egrpo.cli import main
+from egrpo.config.keys import run_key
 from egrpo.config.load import load_run, overlay, read_yaml
 from egrpo.config.models import RunConfig
 from egrpo.config.rewards import Remote
 from egrpo.core.seeds import normal
-from egrpo.errors import UserError
+from egrpo.errors import UserError, command
 from egrpo.figures.draw import draw
-from egrpo.measure.embed import embed
 from egrpo.measure.evaluate import evaluate
 from egrpo.models.adapter import ADAPTER_FILE, CONFIG, read_adapter
+from egrpo.models.conditioning import Embeddings
 from egrpo.page.page import make_page
-from egrpo.planning.trees import needs_plan, plan_of, training_sigmas
+from egrpo.planning.grids import training_sigmas
+from egrpo.planning.trees import needs_plan, plan_of
+from egrpo.report.evaluations import read_images
 from egrpo.report.provenance import versions, write_about
-from egrpo.report.report import read_rows, short_table
-from egrpo.report.tables import RunFiles, make_comparison, read_images, readable
+from egrpo.report.report import short_table
+from egrpo.report.results import make_comparison
+from egrpo.report.text import read_rows, readable
 from egrpo.store.files import write_json
 from egrpo.store.tables import TRAIN_METRICS, write_table
-from egrpo.study.keys import run_key
-from egrpo.study.layout import Layout, command
+from egrpo.study.layout import Layout
 from egrpo.study.resolve import load_study
 from egrpo.study.sharing import NO_ADDRESS, shareable, without_folder, without_secrets
+from egrpo.study.standing import write_receipt
 from egrpo.train.job import train
 
 ELSEWHERE = ("planted-user", "planted-word", "planted-query")
@@ -74,7 +78,7 @@ class Made:
 
     configs: tuple[str, ...]
     at: Layout
-    embeddings: Path
+    embeddings: Embeddings
 
     def bundle(self, run: str) -> Path:
         return self.at.bundle(run)
@@ -103,7 +107,6 @@ def settings_in(root: Path) -> tuple[str, str]:
             "model": {"path": str(ROOT / "assets/toy/pipeline")},
             "prompts": {"heldout": str(root / "mine.txt"), "limit": 4},
             "train": {"learning_rate_scale": 1000.0, "ema_decay": None, "ema_ramp": None},
-            "evaluate": {"bootstrap": 200},
             "tracking": {"uri": TRACKING, "enabled": False},
             "methods": {
                 "egrpo": {"group_size": 3, "active": 3},
@@ -135,16 +138,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             folder = at.run(name)
             folder.mkdir(parents=True)
             at.config(name).write_text(yaml.safe_dump(run.model_dump(), sort_keys=False))
-            if not embeddings.exists():
-                embed(run, embeddings)
+            embeddings = embedded(run, root)
             plan = plan_of(run, training_sigmas(run)) if needs_plan(run) else None
             if plan is not None:
                 write_json(folder / "plan.json", plan.to_dict())
-            train(run, plan, embeddings, state=root / "state" / name, output=folder)
-            tables = "scores.parquet", "images.parquet"
-            evaluate(run, embeddings, folder / "adapter", *(folder / table for table in tables))
+            train(
+                run,
+                plan,
+                embeddings,
+                state=at.state(name) / at.identity("trajectory", name),
+                output=folder,
+            )
+            evaluate(run, embeddings, folder / "adapter", folder, training=folder)
+            for stage in ("train", "evaluate"):
+                record, outputs = at.identities.record(stage, run), at.outputs(stage, name)
+                write_receipt(at, stage, name, record, outputs, weights="w")
             if not at.base(name).exists():
-                evaluate(run, embeddings, None, *(at.base(name) / table for table in tables))
+                evaluate(run, embeddings, None, at.base(name))
             export(at, name, configs=configs)
     finally:
         os.chdir(before)
@@ -244,7 +254,7 @@ def test_the_bundle_alone_makes_the_same_weights_again(
     (bundle / "assets").symlink_to(ROOT / "assets")
     shutil.copy(Path(made.configs[0]).with_name("mine.txt"), bundle)
     blocks = [text for _, language, text in snippets(bundle / "README.md") if language == "sh"]
-    (commands,) = [text for text in blocks if text.startswith("egrpo embed")]
+    (commands,) = [text for text in blocks if text.startswith("egrpo repeat")]
     monkeypatch.chdir(bundle)
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -279,11 +289,11 @@ def test_huggingface_hub_reads_the_cards_numbers(made: Made, run: str) -> None:
     assert set(found) == set(rows)
     page = (folder / "README.md").read_text(encoding="utf-8")
     for reward, row in rows.items():
-        assert found[reward].metric_value == row["trained"]
+        assert found[reward].metric_value == row["mean"]
         for key in ("base", "difference", "low", "high"):
             assert found[reward].metric_args[key] == row[key]
         shown = readable(row)
-        cells = " | ".join(shown[key] for key in ("base", "trained", "difference", "interval"))
+        cells = " | ".join(shown[key] for key in ("base", "mean", "difference", "interval"))
         assert cells in page
     assert data.widget[0]["text"] == " ".join(NASTY.split())
     for sample in data.widget:
@@ -293,7 +303,7 @@ def test_huggingface_hub_reads_the_cards_numbers(made: Made, run: str) -> None:
 def test_a_study_of_one_image_is_told_and_shared(made: Made) -> None:
     runs = {"least": made.at.study.runs["least"]}
     at = Layout(replace(made.at.study, runs=runs, default_runs=("least",)))
-    make_comparison({"least": RunFiles.at(at.run("least"), at.base("least"))}, at.comparison)
+    make_comparison(at, at.comparison)
     draw(at)
     make_page("index", at, {}, {})
     assert "No run was monitored" in at.page("index").read_text(encoding="utf-8")
@@ -304,7 +314,7 @@ def test_a_study_of_one_image_is_told_and_shared(made: Made) -> None:
     assert "None" not in body.replace("=None", "").replace("None is stated", "")
     assert "diversity" not in body, "it is no number of one image"
     (row,) = [row for row in read_rows(at.comparison) if row["reward"] == "distance_to_base"]
-    assert f"the images lie\n  {readable(row)['trained']} from the base model's.\n" in body
+    assert f"the images lie\n  {readable(row)['mean']} from the base model's.\n" in body
     metrics = {result.metric_type for result in card(at.bundle("least")).data.eval_results}
     assert {"jpeg", "own *bright*", "distance_to_base"} <= metrics
     assert "diversity went from" in card(made.bundle("merged")).text
@@ -318,7 +328,7 @@ def test_the_comparison_can_be_made_again_from_the_scores(made: Made) -> None:
         means[name] = scores.groupby("reward")["value"].mean()
     rows = {row["reward"]: row for row in read_rows(folder / "comparison.parquet")}
     for reward in means["scores"].index:
-        assert means["scores"][reward] == pytest.approx(rows[reward]["trained"])
+        assert means["scores"][reward] == pytest.approx(rows[reward]["mean"])
         assert means["base_scores"][reward] == pytest.approx(rows[reward]["base"])
 
 
@@ -678,7 +688,8 @@ def test_a_study_that_was_edited_since(made: Made, tmp_path: Path) -> None:
     assert f"--configfile {' '.join(configs)}` makes anew" in str(refusal.value)
 
 
-def test_the_command_and_an_unknown_run(made: Made) -> None:
+def test_the_command_and_an_unknown_run(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))  # where its own reward lies
     words = [part for path in made.configs for part in ("--config", path)]
     refused(egrpo("export", "mergd", *words), "no run 'mergd'; did you mean merged?")
     refused(egrpo("export", "x", *words), "no run 'x'; there are merged, whole, least")

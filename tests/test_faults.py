@@ -10,29 +10,44 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
-from conftest import ROOT, modes_by, overflowing, small_run, write_run
-from test_processes import arguments, same
+from conftest import (
+    ROOT,
+    STAGES,
+    embedded,
+    modes_by,
+    overflowing,
+    run_in_process,
+    small_run,
+    stage_words,
+    train_words,
+    trainer_for,
+    wait_for,
+)
+from stages import main as stages
+from test_processes import same
 from test_workflow import study
 
 from egrpo.cli import main
-from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
 from egrpo.figures.curves import curves_figure
-from egrpo.measure.embed import embed
 from egrpo.models import load_model
-from egrpo.planning.trees import closed_form_plan
-from egrpo.report.tables import is_image
+from egrpo.models.conditioning import Embeddings
+from egrpo.report.evaluations import is_image
 from egrpo.sampling.processes import Processes
 from egrpo.store import files, journal
-from egrpo.store.files import write_json, write_once, write_text
+from egrpo.store.files import read_json, write_json, write_once, write_text
+from egrpo.study.layout import Layout
+from egrpo.study.orders import order_of_target
+from egrpo.study.resolve import Study
 from egrpo.train import job as train_run
-from egrpo.train.job import only_one, train
-from egrpo.train.trainer import Trainer
+from egrpo.train.job import only_one
 
 
 class Disk:
@@ -96,10 +111,9 @@ def test_files_and_folders_have_the_mode_of_new_ones(mask: int, tmp_path: Path) 
     changes = {"prompts.train": str(texts), "prompts.heldout": str(texts), "train.snapshots": [1]}
     run = small_run("modes", **changes, **{"train.iterations": 1, "train.rewards": {"jpeg": 1.0}})
     full = small_run("full", **{"model.tuning": "full"})
-    out, e = tmp_path / "out", tmp_path / "shared/e.safetensors"
+    out = tmp_path / "out"
     with modes_by(mask, tmp_path):
-        embed(run, e)
-        train(run, closed_form_plan(run), e, state=tmp_path / "state", output=out)
+        run_in_process(run, embedded(run, tmp_path / "shared"), tmp_path)
         load_model(full.model).save(tmp_path / "full")
         curves_figure([out / "train_metrics.parquet"], ["jpeg"], tmp_path / "figures/curves")
         write_once(tmp_path / "settings/x.yaml", lambda: "x")
@@ -113,17 +127,17 @@ def refused(done: Result) -> None:
 
 
 def test_training_goes_on_when_there_is_space_again(
-    disk: Disk, embeddings: Path, tmp_path: Path
+    disk: Disk, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     """The disk grows by little each time: it is full in the middle of every kind of file."""
     run = small_run("full", **{"train.snapshots": [800], "train.iterations": 3})
-    straight = arguments(run, embeddings, tmp_path / "straight")
-    assert CliRunner().invoke(main, straight).exit_code == 0
-    words = arguments(run, embeddings, tmp_path / "full")
+    straight = train_words(run, embeddings, tmp_path / "straight")
+    assert CliRunner().invoke(stages, straight).exit_code == 0
+    words = train_words(run, embeddings, tmp_path / "full")
     for flag, name in (("--state", "state"), ("--output", "out")):
         words[words.index(flag) + 1] = str(disk.folder / name)
     places, kilobytes = set(), 4
-    while (done := CliRunner().invoke(main, words)).exit_code != 0:
+    while (done := CliRunner().invoke(stages, words)).exit_code != 0:
         refused(done)
         (line,) = [x for x in done.stderr.splitlines() if "no space left" in x]
         places.add(Path(line.removeprefix("egrpo: ").split(": ")[0]).suffix)
@@ -134,41 +148,40 @@ def test_training_goes_on_when_there_is_space_again(
     same(tmp_path / "straight/out", disk.folder / "out")
 
 
-def test_no_table_or_image_is_cut_short(disk: Disk, embeddings: Path, tmp_path: Path) -> None:
+def test_no_table_or_image_is_cut_short(disk: Disk, embeddings: Embeddings, tmp_path: Path) -> None:
     """Profile and evaluation: whole files, or none under their names."""
     run = small_run("full", **{"profile.prompts": 1, "profile.samples": 2, "profile.spans": [1]})
-    config = str(write_run(run, tmp_path / "run.yaml"))
-    common = ["--run-config", config, "--embeddings", str(embeddings)]
-    for stage, outputs in {
-        "evaluate": {"--scores": "scores.parquet", "--images": "images.parquet"},
-        "profile": {"--output": "profile.parquet", "--branches": "branches.parquet"},
-    }.items():
-        folder = disk.folder / stage
-        words = [stage, *common]
-        for flag, name in outputs.items():
-            words += [flag, str(folder / name)]
-        disk.resize("8k" if stage == "evaluate" else "40k")
-        refused(CliRunner().invoke(main, words))
+    for stage, size in (("evaluate", "8k"), ("profile", "40k")):
+        folder, names = disk.folder / stage, OUTPUTS[stage]
+        words = stage_words(stage, run, embeddings, tmp_path, folder)
+        disk.resize(size)
+        refused(CliRunner().invoke(stages, words))
         for path in folder.glob("*"):
-            assert path.name in outputs.values()
+            assert path.name in names
             pq.read_table(path)
         disk.resize("64m")
-        assert CliRunner().invoke(main, words).exit_code == 0
-        assert {path.name for path in folder.iterdir()} == set(outputs.values())
+        assert CliRunner().invoke(stages, words).exit_code == 0
+        assert {path.name for path in folder.iterdir()} == names
 
 
-def test_a_read_only_file_system_is_one_line(disk: Disk, embeddings: Path, tmp_path: Path) -> None:
+def test_a_read_only_file_system_is_one_line(
+    disk: Disk, embeddings: Embeddings, tmp_path: Path
+) -> None:
     """Whatever is to be written there: a state, tables, a tracking store, settings."""
     disk.resize("1m")
-    words = arguments(small_run("kept"), embeddings, tmp_path / "kept")
+    words = train_words(small_run("kept"), embeddings, tmp_path / "kept")
     words[words.index("--state") + 1] = str(disk.folder / "state")
-    config = words[words.index("--run-config") + 1]
-    evaluate = ["evaluate", "--run-config", config, "--embeddings", str(embeddings)]
-    evaluate += ["--scores", str(disk.folder / "new/s"), "--images", str(disk.folder / "new/i")]
-    prepare = ["prepare", "--output", str(disk.folder / "s.json"), "--results", str(disk.folder)]
+    new = disk.folder / "new"
+    evaluate = stage_words("evaluate", small_run("kept"), embeddings, tmp_path / "kept", new)
+    at = Layout(Study("kept", str(tmp_path), {"kept": small_run("kept")}))
+    order = read_json(order_of_target(at, "prepare", ["kept"], {}))
+    (runs,) = order["runs"]
+    told = read_json(at.root / "settings" / runs) | {"results": str(disk.folder)}
+    write_json(at.root / "settings" / runs, told)
+    prepare = ["make", "prepare", str(next(at.root.glob("settings/prepare-*"))), "--name", "store"]
     disk.remount("ro")
-    for command in (words, evaluate, [*prepare, config]):
-        done = CliRunner().invoke(main, command)
+    for command, of in ((words, stages), (evaluate, stages), (prepare, main)):
+        done = CliRunner().invoke(of, command)
         (line,) = [text for text in done.stderr.splitlines() if text.startswith("egrpo: ")]
         assert done.exit_code == 2, done.output
         assert str(disk.folder) in line
@@ -178,7 +191,7 @@ def test_a_read_only_file_system_is_one_line(disk: Disk, embeddings: Path, tmp_p
         with pytest.raises(UserError, match=r"disk/a: Read-only file system"):
             write(disk.folder / "a/b", (lambda: "x") if write is write_once else "x")  # type: ignore[operator]
     disk.remount("rw")
-    assert CliRunner().invoke(main, evaluate).exit_code == 0
+    assert CliRunner().invoke(stages, evaluate).exit_code == 0
 
 
 def test_a_workflow_on_a_read_only_results_folder_is_one_line(disk: Disk, tmp_path: Path) -> None:
@@ -221,65 +234,52 @@ def test_without_flock_another_lock_is_taken_or_it_is_said(
 # -- a model that makes no images --------------------------------------------------------------
 
 
-def words_of(stage: str, run: RunConfig, embeddings: Path, folder: Path) -> list[str]:
-    """Command line of a stage that makes images of the base model, its files in ``folder``."""
-    config = write_run(run, folder / "run.yaml")
-    words = [stage, "--run-config", str(config), "--embeddings", str(embeddings)]
-    outputs = {
-        "evaluate": {"--scores": "scores.parquet", "--images": "images.parquet"},
-        "profile": {"--output": "profile.parquet", "--branches": "branches.parquet"},
-        "suffixes": {"--output": "suffixes.parquet"},
-    }
-    if stage == "suffixes":
-        plan = closed_form_plan(run)
-        assert plan is not None
-        write_json(folder / "plan.json", plan.to_dict())
-        words += ["--plan", str(folder / "plan.json")]
-    return words + [w for flag, name in outputs[stage].items() for w in (flag, str(folder / name))]
-
-
-SMALL_PROFILE = {
-    "profile.prompts": 1,
-    "profile.samples": 3,
-    "profile.spans": [1],
-    "profile.shown": [[3, 1]],
-    "profile.decode_batch": 9,
-    "profile.strides": [1],
-    "profile.solvers": ["ode"],
-    "profile.features": [],
-    "profile.fp8": False,
-    "method.steps": 8,
+OUTPUTS = {
+    "evaluate": {"scores.parquet", "images.parquet"},
+    "profile": {"profile.parquet", "branches.parquet"},
 }
 
 
+SMALL_PROFILE: dict[str, Any] = yaml.safe_load("""
+{profile.prompts: 1, profile.samples: 3, profile.spans: [1], profile.shown: [[3, 1]],
+  profile.decode_batch: 9, profile.strides: [1], profile.solvers: [ode], profile.features: [],
+  profile.fp8: false, method.steps: 8}
+""")
+
+
 @pytest.mark.parametrize(
-    ("stage", "what"),
+    ("stage", "more", "what"),
     [
-        ("evaluate", "evaluate base: 8 of 8"),
-        ("profile", "profile: prompt 0: 21 of 21"),
-        ("suffixes", "suffixes: prompt 0, stride 1, solver ode, network exact: 9 of 9"),
+        ("evaluate", {}, "evaluate base: 8 of 8"),
+        ("profile", {}, "profile: prompt 0: 21 of 21"),
+        ("suffixes", {}, "suffixes: prompt 0, stride 1, solver ode, network exact: 9 of 9"),
+        ("train", {}, "run black: monitor of iteration 0: 4 of 4"),
+        ("train", {"train.monitor_every": 0}, "run black: iteration 1: 18 of 18"),
     ],
 )
 def test_a_job_without_any_image_is_no_success(
-    stage: str, what: str, embeddings: Path, tmp_path: Path
+    stage: str, more: dict[str, Any], what: str, embeddings: Embeddings, tmp_path: Path
 ) -> None:
-    run = small_run("black", **overflowing(tmp_path / "model"), **SMALL_PROFILE)
-    done = CliRunner().invoke(main, words_of(stage, run, embeddings, tmp_path))
+    run = small_run("black", **overflowing(tmp_path / "model"), **SMALL_PROFILE, **more)
+    done = CliRunner().invoke(stages, stage_words(stage, run, embeddings, tmp_path))
     assert done.exit_code == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("egrpo: ")]
-    assert line.startswith(f"egrpo: {what} images are NaN or infinite: ")
-    assert "the VAE overflows in model.dtype float16; set it to bfloat16 or float32" in line
-    assert not list(tmp_path.glob("*.parquet"))
+    assert line == (
+        f"egrpo: {what} images are NaN or infinite: their latents are finite, but not what the VAE "
+        "makes of them: the VAE overflows in model.dtype float16; set it to bfloat16 or float32"
+    )
+    assert not list(tmp_path.glob("*.parquet")) + list(tmp_path.glob("out"))
 
 
-def test_an_evaluation_of_destroyed_weights_is_no_success(embeddings: Path, tmp_path: Path) -> None:
-    run = small_run("far", **{"train.iterations": 1})
-    trainer = Trainer(run, closed_form_plan(run), embeddings)
+def test_an_evaluation_of_destroyed_weights_is_no_success(
+    embeddings: Embeddings, tmp_path: Path
+) -> None:
+    trainer = trainer_for(embeddings, "far", **{"train.iterations": 1})
     with torch.no_grad():
         trainer.parameters[-1].fill_(torch.nan)
     trainer.save(tmp_path / "adapter")
-    words = words_of("evaluate", run, embeddings, tmp_path)
-    done = CliRunner().invoke(main, [*words, "--adapter", str(tmp_path / "adapter")])
+    words = stage_words("evaluate", trainer.run, embeddings, tmp_path)
+    done = CliRunner().invoke(stages, [*words, "--adapter", str(tmp_path / "adapter")])
     assert done.exit_code == 2
     assert f"evaluate far ({tmp_path}/adapter): 8 of 8 images are NaN or infinite" in done.stderr
     assert "the weights have diverged; train with a lower train.learning_rate_scale" in done.stderr
@@ -289,10 +289,11 @@ def test_an_evaluation_of_destroyed_weights_is_no_success(embeddings: Path, tmp_
 @pytest.mark.usefixtures("spoilt")
 @pytest.mark.parametrize("stage", ["evaluate", "profile", "suffixes"])
 def test_single_images_that_are_none_are_said_and_stored_as_none(
-    stage: str, embeddings: Path, tmp_path: Path
+    stage: str, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     run = small_run("some", **{**SMALL_PROFILE, "evaluate.micro_batch": 4})
-    done = CliRunner().invoke(main, words_of(stage, run, embeddings, tmp_path))
+    words = stage_words(stage, run, embeddings, tmp_path, tmp_path)
+    done = CliRunner().invoke(stages, words)
     assert done.exit_code == 0, done.output
     assert "images are NaN or infinite" in done.stderr
     assert "they have no score" in done.stderr
@@ -318,17 +319,15 @@ def test_single_images_that_are_none_are_said_and_stored_as_none(
         assert (row["value"] is None) == ((row["prompt_id"], row["sample"]) in lost)
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Embeddings, tmp_path: Path) -> None:
     """As SLURM and Snakemake send it; of itself the job would save after 100 iterations."""
     run = small_run("stopped", **{"train.iterations": 12, "train.checkpoint_every": 100})
-    straight = arguments(run, embeddings, tmp_path / "straight")
-    assert CliRunner().invoke(main, straight).exit_code == 0
-    words = [sys.executable, "-m", "egrpo", *arguments(run, embeddings, tmp_path / "stopped")]
+    straight = train_words(run, embeddings, tmp_path / "straight")
+    assert CliRunner().invoke(stages, straight).exit_code == 0
+    words = [sys.executable, STAGES, *train_words(run, embeddings, tmp_path / "stopped")]
     job = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while not list((tmp_path / "stopped/state").glob("*/checkpoint-000000.safetensors")):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    state = tmp_path / "stopped/state"
+    wait_for(lambda: list(state.glob("*/checkpoint-000000.safetensors")))
     time.sleep(0.5)
     job.send_signal(signal.SIGTERM)
     job.send_signal(signal.SIGTERM)  # a second one does no harm
@@ -348,15 +347,15 @@ def test_two_processes_never_train_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train_run, "LEASE_WAIT", 0.2)
-    world = Processes(torch.device("cpu"))
+    taken = tmp_path, "a", Processes(torch.device("cpu"))
     with (
-        only_one(tmp_path, "a", world),
+        only_one(*taken),
         pytest.raises(UserError, match="another process is training it"),
-        only_one(tmp_path, "a", world),
+        only_one(*taken),
     ):
         pass
     assert capsys.readouterr().err.count("waiting for another process to leave") == 1
-    with only_one(tmp_path, "a", world):
+    with only_one(*taken):
         pass
 
 
@@ -369,28 +368,22 @@ def test_a_second_workflow_on_one_results_folder_is_refused(tmp_path: Path) -> N
     elsewhere.mkdir()
     for name in ("Snakefile", "workflow", "config", "assets", "egrpo", "profiles"):
         (elsewhere / name).symlink_to(ROOT / name)
+
+    def again(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+
     first = subprocess.Popen(
         command, cwd=elsewhere, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        until = time.monotonic() + 120
-        while not list(tmp_path.glob("results/*/settings/*")):
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        second = subprocess.run(
-            [*command, "--nolock"], cwd=ROOT, env=env, capture_output=True, text=True
-        )
+        wait_for(lambda: list(tmp_path.glob("results/*/settings/*")))
+        second = again("--nolock")
         assert second.returncode == 1
         assert "another snakemake works on it" in second.stderr
-        dry = subprocess.run(
-            [*command, "--nolock", "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True
-        )
+        dry = again("--nolock", "--dry-run")
         assert dry.returncode == 0, dry.stderr
     finally:
         first.kill()
         first.wait()
-    only = str(tmp_path / "results/small/store.json")
-    third = subprocess.run(
-        [*command, "--nolock", "--", only], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    third = again("--nolock", "--", str(tmp_path / "results/small/store.json"))
     assert third.returncode == 0, third.stderr

@@ -26,7 +26,7 @@ from egrpo.cli import main
 from egrpo.config.load import load_run, numbers
 from egrpo.config.models import RunConfig, StudyConfig
 from egrpo.errors import UserError
-from egrpo.methods.settings import METHOD_MODELS
+from egrpo.methods import METHOD_MODELS
 from egrpo.planning.trees import check_trees
 from egrpo.study.files import check_files
 from egrpo.study.resolve import Study, load_study
@@ -600,19 +600,20 @@ def test_mutated_run_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run: [", "not valid YAML"),
-        ("run: x\n", "model: is missing"),
-        ("run: &r [*r]\n", "not valid YAML: nested too deeply"),
-        ("\0", "not valid YAML"),
-        ("train: !!python/object/apply:os.mkdir [went-off]\n", "not valid YAML"),
+        ("run: [", "damaged JSON"),
+        ("[]", "damaged order of a job"),
+        ("{}", "damaged order of a job"),
+        ('{"runs": []}', "damaged order of a job"),
+        ('{"settings": {"run": "x"}, "identities": {}}', "model: is missing"),
+        ('{"settings": 3, "identities": {}}', "damaged order of a job"),
+        ("[" * 10**5, "damaged JSON"),
     ],
 )
-def test_train_refuses_a_damaged_run_config(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
+def test_a_job_refuses_a_damaged_order(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "order.json"
     path.write_text(text)
-    words = ["--run-config", path, "--embeddings", path, "--state", tmp_path, "--output", tmp_path]
-    done = CliRunner().invoke(main, ["train", *map(str, words)])
-    assert done.exit_code == 2
-    assert done.output.startswith(f"egrpo: {path}: {message}")
-    assert done.output.count("\n") == 1
-    assert not Path("went-off").exists()
+    for stage in ("train", "page"):
+        done = CliRunner().invoke(main, ["make", stage, str(path)])
+        assert done.exit_code == 2
+        assert done.output.startswith(f"egrpo: {path}: {message}"), done.output
+        assert done.output.count("\n") == 1

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, small_run, write_run
+from conftest import ROOT, small_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -135,14 +135,11 @@ def _header(folder: Path) -> Loader:
 def _embeddings(folder: Path) -> Loader:
     path = folder / "e.safetensors"
     prompts = [Prompt("a"), Prompt("b")]
-    train, heldout = (
-        Conditioning({"embeds": torch.randn(2, 3, 4), "pooled": torch.randn(2, 4)}, {})
-        for _ in range(2)
-    )
-    save_conditioning(path, {"train": (prompts, train), "heldout": (prompts, heldout)})
+    train = Conditioning({"embeds": torch.randn(2, 3, 4), "pooled": torch.randn(2, 4)}, {})
+    save_conditioning(path, prompts, train)
 
     def load() -> Any:
-        texts, found = load_conditioning(path, "train")
+        texts, found = load_conditioning(path)
         return texts, found.tensors
 
     return path, load, True
@@ -450,13 +447,10 @@ def test_profiles_that_do_not_say_their_grid(key: str, value: Any, tmp_path: Pat
     head = {k: v for k, v in {**PROFILE_HEAD, key: value}.items() if v is not None}
     write_table(path, ENTROPY_PROFILE, profile_rows(), metadata=head)
     assert "does not say its grid" in str(refusal(lambda: grid_of(path), path))
-    run = write_run(small_run(), tmp_path / "run.yaml")
-    words = ["--output", tmp_path / "plan.json", "--table", tmp_path / "plan.parquet"]
-    for more in ([], ["--run-config", run, *words]):
-        done = CliRunner().invoke(main, ["plan", "--profile", *map(str, [path, *more])])
-        assert done.exit_code == 2
-        assert done.output.startswith(f"egrpo: {path}: does not say its grid")
-        assert done.output.count("\n") == 1
+    done = CliRunner().invoke(main, ["plan", "--profile", str(path)])
+    assert done.exit_code == 2
+    assert done.output.startswith(f"egrpo: {path}: does not say its grid")
+    assert done.output.count("\n") == 1
 
 
 def test_profiles_without_entropy_or_spread(tmp_path: Path) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+
+from conftest import ROOT
+
+from egrpo.methods import METHOD_MODELS
 
 HEAVY = {"torch", "mlflow", "snakemake", "diffusers", "transformers"}
 LIGHT_CORE = [
@@ -35,8 +40,8 @@ def loaded_by(modules: list[str]) -> set[str]:
 
 
 def test_planning_and_configuration_import_no_heavy_package():
-    loaded = loaded_by([*LIGHT_CORE, "egrpo.config.load"])
-    assert {"egrpo.core.plan", "egrpo.config.load", "numpy"} <= loaded
+    loaded = loaded_by([*LIGHT_CORE, "egrpo.config.load", "egrpo.planning.trees"])
+    assert {"egrpo.core.plan", "egrpo.config.load", "egrpo.methods.awm", "numpy"} <= loaded
     assert not loaded & HEAVY
 
 
@@ -46,3 +51,20 @@ def test_core_imports_no_other_room_and_no_tracker():
     ours = {name.split(".")[1] for name in loaded if name.startswith("egrpo.")}
     assert ours == {"core"}
     assert not loaded & (HEAVY - {"torch"})
+
+
+def test_methods_import_the_core_and_nothing_above():
+    loaded = loaded_by(["egrpo.methods"])
+    ours = {name.split(".")[1] for name in loaded if name.startswith("egrpo.")}
+    assert ours == {"core", "methods", "settings"}
+    assert not loaded & HEAVY
+
+
+def test_nothing_outside_asks_which_method_it_has():
+    """A method answers itself; an added one would be missing from such a question."""
+    classes = "|".join(model.__name__ for model in METHOD_MODELS.values())
+    asks = re.compile(rf"isinstance\([^)]*\b({classes}|Merging|Branching)\b|method\.name [!=]= \"")
+    files = [p for p in ROOT.glob("egrpo/**/*.py") if p.parent.name != "methods"]
+    assert len(files) > 100
+    found = [p for p in [*files, *ROOT.glob("docs/generate/*.py")] if asks.search(p.read_text())]
+    assert not found

@@ -6,9 +6,8 @@ is for, (grid index, sample), and every trajectory is followed alone from its in
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,14 +15,17 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from test_methods import METHODS, paper, start_of, starts, tree
+from test_tree_executor import run as execute
+from test_tree_executor import solver_by_hand, step_by_hand
 from torch import Tensor
 
 from egrpo.config.models import RunConfig
-from egrpo.core.executor import execute
-from egrpo.core.rollout import Rollout
+from egrpo.core.noise import NOISING
+from egrpo.core.rollout import Rollout, Segment
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.seeds import normal
-from egrpo.core.tree import Tree
+from egrpo.core.tree import Node, Tree
+from egrpo.methods.shapes import thinned
 
 PLAN_SPANS = (1, 1, 2, 2, 2, 3, 3, 3)  # of tau 2.2 at T = 16, Table 4 of E-GRPO
 
@@ -46,17 +48,19 @@ def sampled(run: RunConfig, grown: Tree) -> tuple[Rollout, int]:
         seen.append(len(x))
         return field(x, sigma)
 
-    rollout = execute(
-        [grown],
-        shifted_sigmas(run.method.steps, 3.0),
-        velocity,
-        lambda which, start, sample: noise(start, sample),
-        noise_level=run.method.noise_level,
-        micro_batch=50,
-        train_micro_batch=7,
-        dtype=torch.float64,
-    )
-    return rollout, sum(seen)
+    how = {"velocity": velocity, "noise": lambda which, start, sample: noise(start, sample)}
+    level = {"noise_level": run.method.noise_level}
+    return execute([grown], micro_batch=50, train_micro_batch=7, **how, **level)[0], sum(seen)
+
+
+def recorded(rollout: Rollout, grown: Tree) -> Iterator[tuple[Node, int, Segment, Tensor, Tensor]]:
+    """Every trained edge: (node, start, segment, source, what it led to)."""
+    for batch in rollout.batches:
+        edges = iter(batch.edges)
+        for segment in batch.segments:
+            for row, x_next in zip(segment.rows, segment.x_next, strict=True):
+                node = grown.nodes[rollout.edges[next(edges)][1]]
+                yield node, batch.start, segment, batch.x[row], x_next
 
 
 class Walk:
@@ -76,36 +80,16 @@ class Walk:
 
     def sde(self, x: Tensor, i: int, j: int, sample: int) -> Tensor:
         """One stochastic step, with the noise of (i, sample)."""
-        t, dt, v = self.sigmas[i], self.sigmas[j] - self.sigmas[i], field(x, self.sigmas[i])
-        eps = noise(i, sample)
-        if self.dynamics == "flow_sde":  # Flow-GRPO, eq. 9
-            s = self.level * math.sqrt(t / (1 - (self.sigmas[1] if t == 1 else t)))
-            drift = v + s**2 / (2 * t) * (x + (1 - t) * v)
-            return x + drift * dt + s * math.sqrt(-dt) * eps
-        if self.dynamics == "dance_sde":  # DanceGRPO: the score of x = (1-t) x0 + t noise
-            score = -(x - (1 - t) * (x - t * v)) / t**2
-            return x + (v - self.level**2 / 2 * score) * dt + self.level * math.sqrt(-dt) * eps
-        std = self.sigmas[j] * math.sin(self.level * math.pi / 2)  # CPS
-        kept = math.sqrt(self.sigmas[j] ** 2 - std**2)
-        return (1 - self.sigmas[j]) * (x - t * v) + kept * (x + (1 - t) * v) + std * eps
+        edge = (i, j, self.dynamics)
+        v, eps = field(x, self.sigmas[i]), noise(i, sample)
+        return step_by_hand(x, v, self.sigmas, edge, eps, self.level)
 
     def second_order(self, x: Tensor, stops: Sequence[int]) -> Tensor:
         """DPM-Solver++(2M): first and last step of first order."""
-
-        def half_log_snr(i: int) -> float:
-            s = self.sigmas[i]
-            return math.inf if s == 0 else -math.inf if s == 1 else math.log((1 - s) / s)
-
         before: Tensor | None = None
         for n in range(1, len(stops)):
-            i, j = stops[n - 1], stops[n]
-            data = x - self.sigmas[i] * field(x, self.sigmas[i])
-            h = half_log_snr(j) - half_log_snr(i)
-            used = data
-            if before is not None and j != self.steps:
-                r = (half_log_snr(i) - half_log_snr(stops[n - 2])) / h
-                used = (1 + 1 / (2 * r)) * data - before / (2 * r)
-            x = self.sigmas[j] / self.sigmas[i] * x - (1 - self.sigmas[j]) * math.expm1(-h) * used
+            data = x - self.sigmas[stops[n - 1]] * field(x, self.sigmas[stops[n - 1]])
+            x = solver_by_hand(x, data, before, self.sigmas, stops[max(n - 2, 0) : n + 1])
             before = data
         return x
 
@@ -224,68 +208,31 @@ OTHER: list[tuple[str, dict[str, Any]]] = [  # settings beside the papers' own
 CASES = [(name, {}) for name in METHODS] + OTHER
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 @pytest.mark.parametrize("iteration", [1, 213])
-def test_leaves_are_those_of_trajectories_walked_alone(name, settings, iteration):
+def test_leaves_and_edges_are_those_of_trajectories_walked_alone(name, settings, iteration):
+    """Each recorded edge: from its source, one step with the noise of its sample; each once."""
     run = paper(name, **settings)
-    grown = tree(run, iteration, 5)
+    grown, walk = tree(run, iteration, 5), Walk(run)
     rollout, evaluated = sampled(run, grown)
     expected = torch.stack(WALKS[name](run, grown))
     torch.testing.assert_close(rollout.leaves, expected, rtol=1e-9, atol=1e-9)
     assert expected.flatten(1).std(0).min() > 1e-3  # the leaves differ
     assert rollout.forward == evaluated == grown.cost.forward
     assert sum(len(batch.x) for batch in rollout.batches) == grown.cost.train
-    assert len(rollout.edges) == len(grown.trained)
     assert rollout.leaf_tree == (0,) * len(expected)
-
-
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"diffusion_nft", "awm"}))
-def test_trained_edges_are_steps_of_those_trajectories(name):
-    """Each recorded edge: from its recorded source, one SDE step with the noise of its sample."""
-    run = paper(name)
-    grown, walk = tree(run, 2, 1), Walk(run)
-    rollout, _ = sampled(run, grown)
-    seen: Counter[tuple[int, int]] = Counter()
-    for batch in rollout.batches:
-        edges = iter(batch.edges)
-        for segment in batch.segments:
-            assert segment.dynamics == run.method.dynamics
-            for row, x_next in zip(segment.rows, segment.x_next, strict=True):
-                node = grown.nodes[rollout.edges[next(edges)][1]]
-                assert node.index == segment.stop
-                step = walk.sde(batch.x[row], batch.start, segment.stop, node.sample)
-                torch.testing.assert_close(x_next, step, rtol=1e-9, atol=1e-9)
-                seen[batch.start, node.sample] += 1
-    wanted = Counter((start_of(grown, k), grown.nodes[k].sample) for k in grown.trained)
-    assert seen == wanted
+    seen = Counter((start, node.sample) for node, start, *_ in recorded(rollout, grown))
+    assert seen == Counter((start_of(grown, k), grown.nodes[k].sample) for k in grown.trained)
     assert set(seen.values()) == {1}
-
-
-@pytest.mark.parametrize("name", ["diffusion_nft", "awm"])
-def test_noised_samples_and_their_targets(name):
-    run = paper(name)
-    grown, walk = tree(run, 3, 2), Walk(run)
-    leaves = free(run)
-    rollout, _ = sampled(run, grown)
-    seen: Counter[tuple[int, int]] = Counter()
-    for batch in rollout.batches:
-        sigma = walk.sigmas[batch.start]
-        (segment,) = batch.segments
-        assert segment.rows.tolist() == list(range(len(batch.x)))
-        rows = zip(batch.edges, batch.x, segment.x_next, batch.v, batch.log_prob, strict=True)
-        for edge, x, target, v, log_prob in rows:
-            k = grown.nodes[rollout.edges[edge][1]].sample
-            eps = noise(-2 - batch.start, k)
-            torch.testing.assert_close(x, (1 - sigma) * leaves[k] + sigma * eps)
-            torch.testing.assert_close(target, eps - leaves[k])
-            torch.testing.assert_close(v, field(x, sigma))
-            torch.testing.assert_close(log_prob, -((field(x, sigma) - target) ** 2).mean())
-            seen[batch.start, k] += 1
-    wanted = Counter((start_of(grown, k), grown.nodes[k].sample) for k in grown.trained)
-    assert seen == wanted
-    assert {count for _, count in Counter(k for _, k in seen).items()} == {
-        run.method.times_per_sample
-    }
+    for node, start, segment, x, x_next in recorded(rollout, grown):
+        if node.dynamics != NOISING:
+            assert (segment.dynamics, segment.stop) == (run.method.dynamics, node.index)
+            step = walk.sde(x, start, node.index, node.sample)
+            torch.testing.assert_close(x_next, step, rtol=1e-9, atol=1e-9)
+            continue
+        leaf, eps = expected[node.sample], noise(-2 - start, node.sample)
+        torch.testing.assert_close(x, (1 - walk.sigmas[start]) * leaf + walk.sigmas[start] * eps)
+        torch.testing.assert_close(x_next, eps - leaf)
 
 
 # --- an oracle for the second-order solver --------------------------------------------------------
@@ -330,12 +277,11 @@ def test_suffix_of_flash_is_that_of_diffusers(iteration, ratio):
     grown = tree(run, iteration)
     end = starts(grown)[-1] + 1
     rollout, _ = sampled(run, grown)
-    ended: dict[int, Tensor] = {}
-    for batch in rollout.batches:
-        (segment,) = batch.segments
-        for edge, x_next in zip(batch.edges, segment.x_next, strict=True):
-            if segment.stop == end:
-                ended[grown.nodes[rollout.edges[edge][1]].sample] = x_next
+    ended = {
+        node.sample: x_next
+        for node, _, segment, _, x_next in recorded(rollout, grown)
+        if segment.stop == end
+    }
     sigmas = [shifted_sigmas(25, 3.0)[n] for n in flash_stops(run, end)]
     expected = diffusers_solution(torch.stack([ended[k] for k in range(12)]), sigmas)
     torch.testing.assert_close(rollout.leaves, expected, rtol=2e-5, atol=2e-5)
@@ -343,25 +289,16 @@ def test_suffix_of_flash_is_that_of_diffusers(iteration, ratio):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4, 0.6, 0.75, 0.99, 1.0])
-def test_flash_grid_is_even_ends_at_data_and_keeps_the_codes_number(ratio):
+@pytest.mark.parametrize("steps", [6, 25, 50])
+def test_flash_grid_is_even_ends_at_data_and_keeps_the_codes_number(ratio, steps):
     """Its code keeps int((T - last) * ratio) of the T - last points from ``last`` + 1 to T."""
-    for steps in (6, 25, 50):
-        run = paper("mixgrpo_flash", steps=steps, suffix_ratio=ratio, window_every=1)
-        for n in range(1, steps - 4):
-            grown = tree(run, n)
-            leaf, path = grown.leaves[0], []
-            while leaf >= 0 and grown.nodes[leaf].dynamics == "dpm2":
-                path.append(grown.nodes[leaf].index)
-                leaf = grown.nodes[leaf].parent
-            stops = [grown.nodes[leaf].index, *reversed(path)]
-            start = starts(grown)[-1] + 1
-            assert (stops[0], stops[-1]) == (start, steps)
-            gaps = [b - a for a, b in pairwise(stops)]
-            assert min(gaps) >= 1
-            assert max(gaps) - min(gaps) <= 1
-            even = [start + (steps - start) * n / len(gaps) for n in range(len(stops))]
-            assert max(abs(a - b) for a, b in zip(stops, even, strict=True)) <= 0.5
-            if ratio < 1:
-                assert len(stops) == max(2, int((steps - start + 1) * ratio))
-            else:
-                assert stops == list(range(start, steps + 1))
+    for start in range(4, steps - 1):
+        stops = [start, *thinned(start, steps, ratio)]
+        assert stops[-1] == steps
+        gaps = [b - a for a, b in pairwise(stops)]
+        assert min(gaps) >= 1
+        assert max(gaps) - min(gaps) <= 1
+        even = [start + (steps - start) * n / len(gaps) for n in range(len(stops))]
+        assert max(abs(a - b) for a, b in zip(stops, even, strict=True)) <= 0.5
+        count = max(2, int((steps - start + 1) * ratio)) if ratio < 1 else steps - start + 1
+        assert len(stops) == count

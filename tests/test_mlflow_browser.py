@@ -15,7 +15,8 @@ from PIL import Image
 from tracked import line, picture, prompts_of, results_of, run_config, study_of, write_metrics
 
 from egrpo.config.models import RunConfig
-from egrpo.methods.settings import Egrpo, FlowGrpo
+from egrpo.methods.egrpo import Egrpo
+from egrpo.methods.flow_grpo import FlowGrpo
 from egrpo.store.files import read_json
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
@@ -88,7 +89,9 @@ def study(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = small_study(folder)
     prepare(study, Layout(study).store)
     for _ in range(2):  # the second time adds nothing that would be seen twice
-        publish(study, Layout(study).store, Layout(study).comparison, folder / "published.json")
+        publish(
+            Layout(study), Layout(study).store, Layout(study).comparison, folder / "published.json"
+        )
     large_study(folder)
     if before is not None:
         os.environ["MLFLOW_TRACKING_URI"] = before

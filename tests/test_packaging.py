@@ -61,7 +61,7 @@ def test_citation_names_software_and_paper() -> None:
     assert paper["identifiers"][0]["type"] in ("doi", "url", "swh", "other")
     assert "2601.00423" in paper["url"]
     assert "2601.00423" in paper["identifiers"][0]["value"]
-    template = (ROOT / "egrpo/page/templates/model_card.md.j2").read_text(encoding="utf-8")
+    template = (ROOT / "egrpo/report/templates/model_card.md.j2").read_text(encoding="utf-8")
     assert paper["title"] in template  # cards cite the same
     for author in paper["authors"]:
         assert f"{author['given-names']} {author['family-names']}" in template
@@ -269,7 +269,7 @@ def completed(shell: str, *words: str) -> list[str]:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_real_shell_completes(shell: str, tmp_path: Path) -> None:
-    assert completed(shell, "rep") == ["report"]
+    assert completed(shell, "rep") == ["repeat", "report"]
     assert completed(shell, "export", "--base") == ["--base-model"]
     assert completed(shell, "completion", "z") == ["zsh"]
     default = completed(shell, "export", "egrpo-")

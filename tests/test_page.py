@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +18,8 @@ import torch
 from conftest import write_run
 from page_screenshot import take
 from PIL import Image
-from test_cli import egrpo, refused
-from test_figures_tables import GRID, profile_rows, write_results
+from small_results import GRID, layout, profile_rows, write_metrics, write_results
+from small_results import config as config_of
 
 from egrpo.config.models import RunConfig, TableSpec
 from egrpo.core.plan import make_plan
@@ -29,23 +27,14 @@ from egrpo.errors import UserError
 from egrpo.figures.curves import curves_figure
 from egrpo.figures.profile import entropy_figure
 from egrpo.images import Images
+from egrpo.measure.monitors import save_grid
 from egrpo.page.gallery import MOST_ARMS, MOST_LARGE, MOST_SMALL, Gallery, make_gallery
 from egrpo.page.page import make_page, pages, write_root
 from egrpo.planning.plan import plan_rows
-from egrpo.report.tables import RunFiles, make_comparison
+from egrpo.report.results import make_comparison
 from egrpo.store.files import write_json
-from egrpo.store.tables import (
-    COMPARISON,
-    ENTROPY_PROFILE,
-    MERGE_PLAN,
-    RESULTS,
-    TRAIN_METRICS,
-    read_table,
-    write_table,
-)
+from egrpo.store.tables import ENTROPY_PROFILE, MERGE_PLAN, RESULTS, read_table, write_table
 from egrpo.study.layout import Layout
-from egrpo.study.resolve import Study
-from egrpo.train.monitor import save_grid
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -66,23 +55,16 @@ SPEC = TableSpec(
 
 
 def config(run: str, heldout: Path, **top: Any) -> RunConfig:
+    monitors = {"monitor_prompts": 3, "monitor_samples": SAMPLES}
     settings: dict[str, Any] = {
-        "run": run,
-        "study": "small",
         "arm": run,
         "model": {"path": "models/base", "width": SIZE[0], "height": SIZE[1]},
-        "prompts": {"train": "a.txt", "heldout": str(heldout)},
+        "prompts": {"train": "assets/toy/prompts/train.txt", "heldout": str(heldout)},
         "method": {"name": "flow_grpo" if run == "two" else "egrpo"},
-        "rewards": {"quality": {"kind": "verifier"}, "other": {"kind": "verifier_exact"}},
-        "train": {
-            "rewards": {"quality": 1.0},
-            "iterations": 20,
-            "monitor_prompts": 3,
-            "monitor_samples": SAMPLES,
-        },
-        "evaluate": {"bootstrap": 200, "samples": 2},
+        "train": {"rewards": {"quality": 1.0}, "iterations": 20, **monitors},
+        "evaluate": {"samples": 2},
     }
-    return RunConfig.model_validate(settings | top)
+    return config_of(run, **settings | top)
 
 
 def pixels(run: RunConfig, iteration: int) -> torch.Tensor:
@@ -99,22 +81,18 @@ def write_monitors(at: Layout, run: RunConfig, iterations: tuple[int, ...], rewa
     for i in iterations:
         grid = folder / "monitor" / f"iteration-{i:06d}.png"
         save_grid(grid, Images.whole(pixels(run, i)), run.train.monitor_samples)
-    rows = [(i, "monitor/reward/quality", v) for i, v in zip(iterations, rewards, strict=True)]
-    rows += [(i, "reward/quality", 0.5 + i / 100) for i in range(1, iterations[-1] + 1)]
-    keys = ("iteration", "metric", "value")
-    write_table(
-        folder / "train_metrics.parquet",
-        TRAIN_METRICS,
-        [{"run": run.run, "nfe": 9 * r[0], **dict(zip(keys, r, strict=True))} for r in rows],
-    )
+    metrics = {
+        "monitor/reward/quality": dict(zip(iterations, rewards, strict=True)),
+        "reward/quality": {i: 0.5 + i / 100 for i in range(1, iterations[-1] + 1)},
+    }
+    write_metrics(folder / "metrics.parquet", run.run, 9, metrics)
 
 
 def write_all(folder: Path) -> Layout:
     heldout = folder / "heldout.txt"
     heldout.write_text("\n".join(PROMPTS))
-    runs = {name: config(name, heldout) for name in ITERATIONS}
-    at = Layout(Study("small", str(folder / "results"), runs))
-    for k, (name, run) in enumerate(runs.items()):
+    at = layout(folder / "results", *(config(name, heldout) for name in ITERATIONS))
+    for k, (name, run) in enumerate(at.study.runs.items()):
         path = at.run(name)
         path.mkdir(parents=True)
         write_run(run, path / "config.yaml")
@@ -127,12 +105,11 @@ def write_all(folder: Path) -> Layout:
     write_json(at.run("one") / "plan.json", made.to_dict())
     write_table(at.run("one") / "merge_plan.parquet", MERGE_PLAN, plan_rows("one", made))
     write_table(at.profile("one"), ENTROPY_PROFILE, profile_rows())
-    files = {name: RunFiles.at(at.run(name), at.base(name)) for name in runs}
     for name in ("comparison", "paper_runs"):
-        make_comparison(files, at.table(name))
+        make_comparison(at, at.table(name))
     plans = {"one": at.run("one") / "plan.json"}
     entropy_figure(at.profile("one"), plans, at.figures / "entropy")
-    metrics = [at.run(name) / "train_metrics.parquet" for name in runs]
+    metrics = [at.run(name) / "metrics.parquet" for name in at.study.runs]
     curves_figure(metrics, ["quality"], at.figures / "curves")
     write_table(at.table("main"), RESULTS, result_rows())
     return at
@@ -140,29 +117,17 @@ def write_all(folder: Path) -> Layout:
 
 def result_rows() -> list[dict[str, Any]]:
     marks = {("one", "quality"): "best", ("two", "quality"): "second"}
-    means = {"base": 0.25, "one": 0.513, "two": 0.3}
+    costs = {"iterations": 20.0, "nfe": 12034.0, "seconds": 61.5, "peak_memory_mib": 900.0}
+    head = {"table": "main", "section": "All", "run": "", "seeds": 1}
     return [
-        {
-            "table": "main",
-            "section": "All",
-            "arm": arm,
-            "method": "" if arm == "base" else "egrpo",
-            "at": when,
-            "reward": reward,
-            "trained_on": arm != "base" and reward == "quality",
-            "mean": mean + (reward == "other"),
-            "low": mean - 0.04,
-            "high": mean + 0.04,
-            "mark": marks.get((arm, reward)),
-            "seeds": 1,
-            "invalid": 3 if (arm, reward) == ("two", "other") else 0,
-            "iterations": None if arm == "base" else 20.0,
-            "nfe": None if arm == "base" else 12034.0,
-            "seconds": None if arm == "base" else 61.5,
-            "peak_memory_mib": None if arm == "base" else 900.0,
-        }
+        head
+        | {"arm": arm, "method": "" if arm == "base" else "egrpo", "at": when, "reward": reward}
+        | {"trained_on": arm != "base" and reward == "quality", "mark": marks.get((arm, reward))}
+        | {"mean": mean + (reward == "other"), "mean_low": mean - 0.04, "mean_high": mean + 0.04}
+        | {"invalid": 3 if (arm, reward) == ("two", "other") else 0}
+        | (dict.fromkeys(costs) if arm == "base" else costs)
         for when in ("end", "evaluations")
-        for arm, mean in means.items()
+        for arm, mean in {"base": 0.25, "one": 0.513, "two": 0.3}.items()
         for reward in ("quality", "other")
     ]
 
@@ -180,7 +145,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 def results(finished: Layout, tmp_path: Path) -> Layout:
     """A copy to spoil."""
     shutil.copytree(finished.root.parent, tmp_path / "results")
-    return Layout(Study("small", str(tmp_path / "results"), finished.study.runs))
+    return layout(tmp_path / "results", *finished.study.runs.values())
 
 
 @pytest.fixture
@@ -233,11 +198,11 @@ def check_images(page: Page, at: Layout, iteration: int, sample: int) -> None:
 def test_page_names_a_run_that_learned_nothing(results: Layout) -> None:
     text = "in 2 of 2 iterations all groups had equal rewards, so nothing was learned"
     path = results.table("comparison")
-    rows = read_table(path, COMPARISON).to_pylist()
+    rows = read_table(path, RESULTS).to_pylist()
     assert "warning" not in results.page("index").read_text()
     for row in rows:
         row["warnings"] = text if row["run"] == "two" else None
-    write_table(path, COMPARISON, rows)
+    write_table(path, RESULTS, rows)
     make_page("index", results, {}, {})
     assert results.page("index").read_text().count(f"two: warning: {text}") == 1
 
@@ -334,10 +299,10 @@ def number_in(cell: Locator) -> float:
 def test_tables_hold_the_numbers_of_their_files(browser: Browser, finished: Layout) -> None:
     for page in opened(browser, finished.page("paper")):
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        for row in read_table(finished.table("paper_runs"), COMPARISON).to_pylist():
+        for row in read_table(finished.table("paper_runs"), RESULTS).to_pylist():
             line = page.locator(f"tr[data-run='{row['run']}'][data-reward='{row['reward']}']")
             found = [number_in(line.locator("td").nth(k)) for k in (0, 2, 3)]
-            assert found == [row["difference"], row["base"], row["trained"]]
+            assert found == [row["difference"], row["base"], row["mean"]]
             assert ("*" in line.locator("th").inner_text()) == row["trained_on"]
         heading = page.locator("#comparison .group").first.inner_text()
         assert heading == "one (egrpo): 12,034 network evaluations, 62 s of training"
@@ -372,7 +337,9 @@ def test_result_tables_mark_what_is_marked(browser: Browser, finished: Layout) -
         first = lines.nth(2).inner_text().split("\t")
         assert first[2:4] == ["0.513* [0.473, 0.553]", "1.513 [0.473, 0.553]"]
         assert first[4:] == ["20", "12,034", "62", "900"]
-        assert "without a score, left out: two, other: 3" in page.locator("#tables").inner_text()
+        assert (
+            "without both scores, left out: two, other: 3" in page.locator("#tables").inner_text()
+        )
         assert "At equal network evaluations (500)" in page.locator("h4").all_inner_texts()
 
 
@@ -389,7 +356,7 @@ def test_picture_for_the_documentation_can_be_taken(
 
 
 def gallery_of(folder: Path, *runs: RunConfig, iterations: tuple[int, ...] = (0, 10)) -> Gallery:
-    at = Layout(Study("small", str(folder), {run.run: run for run in runs}))
+    at = layout(folder, *runs)
     for run in runs:
         if run.seed == 0:  # of others nothing is read
             write_monitors(at, run, iterations, [0.5] * len(iterations))
@@ -450,7 +417,7 @@ def test_large_images_become_thumbnails(
 def test_the_gallery_names_prompts_by_their_column(tmp_path: Path) -> None:
     path = tmp_path / "heldout.csv"
     path.write_text("prompt,caption\nx,a cat\ny,a dog\n")
-    files = {"train": "a.txt", "heldout": str(path)}
+    files = {"train": "assets/toy/prompts/train.txt", "heldout": str(path)}
     runs = [config("one", path, train=train(), prompts={**files, "column": "caption"})]
     assert gallery_of(tmp_path, *runs).prompts == ["a cat", "a dog"]
     runs.append(config("two", path, train=train(), prompts=files))
@@ -462,7 +429,7 @@ def test_only_runs_with_the_same_monitors_stand_together(tmp_path: Path) -> None
     runs = [config(name, path, train=train()) for name in ("a", "b")]
     other = {"path": "m", "width": 32, "height": 16}
     runs += [config("wide", path, train=train(), model=other), config("blind", path, train=train())]
-    at = Layout(Study("small", str(tmp_path), {run.run: run for run in runs}))
+    at = layout(tmp_path, *runs)
     for run in runs[:3]:
         write_monitors(at, run, (0, 10), (0.5, 0.6))
     (at.run("blind") / "monitor").mkdir(parents=True)
@@ -506,6 +473,11 @@ def other_size(at: Layout) -> None:
     Image.new("RGB", (10, 10)).save(at.run("two") / "monitor/iteration-000015.png")
 
 
+def truncate(at: Layout) -> None:
+    grid = at.run("one") / "monitor/iteration-000010.png"
+    grid.write_bytes(grid.read_bytes()[:-300])
+
+
 def without_arm(at: Layout) -> None:
     rows = [row for row in result_rows() if row["arm"] != "two"]
     write_table(at.table("main"), RESULTS, rows)
@@ -519,11 +491,12 @@ def without_arm(at: Layout) -> None:
         (without_arm, ["main.parquet: section 'All' has no quality of two"]),
         (break_file("runs/one/monitor", None), ["one/monitor: no such folder", "makes it"]),
         (break_file("runs/one/monitor/*20.png", b"PNG"), ["000020.png: damaged image"]),
+        (truncate, ["000010.png: damaged image", "delete it"]),
         (other_size, ["000015.png: is 10 x 10 pixels", "72 x 32"]),
         (break_file("runs/one/plan.json", b"{}"), ["plan.json: not a plan"]),
         (break_file("runs/one/merge_plan.parquet", None), ["merge_plan.parquet: no such file"]),
         (break_file("runs/two/train.json", b"{}"), ["train.json: has no 'iterations'"]),
-        (break_file("runs/two/train_metrics.parquet", b""), ["train_metrics.parquet: damaged"]),
+        (break_file("runs/two/metrics.parquet", b""), ["metrics.parquet: damaged"]),
     ],
 )
 def test_missing_and_damaged_results_are_one_line(
@@ -539,34 +512,16 @@ def test_missing_and_damaged_results_are_one_line(
     assert results.page("paper").read_bytes() == before
 
 
-def test_truncated_grid_is_one_line(results: Layout) -> None:
-    grid = results.run("one") / "monitor/iteration-000010.png"
-    grid.write_bytes(grid.read_bytes()[:-300])
-    with pytest.raises(UserError, match=r"000010.png: damaged image .*delete it"):
-        make_page("index", results, {}, {})
-
-
-def test_command_makes_the_same_page(results: Layout, finished: Layout) -> None:
-    configs = [results.run(name) / "config.yaml" for name in ITERATIONS]
+def test_a_page_made_again_is_the_same(results: Layout, finished: Layout) -> None:
     results.page("index").unlink()
-    words = ["page", "--results", results.study.results, *configs]
-    done = egrpo(*words)
-    assert done.returncode == 0, done.stderr
     stamp = finished.table("comparison").stat().st_mtime
     os.utime(results.table("comparison"), (stamp, stamp))
+    make_page("index", results, {}, {})
     assert results.page("index").read_bytes() == finished.page("index").read_bytes()
     for file in results.figures.glob("entropy.*"):
         file.unlink()
-    refused(egrpo(*words), "figures/entropy.png: no such figure", "makes it")
-
-
-def test_page_needs_no_heavy_package() -> None:
-    code = (
-        "import sys, egrpo.page.page\nheavy = ('torch', 'mlflow', 'pandas', 'matplotlib')\n"
-        "print([m for m in heavy if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    with pytest.raises(UserError, match=r"figures/entropy\.png: no such figure.*makes it"):
+        make_page("index", results, {}, {})
 
 
 # --- the first page of all studies ----------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import write_run
 from PIL import Image
-from test_figures_tables import GRID
+from small_results import GRID, layout
 from test_page import config, image_of, opened, write_all
 
 from egrpo.config.models import FigureSpec
@@ -22,9 +22,8 @@ from egrpo.page.parts import LARGE, WIDE
 from egrpo.planning.plan import plan_rows
 from egrpo.report.provenance import write_about
 from egrpo.store.files import write_json
-from egrpo.store.tables import COMPARISON, MERGE_PLAN, SCORES, read_table, write_table
+from egrpo.store.tables import MERGE_PLAN, RESULTS, SCORES, read_table, write_table
 from egrpo.study.layout import Layout
-from egrpo.study.resolve import Study
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -60,18 +59,18 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     runs = dict(first.study.runs)
     heldout = Path(runs["one"].prompts.heldout)
     runs |= {name: config(name, heldout) for name in ("three", "four")}
-    at = Layout(Study("small", first.study.results, runs))
+    at = layout(first.root.parent, *runs.values())
     for name in ("three", "four"):
         shutil.copytree(at.run("one"), at.run(name))
         write_run(runs[name], at.run(name) / "config.yaml")
     write_plan(at, "three", 2.2)
     write_plan(at, "four", 2.2, samples=tuple(SAMPLES.values()))
     for table in map(at.table, ("comparison", "paper_runs")):
-        rows = read_table(table, COMPARISON).to_pylist()
+        rows = read_table(table, RESULTS).to_pylist()
         for row in rows:
             low, middle, high, _ = INTERVALS.get((row["run"], row["reward"]), (-1, 0, 2, ""))
             row.update(low=low, difference=middle, high=high, pairs=row["pairs"] - 1, invalid=1)
-        write_table(table, COMPARISON, rows, metadata={"config_hash": "edited"})
+        write_table(table, RESULTS, rows, metadata={"config_hash": "edited"})
     for name, size in (("large", (2400, 120)), ("few", (60, 30))):
         noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
         Image.fromarray(noise).save(at.figure(name))
@@ -197,7 +196,7 @@ def test_a_study_of_the_paper_leads_with_its_own_figures_only(
         assert page.locator("#entropy, #curves").count() == 0
         assert page.locator("nav").get_by_text("Entropy").count() == 0
     shutil.copytree(shown.root.parent, tmp_path / "results")
-    at = Layout(Study("small", str(tmp_path / "results"), shown.study.runs))
+    at = layout(tmp_path / "results", *shown.study.runs.values())
     shutil.copyfile(at.figures / "entropy.png", at.figure("own"))
     spec = FigureSpec(kind="entropy", caption="The paper's own.", arms=["one"])
     make_page("paper", at, {}, {"own": spec})

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +14,34 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, overflowing, small_run, write_run
+import yaml
+from conftest import (
+    ADAPTER,
+    ROOT,
+    STAGES,
+    overflowing,
+    small_run,
+    stage_words,
+    train_words,
+    wait_for,
+)
 from safetensors.torch import load_file
 
 from egrpo.config.models import RunConfig
-from egrpo.planning.trees import closed_form_plan
-from egrpo.store.files import write_json
+from egrpo.models.conditioning import Embeddings
 
-LIVE = {"train.ema_decay": None, "train.ema_ramp": None}
-"""The weights themselves are compared, whose average would not have moved yet."""
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "egrpo": {"method.group_size": 3},
-    "gdpo over two rewards": {
-        "method.name": "flow_grpo",
-        "method.group_size": 4,
-        "advantage.combine": "gdpo",
-        "train.rewards": {"verifier": 1.0, "preference": 1.0},
-        "train.kl_weight": 0.01,
-        **LIVE,
-    },
-    "batch statistics": {
-        "method.name": "flow_grpo",
-        "method.group_size": 4,
-        "advantage.std": "batch",
-        "train.updates": 2,
-        **LIVE,
-    },
-    "pruned": {
-        "method.name": "branchgrpo",
-        "method.steps": 6,
-        "method.splits": [0, 1],
-        "method.group_size": 4,
-        "method.width_share": 0.5,
-        "train.updates": 2,
-    },
-    "averaged": {"method.name": "awm", "method.group_size": 4, "train.ema_ramp": 0.3},
-}
+VARIANTS: dict[str, dict[str, Any]] = yaml.safe_load("""
+egrpo: {method.group_size: 3}
+gdpo over two rewards: {method.name: flow_grpo, method.group_size: 4, advantage.combine: gdpo,
+  train.rewards: {verifier: 1.0, preference: 1.0}, train.kl_weight: 0.01,
+  train.ema_decay: null, train.ema_ramp: null}
+batch statistics: {method.name: flow_grpo, method.group_size: 4, advantage.std: batch,
+  train.updates: 2, train.ema_decay: null, train.ema_ramp: null}
+pruned: {method.name: branchgrpo, method.steps: 6, method.splits: [0, 1], method.group_size: 4,
+  method.width_share: 0.5, train.updates: 2}
+averaged: {method.name: awm, method.group_size: 4, train.ema_ramp: 0.3}
+""")
+"""Without an average the weights themselves are compared; it would not have moved yet."""
 
 
 def start(command: list[str], processes: int, config: str = "ddp") -> subprocess.Popen[str]:
@@ -61,7 +51,7 @@ def start(command: list[str], processes: int, config: str = "ddp") -> subprocess
         launch += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         launch += ["--config_file", str(ROOT / f"config/accelerate/{config}.yaml")]
     return subprocess.Popen(
-        [*launch, "-m", "egrpo", *command],
+        [*launch, STAGES, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -69,22 +59,10 @@ def start(command: list[str], processes: int, config: str = "ddp") -> subprocess
     )
 
 
-def arguments(run: RunConfig, embeddings: Path, folder: Path) -> list[str]:
-    """Command line of one training job, its files in ``folder``."""
-    folder.mkdir(exist_ok=True)
-    command = ["train", "--run-config", str(write_run(run, folder / "run.yaml"))]
-    command += ["--embeddings", str(embeddings), "--state", str(folder / "state")]
-    command += ["--output", str(folder / "out"), "--threads", "1"]
-    if (plan := closed_form_plan(run)) is not None:
-        write_json(folder / "plan.json", plan.to_dict())
-        command += ["--plan", str(folder / "plan.json")]
-    return command
-
-
 def trained(
-    run: RunConfig, embeddings: Path, folder: Path, processes: int, config: str = "ddp"
+    run: RunConfig, embeddings: Embeddings, folder: Path, processes: int, config: str = "ddp"
 ) -> Path:
-    finished(start(arguments(run, embeddings, folder), processes, config))
+    finished(start(train_words(run, embeddings, folder), processes, config))
     return folder / "out"
 
 
@@ -105,8 +83,7 @@ def metrics(folder: Path) -> dict[tuple[int, str], float]:
 
 def same(one: Path, other: Path) -> None:
     """Weights, losses, rollouts and counts agree to float tolerance."""
-    name = "adapter/pytorch_lora_weights.safetensors"
-    a, b = load_file(one / name), load_file(other / name)
+    a, b = load_file(one / ADAPTER), load_file(other / ADAPTER)
     assert a.keys() == b.keys()
     assert max(float(value.abs().max()) for value in a.values()) > 1e-3
     for key, value in a.items():
@@ -131,7 +108,7 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(embeddings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(embeddings: Embeddings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the first variant gives in one process."""
     return trained(variant("egrpo"), embeddings, tmp_path_factory.mktemp("alone"), 1)
 
@@ -144,7 +121,7 @@ def variant(name: str, **more: Any) -> RunConfig:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_trajectory_does_not_depend_on_the_number_of_processes(
-    processes: int, alone: Path, embeddings: Path, tmp_path: Path
+    processes: int, alone: Path, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     """4 prompts on one process, 2 on each of two, 1 on each of four."""
     same(alone, trained(variant("egrpo"), embeddings, tmp_path, processes))
@@ -152,21 +129,21 @@ def test_the_trajectory_does_not_depend_on_the_number_of_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(VARIANTS)[1:])
-def test_nor_does_that_of_other_methods(name: str, embeddings: Path, tmp_path: Path) -> None:
+def test_nor_does_that_of_other_methods(name: str, embeddings: Embeddings, tmp_path: Path) -> None:
     run = variant(name)
     one = trained(run, embeddings, tmp_path / "1", 1)
     same(one, trained(run, embeddings, tmp_path / "2", 2))
 
 
 @pytest.mark.slow
-def test_nor_on_how_the_work_is_cut(alone: Path, embeddings: Path, tmp_path: Path) -> None:
+def test_nor_on_how_the_work_is_cut(alone: Path, embeddings: Embeddings, tmp_path: Path) -> None:
     """Prompts sampled one after the other, and other batches, on three processes of 2, 1 and 1."""
     cut = {"train.prompts_at_once": 1, "train.train_micro_batch": 5, "train.micro_batch": 7}
     same(alone, trained(variant("egrpo", **cut), embeddings, tmp_path, 3))
 
 
 @pytest.mark.slow
-def test_sharded_weights_give_the_same(alone: Path, embeddings: Path, tmp_path: Path) -> None:
+def test_sharded_weights_give_the_same(alone: Path, embeddings: Embeddings, tmp_path: Path) -> None:
     """FSDP2; processes with unequal work keep in step."""
     whole = {"model.merge_lora_for_sampling": False}
     same(alone, trained(variant("egrpo", **whole), embeddings, tmp_path / "egrpo", 3, "fsdp2"))
@@ -178,17 +155,12 @@ def test_sharded_weights_give_the_same(alone: Path, embeddings: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_preempted_job_goes_on_with_another_number_of_processes(
-    alone: Path, embeddings: Path, tmp_path: Path
+    alone: Path, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     """SIGTERM to the launcher: saved after the iteration, in one line; then one process ends it."""
-    command = arguments(variant("egrpo"), embeddings, tmp_path)
+    command = train_words(variant("egrpo"), embeddings, tmp_path)
     job = start(command, 2)
-    journal = tmp_path / "state"
-    until = time.monotonic() + 300
-    while not list(journal.glob("*/checkpoint-000001.safetensors")):
-        assert time.monotonic() < until
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.02)
+    wait_for(lambda: list((tmp_path / "state").glob("*/checkpoint-000001.safetensors")), job)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=120)
     assert job.returncode != 0
@@ -197,12 +169,9 @@ def test_a_preempted_job_goes_on_with_another_number_of_processes(
     same(alone, tmp_path / "out")
 
 
-def test_workers_die_with_their_launcher(embeddings: Path, tmp_path: Path) -> None:
-    job = start(arguments(variant("egrpo"), embeddings, tmp_path), 2)
-    until = time.monotonic() + 300
-    while not list((tmp_path / "state").glob("*/checkpoint-*.safetensors")):
-        assert time.monotonic() < until
-        time.sleep(0.02)
+def test_workers_die_with_their_launcher(embeddings: Embeddings, tmp_path: Path) -> None:
+    job = start(train_words(variant("egrpo"), embeddings, tmp_path), 2)
+    wait_for(lambda: list((tmp_path / "state").glob("*/checkpoint-*.safetensors")), job)
     workers = psutil.Process(job.pid).children(recursive=True)
     assert len(workers) >= 2
     job.kill()
@@ -213,17 +182,16 @@ def test_workers_die_with_their_launcher(embeddings: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_images_and_scores_do_not_depend_on_the_number_of_processes(
-    alone: Path, embeddings: Path, tmp_path: Path
+    alone: Path, embeddings: Embeddings, tmp_path: Path
 ) -> None:
-    run = write_run(variant("egrpo", **{"evaluate.prompts": 5}), tmp_path / "run.yaml")
-    command = ["evaluate", "--run-config", str(run), "--embeddings", str(embeddings)]
-    command += ["--adapter", str(alone / "adapter"), "--threads", "1"]
+    run = variant("egrpo", **{"evaluate.prompts": 5})
     found = []
     for processes in (1, 3):
-        paths = [str(tmp_path / f"{kind}-{processes}.parquet") for kind in ("scores", "images")]
-        more = ["--scores", paths[0], "--images", paths[1]]
-        finished(start([*command, *more], processes))
-        found.append([pq.read_table(path).to_pydict() for path in paths])
+        folder = tmp_path / str(processes)
+        words = stage_words("evaluate", run, embeddings, tmp_path, folder)
+        finished(start([*words, "--adapter", str(alone / "adapter")], processes))
+        names = ("scores.parquet", "images.parquet")
+        found.append([pq.read_table(folder / name).to_pydict() for name in names])
     (one, pictures), (three, same_pictures) = found
     assert pictures == same_pictures
     np.testing.assert_allclose(one.pop("value"), three.pop("value"), rtol=1e-5, atol=1e-6)
@@ -231,16 +199,22 @@ def test_images_and_scores_do_not_depend_on_the_number_of_processes(
     assert len(one["run"]) == 5 * 2 * len(small_run().rewards)
 
 
-def test_processes_that_make_no_image_end_together(embeddings: Path, tmp_path: Path) -> None:
-    run = small_run("black", **overflowing(tmp_path / "model"), **{"train.monitor_every": 0})
-    output, _ = (job := start(arguments(run, embeddings, tmp_path), 2)).communicate(timeout=300)
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("train.monitor_every", 0, "iteration 1: 18 of 18 images are NaN or infinite"),
+        (
+            "train.prompts_per_iteration",
+            1,
+            "train.prompts_per_iteration: 1 prompts for 2 processes",
+        ),
+    ],
+)
+def test_processes_that_cannot_go_on_end_together(
+    key: str, value: int, line: str, embeddings: Embeddings, tmp_path: Path
+) -> None:
+    """A model that makes no image, and more processes than prompts."""
+    run = small_run("black", **overflowing(tmp_path / "model"), **{key: value})
+    output, _ = (job := start(train_words(run, embeddings, tmp_path), 2)).communicate(timeout=300)
     assert job.returncode not in (0, None)
-    assert "iteration 1: 18 of 18 images are NaN or infinite" in output
-
-
-def test_more_processes_than_prompts_is_one_line(embeddings: Path, tmp_path: Path) -> None:
-    run = small_run("egrpo", **VARIANTS["egrpo"], **{"train.prompts_per_iteration": 1})
-    job = start(arguments(run, embeddings, tmp_path), 2)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode != 0
-    assert "train.prompts_per_iteration: 1 prompts for 2 processes" in output
+    assert line in output

@@ -1,8 +1,9 @@
-"""Tables of results, from small files with known numbers."""
+"""Results from small files with known numbers: comparisons of runs, tables of arms, and words."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import subprocess
@@ -14,47 +15,48 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from scipy import stats
+from small_results import PROMPTS as TEXTS
+from small_results import Edit, Rows, config, layout, write_metrics, write_results
 
-from egrpo.config.models import RunConfig, TableSpec
+from egrpo.config.models import TableSpec
+from egrpo.core.distance import diversity, rms
+from egrpo.core.intervals import crossed_interval
 from egrpo.errors import UserError
-from egrpo.report.results import make_table, marks, write_result_table
+from egrpo.report import report
+from egrpo.report.evaluations import decode_png
+from egrpo.report.results import make_comparison, make_table, marks, write_result_table
+from egrpo.report.text import read_rows, readable
 from egrpo.store.tables import RESULTS, SCORES, SNAPSHOTS, read_table, write_table
 from egrpo.study.layout import Layout
-from egrpo.study.resolve import Study
+from egrpo.tracking.notes import run_note
 
-PROMPTS = 12
-SAMPLES = 2
-SEEDS = 3
-BUDGET = 500
+PROMPTS, SAMPLES, SEEDS, BUDGET = 12, 2, 3, 500
 REWARDS = ("quality", "other")
 GAINS = {"good": 0.6, "fair": 0.3, "same": 0.02}
 """What training adds to `quality`, by arm; `other` stays as it is."""
-Rows = list[dict[str, Any]]
-Edit = Callable[[Rows], Rows]
+SPENT = {"nfe_forward": 1000, "nfe_train": 24, "nfe_reference": 7, "nfe_monitor": 5000}
 
 
-def config(arm: str, seed: int | None, **top: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run": arm if seed is None else f"{arm}-s{seed}",
-            "study": "small",
-            "arm": arm,
-            "seed": seed or 0,
-            "model": {"path": "model"},
-            "prompts": {"train": "a.txt", "heldout": "b.txt"},
-            "method": {"name": "flow_grpo" if arm == "fair" else "egrpo"},
-            "rewards": {"quality": {"kind": "verifier"}, "other": {"kind": "verifier_exact"}},
-            "train": {"rewards": {"quality": 1.0}},
-            **top,
-        }
+def study(folder: Path, seeds: int | None = SEEDS, **changes: Any) -> Layout:
+    """Arms with their seeds, and all results."""
+    at = layout(
+        folder,
+        *(
+            config(
+                arm if seed is None else f"{arm}-s{seed}",
+                **({"arm": arm, "seed": seed or 0} | changes),
+                method={"name": "flow_grpo" if arm == "fair" else "egrpo"},
+            )
+            for arm in GAINS
+            for seed in ([None] if seeds is None else range(seeds))
+        ),
     )
-
-
-def study(folder: Path, seeds: int | None = SEEDS) -> Layout:
-    numbers = [None] if seeds is None else range(seeds)
-    runs = [config(arm, seed) for arm in GAINS for seed in numbers]
-    return Layout(Study("small", str(folder), {run.run: run for run in runs}))
+    for run, settings in at.study.runs.items():
+        write_run(at, run, GAINS[settings.arm])
+    write_table(at.base(run) / "scores.parquet", SCORES, scores("base", 0.0))
+    return at
 
 
 def value(name: str, reward: str, prompt: int, sample: int, gain: float) -> float:
@@ -68,14 +70,8 @@ def value(name: str, reward: str, prompt: int, sample: int, gain: float) -> floa
 
 def scores(name: str, gain: float) -> Rows:
     return [
-        {
-            "run": name,
-            "prompt_id": p,
-            "prompt": f"prompt number {p}",
-            "sample": s,
-            "reward": reward,
-            "value": value(name, reward, p, s, gain),
-        }
+        {"run": name, "prompt_id": p, "prompt": f"prompt number {p}", "sample": s, "reward": reward}
+        | {"value": value(name, reward, p, s, gain)}
         for p in range(PROMPTS)
         for s in range(SAMPLES)
         for reward in REWARDS
@@ -92,38 +88,21 @@ def write_run(at: Layout, run: str, gain: float) -> None:
         for row in scores(run, gain * part)
     ]
     write_table(folder / "snapshots.parquet", SNAPSHOTS, kept)
-    train = {
-        "run": run,
-        "iterations": 20 + seed,
-        "nfe_forward": 1000,
-        "nfe_train": 200,
-        "nfe_reference": 30 + seed,
-        "seconds": 60.5,
-        "peak_memory_mib": 900.0 + seed,
-        "stopped": {},
-    }
+    train = SPENT | {"iterations": 20 + seed, "nfe_train": 200, "nfe_reference": 30 + seed}
+    train |= {"seconds": 60.5, "peak_memory_mib": 900.0 + seed, "stopped": {}}
     (folder / "train.json").write_text(json.dumps(train))
 
 
 @pytest.fixture
 def at(tmp_path: Path) -> Layout:
-    at = study(tmp_path)
-    write_all(at)
-    return at
-
-
-def write_all(at: Layout) -> None:
-    for run, settings in at.study.runs.items():
-        write_run(at, run, GAINS[settings.arm])
-    base = at.base(next(iter(at.study.runs)))
-    write_table(base / "scores.parquet", SCORES, scores("base", 0.0))
+    return study(tmp_path)
 
 
 def table_spec(**changes: Any) -> TableSpec:
     given: dict[str, Any] = {
         "caption": "Three arms.",
-        "sections": {"All": ["good", "fair", "same"]},
-        "rewards": ["quality", "other"],
+        "sections": {"All": list(GAINS)},
+        "rewards": list(REWARDS),
     }
     return TableSpec.model_validate(given | changes)
 
@@ -136,40 +115,170 @@ def edit(path: Path, table: Any, change: Edit) -> None:
     write_table(path, table, change(read_table(path, table).to_pylist()))
 
 
-# --- numbers --------------------------------------------------------------------------------------
+def refuses(match: str, make: Callable[[], object]) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def table_of(at: Layout, **changes: Any) -> Rows:
+    return make_table("main", table_spec(**changes), at)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Layout:
+    """One run and its base, with images."""
+    at = layout(tmp_path / "results", config("one"))
+    write_results(at.base("one"), "base", gain=0.0, level=10)
+    write_results(at.run("one"), "one", gain=0.25, level=30)
+    train = SPENT | {"iterations": 7, "seconds": 61.5, "peak_memory_mib": None}
+    (at.run("one") / "train.json").write_text(json.dumps(train))
+    write_groups(at, masked=0.0)
+    return at
+
+
+def write_groups(at: Layout, masked: float) -> None:
+    """Metrics of two iterations with four groups each."""
+    values = {"groups": 4.0, "groups_masked": masked, "grad_norm": 0.1}
+    metrics = {name: {1: value, 2: value} for name, value in values.items()}
+    write_metrics(at.run("one") / "metrics.parquet", "one", 9, metrics)
+
+
+def compared(at: Layout) -> dict[str, dict[str, Any]]:
+    make_comparison(at, at.comparison)
+    return {row["reward"]: row for row in read_table(at.comparison, RESULTS).to_pylist()}
+
+
+# --- numbers of a comparison ----------------------------------------------------------------------
+
+
+def test_comparison_holds_the_numbers_of_both_models(one: Layout) -> None:
+    rows = compared(one)
+    assert set(rows) == {"quality", "other", "diversity", "distance_to_base"}
+    quality = rows["quality"]
+    found = [quality[key] for key in ("base", "mean", "difference", "low", "high")]
+    assert found == pytest.approx([0.25, 0.5, 0.25, 0.25, 0.25])
+    assert (quality["pairs"], quality["invalid"], quality["seeds"]) == (12, 0, 1)
+    assert [row["trained_on"] for row in rows.values()] == [name == "quality" for name in rows]
+    assert rows["other"]["difference"] == pytest.approx(-0.25)
+    for row in rows.values():
+        names = [row[key] for key in ("table", "run", "arm", "method", "at", "mark")]
+        assert names == ["comparison", "one", "one", "egrpo", "end", None]
+        costs = [row[key] for key in ("iterations", "nfe", "seconds", "peak_memory_mib")]
+        assert costs == [7, 1031, 61.5, None]  # without the monitor's evaluations
+
+
+@pytest.mark.parametrize(
+    ("lost_of_base", "lost", "distance", "diverse"),
+    [
+        ([], [], (12, 0), (6, 0)),
+        # sample 0 is 20 levels apart, sample 1 is 40; left are 4 of the first and 4 of the second
+        ([(1, 0)], [(2, 0), (2, 1), (3, 1)], (8, 4), (3, 3)),
+    ],
+)
+def test_distances_are_measured_between_images_that_are_some(
+    one: Layout, lost_of_base: Any, lost: Any, distance: Any, diverse: Any
+) -> None:
+    write_results(one.base("one"), "base", 0.0, 10, lost=lost_of_base)
+    write_results(one.run("one"), "one", 0.0, 30, lost=lost)
+    rows = compared(one)
+    for name, counts, base in (
+        ("distance_to_base", distance, 0.0),
+        ("diversity", diverse, 10 / 255),  # samples of a prompt are `level` apart
+    ):
+        row = rows[name]
+        assert (row["pairs"], row["invalid"]) == counts
+        assert (row["base"], row["mean"]) == pytest.approx((base, 30 / 255), rel=1e-5)
+
+
+def test_diversity_is_the_rms_distance_of_pairs() -> None:
+    images = [np.full((2, 2, 3), v, np.float32) for v in (0.0, 0.0, 0.6)]
+    assert diversity(images) == pytest.approx(0.4)
+    assert math.isnan(diversity([images[0], np.full((2, 2, 3), math.nan, np.float32)]))
+    half = np.zeros((2, 2, 3), np.float32)
+    half[0] = 1.0
+    assert rms(half, images[0]) == pytest.approx(math.sqrt(0.5))
+
+
+def test_one_sample_a_prompt_has_no_diversity(one: Layout) -> None:
+    write_results(one.base("one"), "base", 0.0, 10, samples=1)
+    write_results(one.run("one"), "one", 0.25, 30, samples=1)
+    assert set(compared(one)) == {"quality", "other", "distance_to_base"}
+
+
+def test_failed_scores_are_left_out_with_their_pair(one: Layout) -> None:
+    def fail(rows: Rows) -> Rows:
+        for row in rows:
+            if row["reward"] == "other":
+                row["value"] = None
+            elif row["prompt_id"] == 0:
+                row["value"] = None if row["sample"] else math.nan
+            elif (row["prompt_id"], row["sample"]) == (1, 0):
+                row["value"] = 77.0  # no matter: the base's image has no score
+        return rows
+
+    def fail_one(rows: Rows) -> Rows:
+        return [r | {"value": None} if (r["prompt_id"], r["sample"]) == (1, 0) else r for r in rows]
+
+    write_results(one.base("one"), "base", 0.0, 10, edit=fail_one)
+    write_results(one.run("one"), "one", 0.25, 30, edit=fail)
+    rows = compared(one)
+    assert (rows["quality"]["pairs"], rows["quality"]["invalid"]) == (9, 3)
+    assert rows["quality"]["base"] == pytest.approx(0.3)  # of the same pairs, without prompt 0
+    assert rows["quality"]["difference"] == pytest.approx(0.25)
+    assert (rows["other"]["pairs"], rows["other"]["difference"]) == (0, None)
+    assert "| - |" in one.comparison.with_suffix(".md").read_text()
+
+
+def test_interval_of_one_run_is_students_t_over_prompts_not_samples(one: Layout) -> None:
+    gains = np.random.default_rng(0).normal(size=(len(TEXTS), 2))
+    scored = [r | {"value": 0.0} for r in read_scores(one)]
+    write_table(one.base("one") / "scores.parquet", SCORES, scored)
+    moved = [r | {"value": gains[r["prompt_id"], r["sample"]]} for r in scored]
+    write_table(one.run("one") / "scores.parquet", SCORES, moved)
+    row = compared(one)["quality"]
+    known = stats.ttest_1samp(gains.mean(axis=1), 0.0).confidence_interval(0.95)
+    assert (row["low"], row["high"]) == pytest.approx((known.low, known.high))
+    assert (row["mean_low"], row["mean_high"]) == pytest.approx((known.low, known.high))
+
+
+def read_scores(at: Layout) -> Rows:
+    return read_table(at.base("one") / "scores.parquet", SCORES).to_pylist()
+
+
+# --- numbers of a table ---------------------------------------------------------------------------
 
 
 def test_rows_hold_means_and_intervals_of_their_files(at: Layout) -> None:
-    rows = make_table("main", table_spec(), at)
+    rows = table_of(at)
+
+    def cells(name: str, reward: str, gain: float) -> Any:
+        each = [[value(name, reward, p, s, gain) for s in range(SAMPLES)] for p in range(PROMPTS)]
+        return np.mean(each, axis=1)
+
     for reward in REWARDS:
+        base = cells("base", reward, 0.0)
         for arm, row in by_arm(rows, reward).items():
             names = ["base"] if arm == "base" else [f"{arm}-s{s}" for s in range(SEEDS)]
-            gain = GAINS.get(arm, 0.0)
-            y = np.array(
-                [
-                    [
-                        np.mean([value(n, reward, p, s, gain) for s in range(SAMPLES)])
-                        for p in range(PROMPTS)
-                    ]
-                    for n in names
-                ]
+            y = np.array([cells(name, reward, GAINS.get(arm, 0.0)) for name in names])
+            known, gain = crossed_interval(y), crossed_interval(y - base)
+            found = [row[key] for key in ("mean", "mean_low", "mean_high", "base")]
+            assert found == pytest.approx([known.mean, known.low, known.high, base.mean()])
+            assert (row["seeds"], row["invalid"], row["run"]) == (len(y), 0, "")
+            assert row["pairs"] == y.size * SAMPLES
+            found = [row[key] for key in ("difference", "low", "high")]
+            none = [None] * 3
+            assert found == (
+                none if arm == "base" else pytest.approx([gain.mean, gain.low, gain.high])
             )
-            s, p = y.shape
-            variance, dof = y.mean(axis=0).var(ddof=1) / p, p - 1.0
-            if s > 1:
-                rest = y - y.mean(axis=0) - y.mean(axis=1, keepdims=True) + y.mean()
-                noise = (rest**2).sum() / ((s - 1) * (p - 1)) / (s * p)
-                seed = y.mean(axis=1).var(ddof=1) / s
-                total = variance + max(seed - noise, 0.0)
-                squares = variance**2 / dof + seed**2 / 2 + noise**2 / (2 * (p - 1))
-                variance, dof = total, total**2 / squares
-            half = stats.t.ppf(0.975, dof) * math.sqrt(variance)
-            assert row["mean"] == pytest.approx(y.mean())
-            assert (row["low"], row["high"]) == pytest.approx((y.mean() - half, y.mean() + half))
-            assert (row["seeds"], row["invalid"]) == (s, 0)
 
 
 def test_rows_stand_in_order_with_what_training_cost(at: Layout) -> None:
+    for s in range(SEEDS):  # ended early, its memory was not measured
+        path = at.run(f"same-s{s}") / "snapshots.parquet"
+        edit(path, SNAPSHOTS, lambda rows: [r | {"nfe": 200} for r in rows])
+        path = at.run(f"same-s{s}") / "train.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_mib": None}))
     spec = table_spec(sections={"B": ["same", "good"], "A": ["fair"]}, evaluations=BUDGET)
     rows = make_table("main", spec, at)
     assert [(r["at"], r["section"], r["arm"], r["reward"]) for r in rows] == [
@@ -186,29 +295,20 @@ def test_rows_stand_in_order_with_what_training_cost(at: Layout) -> None:
         assert [found["base"][k] for k in costs] == ["", None, None, None, None]
         assert [found["good"][k] for k in costs] == ["egrpo", *known]
         assert [found["fair"][k] for k in costs] == ["flow_grpo", *known]
+    same = by_arm(rows, when="evaluations")["same"]
+    assert (same["nfe"], same["peak_memory_mib"]) == (200, None)
     assert {(r["arm"], r["reward"]) for r in rows if r["trained_on"]} == {
         (arm, "quality") for arm in GAINS
     }
 
 
 def test_equal_evaluations_use_the_weights_kept_there(at: Layout) -> None:
-    rows = make_table("main", table_spec(evaluations=BUDGET), at)
+    rows = table_of(at, evaluations=BUDGET)
     end, equal = by_arm(rows), by_arm(rows, when="evaluations")
     for arm, gain in GAINS.items():
         assert equal[arm]["mean"] == pytest.approx(end[arm]["mean"] - gain / 2)
-    assert {k: v for k, v in end["base"].items() if k != "at"} == {
-        k: v for k, v in equal["base"].items() if k != "at"
-    }
-    assert [r["at"] for r in make_table("main", table_spec(), at)] == ["end"] * 8
-
-
-def test_an_arm_that_ended_early_shows_its_own_cost(at: Layout) -> None:
-    for s in range(SEEDS):
-        path = at.run(f"good-s{s}") / "snapshots.parquet"
-        edit(path, SNAPSHOTS, lambda rows: [r | {"nfe": 200} for r in rows])
-    rows = make_table("main", table_spec(evaluations=BUDGET), at)
-    assert by_arm(rows, when="evaluations")["good"]["nfe"] == 200
-    assert by_arm(rows, when="evaluations")["fair"]["nfe"] == 493
+    assert end["base"] | {"at": ""} == equal["base"] | {"at": ""}
+    assert [r["at"] for r in table_of(at)] == ["end"] * 8
 
 
 def test_images_without_a_score_are_left_out_and_counted(at: Layout) -> None:
@@ -218,79 +318,68 @@ def test_images_without_a_score_are_left_out_and_counted(at: Layout) -> None:
                 r["value"] = None if r["sample"] else math.nan
         return rows
 
-    whole = by_arm(make_table("main", table_spec(), at))
+    whole = by_arm(table_of(at))
     edit(at.run("good-s1") / "scores.parquet", SCORES, fail)
-    rows = make_table("main", table_spec(), at)
+    rows = table_of(at)
     good = by_arm(rows)["good"]
     # prompt 0 leaves every seed, of prompt 1 one image of the one seed
-    assert good["invalid"] == SEEDS * SAMPLES + 1
-    values = [
-        [
-            [
-                value(f"good-s{s}", "quality", p, n, 0.6)
-                for n in range(SAMPLES)
-                if (s, p, n) != (1, 1, 1)
-            ]
-            for p in range(1, PROMPTS)
-        ]
+    y = [
+        [value(f"good-s{s}", "quality", p, 0, 0.6), value(f"good-s{s}", "quality", p, 1, 0.6)]
         for s in range(SEEDS)
+        for p in range(1, PROMPTS)
     ]
-    assert good["mean"] == pytest.approx(np.mean([[np.mean(v) for v in part] for part in values]))
-    assert {k: v for k, v in by_arm(rows)["fair"].items() if k != "mark"} == {
-        k: v for k, v in whole["fair"].items() if k != "mark"
-    }
+    y[PROMPTS - 1] = y[PROMPTS - 1][:1]
+    assert good["mean"] == pytest.approx(np.mean([np.mean(v) for v in y]))
+    assert by_arm(rows)["fair"] | {"mark": ""} == whole["fair"] | {"mark": ""}
     assert by_arm(rows, "other")["good"]["invalid"] == 0
 
 
 def test_an_arm_that_could_not_be_scored_has_no_numbers_and_no_say(at: Layout) -> None:
-    def fail(rows: Rows) -> Rows:
-        return [r | {"value": None} for r in rows]
-
-    edit(at.run("good-s0") / "scores.parquet", SCORES, fail)  # one seed is enough
-    rows = by_arm(make_table("main", table_spec(), at))
-    assert [rows["good"][k] for k in ("mean", "low", "high", "mark")] == [None] * 4
-    assert rows["good"]["invalid"] == SEEDS * SAMPLES * PROMPTS
+    path = at.run("good-s0") / "scores.parquet"  # one seed is enough
+    edit(path, SCORES, lambda rows: [r | {"value": None} for r in rows])
+    rows = by_arm(table_of(at))
+    keys = ("mean", "mean_low", "mean_high", "base", "difference", "low", "high", "mark")
+    assert [rows["good"][k] for k in keys] == [None] * 8
+    assert (rows["good"]["pairs"], rows["good"]["invalid"]) == (0, SEEDS * SAMPLES * PROMPTS)
     assert rows["fair"]["mark"] == "best"
 
 
-def test_one_seed_gives_intervals_over_prompts(tmp_path: Path) -> None:
+def test_one_seed_gives_intervals_over_prompts_and_no_mark(tmp_path: Path) -> None:
     at = study(tmp_path, seeds=None)
-    write_all(at)
     write_result_table("main", table_spec(), at)
-    row = by_arm(make_table("main", table_spec(), at))["good"]
+    rows = table_of(at)
+    row = by_arm(rows)["good"]
     y = [np.mean([value("good", "quality", p, s, 0.6) for s in range(2)]) for p in range(PROMPTS)]
     low, high = stats.t.interval(0.95, PROMPTS - 1, loc=np.mean(y), scale=stats.sem(y))
-    assert (row["low"], row["high"], row["seeds"]) == pytest.approx((low, high, 1))
+    assert (row["mean_low"], row["mean_high"], row["seeds"]) == pytest.approx((low, high, 1))
     text = at.table("main").with_suffix(".md").read_text()
-    assert "trained once" in text
-    assert "95% interval over held-out prompts" in text
-    assert "another training seed would differ is not known, so no arm is marked" in text
+    for words in ("trained once", "95% interval over held-out prompts", "is not known, so no arm"):
+        assert words in text
     assert "Bold" not in text
-    assert {row["mark"] for row in make_table("main", table_spec(), at)} == {None}
+    assert {row["mark"] for row in rows} == {None}
 
 
 # --- marks ----------------------------------------------------------------------------------------
 
 
 def test_marks_stand_where_the_numbers_support_them(at: Layout) -> None:
-    rows = make_table("main", table_spec(evaluations=BUDGET), at)
+    rows = table_of(at, evaluations=BUDGET)
     for when in ("end", "evaluations"):
         found = {arm: row["mark"] for arm, row in by_arm(rows, when=when).items()}
         assert found == {"base": None, "good": "best", "fair": "second", "same": None}
     # intervals of single arms overlap widely, for prompts differ; pairs tell them apart
     first = by_arm(rows)
-    assert first["good"]["low"] < first["fair"]["high"]
+    assert first["good"]["mean_low"] < first["fair"]["mean_high"]
     assert {row["mark"] for row in by_arm(rows, "other").values()} == {None}
 
 
 def cells(rng: np.random.Generator, mean: float, seeds: int = 3, seed_std: float = 0.02) -> Any:
-    prompts = 2.0 * np.sin(np.arange(40.0))
-    return (
-        mean
-        + prompts
-        + seed_std * rng.normal(size=(seeds, 1))
-        + 0.05 * rng.normal(size=(seeds, 40))
-    )
+    noise = 0.05 * rng.normal(size=(seeds, 40)) + seed_std * rng.normal(size=(seeds, 1))
+    return mean + 2.0 * np.sin(np.arange(40.0)) + noise
+
+
+EVEN = np.array([[-0.02], [0.0], [0.02]])
+"""Equal arms with equal seeds: no luck."""
 
 
 @pytest.mark.parametrize(
@@ -302,6 +391,7 @@ def cells(rng: np.random.Generator, mean: float, seeds: int = 3, seed_std: float
         ({"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.2}, {"a": "second", "b": "second"}),
         ({"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.0}, {}),
         ({"a": 1.0, "b": 0.0}, {"a": "best"}),
+        ({"a": 1.0, "b": 0.0, "failed": math.nan}, {"a": "best"}),  # takes no part
         ({"a": 1.0, "b": 1.0}, {}),
         ({"a": 1.0}, {}),
         ({}, {}),
@@ -309,14 +399,11 @@ def cells(rng: np.random.Generator, mean: float, seeds: int = 3, seed_std: float
 )
 def test_marks_of_clear_and_tied_arms(means: dict[str, float], known: dict[str, str]) -> None:
     rng = np.random.default_rng(0)
-    seeds = np.array([[-0.02], [0.0], [0.02]])  # equal arms have equal seeds here: no luck
-    given = {arm: cells(rng, mean, seed_std=0.0) + seeds for arm, mean in means.items()}
-    assert marks(given) == known
+    assert marks({a: cells(rng, mean, seed_std=0.0) + EVEN for a, mean in means.items()}) == known
 
 
 def test_a_lucky_seed_is_no_winner() -> None:
-    rng = np.random.default_rng(1)
-    steady = cells(rng, 0.0)
+    steady = cells(np.random.default_rng(1), 0.0)
     lucky = steady + np.array([[3.0], [0.1], [0.1]])  # ahead on every prompt, by one seed
     assert marks({"lucky": lucky, "steady": steady}) == {}
     clear = {"top": steady + 9.0, "steady": steady}
@@ -325,42 +412,29 @@ def test_a_lucky_seed_is_no_winner() -> None:
 
 
 def test_more_arms_ask_for_clearer_differences() -> None:
-    seeds = np.array([[-0.02], [0.0], [0.02]])  # standard error of a difference: 0.016
-    other = cells(np.random.default_rng(2), 0.0, seed_std=0.0) + seeds
-    found = {"top": other + 0.06, "other": other}
+    other = cells(np.random.default_rng(2), 0.0, seed_std=0.0) + EVEN
+    found = {"top": other + 0.06, "other": other}  # standard error of a difference: 0.016
     assert marks(found) == {"top": "best"}
     assert marks(found, level=1 - 0.05 / 8) == {}
-    assert marks(found | {f"arm{i}": other for i in range(7)}) == {}
-    assert marks(found | {f"arm{i}": other for i in range(7)}, level=0.6) == {"top": "best"}
-
-
-def test_an_arm_without_scores_takes_no_part() -> None:
-    rng = np.random.default_rng(3)
-    found = {"a": cells(rng, 1.0), "b": cells(rng, 0.0), "none": np.full((3, 40), math.nan)}
-    assert marks(found) == {"a": "best"}
+    found |= {f"arm{i}": other for i in range(7)}
+    assert marks(found) == {}
+    assert marks(found, level=0.6) == {"top": "best"}
 
 
 @pytest.mark.parametrize("seed_std", [0.0, 0.02, 0.3])
 def test_equal_arms_are_seldom_marked(seed_std: float) -> None:
     rng = np.random.default_rng(4)
-    best = second = 0
+    best = second = wrong = 0
     for _ in range(300):
         found = {f"arm{i}": cells(rng, 0.0, 3, seed_std) for i in range(5)}
         given = list(marks(found | {"base": cells(rng, 0.0, 1, 0.0)}).values())
         best += "best" in given
         second += "second" in given
+        means = {"a": 0.0, "b": 0.0, "c": -9.0, "d": -9.0}  # of the two best none is better
+        given = list(marks({a: cells(rng, m, 3, seed_std) for a, m in means.items()}).values())
+        wrong += "best" in given
     assert best <= 0.025 * 300
     assert second <= 0.05 * 300
-
-
-@pytest.mark.parametrize("seed_std", [0.02, 0.3])
-def test_of_two_best_arms_and_two_poor_ones_neither_is_best(seed_std: float) -> None:
-    rng = np.random.default_rng(5)
-    wrong = 0
-    for _ in range(300):
-        means = {"a": 0.0, "b": 0.0, "c": -9.0, "d": -9.0}
-        given = marks({arm: cells(rng, mean, 3, seed_std) for arm, mean in means.items()})
-        wrong += "best" in given.values()
     assert wrong <= 0.05 * 300
 
 
@@ -370,26 +444,6 @@ def test_of_two_best_arms_and_two_poor_ones_neither_is_best(seed_std: float) -> 
 def test_files_say_the_same(at: Layout) -> None:
     spec = table_spec(evaluations=BUDGET)
     rows = make_table("main", spec, at)
-    write_result_table("main", spec, at)
-    path = at.table("main")
-    read = read_table(path, RESULTS).to_pylist()
-    order = [name for name in RESULTS.sort if name != "table"]
-    assert read == sorted(rows, key=lambda r: [r[name] for name in order])
-    with open(path.with_suffix(".csv"), newline="") as handle:
-        text = list(csv.DictReader(handle))
-    assert list(text[0]) == [name for name, *_ in RESULTS.columns]
-    assert [(t["arm"], t["reward"], t["mark"]) for t in text] == [
-        (r["arm"], r["reward"], r["mark"] or "") for r in rows
-    ]
-    assert [float(t["low"]) for t in text] == [r["low"] for r in rows]
-    metadata = pq.read_schema(path).metadata
-    assert metadata[b"interval_level"] == b"0.95"
-    assert metadata[b"caption"] == b"Three arms."
-    assert len(metadata[b"config_hash"]) == 10
-
-
-def test_same_files_give_the_same_bytes(at: Layout) -> None:
-    spec = table_spec(evaluations=BUDGET)
     found = []
     for _ in range(2):
         write_result_table("main", spec, at)
@@ -401,6 +455,35 @@ def test_same_files_give_the_same_bytes(at: Layout) -> None:
             data = read_table(path, SCORES)
             pq.write_table(data.take(list(reversed(range(len(data))))), path)
     assert found[0] == found[1]
+    path = at.table("main")
+    assert read_table(path, RESULTS).to_pylist() == sorted(
+        rows, key=lambda r: [r[name] for name in RESULTS.sort]
+    )
+    with open(path.with_suffix(".csv"), newline="") as handle:
+        text = list(csv.DictReader(handle))
+    assert list(text[0]) == [name for name, *_ in RESULTS.columns]
+    shown = [(t["arm"], t["reward"], t["mark"], float(t["mean_low"])) for t in text]
+    assert shown == [(r["arm"], r["reward"], r["mark"] or "", r["mean_low"]) for r in rows]
+    metadata = pq.read_schema(path).metadata
+    assert (metadata[b"interval_level"], metadata[b"caption"]) == (b"0.95", b"Three arms.")
+    assert len(metadata[b"config_hash"]) == 10
+
+
+def test_csv_and_markdown_of_a_comparison_say_the_same(one: Layout) -> None:
+    rows = compared(one)
+    with open(one.comparison.with_suffix(".csv"), newline="") as handle:
+        read = {row["reward"]: row for row in csv.DictReader(handle)}
+    assert set(read["quality"]) == {name for name, *_ in RESULTS.columns}
+    assert float(read["other"]["difference"]) == rows["other"]["difference"]
+    text = one.comparison.with_suffix(".md").read_text()
+    assert "| one | egrpo | **quality** | 0.2500 | 0.5000 | +0.2500 |" in text
+    assert "| 12 | 0 | 7 | 1,031 | 62 |" in text
+    body = [line for line in text.splitlines() if line.startswith("| one")]
+    order = ["**quality**", "other", "distance_to_base", "diversity"]
+    assert [line.split(" | ")[2] for line in body] == order
+    metadata = pq.read_schema(one.comparison).metadata
+    assert metadata[b"interval_level"] == b"0.95"
+    assert f"settings {metadata[b'config_hash'].decode()}." in text.splitlines()[-1]
 
 
 def test_markdown_of_a_small_table(at: Layout) -> None:
@@ -409,11 +492,7 @@ def test_markdown_of_a_small_table(at: Layout) -> None:
         level = levels[settings.arm] + 0.01 * settings.seed
         for name, table in (("scores", SCORES), ("snapshots", SNAPSHOTS)):
             path = at.run(run) / f"{name}.parquet"
-            write_table(
-                path,
-                table,
-                [r | {"value": level} for r in read_table(path, table).to_pylist()],
-            )
+            edit(path, table, lambda rows, level=level: [r | {"value": level} for r in rows])
     edit(
         at.base("good-s0") / "scores.parquet",
         SCORES,
@@ -426,100 +505,155 @@ def test_markdown_of_a_small_table(at: Layout) -> None:
         evaluations=BUDGET,
     )
     write_result_table("main", spec, at)
-    text = at.table("main").with_suffix(".md").read_text()
-    half = stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
-    high, low = (f"[{m - half:.3f}, {m + half:.3f}]" for m in (3.01, 2.01))
-    head, body = text.split("\n## ", 1)
-    body, origin = body.rsplit("\n\n", 1)
-    body += "\n"
-    assert origin.startswith(f"Study {at.study.name}, scored at ")
-    assert origin.rstrip()[-11:-1].isalnum()  # the digest of the settings
+    head, end, equal = at.table("main").with_suffix(".md").read_text().split("\n## ")
     assert head.splitlines()[:3] == ["# main", "", "Three arms."]
     assert "Training seeds of an arm: 3." in head
+    half = stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
+    high, low = (f"[{m - half:.3f}, {m + half:.3f}]" for m in (3.01, 2.01))
     columns = "arm | method | quality | iterations | network evaluations | seconds"
-    assert (
-        body
-        == f"""At the end of training
+    left_out = "Image pairs without both scores, left out: base, quality: 1; good, quality: 3; "
 
+    def known(costs: str) -> str:
+        return f"""
 ### a \\| b
 
 | {columns} | peak memory (MiB) |
 |---|---|--:|--:|--:|--:|--:|
 | base | - | 0.5000 [0.5000, 0.5000] | - | - | - | - |
-| good | egrpo | **3.010** {high}\\* | 21 | 1,231 | 60 | 902 |
-| fair | flow_grpo | <u>2.010</u> {low}\\* | 21 | 1,231 | 60 | 902 |
+| good | egrpo | **3.010** {high}\\* | {costs} | 902 |
+| fair | flow_grpo | <u>2.010</u> {low}\\* | {costs} | 902 |
 
-Images without a score, left out: base, quality: 1.
-
-## At equal network evaluations (500)
-
-The last weights within 500 network evaluations of training; an arm whose training ended before \
-shows its own, smaller cost.
-
-### a \\| b
-
-| {columns} | peak memory (MiB) |
-|---|---|--:|--:|--:|--:|--:|
-| base | - | 0.5000 [0.5000, 0.5000] | - | - | - | - |
-| good | egrpo | **3.010** {high}\\* | 6 | 493 | 10 | 902 |
-| fair | flow_grpo | <u>2.010</u> {low}\\* | 6 | 493 | 10 | 902 |
-
-Images without a score, left out: base, quality: 1.
+{left_out}fair, quality: 3.
 """
+
+    assert end == f"At the end of training\n{known('21 | 1,231 | 60')}"
+    equal, origin = equal.rsplit("\n\n", 1)
+    assert f"{equal}\n" == (
+        "At equal network evaluations (500)\n\n"
+        "The last weights within 500 network evaluations of training; an arm whose training ended "
+        f"before shows its own, smaller cost.\n{known('6 | 493 | 10')}"
     )
+    assert origin.startswith(f"Study {at.study.name}, scored at ")
+    assert origin.rstrip()[-11:-1].isalnum()  # the digest of the settings
 
 
 def test_digits_follow_the_width_of_the_interval(at: Layout) -> None:
     write_result_table("main", table_spec(), at)
-    row = by_arm(make_table("main", table_spec(), at), "other")["good"]
-    assert 0.1 < row["high"] - row["low"] < 1
+    row = by_arm(table_of(at), "other")["good"]
+    assert 0.1 < row["mean_high"] - row["mean_low"] < 1
     lines = at.table("main").with_suffix(".md").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("| good |")]
-    shown = f"| {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}] |"
+    shown = f"| {row['mean']:.2f} [{row['mean_low']:.2f}, {row['mean_high']:.2f}] |"
     assert shown in line  # not trained on it: no star
+    wide = readable(row | {"low": -100.0, "high": 300.0})
+    assert wide["interval"] == "[-100, +300]"
+    narrow = readable(row | {"low": 0.0991, "high": 0.1009, "base": 0.5})
+    assert (narrow["interval"], narrow["base"]) == ("[+0.0991, +0.1009]", "0.5000")
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_learned_nothing_is_named_wherever_runs_are_compared(one: Layout) -> None:
+    assert {row["warnings"] for row in compared(one).values()} == {None}
+    assert "warning" not in report.short_table(one.comparison)
+    assert "warning" not in one.comparison.with_suffix(".md").read_text()
+    write_groups(one, masked=4.0)
+    text = "in 2 of 2 iterations all groups had equal rewards, so nothing was learned"
+    assert {row["warnings"] for row in compared(one).values()} == {text}
+    path, rich = one.comparison, io.StringIO()
+    report.print_report(path, Console(file=rich, force_terminal=True, width=200))
+    pages = [path.with_suffix(end).read_text() for end in (".md", ".html")]
+    note = run_note(one.study.runs["one"], read_rows(path), None)
+    for shown in (report.short_table(path), rich.getvalue(), note, *pages):
+        assert shown.count(f"one: warning: {text}") == 1
+    (one.run("one") / "metrics.parquet").unlink()
+    refuses(r"metrics\.parquet: no such file", lambda: compared(one))
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "comparison.parquet"
+    head = {"table": "comparison", "at": "end", "section": "", "arm": "", "method": "egrpo"}
+    head |= {"base": 0.5, "mean": 0.6, "difference": 0.1, "pairs": 20, "invalid": 0}
+    head |= {"iterations": 3.0, "nfe": 123456.0, "seconds": 77.7}
+    rows = [
+        ("a", "aesthetic", False, 0.04, 0.16),
+        ("a", "quality", True, 0.04, 0.16),
+        ("a", "diversity", False, -0.2, 0.1),
+        ("a", "zeal", False, 0.04, 0.16),
+        ("b", "quality", True, -0.04, 0.16),
+        ("c", "quality", True, -0.26, -0.04),
+        ("egrpo", "quality", True, None, None),
+    ]
+    names = ("run", "reward", "trained_on", "low", "high")
+    write_table(path, RESULTS, [head | dict(zip(names, row, strict=True)) for row in rows])
+    return path
+
+
+def test_short_table_marks_the_trained_reward_and_judges_its_interval(table: Path) -> None:
+    text = report.short_table(table)
+    lines = text.splitlines()
+    assert lines[2] == "a (egrpo): 123,456 network evaluations, 78 s of training"
+    assert lines[3].split() == ["quality", "*", "0.50", "0.60", "+0.10", "[+0.04,", "+0.16]"]
+    assert [line.split()[0] for line in lines[4:7]] == ["aesthetic", "zeal", "diversity"]
+    assert lines[11].startswith("egrpo: ")  # run and method of one name: said once
+    assert len({len(lines[i]) for i in (0, 1, 3, 4, 5, 6, 8)}) == 1
+    verdicts = [line for line in lines if ", quality:" in line]
+    for line, words in zip(
+        verdicts, ("above 0", "contains 0", "below 0", "no interval"), strict=True
+    ):
+        assert words in line
+    assert "aesthetic:" not in text  # only what was trained is judged
+    assert "make ui" in lines[-1]
+
+
+def test_print_report_is_plain_off_a_terminal_and_rich_on_one(table: Path) -> None:
+    plain, rich = io.StringIO(), io.StringIO()
+    report.print_report(table, Console(file=plain, width=40))
+    assert plain.getvalue() == report.short_table(table)  # not broken at 40 columns
+    report.print_report(table, Console(file=rich, force_terminal=True, width=80))
+    for words in ("\x1b[", "[+0.04, +0.16]", "make ui"):
+        assert words in rich.getvalue()
 
 
 # --- refusals -------------------------------------------------------------------------------------
+
+KEY = r"tables\.main\."
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        (
-            {"sections": {"All": ["good", "gone"]}},
-            r"tables\.main\.sections\.All: no arm 'gone'.*fair",
-        ),
+        ({"sections": {"All": ["good", "gone"]}}, KEY + r"sections\.All: no arm 'gone'.*fair"),
         ({"sections": {"All": ["good", "good"]}}, "'good' occurs twice"),
         ({"sections": {"All": ["base"]}}, "always there"),
-        ({"sections": {"All": []}}, r"tables\.main\.sections: "),
-        ({"sections": {}}, r"tables\.main\.sections: "),
-        ({"rewards": []}, r"tables\.main\.rewards: no reward"),
-        ({"rewards": ["beauty"]}, r"tables\.main\.rewards: arm 'good' .*'beauty'.*quality, other"),
-        ({"evaluations": 501}, r"tables\.main\.evaluations: .*good-s0.*train\.snapshots"),
+        ({"sections": {"All": []}}, KEY + "sections: "),
+        ({"sections": {}}, KEY + "sections: "),
+        ({"rewards": []}, KEY + "rewards: no reward"),
+        ({"rewards": ["beauty"]}, KEY + "rewards: arm 'good' .*'beauty'.*quality, other"),
+        ({"evaluations": 501}, KEY + r"evaluations: .*good-s0.*train\.snapshots"),
     ],
 )
 def test_a_table_that_the_study_cannot_fill_is_refused(
     at: Layout, changes: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(UserError, match=text) as caught:
-        write_result_table("main", table_spec(**changes), at)
-    assert "\n" not in str(caught.value)
+    refuses(text, lambda: write_result_table("main", table_spec(**changes), at))
     assert not at.table("main").parent.exists()
 
 
+WITHOUT_QUALITY: Edit = lambda rows: [r for r in rows if r["reward"] == "other"]
+MISFITS: list[tuple[Edit, str]] = [
+    (lambda rows: [r for r in rows if r["prompt_id"] != 3], r"prompt 3 .*missing from .*{run}"),
+    (lambda rows: [r for r in rows if r["sample"] == 0], r"sample 1 is missing"),
+    (lambda rows: [*rows, rows[0] | {"prompt_id": 99}], r"{run}.*prompt 99 .*same prompts"),
+    (lambda rows: [r | {"prompt": r["prompt"] + "!"} for r in rows], r"prompt 0 \('prompt"),
+    (lambda rows: rows + rows[:1], r"{run}.*occurs twice"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (
-            lambda rows: [r for r in rows if r["prompt_id"] != 3],
-            r"prompt 3 .*missing from .*fair-s1",
-        ),
-        (lambda rows: [r for r in rows if r["sample"] == 0], r"sample 1 is missing"),
-        (lambda rows: [*rows, rows[0] | {"prompt_id": 99}], r"fair-s1.*prompt 99 "),
-        (lambda rows: [r | {"prompt": r["prompt"] + "!"} for r in rows], r"prompt 0 \('prompt"),
-        (lambda rows: [r for r in rows if r["reward"] == "other"], r"fair-s1.*no reward 'quality'"),
-        (lambda rows: rows + rows[:1], r"fair-s1.*occurs twice"),
-    ],
+    ("change", "text"), [*MISFITS, (WITHOUT_QUALITY, r"{run}.*no reward 'quality'")]
 )
 @pytest.mark.parametrize(("name", "table"), [("scores", SCORES), ("snapshots", SNAPSHOTS)])
 def test_scores_that_do_not_fit_are_refused(
@@ -527,62 +661,65 @@ def test_scores_that_do_not_fit_are_refused(
 ) -> None:
     at_budget: Edit = lambda rows: [r for r in rows if r.get("evaluations", BUDGET) == BUDGET]
     edit(at.run("fair-s1") / f"{name}.parquet", table, lambda rows: change(at_budget(rows)))
-    with pytest.raises(UserError, match=text) as caught:
-        make_table("main", table_spec(evaluations=BUDGET), at)
-    assert "\n" not in str(caught.value)
+    refuses(text.format(run="fair-s1"), lambda: table_of(at, evaluations=BUDGET))
 
 
-def test_arms_of_different_evaluations_are_not_compared(tmp_path: Path) -> None:
-    at = study(tmp_path)
-    other = config("other", 0, evaluate={"samples": 3})
-    at = Layout(Study("small", str(tmp_path), {**at.study.runs, other.run: other}))
-    with pytest.raises(UserError, match=r"sections\.All: arms 'good' and 'other' have different"):
-        make_table("main", table_spec(sections={"All": ["good", "other"]}), at)
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        *MISFITS,
+        (WITHOUT_QUALITY, r"rewards other, but"),
+        (lambda rows: [], r"holds no score"),
+    ],
+)
+def test_scores_of_other_prompts_are_not_compared(one: Layout, change: Edit, text: str) -> None:
+    write_results(one.run("one"), "one", 0.25, 30, edit=change)
+    refuses(text.format(run="one"), lambda: compared(one))
+    assert not one.comparison.parent.exists()
+
+
+def test_a_comparison_of_damaged_inputs_is_one_line(one: Layout) -> None:
+    write_results(one.run("one"), "one", 0.25, 30, size=16)
+    refuses("differ in size", lambda: compared(one))
+    (one.run("one") / "train.json").write_text('{"iterations": 3}')
+    refuses("nfe_forward", lambda: compared(one))
+    refuses("damaged image", lambda: decode_png(b"no png", one.root))
+    refuses("no run", lambda: make_comparison(layout(one.root), one.comparison))
 
 
 @pytest.mark.parametrize("name", ["scores.parquet", "snapshots.parquet", "train.json"])
 def test_missing_and_damaged_files_are_one_line(at: Layout, name: str) -> None:
     path = at.run("same-s2") / name
-    spec = table_spec(evaluations=BUDGET)
-    for content in (b"damaged", None):
+    for content, what in ((b"damaged", "damaged"), (None, "no such file")):
         path.write_bytes(content) if content else path.unlink()
-        with pytest.raises(UserError, match="damaged" if content else "no such file") as caught:
-            make_table("main", spec, at)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
+        refuses(f"{path}.*{what}", lambda: table_of(at, evaluations=BUDGET))
 
 
-def test_a_training_record_without_a_cost_is_refused(at: Layout) -> None:
-    (at.run("good-s0") / "train.json").write_text('{"iterations": 3}')
-    with pytest.raises(UserError, match="nfe_forward"):
-        make_table("main", table_spec(), at)
-
-
-def test_one_budget_means_one_set_of_weights(at: Layout) -> None:
+def test_what_a_table_cannot_know_is_refused(at: Layout) -> None:
     path = at.run("good-s0") / "snapshots.parquet"
     edit(path, SNAPSHOTS, lambda rows: [r | {"nfe": r["nfe"] + r["sample"]} for r in rows])
-    with pytest.raises(UserError, match="500 evaluations stand for different weights"):
-        make_table("main", table_spec(evaluations=BUDGET), at)
-
-
-def test_a_missing_base_is_named(at: Layout) -> None:
+    text = "500 evaluations stand for different weights"
+    refuses(text, lambda: table_of(at, evaluations=BUDGET))
     (at.base("good-s0") / "scores.parquet").unlink()
-    with pytest.raises(UserError, match=r"base/\w+/scores\.parquet: no such file"):
-        make_table("main", table_spec(), at)
+    refuses(r"base/\w+/scores\.parquet: no such file", lambda: table_of(at))
+    (at.run("good-s0") / "train.json").write_text('{"iterations": 3}')
+    refuses("nfe_forward", lambda: table_of(at))
+    other = config("other-s0", arm="other", evaluate={"samples": 3})
+    both = layout(at.root.parent, *at.study.runs.values(), other)
+    text = r"sections\.All: arms 'good' and 'other' have different"
+    refuses(text, lambda: table_of(both, sections={"All": ["good", "other"]}))
 
 
-def test_peak_memory_may_be_unknown(at: Layout) -> None:
-    for run in at.study.runs:
-        path = at.run(run) / "train.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_mib": None}))
-    rows = make_table("main", table_spec(), at)
-    assert {r["peak_memory_mib"] for r in rows} == {None}
-
-
-def test_results_need_neither_torch_nor_trackers() -> None:
-    code = (
-        "import sys, egrpo.report.results\n"
-        "print([m for m in ('torch', 'mlflow', 'pandas', 'matplotlib') if m in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("report.results report.report page.page", ("matplotlib",)),
+        ("figures.draw", ("matplotlib.pyplot",)),
+    ],
+)
+def test_results_are_told_without_heavy_packages(modules: str, heavy: tuple[str, ...]) -> None:
+    names = ", ".join(f"egrpo.{name}" for name in modules.split())
+    unwanted = ("torch", "mlflow", "pandas", *heavy)
+    code = f"import sys, {names}\nprint([m for m in {unwanted!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

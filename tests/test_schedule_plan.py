@@ -19,33 +19,18 @@ from egrpo.core.entropy import profile, step_entropy
 from egrpo.core.noise import flow_sde_std
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import check_sigmas, shifted_sigmas, stock_end
-from egrpo.methods.shapes import egrpo
+from egrpo.methods.shapes import planned_branches
 
-PAPER_GRID = shifted_sigmas(16, 3.0)
-PAPER_ENTROPY = [
-    2.8929,
-    2.9885,
-    2.1366,
-    1.7631,
-    1.5423,
-    1.3921,
-    1.2810,
-    1.1934,
-    1.1204,
-    1.0563,
-    0.9966,
-    0.9369,
-    0.8722,
-    0.7950,
-    0.6915,
-]
-PAPER_PLANS = [  # tau, spans of steps 0..7, ODE evaluations after the branches
-    (0.0, (1, 1, 1, 1, 1, 1, 1, 1), 92),
-    (1.8, (1, 1, 1, 2, 2, 2, 2, 3), 86),
-    (2.0, (1, 1, 1, 2, 2, 2, 3, 3), 85),
-    (2.2, (1, 1, 2, 2, 2, 3, 3, 3), 83),
-    (2.6, (1, 1, 2, 3, 3, 4, 4, 4), 78),
-]
+GRID = shifted_sigmas(16, 3.0)
+SINGLE = """2.8929 2.9885 2.1366 1.7631 1.5423 1.3921 1.2810 1.1934 1.1204 1.0563 0.9966 0.9369
+0.8722 0.7950 0.6915"""
+"""Published entropy of the single steps."""
+MEASURES = {"exp_per_dim": (0.05, 6), "nats_per_dim": (-2, 2), "variance": (0.01, 4)}
+"""Thresholds to draw from."""
+
+
+def planned(active: Any = range(8), **how: Any) -> Plan:
+    return make_plan(GRID, active, **{"noise_level": 0.7, **how})
 
 
 def entropy_table(steps: int, shift: float, level: float, measure: str) -> np.ndarray:
@@ -58,154 +43,102 @@ def entropy_table(steps: int, shift: float, level: float, measure: str) -> np.nd
     length[length <= 0] = np.nan
     variance = level**2 * (sigma / from_data)[:, None] * length
     nats = 0.5 * np.log(2 * np.pi * np.e * variance)
-    return {"exp_per_dim": np.exp(nats), "nats_per_dim": nats, "variance": variance / level**2}[
-        measure
-    ]
+    table = {"exp_per_dim": np.exp(nats), "nats_per_dim": nats, "variance": variance / level**2}
+    return table[measure]
 
 
-@pytest.mark.parametrize(("tau", "spans", "evaluations"), PAPER_PLANS)
-def test_plan_equals_the_table_of_the_paper_settings(tau, spans, evaluations):
-    plan = make_plan(PAPER_GRID, range(8), threshold=tau, noise_level=0.7)
-    assert plan.active == tuple(range(8))
-    assert plan.spans == spans
-    assert plan.warnings == ()
+# --- plans ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tau", "spans", "evaluations"),  # of the steps 0..7; evaluations after the branches
+    [
+        (0.0, (1, 1, 1, 1, 1, 1, 1, 1), 92),
+        (1.8, (1, 1, 1, 2, 2, 2, 2, 3), 86),
+        (2.0, (1, 1, 1, 2, 2, 2, 3, 3), 85),
+        (2.2, (1, 1, 2, 2, 2, 3, 3, 3), 83),
+        (2.6, (1, 1, 2, 3, 3, 4, 4, 4), 78),
+    ],
+)
+def test_plan_and_entropy_equal_those_of_the_paper(tau, spans, evaluations):
+    plan = planned(threshold=tau)
+    assert (plan.active, plan.spans, plan.warnings) == (tuple(range(8)), spans, ())
     assert plan.nfe() == {"anchor": 8, "suffix_per_sample": evaluations, "train": 8}
-
-
-def test_entropy_of_single_steps_equals_the_published_values():
-    plan = make_plan(PAPER_GRID, range(8), threshold=2.2, noise_level=0.7)
-    np.testing.assert_allclose(plan.entropy, PAPER_ENTROPY, atol=5e-5, rtol=0)
+    np.testing.assert_allclose(plan.entropy, [*map(float, SINGLE.split())], atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("span", [2, 4, 6])
 def test_fixed_spans_of_table_2(span):
-    plan = make_plan(PAPER_GRID, range(8), span=span, noise_level=0.7)
-    assert plan.spans == (span,) * 8
-    assert plan.threshold is None
+    plan = planned(span=span)
+    assert (plan.spans, plan.threshold) == ((span,) * 8, None)
     assert plan.nfe()["suffix_per_sample"] == sum(16 - i - span for i in range(8))
 
 
 @st.composite
 def plan_settings(draw: st.DrawFn) -> dict[str, Any]:
-    measure = draw(st.sampled_from(["exp_per_dim", "nats_per_dim", "variance"]))
-    low, high = {"exp_per_dim": (0.05, 6), "nats_per_dim": (-2, 2), "variance": (0.01, 4)}[measure]
+    measure = draw(st.sampled_from(sorted(MEASURES)))
     steps = draw(st.integers(4, 40))
     active = draw(st.sets(st.integers(0, steps - 2), min_size=1, max_size=12))
-    return {
-        "steps": steps,
-        "shift": draw(st.floats(0.5, 8)),
-        "level": draw(st.floats(0.1, 1.5)),
-        "measure": measure,
-        "active": sorted(active),
-        "tau": draw(st.floats(low, high)),
-    }
+    of = {"steps": steps, "shift": draw(st.floats(0.5, 8)), "level": draw(st.floats(0.1, 1.5))}
+    tau = draw(st.floats(*MEASURES[measure]))
+    return {**of, "measure": measure, "active": sorted(active), "tau": tau}
+
+
+def made(s: dict[str, Any], tau: float) -> Plan:
+    how = {"threshold": tau, "noise_level": s["level"], "measure": s["measure"]}
+    return make_plan(shifted_sigmas(s["steps"], s["shift"]), s["active"], **how)
 
 
 @settings(max_examples=150, deadline=None)
-@given(plan_settings())
-def test_spans_are_the_least_that_reach_the_threshold(s):
+@given(plan_settings(), st.floats(0.0, 3.0), st.integers(1, 4))
+def test_spans_are_the_least_that_reach_the_threshold(s, more, samples):
+    """They never shrink as it rises; the plan's evaluations are those of its tree."""
     table = entropy_table(s["steps"], s["shift"], s["level"], s["measure"])
     assume(np.nanmin(np.abs(table - s["tau"])) > 1e-9 and s["tau"] != 0)
     expected, out_of_reach = [], []
     for i in s["active"]:
         reached = np.flatnonzero(table[i, i + 1 : s["steps"]] >= s["tau"])
-        if reached.size:
-            expected.append(int(reached[0]) + 1)
-        else:
-            expected.append(s["steps"] - 1 - i)
-            out_of_reach.append(i)
-    plan = make_plan(
-        shifted_sigmas(s["steps"], s["shift"]),
-        s["active"],
-        threshold=s["tau"],
-        noise_level=s["level"],
-        measure=s["measure"],
-    )
+        out_of_reach += [] if reached.size else [i]
+        expected.append(int(reached[0]) + 1 if reached.size else s["steps"] - 1 - i)
+    plan = made(s, s["tau"])
     assert list(plan.spans) == expected
     assert [int(re.match(r"step (\d+):", w)[1]) for w in plan.warnings] == out_of_reach
     assert all(plan.sigmas[i + n] > 0 for i, n in zip(plan.active, plan.spans, strict=True))
     singles = [table[i, i + 1] for i in range(s["steps"] - 1)]
     np.testing.assert_allclose(plan.entropy, singles, rtol=1e-9, atol=1e-9)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-
-
-@settings(max_examples=50, deadline=None)
-@given(plan_settings(), st.floats(0.0, 3.0))
-def test_spans_never_shrink_as_the_threshold_rises(s, more):
-    def spans(tau):
-        return make_plan(
-            shifted_sigmas(s["steps"], s["shift"]),
-            s["active"],
-            threshold=tau,
-            noise_level=s["level"],
-            measure=s["measure"],
-        ).spans
-
-    assume(s["tau"] != 0 and s["tau"] + more != 0)
-    assert all(a <= b for a, b in zip(spans(s["tau"]), spans(s["tau"] + more), strict=True))
-
-
-@pytest.mark.parametrize("measure", ["exp_per_dim", "nats_per_dim", "variance"])
-def test_threshold_zero_merges_nothing_in_every_measure(measure):
-    plan = make_plan(PAPER_GRID, range(15), threshold=0, noise_level=0.05, measure=measure)
-    assert plan.spans == (1,) * 15
-
-
-@settings(max_examples=30, deadline=None)
-@given(plan_settings(), st.integers(1, 4))
-def test_evaluations_of_the_plan_are_those_of_its_tree(s, samples):
-    plan = make_plan(
-        shifted_sigmas(s["steps"], s["shift"]),
-        s["active"],
-        threshold=s["tau"],
-        noise_level=s["level"],
-        measure=s["measure"],
-    )
-    nfe, cost = plan.nfe(), egrpo(plan, samples).cost
+    if s["tau"] + more != 0:
+        higher = made(s, s["tau"] + more)
+        assert all(a <= b for a, b in zip(plan.spans, higher.spans, strict=True))
+    nfe, cost = plan.nfe(), planned_branches(plan, samples).cost
     assert cost.forward == nfe["anchor"] + samples * nfe["suffix_per_sample"]
     assert cost.train == nfe["train"] == len(plan.active)
 
 
-def test_unreachable_threshold_is_capped_with_a_warning_that_names_the_step():
-    plan = make_plan(PAPER_GRID, range(8, 15), threshold=2.6, noise_level=0.7)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_threshold_zero_merges_nothing_in_every_measure(measure):
+    plan = planned(range(15), threshold=0, noise_level=0.05, measure=measure)
+    assert plan.spans == (1,) * 15
+
+
+def test_steps_out_of_reach_are_capped_dropped_or_refused():
+    plan = planned(range(8, 15), threshold=2.6)
     reach = entropy_table(16, 3.0, 0.7, "exp_per_dim")[:, 15]
     beyond = [i for i in range(8, 15) if not reach[i] >= 2.6]
-    assert beyond
-    assert len(beyond) < 7
+    assert 0 < len(beyond) < 7
     assert [w.split(":")[0] for w in plan.warnings] == [f"step {i}" for i in beyond]
     assert all(plan.active[k] + plan.spans[k] == 15 for k in range(7) if 8 + k in beyond)
     assert f"capped at {15 - beyond[0]}" in plan.warnings[0]
     assert "2.6" in plan.warnings[0]
-
-
-def test_unreachable_steps_can_be_dropped():
-    capped = make_plan(PAPER_GRID, range(8, 15), threshold=2.6, noise_level=0.7)
-    dropped = make_plan(
-        PAPER_GRID, range(8, 15), threshold=2.6, noise_level=0.7, on_unreachable="drop"
-    )
-    named = {int(w.split()[1].rstrip(":")) for w in capped.warnings}
-    assert set(dropped.active) == set(range(8, 15)) - named
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.to_dict()["nfe"] == plan.nfe()
+    dropped = planned(range(8, 15), threshold=2.6, on_unreachable="drop")
+    assert set(dropped.active) == set(range(8, 15)) - set(beyond)
     assert all("left out" in w for w in dropped.warnings)
-    assert len(dropped.warnings) == len(named)
-
-
-def test_unreachable_steps_can_be_refused():
-    with pytest.raises(ValueError, match=r"step 14: threshold 2\.6 .*longest span is 1"):
-        make_plan(PAPER_GRID, [14], threshold=2.6, noise_level=0.7, on_unreachable="error")
-    with pytest.raises(ValueError, match=r"step 7: span 9 would land on sigma = 0"):
-        make_plan(PAPER_GRID, range(8), span=9, noise_level=0.7, on_unreachable="error")
-
-
-def test_dropping_every_step_is_refused():
-    with pytest.raises(ValueError, match="no active step is left"):
-        make_plan(PAPER_GRID, [13, 14], threshold=9.0, noise_level=0.7, on_unreachable="drop")
-
-
-def test_fixed_span_that_would_reach_the_image_is_capped():
-    plan = make_plan(PAPER_GRID, [8, 12], span=6, noise_level=0.7)
-    assert plan.spans == (6, 3)
-    assert len(plan.warnings) == 1
-    assert plan.warnings[0].startswith("step 12:")
+    assert len(dropped.warnings) == len(beyond)
+    fixed = planned([8, 12], span=6)
+    assert fixed.spans == (6, 3)
+    assert [w.split(":")[0] for w in fixed.warnings] == ["step 12"]
 
 
 @pytest.mark.parametrize(
@@ -220,13 +153,20 @@ def test_fixed_span_that_would_reach_the_image_is_capped():
         ([2], {"measure": "bits"}, "measure must be one of"),
         ([2], {"span": 2}, "either a threshold or a fixed span"),
         ([2], {"threshold": None}, "either a threshold or a fixed span"),
-        ([2], {"threshold": None, "span": 0}, "span"),
-        ([2], {"threshold": None, "span": -3}, "span"),
+        ([2], {"threshold": None, "span": 0}, "a fixed span must be at least 1, got 0"),
+        ([2], {"threshold": None, "span": -3}, "a fixed span must be at least 1, got -3"),
+        ([14], {"threshold": 2.6, "on_unreachable": "error"}, r"14: .* 2\.6 .*longest span is 1"),
+        (
+            range(8),
+            {"threshold": None, "span": 9, "on_unreachable": "error"},
+            "step 7: span 9 would land on sigma = 0",
+        ),
+        ([13, 14], {"threshold": 9.0, "on_unreachable": "drop"}, "no active step is left"),
     ],
 )
 def test_impossible_plans_are_refused(active, change, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(PAPER_GRID, active, **{"threshold": 2.2, "noise_level": 0.7, **change})
+        planned(active, **{"threshold": 2.2, **change})
 
 
 @pytest.mark.parametrize(
@@ -244,33 +184,30 @@ def test_impossible_plans_are_refused(active, change, message):
         ("spans", [1, 1, 2, 2, 2, 3, 3, 9], r"span 9 at step 7 must be 1\.\.8"),
         ("spans", [1, 1, 2, 2, 2, 3, 3, 0], "span 0 at step 7"),
         ("spans", [1, 1, 2, 2, 2, 3, 3, 2.5], "whole numbers"),
+        ("samples", [2] * 7, "7 samples for 8 steps"),
+        ("samples", [2] * 7 + [1], "at least 2"),
         ("dynamics", "flowsde", "unknown dynamics 'flowsde'"),
         ("measure", "bits", "measure 'bits'"),
     ],
 )
 def test_damaged_plans_are_refused(key, value, message):
-    data = make_plan(PAPER_GRID, range(8), threshold=2.2, noise_level=0.7).to_dict()
-    data[key] = value
+    data = planned(threshold=2.2).to_dict() | {key: value}
     with pytest.raises(ValueError, match=message):
         Plan.from_dict(data)
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["sigmas", "entropy", "active", "spans", "threshold", "measure", "dynamics", "noise_level"],
-)
+OPTIONAL = {"warnings", "samples", "nfe"}
+
+
+@pytest.mark.parametrize("key", sorted(set(planned(threshold=2.2).to_dict()) - OPTIONAL))
 def test_plans_that_lack_a_key_are_refused(key):
-    data = make_plan(PAPER_GRID, range(8), threshold=2.2, noise_level=0.7).to_dict()
+    data = planned(threshold=2.2).to_dict()
     del data[key]
     with pytest.raises(ValueError, match=f"no key '{key}'"):
         Plan.from_dict(data)
 
 
-def test_plan_survives_json():
-    plan = make_plan(PAPER_GRID, range(8, 15), threshold=2.6, noise_level=0.7)
-    text = json.dumps(plan.to_dict())
-    assert Plan.from_dict(json.loads(text)) == plan
-    assert json.loads(text)["nfe"] == plan.nfe()
+# --- grids ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(16, 3.0), (10, 3.0), (50, 3.0), (25, 1.0), (8, 6.5)])
@@ -299,28 +236,30 @@ def test_stock_grid_is_what_the_scheduler_makes_of_a_number_of_steps(steps, shif
 
 
 def test_stock_grid_of_ten_steps():
-    assert stock_end(3.0, dynamic=False) == pytest.approx(0.002994, abs=1e-6)
+    end = stock_end(3.0, dynamic=False)
+    assert end == pytest.approx(0.002994, abs=1e-6)
     known = (1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0)
-    grid = shifted_sigmas(10, 3.0, end=stock_end(3.0, dynamic=False))
+    grid = shifted_sigmas(10, 3.0, end=end)
     assert grid == pytest.approx(known, abs=5e-5)
-    assert shifted_sigmas(1, 3.0, end=stock_end(3.0, dynamic=False)) == (1.0, 0.0)
+    one = shifted_sigmas(1, 3.0, end=end)
+    assert check_sigmas(one) == one == (1.0, 0.0)
     # Flow-GRPO's last, untrained step adds this much noise to the rewarded latent
     assert flow_sde_std(grid, 9, 10, 0.7) == pytest.approx(0.0063, abs=5e-5)
     assert flow_sde_std(shifted_sigmas(10, 3.0), 9, 10, 0.7) == pytest.approx(0.202, abs=5e-4)
 
 
-@pytest.mark.parametrize("end", [0.0, 1.0, -0.1, math.nan])
-def test_an_impossible_end_is_refused(end):
-    with pytest.raises(ValueError, match="end must lie"):
-        shifted_sigmas(10, 3.0, end=end)
-
-
 @pytest.mark.parametrize(
-    ("steps", "shift"), [(0, 3.0), (-4, 3.0), (16, 0.0), (16, -1.0), (16, math.inf), (16, math.nan)]
+    ("steps", "shift", "end"),
+    [
+        *((steps, 3.0, None) for steps in (0, -4)),
+        *((16, shift, None) for shift in (0.0, -1.0, math.inf, math.nan)),
+        *((10, 3.0, end) for end in (0.0, 1.0, -0.1, math.nan)),
+    ],
 )
-def test_impossible_schedules_are_refused(steps, shift):
-    with pytest.raises(ValueError, match=r"steps|shift"):
-        shifted_sigmas(steps, shift)
+def test_impossible_schedules_are_refused(steps, shift, end):
+    key = "steps" if steps < 1 else "shift" if end is None else "end must lie"
+    with pytest.raises(ValueError, match=key):
+        shifted_sigmas(steps, shift, end=end)
 
 
 @pytest.mark.parametrize("grid", [[1.0], [], [1, 0.5, 0.5, 0], [1, math.nan, 0], [1, 0.2]])
@@ -329,23 +268,22 @@ def test_check_sigmas_refuses_what_is_no_grid(grid):
         check_sigmas(grid)
 
 
+# --- entropy --------------------------------------------------------------------------------------
+
+
 def test_entropy_of_other_dynamics_and_of_no_noise():
-    grid = shifted_sigmas(10, 2.0)
-    unit = math.sqrt(2 * math.pi * math.e)
+    grid, unit = shifted_sigmas(10, 2.0), math.sqrt(2 * math.pi * math.e)
     dance = step_entropy(grid, 3, 2, noise_level=0.3, dynamics="dance_sde")
     assert dance == pytest.approx(unit * 0.3 * math.sqrt(grid[3] - grid[5]))
     cps = step_entropy(grid, 3, 2, noise_level=0.5, dynamics="cps")
     assert cps == pytest.approx(unit * grid[5] * math.sqrt(0.5))
     assert step_entropy(grid, 3, 2, noise_level=0.0) == 0.0
     assert step_entropy(grid, 3, 2, noise_level=0.0, measure="nats_per_dim") == -math.inf
+    assert len(profile(GRID, noise_level=0.7)) == 15  # steps that land on the image are left out
+    assert len(profile(GRID, 4, noise_level=0.7)) == 12
 
 
 @pytest.mark.parametrize(("start", "span"), [(0, 0), (-1, 2), (8, 3), (10, 1)])
 def test_entropy_of_a_step_off_the_grid_is_refused(start, span):
     with pytest.raises(ValueError, match="leaves the schedule"):
         step_entropy(shifted_sigmas(10, 2.0), start, span, noise_level=0.7)
-
-
-def test_profile_leaves_out_steps_that_land_on_the_image():
-    assert len(profile(PAPER_GRID, noise_level=0.7)) == 15
-    assert len(profile(PAPER_GRID, 4, noise_level=0.7)) == 12

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.spread import Spread, allocate, choose_threshold
 from egrpo.core.tree import Cost
 from egrpo.errors import UserError
-from egrpo.methods.shapes import egrpo
-from egrpo.planning.trees import plan_of, training_sigmas, tree_of
+from egrpo.methods.shapes import planned_branches
+from egrpo.planning.grids import training_sigmas
+from egrpo.planning.trees import plan_of, tree_of
 
 MEASURES = ("exp_per_dim", "nats_per_dim", "variance")
+GRID = shifted_sigmas(16, 3.0)
 
 
 def curve(points: Sequence[tuple[float, float]]) -> list[Spread]:
@@ -31,6 +34,11 @@ def curve(points: Sequence[tuple[float, float]]) -> list[Spread]:
         Spread(n, 1, {"exp_per_dim": e, "nats_per_dim": math.log(e), "variance": e * e / 10}, value)
         for n, (e, value) in enumerate(points)
     ]
+
+
+def entropies(step: int, span: int) -> dict[str, float]:
+    """Closed form of Flow-SDE by measure."""
+    return {m: step_entropy(GRID, step, span, noise_level=0.7, measure=m) for m in MEASURES}
 
 
 def pool_adjacent_violators(values: Sequence[float]) -> list[float]:
@@ -55,22 +63,12 @@ def test_threshold_is_the_first_entropy_whose_fit_exceeds_the_factor():
     choice = choose_threshold(spreads, "exp_per_dim", 1.0)
     assert choice.entropy.tolist() == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert choice.fitted.tolist() == pytest.approx([0.2, 0.7, 0.7, 1.5, 5.0])
-    assert choice.threshold == 2.5
-    assert choose_threshold(spreads, "exp_per_dim", 0.69).threshold == 1.5
-    assert choose_threshold(spreads, "exp_per_dim", 0.71).threshold == 2.5
-    assert choose_threshold(spreads, "exp_per_dim", 4.9).threshold == 3.0
-
-
-def test_reaching_the_factor_is_not_exceeding_it():
-    spreads = curve([(1.0, 1.0), (2.0, 1.0), (3.0, 2.0)])
-    assert choose_threshold(spreads, "exp_per_dim", 1.0).threshold == 3.0
-
-
-def test_a_lucky_step_of_little_entropy_does_not_set_the_threshold():
-    spreads = curve([(1.0, 3.0), (1.5, 0.1), (2.0, 0.2), (2.5, 0.3), (3.0, 4.0)])
-    choice = choose_threshold(spreads, "exp_per_dim", 1.0)
-    assert choice.fitted[:4].tolist() == pytest.approx([0.9] * 4)
-    assert choice.threshold == 3.0
+    for factor, tau in ((0.69, 1.5), (0.71, 2.5), (1.0, 2.5), (4.9, 3.0)):
+        assert choose_threshold(spreads, "exp_per_dim", factor).threshold == tau
+    reached = curve([(1.0, 1.0), (2.0, 1.0), (3.0, 2.0)])  # which is not to exceed it
+    assert choose_threshold(reached, "exp_per_dim", 1.0).threshold == 3.0
+    lucky = curve([(1.0, 3.0), (1.5, 0.1), (2.0, 0.2), (2.5, 0.3), (3.0, 4.0)])
+    assert choose_threshold(lucky, "exp_per_dim", 1.0).threshold == 3.0
 
 
 @settings(max_examples=100, deadline=None)
@@ -94,40 +92,23 @@ def test_threshold_by_brute_force(values, factor):
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_threshold_is_in_the_measure_asked_for_and_rounded_down(measure):
+def test_threshold_is_in_the_measure_asked_for_rounded_down_and_leaves_its_step_single(measure):
+    """Rounding up would ask that very step for more entropy than it has, and merge it."""
     spreads = curve([(0.3, 0.5), (0.98765, 2.0), (2.0, 3.0)])
     exact = spreads[1].entropy[measure]
     threshold = choose_threshold(spreads, measure, 1.0).threshold
     assert threshold == math.floor(exact * 10_000) / 10_000
     assert threshold < exact < threshold + 1e-4  # nats are negative here: down, not toward 0
-
-
-@pytest.mark.parametrize("measure", MEASURES)
-def test_a_plan_with_the_threshold_leaves_the_step_that_set_it_single(measure):
-    """Rounding up would ask that very step for more entropy than it has, and merge it."""
-    sigmas, level = shifted_sigmas(16, 3.0), 0.7
-
-    def entropy(step: int, span: int) -> dict[str, float]:
-        how = {"noise_level": level, "dynamics": "flow_sde"}
-        return {m: step_entropy(sigmas, step, span, measure=m, **how) for m in MEASURES}
-
     for chosen in range(1, 9):
-        spreads = [
-            Spread(step, 1, entropy(step, 1), 2.0 if step <= chosen else 0.5) for step in range(15)
-        ]
+        values = [2.0 if step <= chosen else 0.5 for step in range(15)]
+        spreads = [Spread(step, 1, entropies(step, 1), v) for step, v in enumerate(values)]
         tau = choose_threshold(spreads, measure, 1.0).threshold
-        plan = make_plan(sigmas, range(1, 10), threshold=tau, noise_level=level, measure=measure)
-        spans = dict(zip(plan.active, plan.spans, strict=True))
-        assert [step for step, span in spans.items() if span == 1] == list(range(1, chosen + 1))
+        plan = make_plan(GRID, range(1, 10), threshold=tau, noise_level=0.7, measure=measure)
+        single = [step for step, span in zip(plan.active, plan.spans, strict=True) if span == 1]
+        assert single == list(range(1, chosen + 1))
 
 
-def test_a_curve_that_never_exceeds_the_factor_is_refused():
-    spreads = curve([(1.0, 0.2), (2.0, 0.9), (3.0, 0.5)])
-    with pytest.raises(ValueError, match=r"more than 1 times the yardstick \(at most 0\.7\)"):
-        choose_threshold(spreads, "exp_per_dim", 1.0)
-
-
-def test_unmeasured_spread_is_left_out():
+def test_unmeasured_spread_is_left_out_and_a_low_curve_refused():
     spreads = curve([(1.0, math.nan), (2.0, 1.5), (3.0, math.inf), (0.5, 0.1)])
     choice = choose_threshold(spreads, "exp_per_dim", 1.0)
     assert choice.entropy.tolist() == [0.5, 2.0]
@@ -135,57 +116,51 @@ def test_unmeasured_spread_is_left_out():
     for nothing in ([], curve([(1.0, math.nan)])):
         with pytest.raises(ValueError, match="holds no measured spread"):
             choose_threshold(nothing, "exp_per_dim", 1.0)
+    low = curve([(1.0, 0.2), (2.0, 0.9), (3.0, 0.5)])
+    with pytest.raises(ValueError, match=r"more than 1 times the yardstick \(at most 0\.7\)"):
+        choose_threshold(low, "exp_per_dim", 1.0)
 
 
 # --- allocation -----------------------------------------------------------------------------------
 
-GRID = shifted_sigmas(16, 3.0)
 
-
-def plan_with(spans: Sequence[int]) -> Plan:
-    """A plan of the first steps with these spans."""
+def shares(
+    spans: Sequence[int], values: dict[tuple[int, int], float], group_size: int
+) -> tuple[int, ...]:
+    """Samples of the first steps with these spans, by spread at (step, span)."""
     made = make_plan(GRID, range(len(spans)), span=1, noise_level=0.7)
-    return replace(made, spans=tuple(spans))
-
-
-def measured(values: dict[tuple[int, int], float]) -> list[Spread]:
-    return [Spread(step, span, {}, value) for (step, span), value in values.items()]
-
-
-def test_samples_are_in_proportion_to_spread():
-    plan = plan_with([1, 1, 1, 1])
-    spreads = measured({(0, 1): 4.0, (1, 1): 3.0, (2, 1): 2.0, (3, 1): 1.0})
-    assert allocate(plan, spreads, 12) == (2 + 16, 2 + 12, 2 + 8, 2 + 4)
-    assert allocate(plan, spreads, 2) == (2, 2, 2, 2)
-
-
-def test_what_rounding_leaves_goes_to_the_largest_remainders():
-    plan = plan_with([1, 1, 1])
-    spreads = measured({(0, 1): 0.5, (1, 1): 0.3, (2, 1): 0.2})
-    assert allocate(plan, spreads, 5) == (2 + 4, 2 + 3, 2 + 2)  # of 9: 4.5, 2.7, 1.8
-    assert allocate(plan, spreads, 4) == (2 + 3, 2 + 2, 2 + 1)  # of 6: 3, 1.8, 1.2
+    spreads = [Spread(step, span, {}, value) for (step, span), value in values.items()]
+    return allocate(replace(made, spans=tuple(spans)), spreads, group_size)
 
 
 @pytest.mark.parametrize(
-    ("spans", "values"), [((2, 1), (2.0, 1.0)), ((3, 1), (3.0, 1.0)), ((6, 1), (5.0, 1.0))]
+    ("values", "group_size", "more"),
+    [
+        ((4.0, 3.0, 2.0, 1.0), 12, (16, 12, 8, 4)),
+        ((4.0, 3.0, 2.0, 1.0), 2, (0, 0, 0, 0)),
+        ((0.5, 0.3, 0.2), 5, (4, 3, 2)),  # of 9: 4.5, 2.7, 1.8; largest remainders first
+        ((0.5, 0.3, 0.2), 4, (3, 2, 1)),  # of 6: 3, 1.8, 1.2
+        ((0.0, 0.0), 7, (5, 5)),  # without any spread they share alike
+    ],
 )
-def test_spread_between_measured_spans_is_interpolated(spans, values):
+def test_samples_beyond_two_are_in_proportion_to_spread(values, group_size, more):
+    spread = {(step, 1): value for step, value in enumerate(values)}
+    samples = shares([1] * len(values), spread, group_size)
+    assert samples == tuple(2 + n for n in more)
+
+
+@pytest.mark.parametrize(("span", "value"), [(2, 2.0), (3, 3.0), (6, 4.0)])
+def test_spread_between_measured_spans_is_interpolated(span, value):
     """Step 0 was measured at spans 1, 2 and 4; beyond the last its value stays."""
-    spreads = measured({(0, 4): 5.0 if spans[0] > 4 else 4.0, (0, 1): 1.0, (0, 2): 2.0, (1, 1): 1})
-    free = 10 * 2
-    first = free * values[0] / sum(values)
-    samples = allocate(plan_with(spans), spreads, 12)
+    samples = shares((span, 1), {(0, 4): 4.0, (0, 1): 1.0, (0, 2): 2.0, (1, 1): 1.0}, 12)
     assert sum(samples) == 24
-    assert abs(samples[0] - 2 - first) < 1
+    assert abs(samples[0] - 2 - 20 * value / (value + 1)) < 1
 
 
-def test_steps_without_any_spread_share_alike_and_unmeasured_ones_are_refused():
-    zeros = measured({(0, 1): 0.0, (1, 1): 0.0})
-    assert allocate(plan_with([1, 1]), zeros, 7) == (7, 7)
+@pytest.mark.parametrize("rest", [{}, {(1, 1): math.nan}])
+def test_a_step_without_measured_spread_is_refused(rest):
     with pytest.raises(ValueError, match="no measured spread at step 1"):
-        allocate(plan_with([1, 1]), zeros[:1], 7)
-    with pytest.raises(ValueError, match="no measured spread at step 1"):
-        allocate(plan_with([1, 1]), [*zeros[:1], Spread(1, 1, {}, math.nan)], 7)
+        shares([1, 1], {(0, 1): 0.0, **rest}, 7)
 
 
 @settings(max_examples=100, deadline=None)
@@ -195,25 +170,20 @@ def test_steps_without_any_spread_share_alike_and_unmeasured_ones_are_refused():
 )
 def test_allocation_keeps_the_sum_the_least_and_the_order(values, group_size):
     n = len(values)
-    spreads = measured({(step, 1): value for step, value in enumerate(values)})
-    samples = allocate(plan_with([1] * n), spreads, group_size)
+    samples = shares([1] * n, {(step, 1): v for step, v in enumerate(values)}, group_size)
     assert sum(samples) == group_size * n
     assert min(samples) >= 2
-    total = sum(values)
-    if total > 1e-6:
-        wanted = [(group_size - 2) * n * value / total for value in values]
+    if sum(values) > 1e-6:
+        wanted = [(group_size - 2) * n * value / sum(values) for value in values]
         assert all(abs(s - 2 - w) < 1 + 1e-9 for s, w in zip(samples, wanted, strict=True))
-    order = np.argsort(values, kind="stable")
-    ranked = [samples[k] for k in order]
-    steps = [values[k] for k in order]
-    for a in range(n - 1):
-        assert ranked[a] <= ranked[a + 1] or steps[a] == steps[a + 1]
+    ranked = sorted(zip(values, samples, strict=True), key=lambda pair: pair[0])
+    for (a, fewer), (b, more) in pairwise(ranked):
+        assert fewer <= more or a == b
 
 
 # --- what a run makes of it -----------------------------------------------------------------------
 
-SPANS = (1, 1, 2, 2, 2, 3, 3, 3)
-SAMPLES = (30, 20, 16, 10, 8, 6, 4, 2)
+SPANS, SAMPLES = (1, 1, 2, 2, 2, 3, 3, 3), (30, 20, 16, 10, 8, 6, 4, 2)
 
 
 def allocated() -> Plan:
@@ -224,62 +194,31 @@ def allocated() -> Plan:
 
 @pytest.mark.parametrize("anchors", [1, 2])
 def test_a_tree_takes_its_samples_from_the_plan(anchors):
-    tree = egrpo(allocated(), 12, anchors=anchors)
+    tree = planned_branches(allocated(), 12, anchors=anchors)
     groups = Counter(tree.nodes[k].group for k in tree.trained)
     assert groups == {8 * a + i: SAMPLES[i] for a in range(anchors) for i in range(8)}
-    suffix = sum(
-        n * (16 - i - span) for i, (n, span) in enumerate(zip(SAMPLES, SPANS, strict=True))
-    )
+    rows = enumerate(zip(SAMPLES, SPANS, strict=True))
+    suffix = sum(n * (16 - i - span) for i, (n, span) in rows)
     assert tree.cost == Cost(anchors * (8 + suffix), anchors * 8)
     drawn = [(tree.nodes[tree.nodes[k].parent].index, tree.nodes[k].sample) for k in tree.trained]
     assert len(set(drawn)) == len(drawn)  # no two branches share noise
-    some = egrpo(allocated(), 12, active=[1, 4])
+    some = planned_branches(allocated(), 12, active=[1, 4])
     assert Counter(some.nodes[k].group for k in some.trained) == {0: 20, 1: 8}
+    if anchors == 1:  # n parts give one optimizer step after each of n steps
+        parts = tree.parts(8)
+        assert all(tree.nodes[tree.source(edge)].index == part for edge, part in parts.items())
+        assert set(parts.values()) == set(range(8))
 
 
-def test_parts_of_an_allocated_plan_are_its_steps():
-    """As the setting train.updates says: n parts give one optimizer step after each of n steps."""
-    tree = egrpo(allocated(), 12)
-    parts = tree.parts(8)
-    by_step = {tree.nodes[tree.source(edge)].index: part for edge, part in parts.items()}
-    assert by_step == {i: i for i in range(8)}
-
-
-def profile_of(run) -> list[Spread]:
-    """Made-up spread that falls with the step and grows with the span."""
-    sigmas, m = training_sigmas(run), run.method
-    return [
-        Spread(
-            step,
-            span,
-            {
-                measure: step_entropy(
-                    sigmas,
-                    step,
-                    span,
-                    noise_level=m.noise_level,
-                    dynamics=m.dynamics,
-                    measure=measure,
-                )
-                for measure in MEASURES
-            },
-            span * (2.0 - step / 4),
-        )
-        for step in range(8)
-        for span in (1, 2, 4)
-    ]
+def auto(**more: object) -> tuple[object, list[Spread]]:
+    """A run whose threshold is automatic, and made-up spread: less by step, more by span."""
+    run = small_run(**{"method.threshold": "auto", "method.active": 8, **more})
+    pairs = [(step, span) for step in range(8) for span in (1, 2, 4)]
+    return run, [Spread(*pair, entropies(*pair), pair[1] * (2.0 - pair[0] / 4)) for pair in pairs]
 
 
 def test_auto_threshold_and_allocation_through_a_runs_settings():
-    run = small_run(
-        **{
-            "method.threshold": "auto",
-            "method.allocation": "profile",
-            "method.active": 8,
-            "method.group_size": 12,
-        }
-    )
-    spreads = profile_of(run)
+    run, spreads = auto(**{"method.allocation": "profile", "method.group_size": 12})
     plan = plan_of(run, training_sigmas(run), spreads)
     points = sorted((s.entropy["exp_per_dim"], s.value) for s in spreads)
     fitted = pool_adjacent_violators([value for _, value in points])
@@ -293,9 +232,9 @@ def test_auto_threshold_and_allocation_through_a_runs_settings():
 
 
 def test_an_auto_threshold_out_of_reach_is_refused_in_one_line():
-    run = small_run(**{"method.threshold": "auto", "method.spread_factor": 1000.0})
+    run, spreads = auto(**{"method.spread_factor": 1000.0})
     with pytest.raises(UserError) as caught:
-        plan_of(run, training_sigmas(run), profile_of(run))
+        plan_of(run, training_sigmas(run), spreads)
     text = str(caught.value)
     assert text.startswith("run egrpo: method.threshold")
     assert "lower method.spread_factor" in text

@@ -40,6 +40,7 @@ from tracked import (
     write_metrics,
 )
 
+from egrpo.config.keys import tracking_key
 from egrpo.config.load import Row, load_run
 from egrpo.config.models import Model, RunConfig, Tracking
 from egrpo.config.rewards import Custom, Remote, Verifier
@@ -48,7 +49,6 @@ from egrpo.ops import doctor
 from egrpo.settings import without_password
 from egrpo.store import journal
 from egrpo.store.files import read_json, write_json, write_text
-from egrpo.study.keys import tracking_key
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study, resolve_run
 from egrpo.tracking import client as tracking
@@ -319,7 +319,7 @@ def test_the_password_of_a_server_is_used_and_written_nowhere(
     log = tmp_path / "journal.jsonl"
     with LiveTracker(run, "k", store, log, tmp_path):
         journal.append(log, line(0))
-    publish(study, store, at.comparison, tmp_path / "published.json")
+    publish(Layout(study), store, at.comparison, tmp_path / "published.json")
     assert read_json(tmp_path / "published.json")["uri"] == f"http://127.0.0.1:{server}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PASSWORD}@127.0.0.1:9")
     prepare(study, tmp_path / "away.json")  # says that the server is away
@@ -394,7 +394,7 @@ def test_warnings_are_a_tag_while_training_and_after(store: Path, tmp_path: Path
         return client.get_run(run_id).data.tags.get("warnings")
 
     def deliver_again() -> str | None:
-        publish(study, store, Layout(study).comparison, tmp_path / "published.json")
+        publish(Layout(study), store, Layout(study).comparison, tmp_path / "published.json")
         return tag()
 
     with LiveTracker(run, "k", store, log, tmp_path / "monitor") as tracker:
@@ -608,7 +608,7 @@ def test_eight_jobs_log_at_once(
 def published(folder: Path, store: Path) -> Study:
     """A study with one run, all of it delivered."""
     study = results_of(folder, run_config(prompts=prompts_of(folder)))
-    publish(study, store, Layout(study).comparison, folder / "published.json")
+    publish(Layout(study), store, Layout(study).comparison, folder / "published.json")
     return study
 
 
@@ -650,9 +650,9 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
     study = results_of(tmp_path, run_config(prompts=prompts))
     client, live = new_run(store, prompts=prompts)
     deliver(client, live, [line(0), line(1)])  # what a live tracker got through
-    publish(study, store, Layout(study).comparison, out)
+    publish(Layout(study), store, Layout(study).comparison, out)
     ids, first = read_json(out), everything(client, read_json(store)["experiment_id"])
-    publish(study, store, Layout(study).comparison, out)
+    publish(Layout(study), store, Layout(study).comparison, out)
     assert everything(client, ids["experiment_id"]) == first
     assert (
         read_json(out)
@@ -707,12 +707,12 @@ def test_mlflow_gets_no_secret(
     config = load_run(Layout(study).config("a"))
     told = repr(config) + TRACKING
     assert not [word for word in SECRETS if word not in told]
-    publish(study, store, Layout(study).comparison, tmp_path / "published.json")
+    publish(Layout(study), store, Layout(study).comparison, tmp_path / "published.json")
 
     # as after delivery to a server: the same, with an address of tracking
     tracked = run.model_copy(update={"tracking": Tracking(uri=TRACKING)})
     client, experiment = open_client(read_json(store)["uri"]), read_json(store)["experiment_id"]
-    publish_run(client, experiment, tracked, Layout(study).root, "", [], "#000000")
+    publish_run(client, experiment, tracked, Layout(study), "", [], "#000000")
     shown = repr(everything(client, experiment)) + repr(client.search_logged_models([experiment]))
     assert "method.threshold" in shown
     assert not [word for word in SECRETS if word in shown]
@@ -764,10 +764,10 @@ def test_what_is_trained_again_supersedes_what_was(store: Path, tmp_path: Path) 
     def deliver_again(key: str, values: tuple[float | None, ...]) -> dict[tuple[str, str], str]:
         write_json(own / "train.json", {"run": "a", "key": key})
         write_evaluation(own, 200, values)
-        publish(study, store, Layout(study).comparison, out)
+        publish(Layout(study), store, Layout(study).comparison, out)
         found = kinds(client, experiment)
         before = everything(client, experiment)
-        publish(study, store, Layout(study).comparison, out)
+        publish(Layout(study), store, Layout(study).comparison, out)
         assert everything(client, experiment) == before
         return found
 
@@ -827,7 +827,7 @@ def test_the_adapter_is_one_logged_model_with_its_evaluation(
     # trained again to other weights, under the same key: they are replaced
     adapter = Layout(study).run("a") / "adapter" / "pytorch_lora_weights.safetensors"
     write_text(adapter, "others")
-    publish(study, store, Layout(study).comparison, tmp_path / "published.json")
+    publish(Layout(study), store, Layout(study).comparison, tmp_path / "published.json")
     assert [m.model_id for m in client.search_logged_models([experiment])] == [model.model_id]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", ids["uri"])
     folder = download_artifacts(f"models:/{model.model_id}")
@@ -839,7 +839,7 @@ def test_what_somebody_edited_in_mlflow_stays(store: Path, tmp_path: Path) -> No
     client = open_client(read_json(store)["uri"])
     run_id = train_run(client, store)
     client.set_tag(run_id, "mlflow.note.content", "my own words")
-    publish(study, store, Layout(study).comparison, tmp_path / "published.json")
+    publish(Layout(study), store, Layout(study).comparison, tmp_path / "published.json")
     assert client.get_run(run_id).data.tags["mlflow.note.content"] == "my own words"
 
 
@@ -868,11 +868,14 @@ def test_views_fit_their_tags_and_change_only_with_the_study(store: Path, tmp_pa
 
 def test_publish_says_that_results_are_kept(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{free_port(0)}"
-    study = results_of(tmp_path, run_config(uri=uri))
+    study = results_of(tmp_path, run_config(uri=uri, prompts=prompts_of(tmp_path)))
     prepare(study, tmp_path / "store.json")
     with pytest.raises(UserError, match="all results are on disk, running again delivers") as error:
         publish(
-            study, tmp_path / "store.json", Layout(study).comparison, tmp_path / "published.json"
+            Layout(study),
+            tmp_path / "store.json",
+            Layout(study).comparison,
+            tmp_path / "published.json",
         )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "published.json").exists()

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 
 from egrpo.config.models import Model, Prompts, RunConfig, Tracking, Train
 from egrpo.config.rewards import Verifier
-from egrpo.methods.settings import Egrpo
+from egrpo.methods.egrpo import Egrpo
+from egrpo.planning.trees import needs_plan
 from egrpo.store import tables
 from egrpo.store.files import write_json, write_text
-from egrpo.study.keys import evaluation_key, profile_key
+from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
 
 SECRET_OPTIONS: dict[str, Any] = {
@@ -117,10 +118,10 @@ def png(colour: int) -> bytes:
 def results_of(folder: Path, *runs: RunConfig) -> Study:
     """All results of a study with these runs."""
     study = study_of(folder, *runs)
-    root = Path(study.results) / study.name
+    at = Layout(study)
     comparison = []
     for number, run in enumerate(runs):
-        own = root / "runs" / run.run
+        own = at.run(run.run)
         write_json(own / "train.json", {"run": run.run, "key": f"k{number or ''}"})
         write_json(own / "plan.json", {"steps": [0]})
         write_text(own / "config.yaml", f"run: {run.run}\n")
@@ -129,12 +130,12 @@ def results_of(folder: Path, *runs: RunConfig) -> Study:
         picture(own / "monitor" / "iteration-000000.png")
         write_metrics(own, [line(i, absent=None) for i in range(6)])
         write_evaluation(own, 200, (0.5, 1.0, None))
-        write_evaluation(root / "base" / evaluation_key(run), 0, (0.25, 0.75, None))
-        profile = root / "profiles" / profile_key(run) / "entropy_profile.parquet"
-        tables.write_table(profile, tables.ENTROPY_PROFILE, [])
+        write_evaluation(at.base(run.run), 0, (0.25, 0.75, None))
+        if needs_plan(run):
+            tables.write_table(at.profile(run.run), tables.ENTROPY_PROFILE, [])
         comparison.append(compared(run.run, run.method.name, 0.25 / (number + 1)))
-    tables.write_table(root / "tables" / "comparison.parquet", tables.COMPARISON, comparison)
-    picture(root / "figures" / "curves.png")
+    tables.write_table(at.comparison, tables.RESULTS, comparison)
+    picture(at.figure("curves"))
     return study
 
 
@@ -145,7 +146,7 @@ def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
         for x in lines
         for k, v in x["metrics"].items()
     ]
-    tables.write_table(folder / "train_metrics.parquet", tables.TRAIN_METRICS, rows)
+    tables.write_table(folder / "metrics.parquet", tables.TRAIN_METRICS, rows)
 
 
 def write_evaluation(folder: Path, colour: int, values: tuple[float | None, ...]) -> None:
@@ -161,18 +162,26 @@ def write_evaluation(folder: Path, colour: int, values: tuple[float | None, ...]
 def compared(run: str, method: str, gain: float) -> dict[str, Any]:
     """A run's row of the comparison with the base model."""
     return {
+        "table": "comparison",
+        "section": "",
+        "at": "end",
+        "arm": run,
         "run": run,
         "method": method,
         "reward": "verifier",
         "trained_on": True,
         "base": 0.5,
-        "trained": 0.5 + gain,
+        "mean": 0.5 + gain,
+        "mean_low": None,
+        "mean_high": None,
         "difference": gain,
         "low": gain / 2,
         "high": 2 * gain,
+        "seeds": 1,
         "pairs": 2,
         "invalid": 1,
-        "iterations": 5,
-        "nfe": 500,
+        "iterations": 5.0,
+        "nfe": 500.0,
         "seconds": 2.0,
+        "peak_memory_mib": None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from docs.generate.changes import changes_page
 from docs.generate.commands import commands_page
 from docs.generate.methods import drawings, methods_page
 from docs.generate.settings import reference_yaml, schema, settings_page
@@ -15,6 +16,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "workflow/schemas/run.schema.json": schema,
     "docs/settings.md": settings_page,
     "docs/tables.md": tables_page,
+    "docs/changes.md": changes_page,
     "docs/commands.md": commands_page,
     "docs/methods.md": methods_page,
     **drawings(),

@@ -40,12 +40,6 @@ def make_targets() -> Iterator[tuple[str, str]]:
     yield from re.findall(r"^([a-z-]+):.*?## (.*)$", text, re.MULTILINE)
 
 
-def called_by_rules() -> set[str]:
-    """Commands that a rule of the workflow calls."""
-    rules = (path.read_text(encoding="utf-8") for path in Path("workflow/rules").glob("*.smk"))
-    return {name for text in rules for name in re.findall(r"-m egrpo ([a-z-]+)", text)}
-
-
 def _argument(parameter: click.Parameter) -> str:
     """A positional argument as the usage line has it."""
     name = (parameter.human_readable_name or "").upper()
@@ -89,7 +83,6 @@ def _commands(names: Iterable[str]) -> list[str]:
 
 def commands_page() -> str:
     """Markdown page of every command; the repository's root is the working directory."""
-    by_rules = called_by_rules()
     study = load_study("config/config.yaml")
     out = [INTRODUCTION, "## make", ""]
     out += rows(("target", "what it does"), ((f"`make {t}`", cell(s)) for t, s in make_targets()))
@@ -111,9 +104,11 @@ def commands_page() -> str:
     captions |= {name: figure.caption for name, figure in study.figures.items()}
     shown = ((f"`{name}`", cell(caption)) for name, caption in captions.items())
     out += rows(("target", "what it shows"), shown)
-    people = [name for name in sorted(main.commands) if name not in by_rules or name == "plan"]
-    out += ["", "## egrpo, for people", "", *_commands(people)]
-    out += ["## egrpo, for the workflow", "", "What its rules call; a line of a log that failed "]
-    out[-1] += "can be repeated by hand."
-    out += ["", *_commands(name for name in sorted(main.commands) if name not in people)]
+    shown_to_all = [name for name in sorted(main.commands) if not main.commands[name].hidden]
+    out += ["", "## egrpo", "", *_commands(shown_to_all)]
+    out += [
+        "Rules of the workflow call one more, `egrpo make STAGE ORDER`, which `--help` leaves "
+        "out: an order is a file in `results/<study>/settings` that says what was planned. The "
+        "line in a log that failed can be repeated by hand."
+    ]
     return "\n".join(out).rstrip() + "\n"

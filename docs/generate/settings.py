@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from docs.generate.text import cell, rows
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
 from egrpo.config.rewards import REWARD_MODELS
-from egrpo.methods.settings import METHOD_MODELS, Method
+from egrpo.methods import METHOD_MODELS
+from egrpo.methods.base import Method
 from egrpo.settings import PAPER
 
 HEAD = """\

@@ -9,17 +9,18 @@ FILES = {
     "entropy_profile": ("profiles/<key>/entropy_profile.parquet",),
     "branches": ("profiles/<key>/branches.parquet",),
     "merge_plan": ("runs/<run>/merge_plan.parquet",),
-    "train_metrics": ("runs/<run>/train_metrics.parquet",),
+    "train_metrics": ("runs/<run>/train_metrics.parquet", "runs/<run>/metrics.parquet"),
     "rollouts": ("runs/<run>/rollouts.parquet",),
     "scores": ("runs/<run>/scores.parquet", "base/<key>/scores.parquet"),
     "images": ("runs/<run>/images.parquet", "base/<key>/images.parquet"),
     "snapshots": ("runs/<run>/snapshots.parquet",),
-    "comparison": (
+    "snapshot_images": ("runs/<run>/snapshot_images.parquet",),
+    "results": (
         "tables/comparison.parquet",
         "tables/paper_runs.parquet",
         "tables/all_runs.parquet",
+        "tables/<table>.parquet",
     ),
-    "results": ("tables/<table>.parquet",),
     "suffixes": ("runs/<run>/suffixes.parquet",),
 }
 """Where each table lies in ``results/<study>/``."""

@@ -11,30 +11,25 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 from egrpo.bundle.model_card import Sample, model_card
 from egrpo.config.load import load_run
 from egrpo.config.models import RunConfig
-from egrpo.errors import UserError
+from egrpo.errors import DEFAULT, UserError, command
 from egrpo.planning.plan import load_plan
 from egrpo.planning.trees import needs_plan
-from egrpo.report.tables import (
-    Key,
-    RunFiles,
-    is_image,
-    make_comparison,
-    read_images,
-    train_record,
-)
+from egrpo.report.evaluations import Key, is_image, read_images, train_record
+from egrpo.report.results import make_comparison
 from egrpo.store.files import checksums, full_disk, no_space, read_json, write_json, write_text
 from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
 from egrpo.store.weights import read_header
-from egrpo.study.keys import settings_key
-from egrpo.study.layout import DEFAULT, Layout, command
+from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
 from egrpo.study.sharing import shareable, shown_yaml, without_folder
+from egrpo.study.standing import read_receipt
 
 INDEX = "bundle.json"
 """Names the files of a bundle with their SHA-256; a folder that holds it is an earlier bundle."""
@@ -101,11 +96,12 @@ def _nearest(study: Study, wanted: str) -> str:
 
 def _settings_of(at: Layout, run: str, configs: Sequence[str | Path]) -> RunConfig:
     """The settings that the run was made with, which must be the study's."""
-    path, of_study = at.config(run), at.study.runs[run]
+    path = at.config(run)
     _there(path, command(configs, path))
     made = load_run(path)
-    untracked = made.model_copy(update={"tracking": of_study.tracking})
-    if settings_key(untracked) != settings_key(of_study):
+    of = {"train": at.identity("train", run), "evaluate": at.identity("evaluate", run)}
+    made_of = {stage: read_receipt(at, stage, run) for stage in of}
+    if any((made_of[stage] or {}).get("identity") != wanted for stage, wanted in of.items()):
         stale = path, at.run(run) / "scores.parquet", at.base(run) / "scores.parquet"
         raise UserError(
             f"{path}: not the settings that the study has now; `{command(configs, *stale)}` makes "
@@ -122,7 +118,7 @@ def _there(path: Path, how: str) -> None:
 def _inputs(at: Layout, run: RunConfig, configs: Sequence[str | Path]) -> dict[str, Path]:
     """The weights by their name in the bundle; all else that the bundle needs is there too."""
     folder, base = at.run(run.run), at.base(run.run)
-    needed = ["train.json", "train_metrics.parquet", "scores.parquet", "images.parquet"]
+    needed = ["train.json", "metrics.parquet", "scores.parquet", "images.parquet"]
     needed += ["plan.json"] if needs_plan(run) else []
     found = [folder / name for name in needed]
     found += [base / name for name in ("scores.parquet", "images.parquet")]
@@ -175,27 +171,29 @@ def _plain(value: object) -> object:
 def _write_results(at: Layout, run: RunConfig, new: Path) -> None:
     """Settings, plan, tables and figures."""
     from egrpo.figures.curves import curves_figure
-    from egrpo.figures.image_grid import before_after
+    from egrpo.figures.image_grid import images_figure
 
-    folder, files = at.run(run.run), RunFiles.at(at.run(run.run), at.base(run.run))
+    folder, base = at.run(run.run), at.base(run.run)
     settings, notes = shareable(run)
     write_text(new / "config.yaml", shown_yaml(run, settings, notes))
     for name, source, table in (
-        ("train_metrics.parquet", folder / "train_metrics.parquet", TRAIN_METRICS),
-        ("scores.parquet", files.scores, SCORES),
-        ("base_scores.parquet", files.base_scores, SCORES),
+        ("train_metrics.parquet", folder / "metrics.parquet", TRAIN_METRICS),
+        ("scores.parquet", folder / "scores.parquet", SCORES),
+        ("base_scores.parquet", base / "scores.parquet", SCORES),
     ):
         read_table(source, table)  # refuses a damaged one
         _copy(source, new / name)
-    _copy(files.train, new / "train.json")
+    _copy(folder / "train.json", new / "train.json")
     if needs_plan(run):
         load_plan(folder / "plan.json")
         _copy(folder / "plan.json", new / "plan.json")
-    make_comparison({run.run: files}, new / "comparison.parquet")
+    alone = Layout(replace(at.study, runs={run.run: run}))
+    make_comparison(alone, new / "comparison.parquet")
     (new / "comparison.html").unlink()  # the card shows it
     images = new / "images"
-    runs = [(run.run, files.images)]
-    before_after(files.base_images, runs, SAMPLES, images / "before_after")
+    runs = [(run.run, folder / "images.parquet")]
+    shown = base / "images.parquet", runs, SAMPLES, images / "before_after"
+    images_figure(*shown, page=False)
     curves_figure([new / "train_metrics.parquet"], list(run.train.rewards), images / "curves")
     (images / "curves.svg").unlink()
 

@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from egrpo.config.keys import run_key
 from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
-from egrpo.methods.settings import Merging
-from egrpo.page.render import escaped, render
+from egrpo.planning.grids import learning_rate
 from egrpo.planning.plan import load_plan, plan_rows
-from egrpo.planning.trees import learning_rate, needs_plan
-from egrpo.report.report import read_rows, verdicts
-from egrpo.report.results_text import counted
-from egrpo.report.tables import MEASURED, Row, readable
+from egrpo.planning.trees import needs_plan
+from egrpo.report.evaluations import MEASURED, Row
+from egrpo.report.render import escaped, render
+from egrpo.report.text import counted, read_rows, readable, verdict
 from egrpo.settings import is_hub_id
 from egrpo.store.files import read_json
 from egrpo.store.tables import SCORES, TRAIN_METRICS, metadata_of, read_table
-from egrpo.study.keys import run_key
 from egrpo.study.sharing import shareable, without_folder
 
 if TYPE_CHECKING:
@@ -153,11 +152,11 @@ def eval_results(run: RunConfig, rows: Sequence[Row], prompts: int) -> list[Eval
             dataset_args={"prompts": prompts, "samples": run.evaluate.samples},
             metric_type=row["reward"],
             metric_name=f"{row['reward']}, mean",
-            metric_value=row["trained"],
+            metric_value=row["mean"],
             metric_args={key: row[key] for key in ("base", "difference", "low", "high", "pairs")},
         )
         for row in rows
-        if row["trained"] is not None
+        if row["mean"] is not None
     ]
 
 
@@ -166,9 +165,7 @@ def eval_results(run: RunConfig, rows: Sequence[Row], prompts: int) -> list[Eval
 
 def said_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(trained reward, on which side of 0 its interval lies)."""
-    names = [row["reward"] for row in rows if row["trained_on"]]
-    lines = zip(names, verdicts(rows), strict=True)
-    return [(name, text.split(f"{name}: ", 1)[1]) for name, text in lines]
+    return [(row["reward"], verdict(row)) for row in rows if row["trained_on"]]
 
 
 def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
@@ -202,7 +199,7 @@ def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
 
 def plan_of_bundle(run: RunConfig, folder: Path) -> dict[str, Any] | None:
     """The merge plan in one sentence and its rows; None for a method without one."""
-    if not needs_plan(run) or not isinstance(run.method, Merging):
+    if not needs_plan(run):
         return None
     plan = load_plan(folder / "plan.json")
     if plan.threshold is None:

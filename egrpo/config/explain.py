@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from egrpo.config.models import RunConfig, StudyConfig
 from egrpo.config.rewards import REWARD_MODELS
-from egrpo.methods.settings import METHOD_MODELS
+from egrpo.methods import METHOD_MODELS
 
 _UNION_MEMBERS = ("int", "float", "list[int]", "constrained-int", "constrained-float")
 

@@ -284,6 +284,15 @@ def load_run(path: str | Path) -> RunConfig:
     for key in ("run", "arm"):
         if key in data:
             settings[key] = data[key]  # a run may be called 1e-4
+    return load_run_settings(settings, path)
+
+
+def load_run_settings(settings: Tree, path: str | Path) -> RunConfig:
+    """A run's settings as they lie in a file.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:

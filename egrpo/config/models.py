@@ -12,19 +12,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from egrpo.config.rewards import AnyReward
+from egrpo.core.noise import DETERMINISTIC
 from egrpo.core.schedule import Sigmas, check_sigmas, shifted_sigmas, stock_end
-from egrpo.methods.settings import (
-    AWM,
-    FLOW,
-    GUARD,
-    NFT,
-    AnyMethod,
-    Egrpo,
-    ForwardProcess,
-    Loss,
-    Merging,
-    Solver,
-)
+from egrpo.methods import AnyMethod
+from egrpo.methods.awm import AWM
+from egrpo.methods.base import FLOW, GUARD, NFT, Loss, Solver
+from egrpo.methods.egrpo import Egrpo
 from egrpo.settings import PAPER, Settings, check_path, setting, without_password
 
 OWN_GRID = ("sd3",)
@@ -548,8 +541,10 @@ class Evaluate(Settings):
     )
     micro_batch: int = setting(96, "Most latents in one evaluation.", unit="latents", ge=1)
     grid_prompts: int = setting(8, "Prompts shown in the image grids.", unit="prompts", ge=1)
-    bootstrap: int = setting(
-        10_000, "Resamples of the confidence intervals.", unit="resamples", ge=100
+    bootstrap: int | None = setting(
+        None,
+        "Resamples, of versions that resampled; it has no effect: intervals are computed.",
+        unit="resamples",
     )
 
 
@@ -667,7 +662,7 @@ class RunConfig(Settings):
             )
         if t.loss == "guarded" and method.dynamics == "cps":
             raise ValueError("train.loss: guarded needs a Gaussian log-probability; cps has none")
-        if t.kl_weight > 0 and t.kl != "velocity" and isinstance(method, ForwardProcess):
+        if t.kl_weight > 0 and t.kl != "velocity" and method.dynamics in DETERMINISTIC:
             raise ValueError(
                 f"train.kl: {t.kl} compares stochastic transitions, method {method.name} has none; "
                 "set it to velocity"
@@ -697,7 +692,7 @@ class RunConfig(Settings):
             raise ValueError(
                 "train.snapshots: distinct, ascending numbers of at least 1 are needed"
             )
-        if isinstance(method, Merging) and method.reads_profile and 1 not in self.profile.spans:
+        if method.reads_profile and 1 not in self.profile.spans:
             raise ValueError("profile.spans: must hold 1 where the plan reads the profile")
         return self
 
@@ -774,6 +769,11 @@ class StudyConfig(Settings):
         {},
         "Figures by name; the name is the target. null takes one of a file below away; another "
         "`kind` starts anew.",
+    )
+    libraries: Literal["warn", "remake"] = setting(
+        "warn",
+        "Results made with other versions of torch, diffusers, transformers, peft, accelerate, "
+        "numpy, open_clip or CLIP: said in one line, or made again.",
     )
     methods: dict[str, dict[str, Any]] = setting(
         {}, "Settings of `method` by method name, for every run of that method."

@@ -72,7 +72,9 @@ def _prompt(record: Any, column: str, where: str) -> Prompt:
         UserError: if it holds none.
     """
     text, negative = record, None
-    if isinstance(record, Mapping):
+    if isinstance(record, Prompt):
+        text = record.text
+    elif isinstance(record, Mapping):
         text = record[_column(record, column, where)]
         negative = record.get(_found(record, NEGATIVE, where))
     parts = text, "" if negative is None else negative
@@ -124,6 +126,11 @@ def _column(names: Collection[str], column: str, where: str) -> str:
 def _lines(text: str, path: str | Path, column: str) -> Records:
     for number, line in enumerate(text.split("\n"), start=1):
         yield f"{path}, line {number}", line
+
+
+def _texts(text: str, path: str | Path, column: str) -> Records:
+    for where, line in _lines(text, path, column):
+        yield where, Prompt(line.strip())
 
 
 def _json_lines(text: str, path: str | Path, column: str) -> Records:
@@ -194,7 +201,7 @@ def _cells(text: str, path: str | Path, delimiter: str) -> list[tuple[int, list[
 
 
 FORMATS: dict[str, Callable[[str, str | Path, str], Records]] = {
-    ".txt": _lines,
+    ".txt": _texts,
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": partial(_rows, delimiter=","),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count, groupby
 
 import torch
@@ -37,37 +37,32 @@ index that an edge leaves; -1 for a root, ``-2 - i`` for a noising edge to index
 Key = tuple[int, int]  # (tree, node)
 
 
+@dataclass
 class _Executor:
-    """State of one run: latents that wait at the grid indices ahead."""
+    """One run: what :func:`execute` is given, and latents that wait at the grid indices ahead."""
 
-    def __init__(
-        self,
-        trees: Sequence[Tree],
-        sigmas: Sigmas,
-        velocity: VelocityFn,
-        noise: NoiseFn,
-        noise_level: float,
-        micro_batch: int,
-        train_micro_batch: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        suffix_velocity: SuffixFn | None,
-        parts: int,
-        matching: Matching,
-    ) -> None:
-        self.trees, self.sigmas, self.noise = trees, sigmas, noise
-        self.parts = [tree.parts(parts) for tree in trees]  # of edges
-        self.first: list[dict[int, int]] = [{} for _ in trees]  # of sources: their first part
-        for tree, of_edges, of_sources in zip(trees, self.parts, self.first, strict=True):
+    trees: Sequence[Tree]
+    sigmas: Sigmas
+    velocity: VelocityFn
+    noise: NoiseFn
+    noise_level: float
+    micro_batch: int
+    train_micro_batch: int
+    dtype: torch.dtype
+    device: torch.device
+    suffix_velocity: SuffixFn | None
+    steps: int  # of the optimizer
+    matching: Matching
+
+    def __post_init__(self) -> None:
+        self.parts = [tree.parts(self.steps) for tree in self.trees]  # of edges
+        self.first: list[dict[int, int]] = [{} for _ in self.trees]  # of sources: their first part
+        for tree, of_edges, of_sources in zip(self.trees, self.parts, self.first, strict=True):
             for k, part in of_edges.items():
                 source = tree.source(k)
                 of_sources[source] = min(part, of_sources.get(source, part))
-        self.velocity, self.suffix_velocity = velocity, suffix_velocity
         self.paths: dict[Key, int] = {}
         self.new_path = count()
-        self.noise_level, self.matching = noise_level, matching
-        self.micro_batch, self.train_micro_batch = micro_batch, train_micro_batch
-        self.dtype, self.device = dtype, device
         self.waiting: dict[int, list[tuple[list[Key], Tensor]]] = defaultdict(list)
         self.memory: dict[Key, tuple[int, Tensor]] = {}  # index and data prediction of a parent
         self.edges: list[Key] = []
@@ -85,7 +80,7 @@ class _Executor:
         """Noise for (tree, start, sample) triples, stacked, on the device."""
         return torch.stack([self.noise(*key) for key in keys]).to(self.device)
 
-    def plant(self) -> None:
+    def start(self) -> None:
         """Put the initial noise of every tree at index 0."""
         keys = [
             (t, k)
@@ -223,6 +218,20 @@ class _Executor:
                 here = nodes[begin:end]
                 self.record(index, x[begin:end], v, tree, (target,), here)
 
+    def rollout(self) -> Rollout:
+        """All of it, from the initial noise to the noising edges."""
+        self.start()
+        for index in range(len(self.sigmas) - 1):
+            self.step(index)
+        keys, leaves = self.arrived(len(self.sigmas) - 1)
+        self.noise_leaves(keys, leaves)
+        predicted = sum(tree.cost.forward for tree in self.trees)
+        if self.forward != predicted:
+            raise RuntimeError(
+                f"executed {self.forward} network evaluations, predicted {predicted}"
+            )
+        return Rollout(leaves, tuple(t for t, _ in keys), self.edges, self.batches, self.forward)
+
 
 @torch.no_grad()
 def execute(
@@ -279,12 +288,4 @@ def execute(
         parts,
         matching,
     )
-    run.plant()
-    for index in range(len(sigmas) - 1):
-        run.step(index)
-    keys, leaves = run.arrived(len(sigmas) - 1)
-    run.noise_leaves(keys, leaves)
-    predicted = sum(tree.cost.forward for tree in trees)
-    if run.forward != predicted:
-        raise RuntimeError(f"executed {run.forward} network evaluations, predicted {predicted}")
-    return Rollout(leaves, tuple(t for t, _ in keys), run.edges, run.batches, run.forward)
+    return run.rollout()

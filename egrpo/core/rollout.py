@@ -89,9 +89,9 @@ class TrainBatch:
         return self.log_probs(v, sigmas, noise_level) - self.log_prob
 
     def guarded_log_ratio(self, v: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
-        """GRPO-Guard's ratio normalisation (arXiv 2510.22319), [E].
+        """GRPO-Guard's ratio normalization (arXiv 2510.22319), [E].
 
-        ``S * dlogp + mean((mu - mu_old)^2) / (2*S)`` with S = std of the transition: centred at 0
+        ``S * dlogp + mean((mu - mu_old)^2) / (2*S)`` with S = std of the transition: centered at 0
         and of one scale at all steps.
         """
         plain = self.log_ratio(v, sigmas, noise_level)
@@ -190,7 +190,7 @@ class Rollout:
     batches: list[TrainBatch] = field(default_factory=list)
     forward: int = 0
 
-    def update(self, part: int, kept: Collection[int] | None = None) -> list[TrainBatch]:
+    def batches_of(self, part: int, kept: Collection[int] | None = None) -> list[TrainBatch]:
         """Batches of one optimizer step, those edges only that are ``kept`` (None: all)."""
         batches = [batch for batch in self.batches if batch.part == part]
         if kept is not None:

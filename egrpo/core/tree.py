@@ -2,7 +2,7 @@
 
 A node is a latent at a grid index. The edge that leads to it is a transition over
 [parent.index, index). Leaves lie at sigma = 0 and are decoded and rewarded. A trained edge gets
-the mean reward of its leaves, normalised within its group of comparable edges. Forward-process
+the mean reward of its leaves, normalized within its group of comparable edges. Forward-process
 methods train *noising* edges, which lead from a leaf back to an earlier index.
 Needs no torch.
 """
@@ -33,7 +33,7 @@ class Node:
         group: trained edges of one prompt with equal group are compared with each other; those
             that share their leaves count once.
         weight: factor of the edge's loss.
-        label: of a leaf: rewards are normalised among leaves of one label, and an edge's
+        label: of a leaf: rewards are normalized among leaves of one label, and an edge's
             advantages are summed over the labels below it.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,11 @@ from egrpo.figures.image_grid import (
     height_of,
 )
 from egrpo.figures.style import FINE, INK, PALETTE, inches, save_figure, wrap
-from egrpo.report.tables import Pixels, decode_png
+from egrpo.report.evaluations import decode_png
 from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, read_table
 
 Pair = tuple[int, int]
 """(step, span)."""
-Prompt = tuple[int, str]
-"""(prompt id, prompt)."""
-Images = dict[tuple[Prompt, Pair], list[bytes]]
 Measured = dict[tuple[int, Pair, str], tuple[float, float]]
 """(prompt id, pair, reward) -> (spread, yardstick)."""
 YARDSTICK: Pair = (-1, 0)
@@ -90,78 +88,63 @@ def branches_figure(
     Raises:
         UserError: if a file is missing or damaged, or lacks a pair or a reward.
     """
-    wanted = _pairs(pairs)
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise UserError(f"branches: pairs must be [step, span], at least one; got {list(pairs)}")
+    wanted = [(step, span) for step, span in pairs]
     measured = _measured(profile)
     known = sorted({reward for *_, reward in measured})
     shown = list(known if rewards is None else rewards)
     lacking = [reward for reward in shown if reward not in known]
     if not shown or lacking:
         raise UserError(f"{profile}: holds no spread of {lacking[0] if lacking else 'any reward'}")
-    images = _images(Path(branches))
-    found = list(dict.fromkeys(prompt for prompt, _ in images))[: max(0, prompts)]
+    images: dict[tuple[int, str], dict[Pair, list[bytes]]] = {}
+    rows = read_table(branches, BRANCHES).to_pylist()
+    for row in sorted(rows, key=lambda r: (r["prompt_id"], r["sample"])):
+        of_prompt = images.setdefault((row["prompt_id"], row["prompt"]), {})
+        of_prompt.setdefault((row["step"], row["span"]), []).append(row["png"])
+    found = list(images.items())[: max(0, prompts)]
     if not found:
         raise UserError(f"{branches}: no image to show; profile.shown_prompts must be at least 1")
-    for prompt in found:
-        _check(prompt, wanted, shown, images, measured, f"{branches}", f"{profile}")
     blocks = [
-        Block(
-            prompt_id=number,
-            prompt=text,
-            rows=[images[(number, text), pair] for pair in [*wanted, YARDSTICK]],
-            spread={r: [measured[number, pair, r][0] for pair in wanted] for r in shown},
-            yardstick={r: measured[number, wanted[0], r][1] for r in shown},
-        )
-        for number, text in found
+        _block(prompt, wanted, shown, own, measured, (f"{branches}", f"{profile}"))
+        for prompt, own in found
     ]
-    labels = [f"SDE at step {step}" for step, _ in wanted]
-    for row, (_, span) in enumerate(wanted):
-        labels[row] += f",\n{span} steps merged" if span > 1 else ""
+    labels = [
+        f"SDE at step {step}" + (f",\n{span} steps merged" if span > 1 else "")
+        for step, span in wanted
+    ]
     labels.append(f"{noise_fraction:.0%} noise\n(yardstick)")
     with rc_context(CANVAS_STYLE):
         return save_figure(_draw(blocks, labels, Path(branches)), stem, dpi=FINE)
 
 
-def _pairs(pairs: Sequence[Sequence[int]]) -> list[Pair]:
-    """[step, span] as tuples."""
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise UserError(f"branches: pairs must be [step, span], at least one; got {list(pairs)}")
-    return [(step, span) for step, span in pairs]
-
-
-def _check(
-    prompt: Prompt,
+def _block(
+    prompt: tuple[int, str],
     pairs: Sequence[Pair],
     rewards: Sequence[str],
-    images: Images,
+    images: Mapping[Pair, list[bytes]],
     measured: Measured,
-    branches: str,
-    profile: str,
-) -> None:
-    """Refuse a prompt that lacks a row of images or the spread beside it; files are for words."""
-    for pair in [*pairs, YARDSTICK]:
-        if (prompt, pair) not in images:
-            what = "the yardstick" if pair == YARDSTICK else f"step {pair[0]}, span {pair[1]}"
+    files: tuple[str, str],
+) -> Block:
+    """What is shown of a prompt; refuses one that lacks a row of images or the spread beside it."""
+    number, text = prompt
+    for step, span in [*pairs, YARDSTICK]:
+        if (step, span) not in images:
+            what = "the yardstick" if (step, span) == YARDSTICK else f"step {step}, span {span}"
             raise UserError(
-                f"{branches}: holds no image of {what} for prompt {prompt[0]}; add it to "
+                f"{files[0]}: holds no image of {what} for prompt {number}; add it to "
                 "profile.shown, within the schedule"
             )
-    for step, span in pairs:
-        for reward in rewards:
-            if (prompt[0], (step, span), reward) not in measured:
-                raise UserError(
-                    f"{profile}: holds no spread of {reward} at step {step}, span {span} for "
-                    f"prompt {prompt[0]}; add the span to profile.spans"
-                )
-
-
-def _images(path: Path) -> Images:
-    """First images by prompt and pair."""
-    rows = read_table(path, BRANCHES).to_pylist()
-    out: Images = {}
-    for row in sorted(rows, key=lambda r: (r["prompt_id"], r["sample"])):
-        key = (row["prompt_id"], row["prompt"]), (row["step"], row["span"])
-        out.setdefault(key, []).append(row["png"])
-    return {key: found[:SAMPLES] for key, found in out.items()}
+    for reward, (step, span) in product(rewards, pairs):
+        if (number, (step, span), reward) not in measured:
+            raise UserError(
+                f"{files[1]}: holds no spread of {reward} at step {step}, span {span} for "
+                f"prompt {number}; add the span to profile.spans"
+            )
+    rows = [images[pair][:SAMPLES] for pair in [*pairs, YARDSTICK]]
+    spread = {r: [measured[number, pair, r][0] for pair in pairs] for r in rewards}
+    yardstick = {r: measured[number, pairs[0], r][1] for r in rewards}
+    return Block(number, text, rows, spread, yardstick)
 
 
 def _measured(path: str | Path) -> Measured:
@@ -192,7 +175,8 @@ def _draw(blocks: Sequence[Block], labels: Sequence[str], path: Path) -> Figure:
     canvas.text(MARGIN + LEFT, HEAD - 0.07, "samples of one group", **head)
     for n, reward in enumerate(rewards):
         x = MARGIN + LEFT + count * width + n * (PANEL + BETWEEN) + BETWEEN
-        limit = max([0.0, *_shown(blocks, reward)]) * 1.08 or 1.0
+        values = [v for b in blocks for v in [*b.spread[reward], b.yardstick[reward]]]
+        limit = max([0.0, *filter(math.isfinite, values)]) * 1.08 or 1.0
         name = wrap(reward, PANEL + BETWEEN - GAP, measure=inches(8))
         canvas.text(x, HEAD - 0.07, f"std of\n{name}", **head)
         for k, block in enumerate(blocks):
@@ -201,30 +185,30 @@ def _draw(blocks: Sequence[Block], labels: Sequence[str], path: Path) -> Figure:
             _draw_spread(panel, block, reward, limit)
     for k, block in enumerate(blocks):
         _draw_images(canvas, block, labels, HEAD + k * tall, across, path)
-    _legend(canvas)
+    line = {"ls": "--", "color": INK, "lw": 1.1}
+    handles = [
+        Line2D([], [], label="spreads more than the yardstick", **_dot("above")),
+        Line2D([], [], label="does not", **_dot("below")),
+        Line2D([], [], label="yardstick", **(_dot("yardstick") | line)),
+    ]
+    look: dict[str, Any] = {"fontsize": 8, "borderaxespad": 0.2, "handlelength": 3.0}
+    look |= {"loc": "lower right", "bbox_to_anchor": (1.0, 0.0), "ncols": 3}
+    canvas.figure.legend(handles=handles, **look)
     return canvas.figure
-
-
-def _shown(blocks: Sequence[Block], reward: str) -> list[float]:
-    """All finite values of a reward, which share an axis."""
-    values = [v for b in blocks for v in [*b.spread[reward], b.yardstick[reward]]]
-    return [v for v in values if math.isfinite(v)]
 
 
 def _draw_images(
     canvas: Canvas, block: Block, labels: Sequence[str], y: float, across: int, path: Path
 ) -> None:
-    """The prompt and, below it, the rows of images; the block begins at height ``y``."""
+    """The prompt, and below it the images row by row behind their label."""
     prompt = wrap(block.prompt, canvas.width - 2 * MARGIN, 1, inches(8, style="italic"))
     canvas.text(MARGIN, y + PROMPT - 0.05, prompt, va="bottom", fontsize=8, style="italic")
     y += PROMPT
     for label, row in zip(labels, block.rows, strict=True):
-        height = 0.0
         for sample, png in enumerate(row):
-            image: Pixels = decode_png(png, path)
-            x = MARGIN + LEFT + sample * (across / FINE + GAP)
-            canvas.image(image, x, y, across)
-            height = height_of(image, across) / FINE
+            image = decode_png(png, path)
+            canvas.image(image, MARGIN + LEFT + sample * (across / FINE + GAP), y, across)
+        height = height_of(image, across) / FINE
         canvas.text(MARGIN, y + height / 2, label, va="center", fontsize=8)
         y += height + GAP
 
@@ -232,14 +216,13 @@ def _draw_images(
 def _draw_spread(axes: Axes, block: Block, reward: str, limit: float) -> None:
     """A stem and a dot a row, beside the images; the yardstick across all rows."""
     yardstick, spread = block.yardstick[reward], block.spread[reward]
-    rows = len(spread) + 1
-    axes.set(xlim=(0.0, limit), ylim=(rows - 0.5, -0.5), yticks=[])
+    axes.set(xlim=(0.0, limit), ylim=(len(spread) + 0.5, -0.5), yticks=[])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=2))
     axes.tick_params(labelsize=7, pad=1.5, length=2)
     name = f"{reward}:{block.prompt_id}"
     if math.isfinite(yardstick):
         axes.axvline(yardstick, color=INK, ls="--", lw=1.1, gid=f"yardstick:{name}", clip_on=False)
-        axes.plot([yardstick], [rows - 1], **_dot("yardstick"))
+        axes.plot([yardstick], [len(spread)], **_dot("yardstick"))
     groups: Mapping[str, list[int]] = {
         "above": [i for i, v in enumerate(spread) if v > yardstick],
         "below": [i for i, v in enumerate(spread) if v <= yardstick],
@@ -252,8 +235,10 @@ def _draw_spread(axes: Axes, block: Block, reward: str, limit: float) -> None:
     for i, value in enumerate([*spread, yardstick]):
         failed = not math.isfinite(value)
         place = 0.0 if failed else value / limit
+        # two digits, and all before the point
+        number = f"{value:#.2g}" if 0 < value < 10 else f"{value:.0f}"
         axes.annotate(
-            "no score" if failed else _number(value),
+            "no score" if failed else number,
             (place * limit, i),
             xytext=(2 if place < 0.2 else 0, 4.5),
             textcoords="offset points",
@@ -263,42 +248,13 @@ def _draw_spread(axes: Axes, block: Block, reward: str, limit: float) -> None:
         )
 
 
-def _number(value: float) -> str:
-    """Two digits, and all before the point."""
-    return f"{value:#.2g}" if 0 < value < 10 else f"{value:.0f}"
-
-
 def _dot(kind: str) -> dict[str, Any]:
     """Full above the yardstick, hollow below it, grey without it, a diamond for itself."""
-    grey = "#BBBBBB"
-    face = {"above": PALETTE[0], "below": "white", "alone": grey, "yardstick": INK}[kind]
-    edge = INK if kind == "yardstick" else PALETTE[0]
-    return {
-        "ls": "none",
-        "marker": "D" if kind == "yardstick" else "o",
-        "ms": 4.5 if kind == "yardstick" else 5.5,
-        "mfc": face,
-        "mec": edge,
-        "mew": 1.2,
-        "zorder": 4,
-        "clip_on": False,
-    }
-
-
-def _legend(canvas: Canvas) -> None:
-    handles = [
-        Line2D([], [], label="spreads more than the yardstick", **_dot("above")),
-        Line2D([], [], label="does not", **_dot("below")),
-        Line2D(
-            [], [], label="yardstick", **(_dot("yardstick") | {"ls": "--", "color": INK, "lw": 1.1})
-        ),
-    ]
-    canvas.figure.legend(
-        handles=handles,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 0.0),
-        ncols=3,
-        fontsize=8,
-        borderaxespad=0.2,
-        handlelength=3.0,
+    face = {"above": PALETTE[0], "below": "white", "alone": "#BBBBBB", "yardstick": INK}[kind]
+    own = kind == "yardstick"
+    look = {"marker": "D", "ms": 4.5, "mec": INK} if own else {"marker": "o", "ms": 5.5}
+    return (
+        {"ls": "none", "mfc": face, "mec": PALETTE[0], "mew": 1.2, "zorder": 4}
+        | look
+        | {"clip_on": False}
     )

@@ -86,13 +86,11 @@ def _run_curves(table: Columns, reward: str, window: int) -> Iterator[Curve]:
     """Training and monitor curve of each run in a table."""
     for run in dict.fromkeys(table["run"]):
         part = {name: column[table["run"] == run] for name, column in table.items()}
-        iteration, nfe, value = _series(part, f"reward/{reward}")
-        if len(value):
-            mean = trailing_mean(value, window)
-            yield Curve(run, "training", iteration, nfe, mean, mean[None])
-        iteration, nfe, value = _series(part, f"monitor/reward/{reward}")
-        if len(value):
-            yield Curve(run, "monitor", iteration, nfe, value, value[None])
+        for kind, prefix in (("training", ""), ("monitor", "monitor/")):
+            iteration, nfe, value = _series(part, f"{prefix}reward/{reward}")
+            if len(value):
+                mean = trailing_mean(value, window) if kind == "training" else value
+                yield Curve(run, kind, iteration, nfe, mean, mean[None])
 
 
 def arm_curves_figure(
@@ -131,15 +129,17 @@ def _seeds(arm: str, paths: Sequence[str | Path]) -> dict[str | Path, Columns]:
     """Tables of an arm's runs, by path."""
     if not paths:
         raise UserError(f"curves: arm {arm!r} has no run")
-    tables: dict[str | Path, Columns] = {path: columns(path, TRAIN_METRICS) for path in paths}
+    tables: dict[str | Path, Columns] = {}
     seen: set[str] = set()
     for path in paths:
-        runs = set(tables[path]["run"])
+        table = columns(path, TRAIN_METRICS)
+        runs = set(table["run"])
         if len(runs) != 1:
             raise UserError(f"{path}: holds {len(runs)} runs, expected one seed of arm {arm!r}")
         if runs & seen:
             raise UserError(f"{path}: arm {arm!r} has run {runs.pop()!r} twice")
         seen |= runs
+        tables[path] = table
     return tables
 
 
@@ -195,12 +195,16 @@ def _draw(curves: Mapping[str, Sequence[Curve]], title: str, stem: str | Path) -
                 _draw_curve(left, curve.iteration, curve, at)
                 _draw_curve(right, curve.nfe, curve, at)
             left.set_ylabel(f"reward: {reward}")
-            if found:
-                left.set_ylim(*_limits(found))
-        grid[-1][0].set_xlabel("training iterations")
-        grid[-1][1].set_xlabel("network evaluations (forward, forward-backward, reference)")
-        grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        grid[-1][1].xaxis.set_major_formatter(EngFormatter(sep=""))
+            if found:  # every seed, with a margin
+                low = min(float(curve.seeds.min()) for curve in found)
+                high = max(float(curve.seeds.max()) for curve in found)
+                margin = 0.05 * (high - low) or 0.05
+                left.set_ylim(low - margin, high + margin)
+        left, right = grid[-1]
+        left.set_xlabel("training iterations")
+        right.set_xlabel("network evaluations (forward, forward-backward, reference)")
+        left.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        right.xaxis.set_major_formatter(EngFormatter(sep=""))
         grid[0][0].set_title("at equal iterations", loc="left")
         grid[0][1].set_title("at equal network evaluations", loc="left")
         _legend(figure, names)
@@ -208,34 +212,27 @@ def _draw(curves: Mapping[str, Sequence[Curve]], title: str, stem: str | Path) -
         return save_figure(figure, stem)
 
 
-def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Ends of an axis that shows all seeds, with a margin."""
-    low = min(float(curve.seeds.min()) for curve in curves)
-    high = max(float(curve.seeds.max()) for curve in curves)
-    margin = 0.05 * (high - low) or 0.05
-    return low - margin, high + margin
-
-
 def _draw_curve(axes: Axes, x: npt.NDArray[Any], curve: Curve, at: int) -> None:
-    style = look(at) | {"gid": f"{curve.kind}:{curve.name}"}
+    style = _look(at) | {"gid": f"{curve.kind}:{curve.name}", "zorder": 3}
     if curve.kind == "training":
-        style |= {"marker": None, "lw": 0.9, "alpha": 0.5, "zorder": 2}
+        style |= {"ls": "-", "marker": None, "lw": 0.9, "alpha": 0.5, "zorder": 2}
     else:
         every = -(-len(x) // MOST_MARKERS)
         # each series begins with another point, so that markers of near curves stand apart
-        style |= {"ls": LINES[at % len(LINES)], "markevery": (at % every, every)}
-        style |= _marker(at) | {"zorder": 3}
+        style["markevery"] = at % every, every
     axes.plot(x, curve.value, **style)
     if len(curve.seeds) > 1:
         low, high = curve.band()
-        axes.fill_between(
-            x, low, high, color=style["color"], alpha=0.13, lw=0, gid=f"band:{curve.name}"
-        )
+        band = {"color": style["color"], "alpha": 0.13, "lw": 0, "gid": f"band:{curve.name}"}
+        axes.fill_between(x, low, high, **band)
 
 
-def _marker(at: int) -> dict[str, Any]:
-    """A white edge, so that markers stand out of lines; stars fill less of their size."""
-    return {"ms": 10 if look(at)["marker"] == "*" else 6.5, "mec": "white", "mew": 0.7}
+def _look(at: int) -> dict[str, Any]:
+    """Colour, dashes, and a marker whose white edge stands out of lines; stars are larger, for
+    they fill less of their size."""
+    own = look(at)
+    size = 10 if own["marker"] == "*" else 6.5
+    return own | {"ls": LINES[at % len(LINES)], "ms": size, "mec": "white", "mew": 0.7}
 
 
 def _legend(figure: Figure, names: Sequence[str]) -> None:
@@ -243,13 +240,6 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
     labels = [wrap(name, 28) for name in names]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     room = int(WIDTH / (0.75 + 0.08 * longest))  # inches: the sample of the line, the characters
-    shown = [
-        Line2D([], [], ls=LINES[i % len(LINES)], label=label, **look(i), **_marker(i))
-        for i, label in enumerate(labels)
-    ]
-    figure.legend(
-        handles=shown,
-        loc="outside lower center",
-        ncols=min(room, len(shown), 6),
-        handlelength=3.4,
-    )
+    shown = [Line2D([], [], label=label, **_look(i)) for i, label in enumerate(labels)]
+    ncols = min(room, len(shown), 6)
+    figure.legend(handles=shown, loc="outside lower center", ncols=ncols, handlelength=3.4)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from egrpo.config.models import FigureSpec
+from egrpo.config.models import FigureSpec, RunConfig
 from egrpo.core.spread import choose_threshold
 from egrpo.errors import UserError
 from egrpo.figures.branches import branches_figure
 from egrpo.figures.curves import arm_curves_figure, curves_figure
-from egrpo.figures.image_grid import before_after, images_figure
+from egrpo.figures.image_grid import images_figure
 from egrpo.figures.profile import entropy_figure, spread_figure
 from egrpo.figures.threshold import threshold_figure
-from egrpo.methods.settings import Merging
 from egrpo.planning.plan import load_plan, measured_spread
 from egrpo.planning.trees import needs_plan
 from egrpo.study.layout import Layout
@@ -25,20 +24,13 @@ def draw(at: Layout) -> None:
     A study with several profiles or bases (several models or schedules) shows the first of each.
     """
     runs = at.study.runs
-    first = next(iter(runs))
-    metrics = [at.run(run) / "train_metrics.parquet" for run in runs]
-    rewards = list(dict.fromkeys(name for run in runs.values() for name in run.train.rewards))
-    curves_figure(metrics, rewards, at.figures / "curves")
-    same_base = [run for run in runs if at.base(run) == at.base(first)]
-    images = [(run, at.run(run) / "images.parquet") for run in same_base]
-    before_after(
-        at.base(first) / "images.parquet",
-        images,
-        runs[first].evaluate.grid_prompts,
-        at.figures / "before_after",
-    )
-    planned = [run for run in runs if needs_plan(runs[run])]
-    if planned:
+    curves_figure(_metrics(at, runs), _trained(runs.values()), at.figures / "curves")
+    first, *_ = runs.values()
+    base = at.base(first.run)
+    same_base = [(run, at.run(run) / "images.parquet") for run in runs if at.base(run) == base]
+    shown = base / "images.parquet", same_base, first.evaluate.grid_prompts
+    images_figure(*shown, at.figures / "before_after", page=False)
+    if planned := [run for run in runs if needs_plan(runs[run])]:
         profile = at.profile(planned[0])
         plans = {run: at.run(run) / "plan.json" for run in planned if at.profile(run) == profile}
         entropy_figure(profile, plans, at.figures / "entropy")
@@ -46,67 +38,64 @@ def draw(at: Layout) -> None:
         spread_figure(profile, at.figures / "spread", noise_fraction=fraction)
 
 
+def _metrics(at: Layout, runs: Iterable[str]) -> list[Path]:
+    return [at.run(run) / "metrics.parquet" for run in runs]
+
+
+def _trained(runs: Iterable[RunConfig]) -> list[str]:
+    """Rewards that the runs are trained on, each once."""
+    return list(dict.fromkeys(name for run in runs for name in run.train.rewards))
+
+
 # -- the figures of a study, by kind -----------------------------------------------------------
 
 
 def _branches(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    run = at.study.runs[at.arm(spec.arms[0])[0]]
-    branches_figure(
-        at.branches(run.run),
-        at.profile(run.run),
-        spec.pairs,
-        spec.prompts,
-        stem,
-        run.profile.noise_fraction,
-        rewards=spec.rewards or None,
-    )
+    run = _first(spec, at)
+    files, shown = (at.branches(run.run), at.profile(run.run)), (spec.pairs, spec.prompts)
+    fraction, rewards = run.profile.noise_fraction, spec.rewards or None
+    branches_figure(*files, *shown, stem, fraction, rewards=rewards)
 
 
 def _entropy(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    firsts = {arm: at.arm(arm)[0] for arm in spec.arms}
-    profile = at.profile(next(iter(firsts.values())))
-    plans = {arm: at.run(run) / "plan.json" for arm, run in firsts.items()}
-    entropy_figure(profile, plans, stem, spans=spec.spans)
+    plans = {arm: at.run(at.arm(arm)[0]) / "plan.json" for arm in spec.arms}
+    entropy_figure(at.profile(_first(spec, at).run), plans, stem, spans=spec.spans)
 
 
 def _spread(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    run = at.study.runs[at.arm(spec.arms[0])[0]]
+    run = _first(spec, at)
     spread_figure(at.profile(run.run), stem, noise_fraction=run.profile.noise_fraction)
 
 
 def _threshold(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    run = at.study.runs[at.arm(spec.arms[0])[0]]
-    method = run.method
-    if not isinstance(method, Merging) or method.threshold != "auto":
+    run = _first(spec, at)
+    automatic, rewards = run.method.automatic, run.train.rewards
+    if automatic is None:
         raise UserError(f"run {run.run}: method.threshold: its figure needs auto")
-    spreads = measured_spread(at.profile(run.run), run.train.rewards)
+    spreads = measured_spread(at.profile(run.run), rewards)
     try:
-        choice = choose_threshold(spreads, method.measure, method.spread_factor)
+        choice = choose_threshold(spreads, *automatic)
     except ValueError as error:
         raise UserError(f"run {run.run}: {error}") from None
-    threshold_figure(
-        spreads,
-        choice,
-        load_plan(at.run(run.run) / "plan.json"),
-        method.spread_factor,
-        ", ".join(run.train.rewards),
-        stem,
-    )
+    plan = load_plan(at.run(run.run) / "plan.json")
+    threshold_figure(spreads, choice, plan, automatic.factor, ", ".join(rewards), stem)
 
 
 def _curves(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    groups = {
-        arm: [at.run(run) / "train_metrics.parquet" for run in at.arm(arm)] for arm in spec.arms
-    }
+    groups = {arm: _metrics(at, at.arm(arm)) for arm in spec.arms}
     runs = (at.study.runs[run] for arm in spec.arms for run in at.arm(arm))
-    trained = dict.fromkeys(name for run in runs for name in run.train.rewards)
-    arm_curves_figure(groups, spec.rewards or list(trained), stem)
+    arm_curves_figure(groups, spec.rewards or _trained(runs), stem)
 
 
 def _images(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    firsts = [(arm, at.arm(arm)[0]) for arm in spec.arms]
-    columns = [(arm, at.run(run) / "images.parquet") for arm, run in firsts]
-    images_figure(at.base(firsts[0][1]) / "images.parquet", columns, spec.prompts, stem)
+    columns = [(arm, at.run(at.arm(arm)[0]) / "images.parquet") for arm in spec.arms]
+    base = at.base(_first(spec, at).run) / "images.parquet"
+    images_figure(base, columns, spec.prompts, stem)
+
+
+def _first(spec: FigureSpec, at: Layout) -> RunConfig:
+    """The first seed of the first arm."""
+    return at.study.runs[at.arm(spec.arms[0])[0]]
 
 
 KINDS: dict[str, Callable[[FigureSpec, Layout, Path], None]] = {

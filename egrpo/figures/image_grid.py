@@ -13,14 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from egrpo.core.distance import Pixels
 from egrpo.errors import UserError
 from egrpo.figures.style import DPI, FINE, STYLE, inches, save_figure, wrap
-from egrpo.report.tables import Key, Pixels, decode_png, read_images
+from egrpo.report.evaluations import Key, decode_png, first_samples, read_images
 
 CANVAS_STYLE = STYLE | {"figure.constrained_layout.use": False}
 """For figures laid out by :class:`Canvas`."""
 PAGE, MARGIN, GAP, LEFT = 10.0, 0.12, 0.06, 1.3
 """Inches: width of a page, its edge, between images, of the prompts beside them."""
+Column = tuple[str, Path, dict[Key, bytes]]
+"""Heading, file, images."""
 
 
 @dataclass(frozen=True)
@@ -80,108 +83,78 @@ def fitted(pixels: Pixels, across: int) -> Pixels:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32) / np.float32(255.0)
 
 
-def before_after(
-    base_images: str | Path,
-    runs: Sequence[tuple[str, str | Path]],
-    prompts: int,
-    stem: str | Path,
-) -> Figure:
-    """Images of the base model and of each run side by side, from the same prompt and noise.
-
-    Rows are the first ``prompts`` prompts (their first sample), columns the base and the runs.
-    Writes the PNG only, with large images, to look at.
-
-    Raises:
-        UserError: if a file is missing or damaged, or a run lacks an image of the base.
-    """
-    keys, columns, first = _read(base_images, runs, prompts)
-    across = cell_width(first, 192 if first.shape[1] <= 192 else 384)
-    return _image_grid(keys, columns, first, across, stem, ("png",), DPI)
-
-
 def images_figure(
     base_images: str | Path,
     columns: Sequence[tuple[str, str | Path]],
     prompts: int,
     stem: str | Path,
+    *,
+    page: bool = True,
 ) -> Figure:
-    """Fig. 5 of the paper: prompts by models, from the same prompt and noise, on one page.
+    """Fig. 5 of the paper: prompts by models, from the same prompt and noise.
 
     Args:
         base_images: ``images.parquet`` of the base model; its first samples of the first prompts.
         columns: heading and ``images.parquet`` of each trained model.
         prompts: rows, at least 1.
         stem: output path without ending.
+        page: all on one page, as PNG and SVG; otherwise large images to look at, as PNG only.
 
     Raises:
         UserError: if a file is missing or damaged, or a model lacks an image of the base.
     """
-    keys, read, first = _read(base_images, columns, prompts)
-    room = (PAGE - 2 * MARGIN - LEFT) / len(read) - GAP
-    across = cell_width(first, min(384, max(96, int(room * FINE))))
-    return _image_grid(keys, read, first, across, stem, ("png", "svg"), FINE)
-
-
-Column = tuple[str, Path, dict[Key, bytes]]
-"""Heading, file, images."""
+    keys, read, first = _read(Path(base_images), columns, prompts)
+    if page:
+        room, dpi = int(((PAGE - 2 * MARGIN - LEFT) / len(read) - GAP) * FINE), FINE
+        across = cell_width(first, min(384, max(96, room)))
+    else:
+        across, dpi = cell_width(first, 192 if first.shape[1] <= 192 else 384), DPI
+    with rc_context(CANVAS_STYLE):
+        figure = _draw(keys, read, first, across, dpi)
+        return save_figure(figure, stem, ("png", "svg") if page else ("png",), dpi)
 
 
 def _read(
-    base_images: str | Path, runs: Sequence[tuple[str, str | Path]], prompts: int
+    base_images: Path, runs: Sequence[tuple[str, str | Path]], prompts: int
 ) -> tuple[list[Key], list[Column], Pixels]:
     """Images to show, the columns that hold them, and the first image."""
-    base = read_images(Path(base_images))
-    first: dict[int, Key] = {}
-    for key in sorted(base):
-        first.setdefault(key[0], key)
-    keys = list(first.values())[: max(0, prompts)]
-    if not keys:
-        raise UserError(f"{base_images}: no image to show; at least 1 prompt is needed")
-    columns: list[Column] = [("base", Path(base_images), {key: base[key] for key in keys})]
-    base.clear()  # one table at a time: hundreds of large images each, of which few are shown
-    for run, path in runs:
+    keys: list[Key] = []
+    columns: list[Column] = []
+    for run, path in [("base", base_images), *runs]:
         images = read_images(Path(path))
+        if not columns and not (keys := first_samples(images)[: max(0, prompts)]):
+            raise UserError(f"{path}: no image to show; at least 1 prompt is needed")
         lacking = [key for key in keys if key not in images]
         if lacking:
             raise UserError(
                 f"{path}: run {run!r} has no image of prompt {lacking[0][0]} "
                 f"({lacking[0][2]!r}), sample {lacking[0][1]}; evaluate it on the base's prompts"
             )
+        # one table at a time: hundreds of large images each, of which few are shown
         columns.append((run, Path(path), {key: images[key] for key in keys}))
-    return keys, columns, decode_png(columns[0][2][keys[0]], Path(base_images))
+    return keys, columns, decode_png(columns[0][2][keys[0]], base_images)
 
 
-def _image_grid(
-    keys: Sequence[Key],
-    columns: Sequence[Column],
-    first: Pixels,
-    across: int,
-    stem: str | Path,
-    endings: Sequence[str],
-    dpi: int,
+def _draw(
+    keys: Sequence[Key], columns: Sequence[Column], first: Pixels, across: int, dpi: int
 ) -> Figure:
     """Prompts to the left, headings above; each cell is as large as the first image's."""
     width, height = across / dpi, height_of(first, across) / dpi
-    small = width < 1.0
-    size = 7.5 if small else 10.0
-    heads = [
-        wrap(name, width + GAP / 2, measure=inches(size, weight="bold")) for name, *_ in columns
-    ]
+    size, font = (7.5, 7.5) if width < 1.0 else (10.0, 9.0)
+    head_width = inches(size, weight="bold")
+    heads = [wrap(name, width + GAP / 2, measure=head_width) for name, *_ in columns]
     top = MARGIN + GAP + max(head.count("\n") + 1 for head in heads) * size * 1.25 / 72.0
     total = LEFT + len(columns) * (width + GAP) + 2 * MARGIN - GAP
-    with rc_context(CANVAS_STYLE):
-        canvas = Canvas.of(total, top + len(keys) * (height + GAP) + MARGIN - GAP, dpi)
-        for column, head in enumerate(heads):
-            middle = MARGIN + LEFT + column * (width + GAP) + width / 2
-            style = {"ha": "center", "va": "baseline", "fontsize": size, "weight": "bold"}
-            canvas.text(middle, top - GAP - size * 0.25 / 72.0, head, **style)
-        for row, key in enumerate(keys):
-            y = top + row * (height + GAP)
-            font = 7.5 if small else 9.0
-            lines = max(1, int(height * 72.0 / (font * 1.25)))
-            text = wrap(key[2], LEFT - 2 * GAP, lines, inches(font))
-            canvas.text(MARGIN, y + height / 2, text, va="center", fontsize=font)
-            for column, (_, path, images) in enumerate(columns):
-                x = MARGIN + LEFT + column * (width + GAP)
-                canvas.image(decode_png(images[key], path), x, y, across)
-        return save_figure(canvas.figure, stem, endings, dpi)
+    canvas = Canvas.of(total, top + len(keys) * (height + GAP) + MARGIN - GAP, dpi)
+    lines = max(1, int(height * 72.0 / (font * 1.25)))
+    bold = {"ha": "center", "va": "baseline", "fontsize": size, "weight": "bold"}
+    lefts = [MARGIN + LEFT + column * (width + GAP) for column in range(len(columns))]
+    for x, head in zip(lefts, heads, strict=True):
+        canvas.text(x + width / 2, top - GAP - size * 0.25 / 72.0, head, **bold)
+    for row, key in enumerate(keys):
+        y = top + row * (height + GAP)
+        text = wrap(key[2], LEFT - 2 * GAP, lines, inches(font))
+        canvas.text(MARGIN, y + height / 2, text, va="center", fontsize=font)
+        for x, (_, path, images) in zip(lefts, columns, strict=True):
+            canvas.image(decode_png(images[key], path), x, y, across)
+    return canvas.figure

@@ -19,24 +19,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from egrpo.core.entropy import step_entropy
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
-from egrpo.figures.curves import curves_figure, trailing_mean
 from egrpo.figures.style import (
-    ENTROPY_UNITS,
     INK,
     STYLE,
     by_span,
     columns,
-    finite,
+    entropy_axis,
+    numbered,
     save_figure,
-    span_label,
+    shared_legend,
 )
-from egrpo.planning.plan import load_plan
+from egrpo.planning.plan import load_plan, plan_rows
 from egrpo.store.tables import ENTROPY_PROFILE
-
-__all__ = ["curves_figure", "entropy_figure", "spread_figure", "trailing_mean"]
 
 PLAN_MARKERS = "osDhp8H"
 """Wide enough for a number inside."""
@@ -90,24 +86,14 @@ def entropy_figure(
             if spans is None or span in spans:
                 at = table["span"] == span
                 steps, first = np.unique(table["step"][at], return_index=True)
-                values = table[measure][at][first]
-                axes.plot(steps, values, ms=4, label=span_label(span), **series)
+                axes.plot(steps, table[measure][at][first], ms=4, **series)
         _draw_plans(axes, read)
         thresholds = {p.threshold for p in read.values() if p.threshold}  # 0 and None: no line
         for threshold, dashes in zip(sorted(thresholds), cycle(DASHES)):
-            axes.axhline(
-                threshold,
-                color=INK,
-                lw=1.4,
-                ls=dashes,
-                gid="threshold",
-                zorder=1.5,
-                label=rf"threshold $\tau$ = {threshold:g}",
-            )
-        axes.set(xlabel="denoising step (grid index)", ylabel=ENTROPY_UNITS[measure])
-        if measure != "nats_per_dim":
-            axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            line: dict[str, Any] = {"color": INK, "lw": 1.4, "ls": dashes, "zorder": 1.5}
+            line["label"] = rf"threshold $\tau$ = {threshold:g}"
+            axes.axhline(threshold, gid="threshold", **line)
+        entropy_axis(axes, measure, "denoising step")
         axes.set_title("Entropy of an SDE step, by start and number of merged steps", loc="left")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
         return save_figure(figure, stem)
@@ -119,43 +105,19 @@ def _draw_plans(axes: Axes, plans: Mapping[str, Plan]) -> None:
     for run, plan in plans.items():
         runs.setdefault(plan, []).append(run)
     for k, (plan, names) in enumerate(runs.items()):
-        chosen = list(zip(plan.active, plan.spans, strict=True))
-        entropy = [
-            step_entropy(
-                plan.sigmas,
-                i,
-                span,
-                noise_level=plan.noise_level,
-                dynamics=plan.dynamics,
-                measure=plan.measure,
-            )
-            for i, span in chosen
-        ]
         # plans often agree: side by side, not stacked
         aside = min(0.45, 0.9 / len(runs)) * (k - (len(runs) - 1) / 2)
-        label = f"plan: {textwrap.fill(', '.join(names), 24)}\n(number: steps merged)"
-        axes.plot(
+        numbered(
+            axes,
             np.array(plan.active) + aside,
-            entropy,
-            PLAN_MARKERS[k % len(PLAN_MARKERS)],
-            ls="none",
-            ms=10.5,
-            mfc="white",
-            mec="black",
+            [row["entropy"] for row in plan_rows(names[0], plan)],
+            plan.spans,
+            marker=PLAN_MARKERS[k % len(PLAN_MARKERS)],
+            ms=11,
             zorder=4 + k / 10,
             gid=f"plan:{names[0]}",
-            label=label,
+            label=f"plan: {textwrap.fill(', '.join(names), 24)}\n(number: steps merged)",
         )
-        for (step, span), value in zip(chosen, entropy, strict=True):
-            axes.text(
-                step + aside,
-                value,
-                str(span),
-                ha="center",
-                va="center_baseline",
-                fontsize=8,
-                zorder=4.05 + k / 10,  # a marker hides a number below it, two would read as one
-            )
 
 
 def spread_figure(profile: str | Path, stem: str | Path, *, noise_fraction: float = 0.1) -> Figure:
@@ -193,11 +155,7 @@ def spread_figure(profile: str | Path, stem: str | Path, *, noise_fraction: floa
         for axes in grid[max(0, len(names) - across) : len(names)]:
             axes.set_xlabel("branching step (grid index)")
             axes.tick_params(labelbottom=True)
-        shown: dict[str, Any] = {}
-        for axes in figure.axes:  # a panel may lack the yardstick
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                shown.setdefault(label, handle)
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2 * across)
+        shared_legend(figure, 2 * across)
         figure.suptitle(
             "Spread among samples that branch at one step (mean over prompts ± 1 standard error)"
         )
@@ -214,16 +172,19 @@ def _draw_spread(
     """One panel: ``part`` holds the rows of quantity ``name``; ``noise`` labels the yardstick."""
     reward = name.removeprefix("reward:")
     title, unit = SPREAD_UNITS.get(name, (f"Reward: {reward}", f"std of {reward} in the group"))
+    measured = np.isfinite(part["spread"])
     for span, series in spans:
         here = part["span"] == span
         steps = np.unique(part["step"][here])
-        groups = [finite(part["spread"][here & (part["step"] == s)]) for s in steps]
+        groups = [part["spread"][here & measured & (part["step"] == s)] for s in steps]
         means = np.array([g.mean() if len(g) else np.nan for g in groups])
         errors = np.array([g.std(ddof=1) / len(g) ** 0.5 if len(g) > 1 else 0.0 for g in groups])
-        axes.plot(steps, means, ms=4.5, label=span_label(span), **series)
+        axes.plot(steps, means, ms=4.5, **series)
         band = {"color": series["color"], "alpha": 0.18, "lw": 0}
         axes.fill_between(steps, means - errors, means + errors, **band)
-    yardstick = finite(part["yardstick"])  # the same on all rows of a prompt
+    yardstick = part["yardstick"][
+        np.isfinite(part["yardstick"])
+    ]  # the same on all rows of a prompt
     if len(yardstick):
         axes.axhline(yardstick.mean(), color=INK, ls="--", lw=1.4, gid="yardstick", label=noise)
     axes.set_title(title, loc="left")

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
+from matplotlib.ticker import MaxNLocator
 
 from egrpo.store.files import replacing
 from egrpo.store.tables import Table, read_table
@@ -47,11 +49,12 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "svg.hashsalt": "egrpo",
 }
-ENTROPY_UNITS = {
-    "exp_per_dim": r"entropy $e^{h/d}$ (latent units)",
-    "nats_per_dim": "entropy $h/d$ (nats per dimension)",
-    "variance": r"variance $(\mathrm{std}/a)^2$",
+ENTROPY = {
+    "exp_per_dim": ("$e^{h/d}$", "entropy $e^{h/d}$ (latent units)"),
+    "nats_per_dim": ("$h/d$", "entropy $h/d$ (nats per dimension)"),
+    "variance": (r"$(\mathrm{std}/a)^2$", r"variance $(\mathrm{std}/a)^2$"),
 }
+"""Symbol and label of an axis, by measure."""
 
 
 def look(series: int) -> dict[str, Any]:
@@ -63,18 +66,40 @@ def look(series: int) -> dict[str, Any]:
 
 
 def by_span(spans: Iterable[Any]) -> list[tuple[int, dict[str, Any]]]:
-    """Spans, ascending and each once, with the look that they have in every figure of a profile."""
-    return [(int(span), look(i)) for i, span in enumerate(np.unique(list(spans)))]
+    """Spans, ascending and each once, with the look and label of every figure of a profile."""
+    return [
+        (int(span), look(i) | {"label": "1 step" if span == 1 else f"{span} steps merged"})
+        for i, span in enumerate(np.unique(list(spans)))
+    ]
 
 
-def span_label(span: int) -> str:
-    """What a legend says of a span."""
-    return "1 step" if span == 1 else f"{span} steps merged"
+def entropy_axis(axes: Axes, measure: str, steps: str) -> None:
+    """Steps across, entropy up from 0; nats may be negative."""
+    axes.set(xlabel=f"{steps} (grid index)", ylabel=ENTROPY[measure][1])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if measure != "nats_per_dim":
+        axes.set_ylim(bottom=0)
 
 
-def finite(values: Real) -> Real:
-    """The values that are neither NaN nor infinite."""
-    return values[np.isfinite(values)]
+def numbered(
+    axes: Axes, x: Iterable[float], y: Iterable[float], numbers: Iterable[int], **style: Any
+) -> None:
+    """Markers that hold a number; those drawn later hide numbers below them, which read as one."""
+    at, values = list(x), list(y)
+    size, order = style["ms"] - 3.0, style.setdefault("zorder", 4.0)
+    axes.plot(at, values, **{"ls": "none", "mfc": "white", "mec": "black"} | style)
+    middle = {"ha": "center", "va": "center_baseline", "fontsize": size, "zorder": order + 0.05}
+    for across, up, number in zip(at, values, numbers, strict=True):
+        axes.text(across, up, str(number), **middle)
+
+
+def shared_legend(figure: Figure, ncols: int) -> None:
+    """One legend below the panels; what several of them show is said once."""
+    shown: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=ncols)
 
 
 def columns(path: str | Path, table: Table) -> dict[str, npt.NDArray[Any]]:

@@ -12,28 +12,23 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from egrpo.core.entropy import step_entropy
 from egrpo.core.plan import Plan
 from egrpo.core.spread import Choice, Spread
 from egrpo.errors import UserError
 from egrpo.figures.style import (
-    ENTROPY_UNITS,
+    ENTROPY,
     INK,
     PALETTE,
     STYLE,
     by_span,
-    look,
+    entropy_axis,
+    numbered,
     save_figure,
-    span_label,
+    shared_legend,
 )
+from egrpo.planning.plan import plan_rows
 
-MEASURES = {
-    "exp_per_dim": "$e^{h/d}$",
-    "nats_per_dim": "$h/d$",
-    "variance": r"$(\mathrm{std}/a)^2$",
-}
 TAU: dict[str, Any] = {"color": INK, "lw": 1.4, "ls": "--", "zorder": 1.5, "gid": "threshold"}
 
 
@@ -76,12 +71,8 @@ def threshold_figure(
         left, right = figure.subplots(1, 2)
         _draw_choice(left, points, choice, plan.measure, factor)
         _draw_plan(right, plan, choice.threshold)
-        shown: dict[str, Any] = {}
-        for axes in (left, right):  # both draw single steps: said once
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                shown.setdefault(label, handle)
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
-        value = f"τ = {choice.threshold:g} in {MEASURES[plan.measure]}"
+        shared_legend(figure, 4)
+        value = f"τ = {choice.threshold:g} in {ENTROPY[plan.measure][0]}"
         title = f"Automatic threshold from the spread of {reward_text}"
         figure.suptitle(f"{textwrap.fill(title, 80, break_on_hyphens=False)}: {value}")
         return save_figure(figure, stem)
@@ -92,27 +83,13 @@ def _draw_choice(
 ) -> None:
     """Points by span, the fit as steps, the factor across and the threshold down."""
     for span, series in by_span(s.span for s in points):
-        at = [(s.entropy[measure], s.value) for s in points if s.span == span]
-        x, y = zip(*at, strict=True)
-        label = span_label(span)
-        axes.plot(x, y, ls="none", ms=5.5, label=label, gid=f"span:{span}", alpha=0.85, **series)
-    axes.plot(
-        choice.entropy,
-        choice.fitted,
-        drawstyle="steps-post",  # from an entropy on, the fit holds until the next
-        color="black",
-        lw=1.6,
-        gid="fit",
-        label="monotone fit of all",
-    )
-    axes.axhline(
-        factor,
-        color=PALETTE[1],
-        lw=1.4,
-        ls=":",
-        gid="factor",
-        label=f"wanted: {factor:g} times the yardstick",
-    )
+        x, y = zip(*((s.entropy[measure], s.value) for s in points if s.span == span), strict=True)
+        axes.plot(x, y, ls="none", ms=5.5, gid=f"span:{span}", alpha=0.85, **series)
+    # from an entropy on, the fit holds until the next
+    fit: dict[str, Any] = {"drawstyle": "steps-post", "color": "black", "lw": 1.6, "gid": "fit"}
+    axes.plot(choice.entropy, choice.fitted, label="monotone fit of all", **fit)
+    wanted = f"wanted: {factor:g} times the yardstick"
+    axes.axhline(factor, color=PALETTE[1], lw=1.4, ls=":", gid="factor", label=wanted)
     axes.axvline(choice.threshold, **TAU)
     axes.annotate(
         f"τ = {choice.threshold:g}",
@@ -124,7 +101,7 @@ def _draw_choice(
     )
     if measure == "variance":  # a square: single steps would all lie at the left edge
         axes.set_xscale("log")
-    axes.set(xlabel=ENTROPY_UNITS[measure], ylabel="reward std in the group / the yardstick's")
+    axes.set(xlabel=ENTROPY[measure][1], ylabel="reward std in the group / the yardstick's")
     top = max(factor, *(s.value for s in points))
     axes.set_ylim(0.0, 1.16 * top)  # room for the text of the threshold
     axes.set_title("Spread of each measured branch", loc="left")
@@ -132,49 +109,22 @@ def _draw_choice(
 
 def _draw_plan(axes: Axes, plan: Plan, threshold: float) -> None:
     """Each active step from its own entropy to the merged one, which holds its span."""
-
-    def entropy(step: int, span: int) -> float:
-        return step_entropy(
-            plan.sigmas,
-            step,
-            span,
-            noise_level=plan.noise_level,
-            dynamics=plan.dynamics,
-            measure=plan.measure,
-        )
-
-    steps = np.array(plan.active)
-    single = np.array([entropy(step, 1) for step in plan.active])
-    merged = np.array([entropy(i, n) for i, n in zip(plan.active, plan.spans, strict=True)])
-    reached = merged >= threshold
+    rows = plan_rows("", plan)
+    steps, spans = np.array(plan.active), np.array(plan.spans)
+    single = [row["single_step_entropy"] for row in rows]
+    merged = np.array([row["entropy"] for row in rows])
     axes.vlines(steps, single, merged, color="#BBBBBB", lw=1.4)
-    axes.plot(steps, single, ls="none", ms=5.5, gid="single", label=span_label(1), **look(0))
-    numbered: dict[str, Any] = {"ls": "none", "ms": 13, "mfc": "white", "mew": 1.3, "zorder": 4}
-    axes.plot(
-        steps[reached],
-        merged[reached],
-        marker="o",
-        mec="black",
-        gid="merged",
-        label="in the plan (number: steps merged)",
-        **numbered,
-    )
-    if not reached.all():
-        axes.plot(
-            steps[~reached],
-            merged[~reached],
-            marker="s",
-            mec=PALETTE[1],
-            gid="capped",
-            label="τ out of reach: longest span",
-            **numbered,
-        )
-    for step, value, span in zip(steps, merged, plan.spans, strict=True):
-        axes.text(step, value, str(span), ha="center", va="center_baseline", fontsize=9, zorder=5)
+    ((_, alone),) = by_span([1])
+    axes.plot(steps, single, ls="none", ms=5.5, gid="single", **alone)
+    reached = merged >= threshold
+    looks: list[tuple[Any, dict[str, Any]]] = [
+        (reached, {"marker": "o", "gid": "merged", "label": "in the plan (number: steps merged)"}),
+        (~reached, {"marker": "s", "gid": "capped", "label": "τ out of reach: longest span"}),
+    ]
+    for (at, look), edge in zip(looks, ("black", PALETTE[1]), strict=True):
+        if at.any():
+            numbered(axes, steps[at], merged[at], spans[at], ms=12.5, mew=1.3, mec=edge, **look)
     axes.axhline(threshold, label="threshold τ", **TAU)
-    axes.set(xlabel="active step (grid index)", ylabel=ENTROPY_UNITS[plan.measure])
     axes.margins(x=0.08, y=0.12)
-    if plan.measure != "nats_per_dim":
-        axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    entropy_axis(axes, plan.measure, "active step")
     axes.set_title("The plan: each step alone and merged", loc="left")

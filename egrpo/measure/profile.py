@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egrpo.config.keys import run_key
 from egrpo.config.models import RunConfig
 from egrpo.core.entropy import MEASURES, step_entropy
-from egrpo.core.executor import execute
 from egrpo.core.noise import STD
 from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import normal
@@ -25,15 +25,14 @@ from egrpo.images import Images, check
 from egrpo.methods.shapes import branches
 from egrpo.models import load_model
 from egrpo.models.base import FlowModel
-from egrpo.models.conditioning import Conditioning, load_conditioning
-from egrpo.planning.trees import training_sigmas
+from egrpo.models.conditioning import Conditioning, Embeddings, load_conditioning
+from egrpo.planning.grids import training_sigmas
 from egrpo.progress import Progress
 from egrpo.rewards import RewardModel, load_rewards, score_all
 from egrpo.rewards.network import png_of
+from egrpo.sampling.sample import Sampler
 from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, write_table
-from egrpo.study.keys import profile_key
 
-Spread = dict[str, float]
 Groups = dict[tuple[int, int], Images]
 
 
@@ -42,22 +41,13 @@ def candidates(steps: int, spans: list[int]) -> list[tuple[int, int]]:
     return [(i, span) for i in range(steps - 1) for span in spans if i + span < steps]
 
 
-def image_distance(images: Tensor) -> float:
-    """Mean pairwise RMS distance of images uint8 [n, 3, h, w], as a fraction of full scale.
-
-    NaN of fewer than two.
-    """
-    pixels = images.float().div(255).flatten(1)
-    return float(torch.pdist(pixels).mean()) / pixels.shape[1] ** 0.5
-
-
 def spread_of(
     latents: Tensor, images: Images, prompt: str, rewards: dict[str, RewardModel]
-) -> Spread:
+) -> dict[str, float]:
     """Spread of one group: quantity -> value; NaN where fewer than two samples are left of it."""
     left = latents[images.valid].float()
-    out: Spread = {
-        "image_distance": image_distance(images.pixels[images.valid]),
+    out = {
+        "image_distance": images.pairwise_distance(),
         "latent_variance": float(left.var(0).mean()) if len(left) > 1 else float("nan"),
     }
     for name, values in score_all(rewards, images, [prompt] * len(images)).items():
@@ -96,29 +86,28 @@ def noisy_copies(
     return Images(pixels, decoded.faults.repeat(k)), latents
 
 
-def profile(run: RunConfig, embeddings: Path, output: Path, branches_path: Path) -> None:
+def profile(run: RunConfig, embeddings: Embeddings, output: Path, branches_path: Path) -> None:
     """Measure and write ``entropy_profile.parquet``, and the images of some of its groups.
 
     Raises:
         UserError: for missing weights or embeddings, or a group without any image.
     """
-    texts, conditioning = load_conditioning(embeddings, "train")
+    texts, conditioning = load_conditioning(embeddings["profile"])
     model = load_model(run.model)
     rewards = load_rewards(run.rewards, str(model.device))
-    measured = _Profile(run, model, rewards)
+    measured = _Profile(run, model, conditioning, rewards)
     ids = list(range(min(run.profile.prompts, len(texts))))
     rows: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
     with Progress(len(ids), "profile", unit="prompt") as progress:
         for prompt_id in ids:
-            prompt = conditioning.batch([prompt_id], model.device)
-            images, found = measured.prompt(prompt, prompt_id, texts[prompt_id])
+            images, found = measured.prompt(prompt_id, texts[prompt_id])
             rows += found
             if prompt_id < run.profile.shown_prompts:
                 shown += measured.shown(images, prompt_id, texts[prompt_id])
             progress.step()
     check(measured.faults, "profile", run.model, trained=False)
-    head = {"config_hash": profile_key(run)}
+    head = {"config_hash": run_key(run)}
     write_table(branches_path, BRANCHES, shown, metadata=head)
     write_table(
         output,
@@ -136,9 +125,17 @@ def profile(run: RunConfig, embeddings: Path, output: Path, branches_path: Path)
 class _Profile:
     """The branches of one run's profile and what is measured on them."""
 
-    def __init__(self, run: RunConfig, model: FlowModel, rewards: dict[str, RewardModel]) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        model: FlowModel,
+        conditioning: Conditioning,
+        rewards: dict[str, RewardModel],
+    ) -> None:
         self.run, self.model, self.rewards = run, model, rewards
-        self.sigmas = training_sigmas(run)
+        self.sigmas, level = training_sigmas(run), run.method.noise_level
+        batch = run.profile.micro_batch
+        self.sampler = Sampler(model, conditioning, self.sigmas, batch, noise_level=level)
         self.pairs = candidates(run.method.steps, run.profile.spans)
         self.faults: list[int] = []
         self.tree = branches(
@@ -149,25 +146,10 @@ class _Profile:
             trained=False,
         )
 
-    def prompt(
-        self, prompt: Conditioning, prompt_id: int, text: str
-    ) -> tuple[Groups, list[dict[str, Any]]]:
+    def prompt(self, prompt_id: int, text: str) -> tuple[Groups, list[dict[str, Any]]]:
         """Images [K] by (step, span), the yardstick's by (-1, 0), and rows."""
         run, model, k = self.run, self.model, self.run.profile.samples
-
-        def noise(tree: int, start: int, sample: int) -> Tensor:
-            return normal(model.image_shape, "profile", prompt_id, start, sample)
-
-        rollout = execute(
-            [self.tree],
-            self.sigmas,
-            lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(trees)),
-            noise,
-            noise_level=run.method.noise_level,
-            micro_batch=run.profile.micro_batch,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        rollout = self.sampler.rollout([prompt_id], [self.tree], "profile")
         images = model.decode(rollout.leaves, run.profile.decode_batch)
         self._check(images, f"prompt {prompt_id}")
         first = int(images.valid.argmax())  # that is an image

@@ -16,23 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
+from egrpo.config.keys import run_key
 from egrpo.config.models import FeatureCache, Model, RunConfig
-from egrpo.core.executor import execute
 from egrpo.core.intervals import crossed_interval
 from egrpo.core.plan import Plan
-from egrpo.core.seeds import normal
 from egrpo.images import check
 from egrpo.methods.shapes import egrpo
 from egrpo.models import load_model
 from egrpo.models.base import FlowModel
-from egrpo.models.conditioning import Conditioning, load_conditioning
-from egrpo.page.render import write_texts
+from egrpo.models.conditioning import Embeddings, load_conditioning
 from egrpo.progress import Progress
 from egrpo.rewards import RewardModel, load_rewards, score_all
+from egrpo.sampling.sample import Sampler
 from egrpo.store.tables import SUFFIXES, write_table
-from egrpo.study.keys import suffixes_key
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ EXACT = Variant()
 Scores = dict[str, npt.NDArray[np.float64]]
 
 
-class Rollouts(NamedTuple):
+class Outcome(NamedTuple):
     """One prompt's rewards by name, [active steps, samples], network evaluations, and seconds."""
 
     scores: Scores
@@ -78,37 +75,39 @@ def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def suffixes(run: RunConfig, plan: Plan, embeddings: Path, output: Path) -> None:
+def suffixes(
+    run: RunConfig, plan: Plan, embeddings: Embeddings, output: Path
+) -> tuple[list[dict[str, Any]], str]:
     """Measure every stride with every solver of ``profile``.
 
-    Writes Parquet to ``output``, CSV and Markdown beside it.
+    Writes Parquet to ``output``; returns its rows, and what Markdown says of them.
 
     Raises:
         UserError: for missing weights or embeddings, or a variant that makes no image of a prompt.
     """
-    texts, conditioning = load_conditioning(embeddings, "train")
+    texts, conditioning = load_conditioning(embeddings["profile"])
     model = load_model(run.model)
     rewards = load_rewards(run.rewards, str(model.device))
     ids = list(range(min(run.profile.prompts, len(texts))))
     wanted = variants(run)
-    found: dict[Variant, list[Rollouts]] = {variant: [] for variant in wanted}
+    found: dict[Variant, list[Outcome]] = {variant: [] for variant in wanted}
     with Progress(len(ids) * len(wanted), "suffixes", unit="rollout") as progress:
         for network, group in groupby(wanted, key=lambda v: v.network):
             model = _network(run.model, network, model)
+            batch, level = run.profile.micro_batch, plan.noise_level
+            sampler = Sampler(model, conditioning, plan.sigmas, batch, noise_level=level)
             for variant, prompt_id in product(list(group), ids):
-                prompt = conditioning.batch([prompt_id], model.device)
-                finished = _finish(
-                    run, model, rewards, plan, prompt, prompt_id, texts[prompt_id], variant
+                found[variant].append(
+                    _finish(run, sampler, rewards, plan, prompt_id, texts[prompt_id], variant)
                 )
-                found[variant].append(finished)
                 progress.step()
     rows = [
         row
         for variant in wanted
         for row in _rows(run.run, variant, found[variant], found[EXACT], len(plan.active))
     ]
-    write_table(output, SUFFIXES, rows, metadata={"config_hash": suffixes_key(run)})
-    write_texts(output, SUFFIXES, rows, _markdown(run, len(ids), rows))
+    write_table(output, SUFFIXES, rows, metadata={"config_hash": run_key(run)})
+    return rows, _markdown(run, len(ids), rows)
 
 
 def variants(run: RunConfig) -> list[Variant]:
@@ -134,41 +133,24 @@ def _network(settings: Model, network: str, loaded: FlowModel) -> FlowModel:
 
 def _finish(
     run: RunConfig,
-    model: FlowModel,
+    sampler: Sampler,
     rewards: Mapping[str, RewardModel],
     plan: Plan,
-    prompt: Conditioning,
     prompt_id: int,
     text: str,
     variant: Variant,
-) -> Rollouts:
+) -> Outcome:
     """Rewards [active steps, samples] of one prompt's branches with one suffix, and its cost."""
     samples = run.profile.samples
-
-    def noise(tree: int, start: int, sample: int) -> Tensor:
-        return normal(model.image_shape, "suffix", prompt_id, start, sample)
-
+    tree = egrpo(plan, samples, granularities=(variant.granularity,), suffix=variant.solver)
     begun = time.monotonic()
-    rollout = execute(
-        [egrpo(plan, samples, granularities=(variant.granularity,), suffix=variant.solver)],
-        plan.sigmas,
-        lambda x, sigma, trees: model.velocity(x, sigma, prompt.rows(trees)),
-        noise,
-        noise_level=plan.noise_level,
-        micro_batch=run.profile.micro_batch,
-        dtype=model.dtype,
-        device=model.device,
-        suffix_velocity=lambda x, sigma, trees, paths: model.velocity(
-            x, sigma, prompt.rows(trees), model.sampler, paths
-        ),
-    )
-    model.forget_features()
+    rollout = sampler.rollout([prompt_id], [tree], "suffix")
     seconds = time.monotonic() - begun
-    images = model.decode(rollout.leaves, run.profile.decode_batch)
+    images = sampler.model.decode(rollout.leaves, run.profile.decode_batch)
     what = f"suffixes: prompt {prompt_id}, {variant}"
-    check(images.faults.tolist(), what, model.settings, trained=False)
+    check(images.faults.tolist(), what, sampler.model.settings, trained=False)
     scores = score_all(rewards, images, [text] * len(images))
-    return Rollouts(
+    return Outcome(
         {name: v.reshape(-1, samples) for name, v in scores.items()}, rollout.forward, seconds
     )
 
@@ -176,8 +158,8 @@ def _finish(
 def _rows(
     run: str,
     variant: Variant,
-    found: Sequence[Rollouts],
-    exact: Sequence[Rollouts],
+    found: Sequence[Outcome],
+    exact: Sequence[Outcome],
     groups: int,
 ) -> list[dict[str, Any]]:
     """One row a reward: means over the groups of a prompt, then over prompts, with intervals."""

@@ -1,9 +1,8 @@
-"""The methods: each a function that returns a rollout tree. Needs no torch.
+"""The shapes of rollout trees: four serve all methods. Needs no torch.
 
-A method takes keyword arguments that are data (grid, plan, sizes, drawn choices) and returns a
-:class:`~egrpo.core.tree.Tree`. The executor, the advantage, the loss and the trainer are shared.
-Four shapes serve all: :func:`branches` from an anchor, :func:`chains` of independent samples,
-:func:`split_tree`, and :func:`noised` samples. Equal arguments give the very same tree.
+:func:`branches` from an anchor, :func:`chains` of independent samples, :func:`split_tree`, and
+:func:`noised` samples. Arguments are data (grid, sizes, drawn choices); equal arguments give the
+very same :class:`~egrpo.core.tree.Tree`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from egrpo.core.noise import NOISING, STD
+from egrpo.core.noise import NOISING
 from egrpo.core.plan import Plan
-from egrpo.core.schedule import Sigmas
 from egrpo.core.tree import Tree, TreeBuilder
 
 Steps = tuple[int, ...]
@@ -111,6 +109,40 @@ def grow_suffixes(builder: TreeBuilder, branch: int, granularities: Steps, dynam
         builder.edge(node, end, dynamics, label=label)
 
 
+def planned_branches(
+    plan: Plan,
+    group_size: int,
+    *,
+    active: Iterable[int] | None = None,
+    anchors: int = 1,
+    granularities: Sequence[int] = (1,),
+    suffix: str = "ode",
+) -> Tree:
+    """:func:`branches` at the steps of a merge plan: i -> i + span, then the suffix.
+
+    ``active`` takes some of the plan's steps; a plan that allocates samples overrides
+    ``group_size``.
+    """
+    wanted = set(plan.active if active is None else active)
+    sizes = plan.samples or (group_size,) * len(plan.active)
+    rows = zip(plan.active, plan.spans, sizes, strict=True)
+    kept = [(i, span, size) for i, span, size in rows if i in wanted]
+    return branches(
+        plan.steps,
+        tuple((i, span) for i, span, _ in kept),
+        tuple(size for *_, size in kept),
+        plan.dynamics,
+        trained=True,
+        anchors=anchors,
+        granularities=tuple(granularities),
+        suffix=suffix,
+    )
+
+
+egrpo = planned_branches
+"""The name by which suffixes are measured."""
+
+
 @lru_cache(maxsize=1024)
 def chains(
     steps: int,
@@ -196,221 +228,3 @@ def noised(
         for index in times[sample]:
             builder.edge(leaf, index, NOISING, sample=sample, trained=True, weight=weight)
     return builder.build()
-
-
-# -- methods -----------------------------------------------------------------------------------
-
-
-def egrpo(
-    plan: Plan,
-    group_size: int,
-    *,
-    active: Iterable[int] | None = None,
-    anchors: int = 1,
-    granularities: Sequence[int] = (1,),
-    suffix: str = "ode",
-) -> Tree:
-    """E-GRPO (arXiv 2601.00423): one merged SDE step per active step, then ODE.
-
-    For each active step i, ``group_size`` samples branch from the same anchor latent by one
-    transition i -> i + span; the ODE goes on from i + span. Groups are the samples of one step.
-    ``active`` takes some of the plan's steps, for a random subset per iteration; a plan that
-    allocates samples overrides ``group_size``.
-
-    Departs from the authors' public code, where it departs from their paper: every sample of a
-    group is drawn, and the ODE restarts at the end of the merged step, not at i + 1. It takes one
-    optimizer step an iteration, the code one after each active step (``train.updates``). The code's
-    own configuration has leaves of two granularities, ``granular_list [1, 2]``, and learning rate
-    1e-5; the paper has one granularity and 2e-6 (``granularities``, ``train.learning_rate_full``).
-    """
-    wanted = set(plan.active if active is None else active)
-    sizes = plan.samples or (group_size,) * len(plan.active)
-    rows = zip(plan.active, plan.spans, sizes, strict=True)
-    kept = [(i, span, size) for i, span, size in rows if i in wanted]
-    return branches(
-        plan.steps,
-        tuple((i, span) for i, span, _ in kept),
-        tuple(size for *_, size in kept),
-        plan.dynamics,
-        trained=True,
-        anchors=anchors,
-        granularities=tuple(granularities),
-        suffix=suffix,
-    )
-
-
-def g2rpo(
-    steps: int,
-    group_size: int,
-    dynamics: str,
-    *,
-    active: Iterable[int],
-    anchors: int = 1,
-    granularities: Sequence[int],
-    suffix: str = "ode",
-) -> Tree:
-    """Granular-GRPO (G2RPO, arXiv 2510.01982): single SDE steps, leaves at several granularities.
-
-    Each branch has a leaf per granularity; advantages are normalised per granularity and summed.
-
-    Departs from the public code: the beginning that the suffixes of one branch share is evaluated
-    once; a stride that would pass over sigma = 0 ends there, where the code jumps there from the
-    last step it took; one optimizer step an iteration (of its two scripts one takes eight).
-    """
-    return branches(
-        steps,
-        tuple((i, 1) for i in active),
-        group_size,
-        dynamics,
-        trained=True,
-        anchors=anchors,
-        granularities=tuple(granularities),
-        suffix=suffix,
-    )
-
-
-def tempflow_grpo(
-    sigmas: Sigmas,
-    group_size: int,
-    dynamics: str,
-    noise_level: float,
-    *,
-    active: Iterable[int],
-    anchors: int,
-    granularities: Sequence[int] = (1,),
-    suffix: str = "ode",
-) -> Tree:
-    """TempFlow-GRPO (arXiv 2508.04324): single SDE steps, loss weighted by their noise.
-
-    Groups are the successors of one step, prompt and initial noise. The weight of a step is its
-    standard deviation over the mean of those that branch.
-
-    Departs from the public code: a random part of the steps (``active``) keeps the weights'
-    mean at 1; the network's weights are averaged once at every eighth optimizer step, not again
-    with every batch until the next.
-    """
-    starts = tuple(active)
-    std = [STD[dynamics](sigmas, i, i + 1, noise_level) for i in starts]
-    mean = sum(std) / len(std)
-    return branches(
-        len(sigmas) - 1,
-        tuple((i, 1) for i in starts),
-        group_size,
-        dynamics,
-        trained=True,
-        anchors=anchors,
-        granularities=tuple(granularities),
-        suffix=suffix,
-        weights=tuple(s / mean for s in std),
-    )
-
-
-def flow_grpo(
-    steps: int, group_size: int, dynamics: str, trained_fraction: float, noise: str = "own"
-) -> Tree:
-    """Flow-GRPO (arXiv 2505.05470): SDE on all steps, the first ``trained_fraction`` train.
-
-    As in its public code, each sample starts from its own noise, and the last step adds noise
-    like every other one but does not train (fraction 0.99).
-
-    Departs from the public code: weights are averaged once at every eighth optimizer step, where
-    the code does so again with every batch until the next; groups of equal rewards have zero
-    advantage but stay in the penalty.
-    """
-    first = tuple(range(max(1, int(steps * trained_fraction))))
-    return chains(steps, group_size, dynamics, trained=(first,) * group_size, noise=noise)
-
-
-def windowed(
-    steps: int,
-    group_size: int,
-    dynamics: str,
-    *,
-    start: int,
-    size: int,
-    noise: str,
-    suffix: str = "ode",
-    suffix_ratio: float = 1.0,
-) -> Tree:
-    """ODE, a trained window of ``size`` SDE steps from ``start``, a deterministic suffix.
-
-    Flow-GRPO-Fast (public code of arXiv 2505.05470): a random window, the ODE before it shared.
-    MixGRPO (arXiv 2507.21802): a window that slides over the iterations; every sample is evaluated
-    from the same noise. Its Flash variant goes on by second-order DPM-Solver++ over
-    ``suffix_ratio`` of the grid.
-
-    Departs from the public codes. Fast: the window is drawn per prompt, not per batch; the prefix
-    is shared, as its description and first version have it, the current one does not; weights are
-    averaged as for Flow-GRPO. MixGRPO: the window does not shrink at its end but returns to
-    0; weights of several rewards are those of the settings, not of sum 1. Flash: the steps after
-    the window are indices of the training grid, and the first of them is Euler's, since noise came
-    before it.
-    """
-    window = tuple(range(start, start + size))
-    return chains(
-        steps,
-        group_size,
-        dynamics,
-        stochastic=window,
-        trained=(window,) * group_size,
-        noise=noise,
-        suffix=(suffix, thinned(start + size, steps, suffix_ratio)),
-    )
-
-
-def dancegrpo(
-    steps: int, group_size: int, dynamics: str, trained: Sequence[Steps], noise: str = "same"
-) -> Tree:
-    """DanceGRPO (arXiv 2505.07818): SDE on all steps; of each sample a random part trains.
-
-    ``trained`` names the steps of each sample, drawn from all but the last. The last step is
-    Euler's: the public code decodes its prediction of the data, which no noise reaches.
-
-    Departs from the public code: initial noise is shared within a prompt, not by all prompts of a
-    process.
-    """
-    return chains(
-        steps,
-        group_size,
-        dynamics,
-        stochastic=tuple(range(steps - 1)),
-        trained=tuple(trained),
-        noise=noise,
-    )
-
-
-def branchgrpo(
-    steps: int, splits: Sequence[int], dynamics: str, untrained: Iterable[int] = ()
-) -> Tree:
-    """BranchGRPO (arXiv 2509.06040): a binary tree of SDE steps; an edge gets its leaves' mean.
-
-    ``untrained`` are the starts that depth pruning takes out of the loss. Width pruning depends
-    on rewards and comes after the rollout (:func:`egrpo.core.advantage.prune`).
-
-    Departs from the public code: noise at a split is not scaled (the code's log-probability does
-    not know of its factor 4); the last step is Euler's and does not train (the code trains it, but
-    decodes the prediction of the data, so that its noise reaches no reward); edges are cut into
-    optimizer steps by leaf, 16 at most, not shuffled by twelves; width pruning keeps the best
-    leaves of the whole tree.
-    """
-    out = set(untrained)
-    return split_tree(
-        steps, tuple(splits), dynamics, tuple(i for i in range(steps) if i not in out)
-    )
-
-
-def forward_process(
-    steps: int, group_size: int, times: Sequence[Steps], suffix: str, weight: float = 1.0
-) -> Tree:
-    """DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050): ODE samples, noised to train.
-
-    ``times`` names the grid indices that each sample is noised to.
-
-    Departs from the public codes. NFT: what is evaluated is the average that samples, not a second
-    one. AWM: times are drawn without strata, by default from all of the first 12 of 14, as in its
-    two recipes for PickScore, whose KL weight is the default too (its four for GenEval and OCR
-    never noise to t = 1, and have 1e-3 and 3e-3); Euler's ODE in the place of SA-Solver; what is
-    evaluated is the average of the penalty, not a second one (0.99 an epoch there); training starts
-    with the first iteration, not the third.
-    """
-    return noised(steps, group_size, tuple(times), suffix, weight)

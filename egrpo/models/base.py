@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -102,7 +102,7 @@ class FlowModel(ABC):
             )
         if settings.compile:
             compile_blocks(self.transformer)
-        self.sampler: Any = None
+        self._copy: Any = None  # of the transformer, see `sampling`
         self.features: KeptFeatures | None = None
         self.reference: Any = None
 
@@ -293,32 +293,46 @@ class FlowModel(ABC):
             negative, prompt = self.network(module, torch.cat([x, x]), sigma, both).chunk(2)
         return self.guide(prompt, negative)
 
-    def keep_features(self) -> None:
-        """Make ``sampler`` keep features from step to step, where the settings say so.
+    @contextmanager
+    def sampling(self, *, exact: bool = False) -> Iterator[Any]:
+        """The network that samples, with the weights of this moment; what it keeps is freed after.
 
-        Without a merged copy the sampler is a twin that shares all weights with the transformer,
-        which itself stays exact.
+        It is the transformer, or a copy of it: one that has the LoRA merged into its weights, that
+        keeps features from step to step (unless ``exact``), or both.
+        """
+        copied = self._copy is not None and not (exact and self.features is not None)
+        if copied and self.settings.merge_lora_for_sampling:
+            with torch.no_grad():
+                for name, layer in self.lora_layers():
+                    merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
+                    self._copy.get_submodule(name).weight.copy_(merged)
+        try:
+            yield self._copy if copied else self.transformer
+        finally:
+            if self.features is not None:
+                self.features.forget()
+
+    def keep_features(self) -> None:
+        """Make what samples keep features from step to step, where the settings say so.
+
+        Without a merged copy that is a twin that shares all weights with the transformer, which
+        itself stays exact.
         """
         if self.settings.feature_cache is None:
             return
-        if self.sampler is None:
+        if self._copy is None:
             shared = [*self.transformer.parameters(), *self.transformer.buffers()]
-            self.sampler = copy.deepcopy(self.transformer, {id(t): t for t in shared})
-        self.features = KeptFeatures(self.sampler, self.settings.feature_cache, self.dtype)
-
-    def forget_features(self) -> None:
-        """Free what the sampler keeps."""
-        if self.features is not None:
-            self.features.forget()
+            self._copy = copy.deepcopy(self.transformer, {id(t): t for t in shared})
+        self.features = KeptFeatures(self._copy, self.settings.feature_cache, self.dtype)
 
     def _features_of(
         self, module: nn.Module, paths: tuple[int, ...] | None, sigma: float
     ) -> AbstractContextManager[None]:
         """The kept features of one batch; of none where the module keeps nothing."""
-        if self.features is None or module is not self.sampler:
+        if self.features is None or module is not self._copy:
             return nullcontext()
         if paths is None:
-            raise ValueError("a sampler that keeps features needs the paths of its batch")
+            raise ValueError("a network that keeps features needs the paths of its batch")
         return self.features.of(paths, sigma)
 
     @during("decoding")
@@ -355,9 +369,9 @@ class FlowModel(ABC):
         from peft import LoraConfig
 
         if self.settings.merge_lora_for_sampling:
-            self.sampler = copy.deepcopy(self.transformer)
+            self._copy = copy.deepcopy(self.transformer)
             if self.settings.compile:
-                compile_blocks(self.sampler)  # a copy has none of it
+                compile_blocks(self._copy)  # a copy has none of it
         lora = self.settings.lora
         try:
             self.transformer.add_adapter(
@@ -406,7 +420,7 @@ class FlowModel(ABC):
         """
         from torch.distributed.fsdp import fully_shard
 
-        if self.sampler is not None:
+        if self._copy is not None:
             key = "feature_cache" if self.settings.feature_cache else "merge_lora_for_sampling"
             raise UserError(f"model.{key}: makes a copy of the weights; switch it off for FSDP")
         for block in repeated_blocks(self.transformer):
@@ -421,15 +435,6 @@ class FlowModel(ABC):
         for name, module in self.transformer.named_modules():
             if isinstance(module, LoraLayer):
                 yield name, module
-
-    @torch.no_grad()
-    def refresh_sampler(self) -> None:
-        """Bring the merged copy up to date with the LoRA."""
-        if self.sampler is None or not self.settings.merge_lora_for_sampling:
-            return
-        for name, layer in self.lora_layers():
-            merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
-            self.sampler.get_submodule(name).weight.copy_(merged)
 
     # -- what was trained ------------------------------------------------------------------
 
@@ -531,8 +536,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, cut as ``like`` is; undoes :func:`whole`."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a whole tensor, cut as ``like`` is; undoes :func:`whole`."""
     if not isinstance(like, DTensor) or tensor.ndim == 0:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -81,34 +81,33 @@ def trimmed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {"embeds": tensors["embeds"][:, : int(tensors["lengths"].max())]}
 
 
+Embeddings = Mapping[str, Path]
+"""Files of embedded prompts, by the set of prompts: train, monitor, heldout, profile."""
+
+
 def save_conditioning(
-    path: str | Path, parts: dict[str, tuple[list[Prompt], Conditioning]]
+    path: str | Path, prompts: Sequence[Prompt], conditioning: Conditioning
 ) -> None:
-    """Store named prompt sets with their texts in one safetensors file."""
+    """Store a set of prompts with its texts in one safetensors file."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    texts: dict[str, str] = {}
-    for part, (prompts, conditioning) in parts.items():
-        own = {
-            f"{part}/{kind}/{name}": tensor.contiguous()
-            for kind in KINDS
-            for name, tensor in (
-                conditioning.tensors if kind == "prompt" else conditioning.negative
-            ).items()
-        }
-        texts[part] = json.dumps([p.text for p in prompts])
-        texts[f"{part}/sha256"] = checksum(own, texts[part])
-        tensors |= own
+    groups = zip(KINDS, (conditioning.tensors, conditioning.negative), strict=True)
+    tensors = {
+        f"{kind}/{name}": tensor.contiguous()
+        for kind, group in groups
+        for name, tensor in group.items()
+    }
+    texts = json.dumps([p.text for p in prompts])
+    head = {"texts": texts, "sha256": checksum(tensors, texts)}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=texts)
+        save_file(tensors, temporary, metadata=head)
 
 
-def load_conditioning(path: str | Path, part: str) -> tuple[list[str], Conditioning]:
-    """Texts and embeddings of one prompt set.
+def load_conditioning(path: str | Path) -> tuple[list[str], Conditioning]:
+    """Texts and embeddings of a set of prompts.
 
     Raises:
-        UserError: if the file is missing, damaged, or lacks the set.
+        UserError: if the file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -116,16 +115,12 @@ def load_conditioning(path: str | Path, part: str) -> tuple[list[str], Condition
     try:
         with safe_open(str(path), framework="pt") as handle:
             head = handle.metadata() or {}
-            names = [key for key in handle.keys() if key.startswith(f"{part}/")]  # noqa: SIM118
-            own = {key: handle.get_tensor(key) for key in names}
-        if part not in head:
-            raise UserError(f"{path}: holds no prompt set {part!r}; delete it and run again")
-        for key, tensor in own.items():
-            _, kind, name = key.split("/")
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        for key, tensor in tensors.items():
+            kind, name = key.split("/")
             groups[kind][name] = tensor
-        texts = json.loads(head[part])
-        known = head.get(f"{part}/sha256")  # files of earlier versions have none
-        if known is not None and checksum(own, head[part]) != known:
+        texts = json.loads(head["texts"])
+        if checksum(tensors, head["texts"]) != head["sha256"]:
             raise ValueError("checksum does not match")
         _check(texts, groups)
     except FileNotFoundError:

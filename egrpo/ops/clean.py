@@ -11,29 +11,29 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from egrpo.config.load import read_yaml
 from egrpo.errors import UserError
-from egrpo.planning.plan import load_plan
 from egrpo.planning.trees import needs_plan
 from egrpo.store.files import lock, read_json
-from egrpo.study.fingerprint import state_key
-from egrpo.study.keys import KEYS
-from egrpo.study.layout import Layout
+from egrpo.study.identity import SETS
+from egrpo.study.layout import SHARED, Layout
+from egrpo.study.orders import order_of_run
 
 KEY = "[0-9a-f]{10}"
 RUN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-PROFILE_FILES = r"(entropy_profile|branches)\.parquet"
-BASE_FILES = r"(scores|images)\.parquet"
-RUN_FILES = (
-    r"config\.yaml|plan\.json|train\.json|adapter|monitor|snapshots|suffixes\.(parquet|csv|md|html)"
-    r"|(merge_plan|train_metrics|rollouts|scores|images|snapshots)\.parquet"
-)
-"""What rules make in the folder of a run."""
-STATE_FILES = r"checkpoint-.*|journal.*|lock|monitor|snapshots|\..*\.tmp"
+FILES = {
+    "profiles": r"(entropy_profile|branches)\.parquet",
+    "base": r"(scores|images)\.parquet",
+    "runs": r"config\.yaml|plan\.json|train\.json|adapter|monitor|snapshots"
+    r"|suffixes\.(parquet|csv|md|html)"
+    r"|(merge_plan|train_metrics|metrics|rollouts|scores|images|snapshots|snapshot_images)\.parquet",
+}
+"""What stages make in their folders."""
+STATE_FILES = r"checkpoint-.*|journal.*|lock|monitor|snapshots|until-\d+|identity\.json|\..*\.tmp"
 """What training makes in its state folder."""
 
 
@@ -74,52 +74,65 @@ def _leftover(path: Path, parts: list[Path]) -> Leftover:
 def _superseded(at: Layout) -> Iterator[tuple[Path, list[Path]]]:
     """(file or folder, what a stage made of it).
 
-    That a rule made something is known by its log; of settings, by what they say.
+    That a stage made something is known by its receipt, or by the log of its rule; of orders, by
+    their names.
     """
     runs, root = at.study.runs, at.root
-    settings = {at.settings(stage, run) for stage in KEYS for run in runs}
-    settings |= {at.target_settings(name) for name in (*at.study.tables, *at.study.figures)}
-    for path in _below(root / "settings", rf"[a-z][a-z0-9_]*-{KEY}\.yaml"):
-        if path not in settings and _says_what_it_is(path, at.study.name):
+    orders = {order_of_run(at, run, write=False).name for run in runs}
+    for path in _below(root / "settings", rf"{RUN}-{KEY}\.(json|yaml)"):
+        if path.name not in orders and _is_old_order(path, at.study.name, orders):
             yield path, [path]
-    embeddings = {at.embeddings(run) for run in runs}
-    for key in _logged(root, "embed"):
-        path = root / "embeddings" / f"{key}.safetensors"
-        if path not in embeddings and path.is_file():
-            yield path, [path]
-    for name, rule, files, wanted in (
-        ("profiles", "profile", PROFILE_FILES, {at.profile(run).parent for run in runs}),
-        ("base", "evaluate_base", BASE_FILES, {at.base(run) for run in runs}),
-    ):
-        for path in _below(root / name, KEY):
-            if path not in wanted and path.name in _logged(root, rule):
-                yield path, list(_below(path, files))
+    for path in _below(root / ".made", r".+"):
+        yield path, [path]
+    shared = {
+        "embed": {at.embeddings(run, which) for run in runs for which in SETS},
+        "profile": {at.profile(run).parent for run in runs if needs_plan(runs[run])},
+        "base": {at.base(run) for run in runs},
+    }
+    for stage, wanted in shared.items():
+        for name in _made(root, stage, RULES.get(stage, stage)):
+            path = at.outputs(stage, name)[0] if stage == "embed" else at.folder(stage, name)
+            if path in wanted or not re.fullmatch(KEY, name) or not path.exists():
+                continue
+            yield path, [path] if stage == "embed" else [*_below(path, FILES[SHARED[stage]])]
+    of_runs = _made(root, "train", "train", "plan", "run_config") | _made(root, "plan", "plan")
     for path in _below(root / "runs", RUN):
-        if path.name not in runs and path.name in _logged(root, "run_config", "plan", "train"):
-            yield path, list(_below(path, RUN_FILES))
+        if path.name not in runs and path.name in of_runs:
+            yield path, list(_below(path, FILES["runs"]))
     for folder in _below(root / "state", RUN):
-        if folder.name not in _logged(root, "train"):
+        if folder.name not in of_runs:
             continue
         kept = _states(at, folder.name) if folder.name in runs else set()
         for path in _below(folder, KEY):
-            if kept is not None and path.name not in kept:
+            if path.name not in kept:
                 yield path, list(_below(path, STATE_FILES))
 
 
-def _logged(root: Path, *rules: str) -> set[str]:
-    """Keys or runs that have a log of one of these rules."""
-    logs = [log for rule in rules for log in _below(root / "logs" / rule, r".*\.log")]
-    return {log.name.removesuffix(".log") for log in logs}
+RULES = {"base": "evaluate_base"}
+"""Rules that are not called as their stages."""
 
 
-def _says_what_it_is(path: Path, study: str) -> bool:
-    """Whether a settings file is a stage's of this study, or a table's or figure's."""
-    name = path.name.rpartition("-")[0]
+def _made(root: Path, stage: str, *rules: str) -> set[str]:
+    """Names of what a stage made: those with a receipt, or with a log of one of its rules."""
+    receipts = {p.stem for p in _below(root / "identity" / stage, r".*\.json")}
+    logs = {log for rule in rules for log in _below(root / "logs" / rule, r".*\.log")}
+    return receipts | {log.name.removesuffix(".log") for log in logs}
+
+
+def _is_old_order(path: Path, study: str, orders: set[str]) -> bool:
+    """Whether a file is an order of a job, and of settings that are not today's."""
     try:
-        data = read_yaml(path)
+        found = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
     except UserError:
         return False
-    return data.get("study") == study if name in KEYS else data.get("name") == name
+    if not isinstance(found, dict):
+        return False
+    if path.suffix == ".yaml":  # of versions that had a file of settings for each stage
+        return found.get("study") == study
+    told = found.get("runs")
+    if isinstance(told, list):
+        return "record" in found and not set(told) <= orders
+    return {"settings", "identities"} <= found.keys()
 
 
 def _below(folder: Path, pattern: str) -> Iterator[Path]:
@@ -131,15 +144,12 @@ def _below(folder: Path, pattern: str) -> Iterator[Path]:
             yield path
 
 
-def _states(at: Layout, run: str) -> set[str] | None:
-    """Keys of the states that a run would go on from, and was made from; None: not known."""
-    settings, plan, embeddings = at.study.runs[run], at.run(run) / "plan.json", at.embeddings(run)
-    try:
-        now = state_key(settings, load_plan(plan) if needs_plan(settings) else None, embeddings)
-        summary = at.run(run) / "train.json"
-        return {now, *([str(read_json(summary).get("key"))] if summary.exists() else [])}
-    except (UserError, OSError, AttributeError):  # it is not planned yet, or a file is damaged
-        return None
+def _states(at: Layout, run: str) -> set[str]:
+    """Keys of the states that a run would go on from, and was made from."""
+    kept = {at.identity("trajectory", run)}
+    with suppress(UserError, AttributeError):  # it is not trained yet, or the file is damaged
+        kept.add(str(read_json(at.run(run) / "train.json").get("key")))
+    return kept
 
 
 def size_of(path: Path) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import train_prompts
 from egrpo.core.plan import Plan
-from egrpo.methods.settings import BranchGrpo
 from egrpo.planning.plan import load_plan
 from egrpo.planning.trees import (
     closed_form_plan,
@@ -20,10 +19,9 @@ from egrpo.planning.trees import (
     run_cost,
     tree_of,
 )
-from egrpo.store.tables import MERGE_PLAN, metadata_of, read_table
-from egrpo.study.keys import plan_key
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
+from egrpo.study.standing import stands
 
 COLUMNS = (
     ("forward/prompt", "prompt", "forward"),
@@ -64,12 +62,11 @@ def study_cost(
             cost_of(run, [tree_of(run, plan, 1, first)]),
             run_cost(run, plan, count),
         )
-        pruned = isinstance(run.method, BranchGrpo) and run.method.width_share < 1.0
         out[name] = {
             "method": run.method.name,
             "prompt": {**asdict(prompt), "total": prompt.total},
             "run": {**asdict(whole), "total": whole.total},
-            "train_at_most": pruned,
+            "train_at_most": run.method.prunes,
         }
     return out
 
@@ -78,11 +75,8 @@ def known_plan(run: RunConfig, at: Layout) -> Plan | None:
     """The plan of a run: computed, or read where it was made from a profile; None for no plan."""
     if not reads_profile(run):
         return closed_form_plan(run)
-    path, table = (at.run(run.run) / name for name in ("plan.json", "merge_plan.parquet"))
-    if not (path.exists() and table.exists()):
-        return None
-    made_for = metadata_of(read_table(table, MERGE_PLAN)).get("config_hash")
-    return load_plan(path) if made_for == plan_key(run) else None
+    made = stands(at, "plan", run.run, at.identity("plan", run.run))
+    return load_plan(at.run(run.run) / "plan.json") if made else None
 
 
 def cost_table(study: Study) -> str:

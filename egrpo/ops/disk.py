@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+from egrpo.config.keys import evaluation_key
 from egrpo.config.models import Model, RunConfig
 from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.errors import UserError
@@ -14,7 +15,6 @@ from egrpo.ops.memory import BYTES, lora_parameters
 from egrpo.planning.trees import closed_form_plan, needs_plan, reads_profile, tree_of
 from egrpo.store.checkpoint import KEEP
 from egrpo.store.weights import Part, read_part
-from egrpo.study.keys import embedding_key, evaluation_key, profile_key
 from egrpo.study.resolve import Study
 
 PIXEL = 1.5
@@ -47,12 +47,12 @@ def disk(study: Study, *, copies: bool) -> dict[str, float]:
         if part is not None:
             for what, size in trained_bytes(run, part, copies=copies).items():
                 found[what] += size
-            if first("embeddings", embedding_key(run)):
+            if first("embeddings", repr((run.model.path, run.prompts, run.guided))):
                 found["prompt embeddings"] += embedding_bytes(run, part)
         found["images"] += monitor_bytes(run) * (2 + copies) + evaluation_bytes(run)
         if first("base", evaluation_key(run)):
             found["images"] += evaluation_bytes(run)
-        if needs_plan(run) and first("profile", profile_key(run)):
+        if needs_plan(run) and first("profile", repr((run.model, run.profile, run.rewards))):
             shown = run.profile.shown_prompts * len(run.profile.shown) * run.profile.samples
             found["images"] += shown * png_bytes(run.model)
         if run.arm not in records:

@@ -13,15 +13,15 @@ from typing import Any
 
 from PIL import Image
 
+from egrpo.config.keys import digest
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
-from egrpo.errors import UserError
+from egrpo.errors import UserError, command
 from egrpo.page.images import data_uri, open_grid, thumbnail
-from egrpo.report.results_text import counted
-from egrpo.report.tables import decimals
+from egrpo.report.text import counted, decimals
 from egrpo.store.tables import TRAIN_METRICS, read_table
-from egrpo.study.keys import base_model, digest
-from egrpo.study.layout import Layout, command
+from egrpo.study.identity import TUNED
+from egrpo.study.layout import Layout
 
 MOST_ARMS, MOST_PROMPTS, MOST_REWARDS = 8, 8, 3
 SMALL, ENLARGED, THUMBNAIL = 64, 96, 256
@@ -48,10 +48,10 @@ class Column:
     """
 
     name: str
-    method: str = ""
-    at: list[int] = field(default_factory=list)
-    values: list[list[str]] = field(default_factory=list)
-    frames: list[list[list[int]]] = field(default_factory=list)
+    method: str
+    at: list[int]
+    values: list[list[str]]
+    frames: list[list[list[int]]]
 
 
 @dataclass
@@ -120,25 +120,25 @@ def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
     prompts = read_prompts(files.heldout, files.column)[: train.monitor_prompts]
     gallery = _empty(runs, grids, [prompt.text for prompt in prompts])
     _fill(gallery, at, runs, grids, len(prompts))
-    if unseen := [run.run for run in firsts if run not in monitored]:
-        gallery.left_out.append(f"Not monitored (train.monitor_every): {', '.join(unseen)}.")
-    if others := [run.run for run in monitored if run not in comparable]:
-        gallery.left_out.append(
-            "Not shown, because base model, image size or monitors differ from these runs': "
-            f"{', '.join(others)}."
-        )
-    if len(runs) < len(comparable):
-        gallery.left_out.append(f"Shown are the first {len(runs)} of {len(comparable)} arms.")
-    if any(len(at.arm(run.arm)) > 1 for run in runs):
-        gallery.left_out.append("Of an arm with several seeds the first is shown.")
     iterations = {iteration for own in grids.values() for iteration in own}
+    unseen = [run.run for run in firsts if run not in monitored]
+    others = [run.run for run in monitored if run not in comparable]
+    apart = "because base model, image size or monitors differ from these runs'"
+    several = any(len(at.arm(run.arm)) > 1 for run in runs)
+    fewer = len(runs) < len(comparable)
+    said: list[tuple[object, str]] = [
+        (unseen, f"Not monitored (train.monitor_every): {', '.join(unseen)}."),
+        (others, f"Not shown, {apart}: {', '.join(others)}."),
+        (fewer, f"Shown are the first {len(runs)} of {len(comparable)} arms."),
+        (several, "Of an arm with several seeds the first is shown."),
+    ]
     for what, shown, there in (
         ("prompts", len(gallery.prompts), gallery.monitored[0]),
         ("samples of each prompt", gallery.samples, gallery.monitored[1]),
         ("iterations", len(gallery.iterations), len(iterations)),
     ):
-        if shown < there:
-            gallery.left_out.append(f"Shown are {shown} of {there} monitored {what}.")
+        said.append((shown < there, f"Shown are {shown} of {there} monitored {what}."))
+    gallery.left_out = [text for holds, text in said if holds]
     return gallery
 
 
@@ -175,18 +175,16 @@ def _fill(
 ) -> None:
     """Add the columns; ``prompts`` are those that were monitored."""
     cutter = _Cutter(runs[0], prompts, gallery)
-    metrics = {run.run: _monitored(at.run(run.run) / "train_metrics.parquet") for run in runs}
     shown = {run.run: _shown(grids[run.run], gallery.iterations) for run in runs}
-    texts = _Texts(metrics, shown, gallery.rewards)
+    texts = _texts(at, shown, gallery.rewards)
     first, start = runs[0].run, min(grids[runs[0].run])  # 0, before anything was trained
-    values, frames = texts.of(first, start), cutter.cut(grids[first][start])
-    gallery.columns.append(Column("base", "", [start], [values], [frames]))
-    for run in runs:
-        iterations = shown[run.run]
-        cut = {i: cutter.cut(grids[run.run][i]) for i in dict.fromkeys(iterations)}
-        values_at = [texts.of(run.run, i) for i in iterations]
+    columns = [("base", "", first, [start])]
+    columns += [(run.run, run.method.name, run.run, shown[run.run]) for run in runs]
+    for name, method, source, iterations in columns:
+        cut = {i: cutter.cut(grids[source][i]) for i in dict.fromkeys(iterations)}
+        values = [texts[source][i] for i in iterations]
         gallery.columns.append(
-            Column(run.run, run.method.name, iterations, values_at, [cut[i] for i in iterations])
+            Column(name, method, iterations, values, [cut[i] for i in iterations])
         )
     gallery.images = list(cutter.images)
 
@@ -207,7 +205,7 @@ def _comparable(run: RunConfig) -> str:
     """Equal for runs whose monitors started from the same model and noise."""
     monitors = {"monitor_prompts", "monitor_samples"}
     settings = {
-        "model": base_model(run),
+        "model": run.model.model_dump(exclude=set(TUNED)),
         "schedule": run.schedule.model_dump(),
         "steps": run.evaluate.steps,
         "prompts": [run.prompts.heldout, run.prompts.column],
@@ -234,9 +232,8 @@ class _Cutter:
     """Cuts grids into the images that are shown; equal ones are kept once."""
 
     def __init__(self, run: RunConfig, prompts: int, gallery: Gallery):
-        self.width, self.height = run.model.width, run.model.height
+        self.width, self.height, self.gallery = run.model.width, run.model.height, gallery
         self.size = prompts * self.width, run.train.monitor_samples * self.height
-        self.rows, self.samples, self.small = len(gallery.prompts), gallery.samples, gallery.small
         self.images: dict[str, int] = {}
 
     def cut(self, path: Path) -> list[list[int]]:
@@ -251,49 +248,32 @@ class _Cutter:
                 f"{path}: is {grid.width} x {grid.height} pixels, and the run's settings make "
                 f"{self.size[0]} x {self.size[1]}; delete it and run again"
             )
-        return [
-            [self._index(grid, prompt, sample) for sample in range(self.samples)]
-            for prompt in range(self.rows)
-        ]
+        rows, samples = range(len(self.gallery.prompts)), range(self.gallery.samples)
+        return [[self._index(grid, prompt, sample) for sample in samples] for prompt in rows]
 
     def _index(self, grid: Image.Image, prompt: int, sample: int) -> int:
         left, top = prompt * self.width, sample * self.height
         tile = grid.crop((left, top, left + self.width, top + self.height))
-        uri = data_uri(tile, "PNG", optimize=True) if self.small else thumbnail(tile, THUMBNAIL)
+        small = self.gallery.small
+        uri = data_uri(tile, "PNG", optimize=True) if small else thumbnail(tile, THUMBNAIL)
         return self.images.setdefault(uri, len(self.images))
 
 
-def _monitored(path: Path) -> dict[tuple[int, str], float | None]:
-    """Monitored rewards by iteration and name."""
-    prefix = "monitor/reward/"
-    rows = read_table(path, TRAIN_METRICS).to_pylist()
-    return {
-        (row["iteration"], row["metric"].removeprefix(prefix)): row["value"]
-        for row in rows
-        if row["metric"].startswith(prefix)
-    }
-
-
-class _Texts:
-    """Rewards as text: three digits of what a reward spans over all that is shown."""
-
-    def __init__(
-        self,
-        metrics: dict[str, dict[tuple[int, str], float | None]],
-        shown: dict[str, list[int]],
-        rewards: Sequence[str],
-    ):
-        self.metrics, self.rewards = metrics, rewards
-        self.digits = {}
-        for name in rewards:
-            found = [metrics[run].get((i, name)) for run, own in shown.items() for i in own]
-            finite = [v for v in found if v is not None and v == v]
-            self.digits[name] = decimals(min(finite), max(finite)) + 1 if finite else 0
-
-    def of(self, run: str, iteration: int) -> list[str]:
-        """By reward, a dash where there is none."""
-        values = [self.metrics[run].get((iteration, name)) for name in self.rewards]
-        return [
-            "-" if v is None or v != v else f"{v:.{self.digits[name]}f}"
-            for v, name in zip(values, self.rewards, strict=True)
-        ]
+def _texts(
+    at: Layout, shown: Mapping[str, Sequence[int]], rewards: Sequence[str]
+) -> dict[str, dict[int, list[str]]]:
+    """By run and iteration the mean monitored rewards as text: three digits of what a reward spans
+    over all that is shown, a dash where there is none."""
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    for run in shown:
+        rows = read_table(at.run(run) / "metrics.parquet", TRAIN_METRICS).to_pylist()
+        found[run] = {(r["iteration"], r["metric"]): r["value"] for r in rows}
+    out: dict[str, dict[int, list[str]]] = {run: {i: [] for i in own} for run, own in shown.items()}
+    for reward in rewards:
+        name = f"monitor/reward/{reward}"
+        values = {(run, i): found[run].get((i, name)) for run, own in out.items() for i in own}
+        finite = [v for v in values.values() if v is not None and v == v]
+        digits = decimals(min(finite), max(finite)) + 1 if finite else 0
+        for (run, i), v in values.items():
+            out[run][i].append("-" if v is None or v != v else f"{v:.{digits}f}")
+    return out

@@ -12,9 +12,10 @@ from the pages that are there. A lost one comes back with the next page.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import date
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,14 +32,12 @@ from egrpo.page.parts import (
     settings_rows,
     verdict_views,
 )
-from egrpo.page.render import render
 from egrpo.planning.trees import needs_plan
 from egrpo.report.provenance import versions
-from egrpo.report.report import read_rows
-from egrpo.report.results_text import COSTS
-from egrpo.report.tables import HOW_TO_READ, warning_lines
+from egrpo.report.render import render
+from egrpo.report.text import COSTS, HOW_TO_READ, read_rows, warning_lines
 from egrpo.store.files import write_text
-from egrpo.store.tables import COMPARISON, metadata_of, read_table
+from egrpo.store.tables import RESULTS, metadata_of, read_table
 from egrpo.study.layout import PAGES, Layout
 
 SHOWN = {
@@ -49,6 +48,8 @@ SHOWN = {
 """What each page tells of."""
 HEAD = 4096
 """Bytes of a page that hold what the list of pages says of it."""
+META = re.compile(r'<meta name="([^"]*)" content="([^"]*)">')
+"""As the template of a page writes it."""
 
 
 def make_page(
@@ -67,21 +68,17 @@ def make_page(
     Raises:
         UserError: if a result is missing or damaged.
     """
-    path = at.page(name)
-    write_text(path, render("page.html.j2", **content(name, at, tables, figures)))
+    write_text(at.page(name), render("page.html.j2", **_content(name, at, tables, figures)))
     write_root(at.root.parent)
 
 
-def content(
+def _content(
     name: str, at: Layout, tables: Mapping[str, TableSpec], figures: Mapping[str, FigureSpec]
 ) -> dict[str, Any]:
-    """What the template of a page is filled with.
-
-    Raises:
-        UserError: if a result is missing or damaged.
-    """
+    """What the template of a page is filled with."""
     table = at.table(PAGES[name])
     rows = read_rows(table)
+    groups = comparison(rows)
     left = dict(figures)
     lead = {kind: _lead(kind, name, at, left) for kind in ("entropy", "curves")}
     images = [spec.arms for spec in figures.values() if spec.kind == "images"]
@@ -92,11 +89,11 @@ def content(
         "shown": SHOWN[name],
         "runs": at.study.runs,
         "date": date.fromtimestamp(table.stat().st_mtime),
-        "verdicts": verdict_views(rows, at),
+        "verdicts": verdict_views(groups, at),
         "warnings": warning_lines(rows),
         "lead": lead,
         "plans": plan_views(at),
-        "comparison": comparison(rows),
+        "comparison": groups,
         "tables": [result_view(key, spec, at) for key, spec in tables.items()],
         "figures": [
             (key, picture(at.figure(key).with_suffix(""), spec.kind, spec.caption))
@@ -106,7 +103,7 @@ def content(
         "settings": settings_rows(at),
         "how_to_read": HOW_TO_READ,
         "cost_heads": list(COSTS.values()),
-        "head": metadata_of(read_table(table, COMPARISON)),
+        "head": metadata_of(read_table(table, RESULTS)),
         "version": __version__,
         "versions": versions(),
     }
@@ -121,30 +118,11 @@ def _lead(kind: str, name: str, at: Layout, figures: dict[str, FigureSpec]) -> P
             return picture(at.figure(key).with_suffix(""), spec.kind, spec.caption)
     stem = at.figures / kind
     wanted = kind == "curves" or any(needs_plan(run) for run in at.study.runs.values())
-    if (
-        name == "paper"
-        or not wanted
-        or (name == "everything" and not stem.with_suffix(".png").exists())
-    ):
-        return None
-    return picture(stem, kind)
+    there = name == "index" or (name == "everything" and stem.with_suffix(".png").exists())
+    return picture(stem, kind) if wanted and there else None
 
 
 # --- the first page of all studies ----------------------------------------------------------------
-
-
-class _Head(HTMLParser):
-    """What a page's head says of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.meta: dict[str, str] = {}
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note a meta element."""
-        found = dict(attrs)
-        if tag == "meta" and found.get("name"):
-            self.meta[str(found["name"])] = found.get("content") or ""
 
 
 def pages(results: Path) -> Iterator[dict[str, str]]:
@@ -153,18 +131,13 @@ def pages(results: Path) -> Iterator[dict[str, str]]:
         for name in PAGES:
             try:
                 with open(folder / f"{name}.html", encoding="utf-8", errors="replace") as file:
-                    text = file.read(HEAD)
+                    meta = dict(META.findall(file.read(HEAD)))
             except (FileNotFoundError, IsADirectoryError):
                 continue
-            head = _Head()
-            head.feed(text)
-            if head.meta.get("generator", "").startswith("egrpo "):
-                yield {
-                    "href": f"{quote(folder.name)}/{name}.html",
-                    "study": folder.name,
-                    "shown": head.meta.get("egrpo-shown", ""),
-                    "date": head.meta.get("date", ""),
-                }
+            if meta.get("generator", "").startswith("egrpo "):
+                href = f"{quote(folder.name)}/{name}.html"
+                shown, made = (unescape(meta.get(key, "")) for key in ("egrpo-shown", "date"))
+                yield {"href": href, "study": folder.name, "shown": shown, "date": made}
 
 
 def write_root(results: Path) -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from egrpo.config.models import TableSpec
 from egrpo.core.plan import Plan
-from egrpo.errors import UserError
+from egrpo.errors import UserError, command
 from egrpo.page.images import open_grid, thumbnail, uri
 from egrpo.planning.plan import load_plan
-from egrpo.planning.trees import learning_rate, needs_plan
-from egrpo.report.report import by_run, verdict
-from egrpo.report.results_text import costs, counted, failures, how_to_read, numbers, times
-from egrpo.report.tables import MEASURED, Row, evaluations, readable, train_record
+from egrpo.planning.trees import needs_plan
+from egrpo.report.evaluations import MEASURED, Row, train_record
+from egrpo.report.provenance import facts
+from egrpo.report.text import by_run, counted, how_to_read, outcome, parts, readable, verdict
 from egrpo.store.tables import MERGE_PLAN, RESULTS, metadata_of, read_table
-from egrpo.study.layout import Layout, command
-from egrpo.study.targets import BASE
+from egrpo.study.layout import Layout
 
 LARGE = 500_000
 """Bytes: a figure beyond them is one of photographs, which WebP holds in a tenth."""
@@ -67,55 +66,34 @@ def picture(stem: Path, kind: str, caption: str = "") -> Picture:
 # --- against the base model -----------------------------------------------------------------------
 
 
-def outcome(row: Row) -> str:
-    """``better``, ``worse`` or ``open``: which side of 0 the interval of a difference lies on."""
-    low, high = row["low"], row["high"]
-    if low is None or low <= 0 <= high:
-        return "open"
-    return "better" if low > 0 else "worse"
-
-
-def _bars(rows: Iterable[Row]) -> dict[str, float]:
-    """By reward, what half the width of a bar stands for: the same in all rows of the page."""
+def comparison(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows of each run below its heading, with their texts (``text``), outcome, and the ends of
+    their bar in percent; a reward has one scale on the whole page."""
     reach: dict[str, float] = {}
     for row in rows:
         ends = [abs(row[key]) for key in ("low", "high", "difference") if row[key] is not None]
         reach[row["reward"]] = max([reach.get(row["reward"], 0.0), *ends])
-    return reach
+
+    def view(row: Row) -> Row:
+        whole, bar = reach[row["reward"]], None
+        if row["low"] is not None and whole > 0:
+            ends = (row["low"], row["high"], row["difference"])
+            bar = [round(50 + 48 * value / whole, 2) for value in ends]
+        result = "measured" if row["reward"] in MEASURED else outcome(row)
+        return {**row, "text": readable(row), "outcome": result, "bar": bar}
+
+    return [(heading, [view(row) for row in part]) for heading, part in by_run(rows)]
 
 
-def _view(row: Row, reach: dict[str, float]) -> Row:
-    """A row with its texts (``text``), outcome, and the ends of its bar in percent."""
-    whole = reach[row["reward"]]
-    bar = None
-    if row["low"] is not None and whole > 0:
-        ends = (row["low"], row["high"], row["difference"])
-        bar = [round(50 + 48 * value / whole, 2) for value in ends]
-    measured = row["reward"] in MEASURED
-    result = "measured" if measured else outcome(row)
-    return {**row, "text": readable(row), "outcome": result, "bar": bar, "measured": measured}
-
-
-def verdict_views(rows: Sequence[Row], at: Layout) -> list[Row]:
-    """Rows of the trained rewards with what they say, and of how many images."""
-    reach = _bars(rows)
-    return [
-        {**_view(row, reach), "says": verdict(row), "over": _over(row, at)}
-        for row in rows
-        if row["trained_on"]
-    ]
-
-
-def _over(row: Row, at: Layout) -> str:
-    """How many images a row's means are over, those included whose scoring failed."""
-    samples = at.study.runs[row["run"]].evaluate.samples
-    return counted((row["pairs"] + row["invalid"]) // samples, "held-out prompt", samples)
-
-
-def comparison(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows of each run below its heading."""
-    reach = _bars(rows)
-    return [(heading, [_view(row, reach) for row in part]) for heading, part in by_run(rows)]
+def verdict_views(groups: Sequence[tuple[str, list[Row]]], at: Layout) -> list[Row]:
+    """Of :func:`comparison` the trained rewards, with what they say, and of how many images, those
+    included whose scoring failed."""
+    out = []
+    for row in (row for _, part in groups for row in part if row["trained_on"]):
+        samples = at.study.runs[row["run"]].evaluate.samples
+        over = counted((row["pairs"] + row["invalid"]) // samples, "held-out prompt", samples)
+        out.append({**row, "says": verdict(row), "over": over})
+    return out
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -134,17 +112,11 @@ def plan_views(at: Layout) -> list[dict[str, Any]]:
     views = []
     for plan, names in runs.items():
         rows = read_table(at.run(names[0]) / "merge_plan.parquet", MERGE_PLAN).to_pylist()
-        views.append(
-            {
-                "names": _arms(names, at),
-                "steps": plan.steps,
-                "rows": sorted(rows, key=lambda row: row["step"]),
-                "threshold": plan.threshold,
-                "measure": MEASURES[plan.measure],
-                "warnings": plan.warnings,
-                "samples": dict(zip(plan.active, plan.samples or (), strict=False)),
-            }
-        )
+        view = {name: getattr(plan, name) for name in ("steps", "threshold", "warnings")}
+        view |= {"names": _arms(names, at), "measure": MEASURES[plan.measure]}
+        view["rows"] = sorted(rows, key=lambda row: row["step"])
+        view["samples"] = dict(zip(plan.active, plan.samples or (), strict=False))
+        views.append(view)
     return views
 
 
@@ -159,63 +131,31 @@ def _arms(runs: Sequence[str], at: Layout) -> list[str]:
 
 
 def result_view(name: str, spec: TableSpec, at: Layout) -> dict[str, Any]:
-    """One table of results: times of the comparison, sections, arms.
+    """One table of results, as :func:`egrpo.report.text.parts` has it, and what is said of it.
 
     Raises:
         UserError: if the table is missing, damaged or lacks an arm or reward.
     """
     path = at.table(name)
     data = read_table(path, RESULTS)
-    rows = data.to_pylist()
-    head = metadata_of(data)
-    parts = [
-        {
-            "title": title,
-            "note": note,
-            "sections": [
-                _section(path, heading, spec, [r for r in rows if (r["at"], r["section"]) == key])
-                for heading in spec.sections
-                for key in [(when, heading)]
-            ],
-        }
-        for when, (title, note) in times(spec).items()
-    ]
+    rows, head = data.to_pylist(), metadata_of(data)
     words = {"base": "base", "best": "Bold", "second": "underlined", "trained": "*"}
     return {
         "name": name,
         "caption": spec.caption,
         "how": how_to_read(rows, **words),
         "rewards": spec.rewards,
-        "parts": parts,
+        "parts": parts(path, spec, rows),
         "commit": head.get("git_commit", ""),
         "config_hash": head.get("config_hash", ""),
     }
-
-
-def _section(path: Path, heading: str, spec: TableSpec, rows: Sequence[Row]) -> dict[str, Any]:
-    arms = []
-    for arm in (BASE, *spec.sections[heading]):
-        found = {row["reward"]: row for row in rows if row["arm"] == arm}
-        lacking = [reward for reward in spec.rewards if reward not in found]
-        if lacking:
-            raise UserError(
-                f"{path}: section {heading!r} has no {lacking[0]} of {arm}; delete it and run again"
-            )
-        cells = [
-            {**found[reward], "number": mean, "interval": interval}
-            for reward in spec.rewards
-            for mean, interval in [numbers(found[reward])]
-        ]
-        first = cells[0]
-        arms.append({"arm": arm, "method": first["method"], "cells": cells, "costs": costs(first)})
-    return {"heading": heading, "arms": arms, "failures": failures(rows)}
 
 
 # --- settings -------------------------------------------------------------------------------------
 
 
 def settings_rows(at: Layout) -> list[dict[str, Any]]:
-    """What matters of each run's settings, and what its training cost.
+    """``facts`` of each run, and in ``stopped`` what bound ended its training.
 
     Raises:
         UserError: if a run's ``train.json`` is missing or damaged.
@@ -223,26 +163,8 @@ def settings_rows(at: Layout) -> list[dict[str, Any]]:
     rows = []
     for name, run in at.study.runs.items():
         train = train_record(at.run(name) / "train.json")
-        model = run.model
+        shown = facts(run, train)
+        del shown["settings"]  # the link says more
         stopped = train.get("stopped") or {}
-        rows.append(
-            {
-                "run": name,
-                "method": run.method.name,
-                "model": f"{model.family}, {Path(model.path).name}",
-                "size": f"{model.width} x {model.height}",
-                "seed": run.seed,
-                "rewards": ", ".join(
-                    reward if weight == 1.0 else f"{reward} x {weight:g}"
-                    for reward, weight in run.train.rewards.items()
-                ),
-                "rate": f"{learning_rate(run):.3g}",
-                "iterations": train["iterations"],
-                "wanted": run.train.iterations,
-                "nfe": evaluations(train),
-                "seconds": train["seconds"],
-                "memory": train.get("peak_memory_mib"),
-                "stopped": "; ".join(f"{k}: {v}" for k, v in stopped.items()),
-            }
-        )
+        rows.append({"facts": shown, "stopped": "; ".join(f"{k}: {v}" for k, v in stopped.items())})
     return rows

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from egrpo.config.keys import run_key
 from egrpo.config.models import RunConfig
 from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.noise import DETERMINISTIC, STD
@@ -19,7 +20,6 @@ from egrpo.errors import UserError
 from egrpo.planning.trees import check_parts, plan_of, reads_profile
 from egrpo.store.files import read_json, write_json
 from egrpo.store.tables import ENTROPY_PROFILE, MERGE_PLAN, metadata_of, read_table, write_table
-from egrpo.study.keys import plan_key
 
 
 def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
@@ -35,7 +35,7 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
     for warning in made.warnings:
         print(f"{run.run}: {warning}", file=sys.stderr)
     write_json(output, made.to_dict())
-    head = {"config_hash": plan_key(run)}
+    head = {"config_hash": run_key(run)}
     write_table(table, MERGE_PLAN, plan_rows(run.run, made), metadata=head)
 
 

@@ -9,29 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from egrpo import __version__
+from egrpo.config.keys import run_key
 from egrpo.config.load import yaml_of
 from egrpo.config.models import RunConfig
-from egrpo.page.render import render
-from egrpo.report.tables import evaluations, train_record
+from egrpo.planning.grids import learning_rate
+from egrpo.report.evaluations import evaluations, train_record
+from egrpo.report.render import render
 from egrpo.store.files import write_text
 from egrpo.store.tables import SCORES, Table, git_commit, metadata_of, read_table
-from egrpo.study.keys import run_key
 from egrpo.study.layout import Layout
 from egrpo.study.sharing import shareable
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "open_clip_torch",
-    "clip-anytorch",
-    "mlflow",
-    "snakemake",
-    "pyarrow",
-    "numpy",
+    *("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate"),
+    *("open_clip_torch", "clip-anytorch", "mlflow", "snakemake", "pyarrow", "numpy"),
 )
 """What results depend on."""
 MISSING = "not installed"
@@ -58,17 +49,27 @@ def made_at(path: str | Path, table: Table) -> str:
     return head.get("git_commit") or f"egrpo {head.get('egrpo_version', '?')}"
 
 
-def describe(run: RunConfig, train: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader wants to know of a run first, by heading."""
-    weights = run.train.rewards
+def facts(run: RunConfig, train: Mapping[str, Any]) -> dict[str, str]:
+    """What matters of a run's settings, and what its training cost, by heading.
+
+    Args:
+        run: its settings.
+        train: its ``train.json``.
+    """
+    weights, model, memory = run.train.rewards, run.model, train.get("peak_memory_mib")
+    wanted = "" if train["iterations"] == run.train.iterations else f" of {run.train.iterations}"
     return {
         "run": run.run,
         "method": run.method.name,
         "trained on": ", ".join(n if w == 1 else f"{n} ({w:g})" for n, w in weights.items()),
         "seed": str(run.seed),
-        "iterations": str(train["iterations"]),
+        "iterations": f"{train['iterations']}{wanted}",
+        "learning rate": f"{learning_rate(run):.3g}",
         "network evaluations": f"{evaluations(train):,}",
         "seconds": f"{train['seconds']:,.0f}",
+        "peak memory (MiB)": "-" if memory is None else f"{memory:,.0f}",
+        "base model": f"{model.family}, {Path(model.path).name}",
+        "pixels": f"{model.width} x {model.height}",
         "settings": run_key(run),
     }
 
@@ -81,7 +82,7 @@ def write_about(at: Layout, output: str | Path) -> None:
     """
     rows, settings = [], dict[str, str]()
     for name, run in at.study.runs.items():
-        row = describe(run, train_record(at.run(name) / "train.json"))
+        row = facts(run, train_record(at.run(name) / "train.json"))
         rows.append({**row, "scored at": made_at(at.run(name) / "scores.parquet", SCORES)})
         if run.arm not in {at.study.runs[shown].arm for shown in settings}:
             settings[name] = yaml_of(shareable(run)[0])

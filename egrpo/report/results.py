@@ -1,89 +1,143 @@
-"""Tables of results: arms by rewards, at the end of training and at equal network evaluations.
+"""The results of a study, all as rows of one table: how far each model is from its base.
 
-An arm is trained once per seed; means and intervals are over seeds and prompts
-(:mod:`egrpo.core.intervals`). The best and the second of a section are marked only where paired
-differences support it (:func:`marks`). Every reward is better when higher.
+A row is one reward of one run (the comparisons) or of one arm, trained once per seed, at the end of
+training or at equal network evaluations (the tables of a study). An image counts where it and the
+base model's image of the same prompt and noise have a score: mean, base and difference are over the
+same pairs. Intervals are over seeds and prompts (:mod:`egrpo.core.intervals`); of one run over
+prompts alone. The best and the second of a section are marked only where paired differences support
+it (:func:`marks`). Every reward is better when higher.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from egrpo.config.models import TableSpec
+from egrpo.config.keys import digest, run_key
+from egrpo.config.models import RunConfig, TableSpec
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
-from egrpo.page.render import write_texts
-from egrpo.report.provenance import made_at
-from egrpo.report.results_text import markdown
-from egrpo.report.tables import (
-    Key,
+from egrpo.report.evaluations import (
+    MEASURED,
     Row,
+    Scores,
     evaluations,
+    measured,
     read_scores,
     same_keys,
     scores_of,
     train_record,
 )
+from egrpo.report.provenance import made_at
+from egrpo.report.render import write_texts
+from egrpo.report.text import COSTS, comparison_text, table_text
 from egrpo.store.tables import RESULTS, SCORES, SNAPSHOTS, read_table, write_table
-from egrpo.study.keys import digest, run_key
 from egrpo.study.layout import Layout
 from egrpo.study.targets import BASE, check_table
+from egrpo.train.warnings import warnings_in
 
 LEVEL = 0.95
-Matrix = npt.NDArray[np.float64]
-Scores = dict[str, dict[Key, float]]
-"""By reward and by (prompt id, sample, prompt); NaN where scoring failed."""
+Cells = npt.NDArray[np.float64]
+"""Mean score of each seed on each prompt, [seeds, prompts]; NaN without a valid pair."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Scores of one model and what its training cost, null for the base model.
+    """Scores of one model and what its training cost, nothing for the base model.
 
     Attributes:
         path: file of the scores, for messages.
-        iterations, nfe, seconds: of training until these weights.
-        peak_memory_mib: of the whole training.
+        costs: of training until these weights, by the names of COSTS; peak memory is that of the
+            whole training.
     """
 
     path: Path
     scores: Scores
-    iterations: int | None = None
-    nfe: int | None = None
-    seconds: float | None = None
-    peak_memory_mib: float | None = None
+    costs: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def make_comparison(at: Layout, output: str | Path) -> None:
+    """Write runs against their base model as Parquet, and CSV, Markdown and HTML beside it.
+
+    Args:
+        at: the runs, in the order of CSV and Markdown, and where their results lie.
+        output: the Parquet file; its folder is made if missing.
+
+    Raises:
+        UserError: if a file is missing or damaged, or if trained and base results are not of the
+            same prompts, samples, rewards and image size; no file is then written.
+    """
+    if not at.study.runs:
+        raise UserError("comparison: no run is given; the runs table needs at least one")
+    path = Path(output)
+    rows = [{"table": path.stem} | row for run in at.study.runs for row in compare_run(run, at)]
+    origin = _origin(at.study.runs, at)
+    _write(path, rows, comparison_text(rows, origin["origin"]), origin)
 
 
 def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
-    """Write one table as Parquet, CSV, Markdown and HTML.
+    """Write one table of a study as Parquet, CSV, Markdown and HTML.
 
     Raises:
         UserError: as :func:`make_table`; no file is then written.
     """
     rows = make_table(name, spec, at)
-    runs = [run for arm in spec.arms for run in at.arm(arm)]
-    metadata = {
-        "config_hash": digest({run: run_key(at.study.runs[run]) for run in runs}),
-        "caption": spec.caption,
-        "interval_level": str(LEVEL),
-    }
-    commits = {made_at(at.run(run) / "scores.parquet", SCORES) for run in runs}
-    source = ", ".join(sorted(commits))
-    origin = f"Study {at.study.name}, scored at {source}, settings {metadata['config_hash']}."
-    path = at.table(name)
-    write_table(path, RESULTS, rows, metadata=metadata)
-    write_texts(path, RESULTS, rows, markdown(name, spec, rows, origin))
+    origin = _origin([run for arm in spec.arms for run in at.arm(arm)], at)
+    text = table_text(name, spec, rows, origin["origin"])
+    _write(at.table(name), rows, text, origin | {"caption": spec.caption})
+
+
+def _origin(runs: Iterable[str], at: Layout) -> dict[str, str]:
+    """Where numbers come from: digest of the settings, and a sentence for the end of a table."""
+    known = {run: run_key(at.study.runs[run]) for run in runs}
+    commits = sorted({made_at(at.run(run) / "scores.parquet", SCORES) for run in known})
+    key = digest(known)
+    text = f"Study {at.study.name}, scored at {', '.join(commits)}, settings {key}."
+    return {"config_hash": key, "origin": text}
+
+
+def _write(path: Path, rows: Sequence[Row], text: str, metadata: Mapping[str, str]) -> None:
+    write_table(path, RESULTS, rows, metadata={**metadata, "interval_level": str(LEVEL)})
+    write_texts(path, RESULTS, rows, text)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def compare_run(run: str, at: Layout) -> list[Row]:
+    """Rows of one run without ``table``: trained rewards, other rewards, then what is measured."""
+    config, folder, base_folder = at.study.runs[run], at.run(run), at.base(run)
+    base = Model(base_folder / "scores.parquet", read_scores(base_folder / "scores.parquet"))
+    model = _at_end(run, at)
+    if set(base.scores) != set(model.scores):
+        raise UserError(
+            f"{model.path}: rewards {', '.join(sorted(model.scores))}, but {base.path} has "
+            f"{', '.join(sorted(base.scores))}; evaluate both again with the same rewards"
+        )
+    before, after = measured(base_folder / "images.parquet", folder / "images.parquet")
+    base.scores.update({name: found for name, found in before.items() if found})
+    model.scores.update({name: found for name, found in after.items() if found})
+    on = config.train.rewards
+    wrong = warnings_in(folder / "metrics.parquet", config).values()
+    head = {"section": "", "run": run, "at": "end", "mark": None}
+    head["warnings"] = "; ".join(wrong) or None
+    order = sorted(model.scores, key=lambda name: (name in MEASURED, name not in on, name))
+    return [
+        _arm_row(config.arm or run, config, [model], name) | head | _numbers([model], base, name)[0]
+        for name in order
+    ]
 
 
 def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:
-    """Rows of RESULTS: by time of the comparison, section, arm (the base model first) and reward.
+    """Rows of one table: by time of the comparison, section, arm (the base first) and reward.
 
     Args:
         name: of the table, for messages and the rows.
@@ -95,27 +149,100 @@ def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:
             weights not kept at ``spec.evaluations``, or scores of different prompts.
     """
     check_table(name, spec, at.study.runs)
-    ends = {arm: [_at_end(run, at) for run in at.arm(arm)] for arm in spec.arms}
+    ends = {arm: {run: _at_end(run, at) for run in at.arm(arm)} for arm in spec.arms}
     times = {"end": ends}
     if spec.evaluations is not None:
+        budget = int(spec.evaluations)
         times["evaluations"] = {
-            arm: [
-                _at_budget(name, int(spec.evaluations), at.run(run), end)
-                for run, end in zip(at.arm(arm), models, strict=True)
-            ]
+            arm: {run: _at_budget(name, budget, at.run(run), end) for run, end in models.items()}
             for arm, models in ends.items()
         }
-    bases = {path: Model(path, read_scores(path)) for path in _base_paths(spec, at).values()}
+    paths = {
+        heading: at.base(at.arm(arms[0])[0]) / "scores.parquet"
+        for heading, arms in spec.sections.items()
+    }
+    bases = {path: Model(path, read_scores(path)) for path in paths.values()}
     rows = []
     for when, trained in times.items():
-        for heading, path in _base_paths(spec, at).items():
-            arms = {BASE: [bases[path]]} | {arm: trained[arm] for arm in spec.sections[heading]}
-            head = {"table": name, "section": heading, "at": when}
+        for heading, path in paths.items():
+            arms = {BASE: [bases[path]]}
+            arms |= {arm: list(trained[arm].values()) for arm in spec.sections[heading]}
+            head = {"table": name, "section": heading, "at": when, "run": "", "warnings": None}
             rows += [head | row for row in _section(arms, spec.rewards, at)]
     return rows
 
 
-def marks(cells: Mapping[str, Matrix], level: float = LEVEL) -> dict[str, str]:
+def _section(arms: Mapping[str, Sequence[Model]], rewards: Sequence[str], at: Layout) -> list[Row]:
+    """Rows of one section without what they share: arms in order, all rewards of each."""
+    columns: dict[str, dict[str, Row]] = {}
+    for reward in rewards:
+        found = {arm: _numbers(models, arms[BASE][0], reward) for arm, models in arms.items()}
+        shown = marks({arm: cells for arm, (_, cells) in found.items()})
+        columns[reward] = {arm: row | {"mark": shown.get(arm)} for arm, (row, _) in found.items()}
+    rows = []
+    for arm, models in arms.items():
+        config = None if arm == BASE else at.study.runs[at.arm(arm)[0]]
+        unknown = dict.fromkeys(("difference", "low", "high")) if arm == BASE else {}
+        for reward in rewards:
+            rows.append(_arm_row(arm, config, models, reward) | columns[reward][arm] | unknown)
+    return rows
+
+
+def _arm_row(arm: str, config: RunConfig | None, models: Sequence[Model], reward: str) -> Row:
+    """What was trained on what, and what that cost."""
+    costs = {key: [m.costs[key] for m in models if m.costs.get(key) is not None] for key in COSTS}
+    peaks = costs.pop("peak_memory_mib")
+    return {
+        "arm": arm,
+        "method": config.method.name if config else "",
+        "reward": reward,
+        "trained_on": config is not None and reward in config.train.rewards,
+        **{key: math.fsum(v) / len(v) if v else None for key, v in costs.items()},  # type: ignore[arg-type]
+        "peak_memory_mib": max(peaks, default=None),  # type: ignore[type-var]
+    }
+
+
+def _numbers(models: Sequence[Model], base: Model, reward: str) -> tuple[Row, Cells]:
+    """Means, intervals and counts of one reward of an arm, and the means by seed and prompt."""
+    seeds = [_by_prompt(model, base, reward) for model in models]
+    before, after, change, valid = np.stack(seeds, axis=1)
+    own, gain = (crossed_interval(cells, level=LEVEL) for cells in (after, change))
+    used = int(valid[:, np.isfinite(after).all(axis=0)].sum())
+    numbers = {
+        "base": crossed_interval(before).mean,
+        **{"mean": own.mean, "mean_low": own.low, "mean_high": own.high},
+        **{"difference": gain.mean, "low": gain.low, "high": gain.high},
+    }
+    row: dict[str, Any] = {k: None if math.isnan(v) else v for k, v in numbers.items()}
+    count = len(models) * len(base.scores[reward])
+    return row | {"seeds": own.seeds, "pairs": used, "invalid": count - used}, after
+
+
+def _by_prompt(model: Model, base: Model, reward: str) -> Cells:
+    """Of each prompt the means of base, model and their difference, and of how many pairs they are.
+
+    Returns:
+        [4, prompts]; the means are NaN without a pair of two scores.
+    """
+    for side in (base, model):
+        if reward not in side.scores:
+            raise UserError(f"{side.path}: has no reward {reward!r}; delete it and evaluate again")
+    before, after = base.scores[reward], model.scores[reward]
+    pairs: dict[int, list[tuple[float, float, float]]] = {}
+    for key in same_keys(before, after, base.path, model.path):
+        found = pairs.setdefault(key[0], [])
+        if math.isfinite(before[key]) and math.isfinite(after[key]):
+            found.append((before[key], after[key], after[key] - before[key]))
+    columns = [
+        [*(math.fsum(part) / len(found) for part in zip(*found, strict=True)), len(found)]
+        if found
+        else [math.nan, math.nan, math.nan, 0]
+        for found in pairs.values()
+    ]
+    return np.array(columns, dtype=np.float64).T
+
+
+def marks(cells: Mapping[str, Cells], level: float = LEVEL) -> dict[str, str]:
     """Which arms are ``best`` or ``second`` as far as the data show it.
 
     ``best`` is an arm that is shown to be better than every other one, ``second`` an arm that is
@@ -124,12 +251,10 @@ def marks(cells: Mapping[str, Matrix], level: float = LEVEL) -> dict[str, str]:
 
     Better is shown by an interval of the difference above 0
     (:func:`egrpo.core.intervals.difference_interval`), at a level that Bonferroni's correction
-    raises to ``1 - (1 - level) / (arms - 1)``. Choosing the highest mean among many then does no
-    harm: an arm that is wrongly ``best`` has beaten the truly best arm in one of ``arms - 1``
-    comparisons, each of which errs in that direction with half its error rate. The chance of a
-    wrong ``best``, and that of a wrong ``second``, is thus at most ``1 - level`` as far as the
-    intervals keep theirs. Simulated with 3 seeds: at most 3% in sections of six rows, 6% where one
-    arm faces the base model alone.
+    raises to ``1 - (1 - level) / (arms - 1)``. A wrong ``best`` has beaten the truly best arm in
+    one of ``arms - 1`` comparisons, so its chance is at most ``1 - level`` as far as the intervals
+    keep theirs, and so is that of a wrong ``second``. Simulated with 3 seeds: at most 3% in
+    sections of six rows, 6% where one arm faces the base model alone.
 
     Args:
         cells: by arm, [seeds, prompts] with the same prompts; NaN without a valid score. An arm
@@ -159,27 +284,13 @@ def marks(cells: Mapping[str, Matrix], level: float = LEVEL) -> dict[str, str]:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _base_paths(spec: TableSpec, at: Layout) -> dict[str, Path]:
-    """Scores of the base model by section."""
-    return {
-        heading: at.base(at.arm(arms[0])[0]) / "scores.parquet"
-        for heading, arms in spec.sections.items()
-    }
-
-
 def _at_end(run: str, at: Layout) -> Model:
     """The model at the end of its training."""
     folder = at.run(run)
     train = train_record(folder / "train.json")
+    costs = {key: train.get(key) for key in COSTS} | {"nfe": evaluations(train)}
     path = folder / "scores.parquet"
-    return Model(
-        path=path,
-        scores=read_scores(path),
-        iterations=train["iterations"],
-        nfe=evaluations(train),
-        seconds=train["seconds"],
-        peak_memory_mib=train.get("peak_memory_mib"),
-    )
+    return Model(path, read_scores(path), costs)
 
 
 def _at_budget(name: str, budget: int, folder: Path, end: Model) -> Model:
@@ -197,71 +308,5 @@ def _at_budget(name: str, budget: int, folder: Path, end: Model) -> Model:
         raise UserError(
             f"{path}: {budget} evaluations stand for different weights; delete it and run again"
         )
-    iteration, nfe, seconds = spent.pop()
-    return Model(path, scores_of(rows, path), iteration, nfe, seconds, end.peak_memory_mib)
-
-
-# --- rows -----------------------------------------------------------------------------------------
-
-
-def _section(arms: Mapping[str, Sequence[Model]], rewards: Sequence[str], at: Layout) -> list[Row]:
-    """Rows of one section without what they share: arms in order, all rewards of each."""
-    columns = {reward: _column(arms, reward) for reward in rewards}
-    rows = []
-    for arm, models in arms.items():
-        config = None if arm == BASE else at.study.runs[at.arm(arm)[0]]
-        peaks = [m.peak_memory_mib for m in models if m.peak_memory_mib is not None]
-        common = {
-            "arm": arm,
-            "method": config.method.name if config else "",
-            "iterations": _mean(m.iterations for m in models),
-            "nfe": _mean(m.nfe for m in models),
-            "seconds": _mean(m.seconds for m in models),
-            "peak_memory_mib": max(peaks, default=None),
-        }
-        for reward in rewards:
-            on = config is not None and reward in config.train.rewards
-            rows.append(common | {"reward": reward, "trained_on": on} | columns[reward][arm])
-    return rows
-
-
-def _column(arms: Mapping[str, Sequence[Model]], reward: str) -> dict[str, Row]:
-    """Mean, interval, mark, seeds and failures of one reward, by arm."""
-    (base,) = arms[BASE]
-    cells: dict[str, Matrix] = {}
-    rows: dict[str, Row] = {}
-    for arm, models in arms.items():
-        seeds = [_by_prompt(model, base, reward) for model in models]
-        cells[arm] = np.array([means for means, _ in seeds])
-        valid = np.array([counts for _, counts in seeds])  # images
-        interval = crossed_interval(cells[arm], level=LEVEL)
-        used = valid[:, np.isfinite(cells[arm]).all(axis=0)].sum()
-        ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-        rows[arm] = {
-            **{k: None if math.isnan(v) else v for k, v in ends.items()},
-            "seeds": interval.seeds,
-            "invalid": len(models) * len(base.scores[reward]) - int(used),
-        }
-    shown = marks(cells)
-    return {arm: row | {"mark": shown.get(arm)} for arm, row in rows.items()}
-
-
-def _by_prompt(model: Model, base: Model, reward: str) -> tuple[list[float], list[int]]:
-    """Mean over the valid samples of each prompt, NaN without one, and how many there are."""
-    for side in (base, model):
-        if reward not in side.scores:
-            raise UserError(f"{side.path}: has no reward {reward!r}; delete it and evaluate again")
-    scores = model.scores[reward]
-    values: dict[int, list[float]] = {}
-    for key in same_keys(base.scores[reward], scores, base.path, model.path):
-        found = values.setdefault(key[0], [])
-        if math.isfinite(scores[key]):
-            found.append(scores[key])
-    means = [math.fsum(v) / len(v) if v else math.nan for v in values.values()]
-    return means, [len(v) for v in values.values()]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Mean of what is known."""
-    known = [v for v in values if v is not None]
-    return math.fsum(known) / len(known) if known else None
+    costs = dict(zip(COSTS, spent.pop(), strict=False))
+    return Model(path, scores_of(rows, path), {**end.costs, **costs})

@@ -67,18 +67,18 @@ class Processes:
         """What the main process makes, for all."""
         return self.gather(make() if self.main else cast(T, None))[0]
 
-    def joined(self, part: Sequence[T]) -> list[T]:
-        """The parts of all processes, one after the other."""
-        return [item for each in self.gather(list(part)) for item in each]
+    def joined(self, own: Sequence[T]) -> list[T]:
+        """What each process has of a list, one after the other."""
+        return [item for each in self.gather(list(own)) for item in each]
 
-    def joined_arrays(self, part: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def joined_arrays(self, own: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The same of arrays [n, ...]."""
-        return np.concatenate(self.gather(part))
+        return np.concatenate(self.gather(own))
 
-    def arrays(self, parts: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    def arrays(self, own: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """The same of each named array."""
-        everyone = self.gather(dict(parts))
-        return {name: np.concatenate([each[name] for each in everyone]) for name in parts}
+        everyone = self.gather(dict(own))
+        return {name: np.concatenate([each[name] for each in everyone]) for name in own}
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -95,8 +95,8 @@ class Processes:
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in grads])
         total: Any = self.accelerator.reduce(flat, reduction="sum")
-        for grad, part in zip(grads, total.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        for grad, summed in zip(grads, total.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
 
 
 def die_with_parent() -> None:

@@ -1,15 +1,20 @@
-"""ODE sampling for monitors and evaluation: noise depends on prompt and sample alone."""
+"""The one way to sample from a model: rollouts of trees, and plain images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from egrpo.core.executor import execute
+from egrpo.core.executor import NoiseFn, SuffixFn, VelocityFn, execute
+from egrpo.core.noise import SQUARED_ERROR, Matching
+from egrpo.core.rollout import Rollout, joined
 from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import normal
+from egrpo.core.tree import Tree
 from egrpo.errors import during
 from egrpo.images import Images
 from egrpo.methods.shapes import chains
@@ -17,44 +22,126 @@ from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
 
 
-@during("sampling")
-def sample_images(
-    model: FlowModel,
-    conditioning: Conditioning,
-    prompt_ids: Sequence[int],
-    sigmas: Sigmas,
-    *,
-    samples: int,
-    micro_batch: int,
-) -> tuple[Images, int]:
-    """Images of the prompts, ``samples`` each, by plain ODE.
+@dataclass(frozen=True)
+class Sampler:
+    """Samples trees with a model, whose weights are those of the moment of each call.
 
-    The same prompt and sample start from the same noise in every run, whatever the batch size.
-
-    Returns:
-        Images [prompts * samples], samples of a prompt together, on the CPU; and the number of
-        network evaluations.
+    Attributes:
+        model, conditioning: what samples, and the embeddings that prompt ids number.
+        sigmas: the grid, T + 1 floats from 1 to 0.
+        micro_batch: most latents in one network call.
+        noise_level: a or eta of the stochastic edges.
+        train_micro_batch, parts, matching: of trained edges, see
+            :func:`~egrpo.core.executor.execute`.
     """
-    if not prompt_ids:
-        size = model.settings.height, model.settings.width
-        return Images.whole(torch.empty(0, 3, *size, dtype=torch.uint8)), 0
-    shape = model.image_shape
-    prompts = conditioning.batch(prompt_ids, model.device)
-    exact = model.settings.feature_cache is None
-    module = model.sampler if exact else None
 
-    def velocity(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
-        return model.velocity(x, sigma, prompts.rows(tree), module)
+    model: FlowModel
+    conditioning: Conditioning
+    sigmas: Sigmas
+    micro_batch: int
+    noise_level: float = 0.0
+    train_micro_batch: int | None = None
+    parts: int = 1
+    matching: Matching = SQUARED_ERROR
 
-    rollout = execute(
-        [chains(len(sigmas) - 1, samples)] * len(prompt_ids),
-        sigmas,
-        velocity,
-        lambda tree, start, sample: normal(shape, "evaluate", prompt_ids[tree], start, sample),
-        noise_level=0.0,
-        micro_batch=micro_batch,
-        dtype=model.dtype,
-        device=model.device,
-    )
-    images = model.decode(rollout.leaves, micro_batch).cpu()
-    return images, rollout.forward * model.evaluations_per_velocity
+    @during("sampling")
+    def rollout(
+        self, ids: Sequence[int], trees: Sequence[Tree], *purpose: int | str, exact: bool = False
+    ) -> Rollout:
+        """Sample one tree for each prompt.
+
+        Args:
+            ids: of the prompts.
+            trees: one for each of them.
+            purpose: what the noise is for; with prompt id, step and sample it is the seed, so
+                that the same samples start from the same noise whatever the batch size.
+            exact: leave out features kept from the step before, even where the settings have them.
+        """
+        model, shape = self.model, self.model.image_shape
+        prompts = self.conditioning.batch(ids, model.device)
+
+        def velocity(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
+            return model.velocity(x, sigma, prompts.rows(tree))
+
+        def cheaper(x: Tensor, sigma: float, tree: Tensor, paths: tuple[int, ...]) -> Tensor:
+            return model.velocity(x, sigma, prompts.rows(tree), network, paths)
+
+        def noise(tree: int, start: int, sample: int) -> Tensor:
+            return normal(shape, *purpose, ids[tree], start, sample)
+
+        with model.sampling(exact=exact) as network:
+            where = {"dtype": model.dtype, "device": model.device}
+            return self._execute(trees, velocity, cheaper, noise, **where)
+
+    def images(self, ids: Sequence[int], samples: int) -> tuple[Images, int]:
+        """Images of prompts, ``samples`` each, by plain ODE: those of monitors and evaluations.
+
+        The same prompt and sample start from the same noise in every run.
+
+        Returns:
+            Images [prompts * samples], samples of a prompt together, on the CPU; and the number of
+            network evaluations.
+        """
+        if not ids:
+            size = self.model.settings.height, self.model.settings.width
+            return Images.whole(torch.empty(0, 3, *size, dtype=torch.uint8)), 0
+        rollout = self.rollout(ids, self.chains(len(ids), samples), "evaluate", exact=True)
+        images = self.model.decode(rollout.leaves, self.micro_batch).cpu()
+        return images, rollout.forward * self.model.evaluations_per_velocity
+
+    def chains(self, prompts: int, samples: int) -> list[Tree]:
+        """The trees of :meth:`images`."""
+        return [chains(len(self.sigmas) - 1, samples)] * prompts
+
+    def _execute(
+        self,
+        trees: Sequence[Tree],
+        velocity: VelocityFn,
+        cheaper: SuffixFn,
+        noise: NoiseFn,
+        **where: Any,
+    ) -> Rollout:
+        return execute(
+            trees,
+            self.sigmas,
+            velocity,
+            noise,
+            noise_level=self.noise_level,
+            micro_batch=self.micro_batch,
+            train_micro_batch=self.train_micro_batch,
+            suffix_velocity=cheaper,
+            parts=self.parts,
+            matching=self.matching,
+            **where,
+        )
+
+    # -- in step with other processes, where weights are sharded ---------------------------
+
+    def rehearse(self, trees: Sequence[Tree]) -> tuple[int, Rollout]:
+        """Network calls and batches of such a rollout, found with latents of one number.
+
+        Sharded weights make every call a meeting of all processes; so each must know beforehand
+        how many the others will make.
+        """
+        calls = 0
+
+        def counted(x: Tensor, *of: object) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return torch.zeros_like(x)
+
+        def noise(*of: int) -> Tensor:
+            return torch.zeros(1)
+
+        if not trees:
+            return 0, joined([], [])
+        rollout = self._execute(trees, counted, counted, noise)
+        return calls, rollout
+
+    @torch.no_grad()
+    def idle(self, calls: int) -> None:
+        """Take part in network calls of other processes, without any effect."""
+        x = torch.zeros(1, *self.model.image_shape, device=self.model.device)
+        prompt = self.conditioning.batch([0], self.model.device)
+        for _ in range(calls):
+            self.model.velocity(x, 1.0, prompt)

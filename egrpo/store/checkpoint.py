@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor
 
 from egrpo.errors import UserError
-from egrpo.store.files import checksums, read_json, replacing, write_json
+from egrpo.store.files import checkpoints_in, checksums, read_json, replacing, write_json
 from egrpo.store.weights import read_header
 
 KEEP = 2
 SNAPSHOT = "snapshot.json"
 """What is known of kept weights, beside them."""
-_NAME = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,7 @@ def _path(folder: Path, iteration: int) -> Path:
 
 
 def _ordered(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=_iteration)
+    return [_path(folder, iteration) for iteration in checkpoints_in(folder)]
 
 
 def _iteration(path: Path) -> int:

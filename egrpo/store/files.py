@@ -151,6 +151,13 @@ def checksums(folder: Path, but: str) -> dict[str, str]:
     return out
 
 
+def checkpoints_in(folder: Path) -> list[int]:
+    """Iterations that a training's state has checkpoints of, ascending."""
+    names = (path.name for path in folder.glob("checkpoint-*.safetensors"))
+    found = (re.fullmatch(r"checkpoint-(\d{6,})\.safetensors", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
 def lock(path: str | Path, *, wait: bool = False) -> int | None:
     """Take an exclusive lock; the kernel gives it back when this process is gone, however it ends.
 

@@ -18,9 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from egrpo import __version__
-from egrpo.errors import UserError
+from egrpo.errors import UserError, command
 from egrpo.store.files import replacing
-from egrpo.study.layout import command
 
 TEXT = pa.string()
 INT = pa.int32()
@@ -186,6 +185,21 @@ SNAPSHOTS = Table(
     ("run", "evaluations", "prompt_id", "sample", "reward"),
 )
 
+SNAPSHOT_IMAGES = Table(
+    "snapshot_images",
+    1,
+    "Evaluation images of weights kept during training, so that another reward can score them.",
+    (
+        ("run", TEXT, "", "run id"),
+        ("evaluations", BIG, "network evaluations", "the budget that the weights stay within"),
+        ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
+        ("prompt", TEXT, "", "its text"),
+        ("sample", INT, "", "image of the prompt"),
+        ("png", BYTES, "PNG file", "the image, lossless; transparent if it is NaN or infinite"),
+    ),
+    ("run", "evaluations", "prompt_id", "sample"),
+)
+
 BRANCHES = Table(
     "branches",
     1,
@@ -228,28 +242,36 @@ SUFFIXES = Table(
 
 RESULTS = Table(
     "results",
-    1,
-    "One table of the paper: arms (rows of the runs table) by rewards, over seeds and prompts.",
+    2,
+    "Trained against base on the held-out prompts, paired by prompt and sample: single runs, or "
+    "arms over their seeds.",
     (
         ("table", TEXT, "", "name of the table"),
-        ("section", TEXT, "", "heading that the row stands under"),
+        ("section", TEXT, "", "heading that the row stands under; empty in a comparison of runs"),
         ("arm", TEXT, "", "row of the runs table, or `base`"),
+        ("run", TEXT, "", "run id; empty: all seeds of the arm"),
         ("method", TEXT, "", "method of the arm; empty for the base model"),
         ("at", TEXT, "", "`end` of training, or `evaluations`: at the table's equal evaluations"),
-        ("reward", TEXT, "", "name of the reward"),
+        ("reward", TEXT, "", "name of the reward, or diversity / distance_to_base"),
         ("trained_on", FLAG, "", "whether the arm was trained on it"),
+        ("base", REAL, "see reward", "mean of the base model over the same pairs"),
         ("mean", REAL, "see reward", "over seeds, prompts and samples"),
-        ("low", REAL, "see reward", "lower end of its 95% interval"),
+        ("mean_low", REAL, "see reward", "lower end of its 95% interval"),
+        ("mean_high", REAL, "see reward", "upper end"),
+        ("difference", REAL, "see reward", "mean minus base; null for the base model"),
+        ("low", REAL, "see reward", "lower end of the 95% interval of the difference"),
         ("high", REAL, "see reward", "upper end"),
-        ("mark", TEXT, "", "`best` or `second` of its section where the interval supports it"),
+        ("mark", TEXT, "", "`best` or `second` of its section where the data show it"),
         ("seeds", INT, "", "training seeds"),
-        ("invalid", INT, "", "images left out, without a score"),
-        ("iterations", REAL, "iterations", "mean over seeds"),
-        ("nfe", REAL, "network evaluations", "of training, mean over seeds"),
-        ("seconds", REAL, "s", "of training, mean over seeds"),
+        ("pairs", INT, "", "pairs that were used: image and base's image have a score"),
+        ("invalid", INT, "", "pairs left out, a score of which is missing"),
+        ("iterations", REAL, "iterations", "of training, mean over seeds"),
+        ("nfe", REAL, "network evaluations", "of training: forward, forward+backward, reference"),
+        ("seconds", REAL, "s", "of training, over all starts, mean over seeds"),
         ("peak_memory_mib", REAL, "MiB", "of training, largest over seeds"),
+        ("warnings", TEXT, "", "what was wrong with the training, in words; null: nothing"),
     ),
-    ("table", "at", "section", "arm", "reward"),
+    ("table", "at", "section", "arm", "run", "reward"),
 )
 
 MERGE_PLAN = Table(
@@ -270,30 +292,6 @@ MERGE_PLAN = Table(
     ("run", "step"),
 )
 
-COMPARISON = Table(
-    "comparison",
-    2,
-    "Trained against base on the held-out prompts, paired by prompt and sample.",
-    (
-        ("run", TEXT, "", "run id"),
-        ("method", TEXT, "", "method of the run"),
-        ("reward", TEXT, "", "name of the reward, or diversity / distance_to_base"),
-        ("trained_on", FLAG, "", "whether the run was trained on this reward"),
-        ("base", REAL, "see reward", "mean over prompts and samples, base model"),
-        ("trained", REAL, "see reward", "mean, trained model"),
-        ("difference", REAL, "see reward", "trained minus base"),
-        ("low", REAL, "see reward", "lower end of the 95% interval of the difference"),
-        ("high", REAL, "see reward", "upper end"),
-        ("pairs", INT, "", "pairs with both scores valid"),
-        ("invalid", INT, "", "pairs left out, a score of which is missing"),
-        ("iterations", INT, "iterations", "of training"),
-        ("nfe", BIG, "network evaluations", "of training: forward, forward+backward, reference"),
-        ("seconds", REAL, "s", "of training, over all starts"),
-        ("warnings", TEXT, "", "what was wrong with the training, in words; null: nothing"),
-    ),
-    ("run", "reward"),
-)
-
 TABLES = {
     t.name: t
     for t in (
@@ -305,7 +303,7 @@ TABLES = {
         SCORES,
         IMAGES,
         SNAPSHOTS,
-        COMPARISON,
+        SNAPSHOT_IMAGES,
         RESULTS,
         SUFFIXES,
     )

@@ -31,7 +31,7 @@ from egrpo.config.load import (
 )
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
 from egrpo.errors import UserError
-from egrpo.methods.settings import METHOD_MODELS
+from egrpo.methods import METHOD_MODELS
 from egrpo.study.targets import check_targets, resolve_budgets, with_snapshots
 
 
@@ -46,6 +46,7 @@ class Study:
     paper: tuple[str, ...] = ()
     tables: Mapping[str, TableSpec] = field(default_factory=dict)
     figures: Mapping[str, FigureSpec] = field(default_factory=dict)
+    libraries: str = "warn"
 
 
 def resolve(data: Tree, source: str) -> Study:
@@ -104,6 +105,7 @@ def resolve(data: Tree, source: str) -> Study:
         tuple((*study.tables, *study.figures) if study.paper is None else study.paper),
         tables,
         study.figures,
+        study.libraries,
     )
 
 

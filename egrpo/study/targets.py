@@ -6,17 +6,16 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
+from egrpo.config.keys import evaluation_key
 from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
 from egrpo.errors import UserError
-from egrpo.methods.settings import Merging
 from egrpo.planning.trees import closed_form_plan, cost_of, reads_profile, tree_of
-from egrpo.study.keys import KEYS, evaluation_key
 
 BASE = "base"
 """The untrained model, in the place of an arm."""
 
 RESERVED = (
-    *KEYS,
+    *("base", "embed", "evaluate", "identity", "plan", "profile", "run", "state", "track", "train"),
     *("about", "all", "everything", "page", "paper", "plans", "publish", "settings"),
     *("comparison", "paper_runs", "all_runs", "before_after", "curves", "entropy", "spread"),
     *("evaluate_base", "figures", "prepare_store", "result_figure", "result_table", "run_config"),
@@ -121,12 +120,12 @@ def check_figure(name: str, spec: FigureSpec, runs: Mapping[str, RunConfig]) -> 
         return
     first = next(run for run in runs.values() if run.arm == spec.arms[0])
     method, profile = first.method, first.profile
-    if not isinstance(method, Merging):
+    if not method.needs_plan:
         raise UserError(
             f"figures.{name}.arms: {spec.kind} shows a profile, and arm {spec.arms[0]!r} "
             f"({method.name}) has none"
         )
-    if spec.kind == "threshold" and (method.threshold != "auto" or method.span is not None):
+    if spec.kind == "threshold" and method.automatic is None:
         raise UserError(f"figures.{name}.arms: the threshold of arm {spec.arms[0]!r} is not auto")
     lacking = [span for span in spec.spans if span not in profile.spans]
     if spec.kind == "entropy" and lacking:

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
-from egrpo.errors import UserError
-from egrpo.study.layout import command
+from egrpo.errors import UserError, command
 from egrpo.tracking import client as tracking
 
 if TYPE_CHECKING:

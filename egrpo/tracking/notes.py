@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from egrpo.config.models import RunConfig
-from egrpo.page.render import escaped
-from egrpo.report.report import HEADER, cells, in_order, verdicts
-from egrpo.report.tables import Row, readable, warning_lines
+from egrpo.report.evaluations import Row
+from egrpo.report.render import escaped, pipes
+from egrpo.report.text import HEADER, cells, in_order, readable, verdicts, warning_lines
 
 STUDY_NOTE = """\
 A study. Below this run lies one run for each training, below each of those its evaluation, and
@@ -40,8 +40,7 @@ def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> st
         rows = in_order(comparison)
         said = [*verdicts(rows), *map(escaped, warning_lines(rows))]
         text += [*(f"**{line}**" for line in said), ""]
-        text += ["| " + " | ".join(HEADER) + " |", "|---" + "|--:" * (len(HEADER) - 1) + "|"]
-        text += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+        text += pipes(HEADER, map(cells, rows))
         text += ["", "Means over held-out prompts; \\* trained on this reward.", ""]
     if model is not None:
         text += [

@@ -8,8 +8,8 @@ from egrpo.errors import UserError
 from egrpo.figures.style import INK, PALETTE
 from egrpo.settings import without_password
 from egrpo.store.files import read_json, write_json
-from egrpo.store.tables import COMPARISON, read_table
-from egrpo.study.resolve import Study
+from egrpo.store.tables import RESULTS, read_table
+from egrpo.study.layout import Layout
 from egrpo.tracking import client as tracking
 from egrpo.tracking.deliver import finish, send_files, send_note
 from egrpo.tracking.notes import STUDY_NOTE
@@ -19,11 +19,11 @@ from egrpo.tracking.publish_run import publish_run
 from egrpo.tracking.superseded import mark_superseded
 
 
-def publish(study: Study, store: Path, table: Path, output: Path) -> None:
+def publish(at: Layout, store: Path, table: Path, output: Path) -> None:
     """Deliver what is missing of every run, its evaluation, and the study's tables and figures.
 
     Args:
-        study: its results are expected as in ``docs/architecture.md``.
+        at: the study, and where its results lie.
         store: JSON file written by ``prepare``.
         table: comparison of the study's runs with their base.
         output: JSON file: run id -> MLflow's run id, and ``uri``, ``experiment_id``.
@@ -31,9 +31,9 @@ def publish(study: Study, store: Path, table: Path, output: Path) -> None:
     Raises:
         UserError: a result is missing, or the server is away.
     """
-    uri = study_uri(study, read_json(store)["uri"])
+    uri = study_uri(at.study, read_json(store)["uri"])
     try:
-        ids = ensure(uri, study, timeout=60, retries=3)
+        ids = ensure(uri, at.study, timeout=60, retries=3)
     except ConnectionError as error:
         raise _away(str(error)) from None
     from mlflow.exceptions import MlflowException
@@ -41,23 +41,23 @@ def publish(study: Study, store: Path, table: Path, output: Path) -> None:
 
     client = tracking.open_client(uri, timeout=60, retries=3)
     experiment, parent = str(ids["experiment_id"]), str(ids["parent_run_id"])
-    root = Path(study.results) / study.name
-    comparison = read_table(table, COMPARISON).to_pylist()
+    study = at.study
+    comparison = read_table(table, RESULTS).to_pylist()
     found: dict[str, str] = {}
     current: set[str] = set()
     try:
         for number, (name, run) in enumerate(study.runs.items()):
             own = [row for row in comparison if row["run"] == name]
             colour = PALETTE[number % len(PALETTE)]
-            sent = publish_run(client, experiment, run, root, parent, own, colour)
+            sent = publish_run(client, experiment, run, at, parent, own, colour)
             found[name] = sent[0]
             current.update(sent)
         mark_superseded(client, experiment, study.runs, current)
-        bases = [EvaluationFiles.base(run, root) for run in study.runs.values()]
+        bases = [EvaluationFiles.base(run, at) for run in study.runs.values()]
         for base in {files.folder: files for files in reversed(bases)}.values():
             send_evaluation(client, experiment, base, parent, INK)
         for folder in ("tables", "figures"):
-            send_files(client, parent, folder, [root / folder])
+            send_files(client, parent, folder, [at.root / folder])
         send_note(client, parent, STUDY_NOTE)
         finish(client, parent)
     except (MlflowException, RequestException) as error:

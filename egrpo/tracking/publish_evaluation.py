@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from egrpo.config.models import RunConfig
 from egrpo.store.tables import IMAGES, SCORES, read_table
-from egrpo.study.keys import evaluation_key
+from egrpo.study.layout import Layout
 from egrpo.tracking import client as tracking
 from egrpo.tracking.deliver import digest_of, finish, send_colour, send_datasets, send_values
 
@@ -45,23 +45,22 @@ class EvaluationFiles:
     tags: dict[str, str]
 
     @classmethod
-    def trained(cls, run: RunConfig, root: Path) -> EvaluationFiles:
+    def trained(cls, run: RunConfig, at: Layout) -> EvaluationFiles:
         """Of a trained model."""
         tags = tracking.run_tags(run, None)
-        return cls._of(run, root, f"{run.run}/evaluation", root / "runs" / run.run, tags)
+        return cls._of(run, at, f"{run.run}/evaluation", at.run(run.run), tags)
 
     @classmethod
-    def base(cls, run: RunConfig, root: Path) -> EvaluationFiles:
+    def base(cls, run: RunConfig, at: Layout) -> EvaluationFiles:
         """Of the untrained model that a run is compared with."""
-        folder = root / "base" / evaluation_key(run)
         tags = dict.fromkeys(("run", "arm", "method"), "base")
-        return cls._of(run, root, "base/evaluation", folder, tags)
+        return cls._of(run, at, "base/evaluation", at.base(run.run), tags)
 
     @classmethod
     def _of(
-        cls, run: RunConfig, root: Path, name: str, folder: Path, tags: dict[str, str]
+        cls, run: RunConfig, at: Layout, name: str, folder: Path, tags: dict[str, str]
     ) -> EvaluationFiles:
-        base, heldout = root / "base" / evaluation_key(run), Path(run.prompts.heldout)
+        base, heldout = at.base(run.run), Path(run.prompts.heldout)
         return cls(
             name,
             folder,

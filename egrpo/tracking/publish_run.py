@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
+from egrpo.planning.trees import needs_plan
 from egrpo.store import journal
 from egrpo.store.files import read_json
 from egrpo.store.tables import TRAIN_METRICS, read_table
-from egrpo.study.keys import profile_key
+from egrpo.study.layout import Layout
 from egrpo.study.sharing import shown_yaml, without_secrets
 from egrpo.tracking import client as tracking
 from egrpo.tracking.deliver import (
@@ -37,7 +38,7 @@ def publish_run(
     client: MlflowClient,
     experiment: str,
     run: RunConfig,
-    root: Path,
+    at: Layout,
     parent: str,
     comparison: list[Row],
     colour: str,
@@ -45,7 +46,7 @@ def publish_run(
     """Deliver what is missing of a training run and of its evaluation.
 
     Args:
-        root: folder of the study's results.
+        at: where the study's results lie.
         parent: MLflow's id of the study's run.
         comparison: rows of the comparison about this run.
         colour: of its curves, as `#0072B2`.
@@ -56,21 +57,21 @@ def publish_run(
     Raises:
         UserError: if a result is missing.
     """
-    folder = root / "runs" / run.run
+    folder = at.run(run.run)
     key = read_json(folder / "train.json").get("key")
     if not key:
         raise UserError(f"{folder / 'train.json'}: `key` is missing; train the run again")
     run_id = tracking.find_or_create_run(client, experiment, run, key, parent)
-    tracking.deliver(client, run_id, _lines(root, run.run, key))
+    tracking.deliver(client, run_id, _lines(at, run.run, key))
     sent = tracking.images_held(client, run_id)
     tracking.send_images(client, run_id, folder / "monitor", sent)
-    tracking.tag_warnings(client, run_id, warnings_in(folder / "train_metrics.parquet", run))
-    send_datasets(client, run_id, _inputs(run, root), run.prompts.column)
+    tracking.tag_warnings(client, run_id, warnings_in(folder / "metrics.parquet", run))
+    send_datasets(client, run_id, _inputs(run, at), run.prompts.column)
     send_text(client, run_id, "config.yaml", shown_yaml(run, *without_secrets(run)))
     records = [folder / f for f in ("plan.json", "train.json")]
     send_files(client, run_id, "", [f for f in records if f.exists()])
     model = send_model(client, experiment, run_id, run, folder / "adapter")
-    files = EvaluationFiles.trained(run, root)
+    files = EvaluationFiles.trained(run, at)
     evaluation = send_evaluation(client, experiment, files, run_id, colour, comparison, model)
     send_colour(client, run_id, colour)
     send_note(client, run_id, run_note(run, comparison, model))
@@ -78,14 +79,14 @@ def publish_run(
     return run_id, evaluation
 
 
-def _lines(root: Path, run: str, key: str) -> Iterable[Row]:
+def _lines(at: Layout, run: str, key: str) -> Iterable[Row]:
     """The table of metrics as journal lines, with the journal's times while it exists.
 
     Equal times let MLflow itself refuse a second copy of what a slow server took late.
     """
-    log = root / "state" / run / key / "journal.jsonl"
+    log = at.state(run) / key / "journal.jsonl"
     times = {line["iteration"]: line.get("time") for line in journal.read(log)}
-    file = root / "runs" / run / "train_metrics.parquet"
+    file = at.run(run) / "metrics.parquet"
     lines: dict[int, Row] = {}
     for row in read_table(file, TRAIN_METRICS).to_pylist():
         step = row["iteration"]
@@ -97,10 +98,9 @@ def _lines(root: Path, run: str, key: str) -> Iterable[Row]:
     return lines.values()
 
 
-def _inputs(run: RunConfig, root: Path) -> dict[Path, str]:
+def _inputs(run: RunConfig, at: Layout) -> dict[Path, str]:
     """Prompt files and entropy profile, with what each is for."""
     files = {Path(run.prompts.train): "training", Path(run.prompts.heldout): "monitoring"}
-    profile = root / "profiles" / profile_key(run) / "entropy_profile.parquet"
-    if profile.exists():  # only methods that plan by entropy have one
-        files[profile] = "planning"
+    if needs_plan(run) and at.profile(run.run).exists():
+        files[at.profile(run.run)] = "planning"
     return files

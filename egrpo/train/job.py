@@ -10,26 +10,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from egrpo.config.models import RunConfig
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError
+from egrpo.measure.monitors import PROMPTS, load_grid, save_grid, whole_grid
+from egrpo.models.conditioning import Embeddings
 from egrpo.progress import Progress
 from egrpo.sampling.processes import Processes
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
 from egrpo.store.checkpoint import Checkpoint
-from egrpo.store.files import lock, write_json
+from egrpo.store.files import checkpoints_in, lock, write_json
 from egrpo.store.tables import ROLLOUTS, TRAIN_METRICS, write_table
-from egrpo.study.fingerprint import state_key
-from egrpo.train.monitor import load_grid, save_grid, whole_grid
 from egrpo.train.records import Metrics, metric_rows, rollout_columns
 from egrpo.train.trainer import Trainer
-from egrpo.train.warnings import History, beyond_bounds, training_warnings
+from egrpo.train.warnings import DISTANCE, History, beyond_bounds, training_warnings
 
-if TYPE_CHECKING:
-    from egrpo.tracking.live import LiveTracker
+
+class Tracker(Protocol):
+    """What is told of a run while it trains.
+
+    Attributes:
+        warnings: kinds of what is wrong with it so far.
+    """
+
+    warnings: tuple[str, ...]
+
+
+Live = Callable[[str, Path, Path], AbstractContextManager[Tracker]]
+"""From the key of a trajectory, its journal, and the folder of its monitors' images."""
 
 LEASE_WAIT = 60.0
 """Seconds that a job waits for another one to leave its state folder."""
@@ -41,20 +52,21 @@ EVALUATIONS = ("forward", "train", "reference")
 def train(
     run: RunConfig,
     plan: Plan | None,
-    embeddings: Path,
+    embeddings: Embeddings,
     *,
     state: Path,
     output: Path,
-    store: Path | None = None,
+    live: Live | None = None,
 ) -> None:
     """Train one run to its end, from wherever its state is.
 
     Args:
         run, plan: resolved settings, and the merge plan if the method has one.
-        embeddings: prompt embeddings of both prompt files.
-        state: folder of checkpoints and journal of this run; one sub-folder per state key.
-        output: folder for adapter/, monitor/, train.json and the two tables.
-        store: tracking store made by ``prepare``; None for no live tracking.
+        embeddings: files of the embedded prompts to train on and to monitor.
+        state: folder of checkpoints and journal, named by what the weights of each iteration are
+            computed from: whatever lies there is gone on from.
+        output: folder for adapter/, monitor/, snapshots/, train.json and the two tables.
+        live: tracks the run while it trains; None: nothing does.
 
     Raises:
         UserError: for bad input, a full disk, an iteration without any valid reward, or weights
@@ -64,9 +76,9 @@ def train(
     trainer = Trainer(run, plan, embeddings)
     t = run.train
     if (
-        trainer.ema is not None
+        trainer.average.weights is not None
         and t.iterations * t.updates < t.ema_every - 1
-        and trainer.world.main
+        and trainer.processes.main
     ):
         print(
             f"{run.run}: train.ema_every: the averaged weights, which are kept and evaluated, "
@@ -75,11 +87,16 @@ def train(
             file=sys.stderr,
             flush=True,
         )
-    key = state_key(run, plan, embeddings)
-    folder = state / key
+    folder = _folder(state, t.iterations)
     folder.mkdir(parents=True, exist_ok=True)
-    with preemption() as wanted, only_one(folder, run.run, trainer.world):
-        _resume_and_train(trainer, folder, key, output, store, wanted)
+    with preemption() as wanted, only_one(folder, run.run, trainer.processes):
+        _resume_and_train(trainer, folder, state.name, output, live, wanted)
+
+
+def _folder(state: Path, iterations: int) -> Path:
+    """Where the state lies; that of a longer training stays for one that is wanted longer again."""
+    longer = any(n > iterations for n in checkpoints_in(state))
+    return state / f"until-{iterations}" if longer else state
 
 
 @contextmanager
@@ -108,7 +125,7 @@ def preemption() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def only_one(folder: Path, run: str, world: Processes) -> Iterator[None]:
+def only_one(folder: Path, run: str, processes: Processes) -> Iterator[None]:
     """The lease of a job on its state folder; a dead owner holds nothing.
 
     A job that is started again while its first copy still saves waits for it.
@@ -116,7 +133,7 @@ def only_one(folder: Path, run: str, world: Processes) -> Iterator[None]:
     Raises:
         UserError: if another job is still training the run after that time.
     """
-    if not world.main:
+    if not processes.main:
         yield
         return
     until, told = time.monotonic() + LEASE_WAIT, False
@@ -140,27 +157,27 @@ def _resume_and_train(
     folder: Path,
     key: str,
     output: Path,
-    store: Path | None,
+    live: Live | None,
     preempted: Callable[[], bool],
 ) -> None:
-    run, world = trainer.run, trainer.world
+    run, processes = trainer.run, trainer.processes
     log = folder / "journal.jsonl"
-    found = _where_to_go_on(run, folder, log) if world.main else None
-    iteration = world.from_main(lambda: found.iteration if found else None)
-    if world.main:
+    found = _where_to_go_on(run, folder, log) if processes.main else None
+    iteration = processes.from_main(lambda: found.iteration if found else None)
+    if processes.main:
         journal.rewind(log, -1 if iteration is None else iteration)
     if iteration is not None:
         if run.train.monitor_every:
             _recall_untrained(trainer, folder, log)
         trainer.restore(found or checkpoints.at(folder, iteration))
-        if world.main:
+        if processes.main:
             print(f"{run.run}: going on after iteration {iteration}", file=sys.stderr)
             _say_lost(run, folder, log, iteration)
-    live = _live(run, key, store if world.main else None, log, folder / "monitor")
-    with live as tracker:
+    track = live if processes.main and run.tracking.enabled else None
+    with track(key, log, folder / "monitor") if track else nullcontext() as tracker:
         stopped = _loop(trainer, folder, log, preempted, tracker, fresh=iteration is None)
         if trainer.iteration < run.train.iterations and not stopped:
-            if world.main:
+            if processes.main:
                 print(f"{run.run}: saved after iteration {trainer.iteration}", file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)
     _write_outputs(trainer, key, folder, log, output, stopped)
@@ -218,11 +235,9 @@ def _lost_lines(run: RunConfig, log: Path, until: int) -> list[int]:
 
 def _lost_grids(run: RunConfig, folder: Path, until: int) -> list[int]:
     """Monitored iterations up to ``until`` without a whole grid of images."""
-    every = run.train.monitor_every
-    if not every:
-        return []
-    monitored = {*range(0, until + 1, every), *({until} & {run.train.iterations})}
-    return [n for n in sorted(monitored) if not whole_grid(_grid(folder, n))]
+    found = {n: metrics for n, metrics in _history(folder / "journal.jsonl") if n <= until}
+    monitored = [n for n, metrics in found.items() if DISTANCE in metrics]
+    return [n for n in monitored if not whole_grid(_grid(folder, n))]
 
 
 def _grid(folder: Path, iteration: int) -> Path:
@@ -253,15 +268,15 @@ def _recall_untrained(trainer: Trainer, folder: Path, log: Path) -> None:
     Before a checkpoint is restored: until then the weights are the untrained ones.
     """
     run, t, first = trainer.run, trainer.run.train, _grid(folder, 0)
-    line, grid = trainer.world.from_main(
+    line, grid = trainer.processes.from_main(
         lambda: (0 in journal.iterations(log), whole_grid(first)),
     )
     if line and grid:
         size = run.model.height, run.model.width
-        trainer.base_images = load_grid(first, t.monitor_samples, *size)
+        trainer.monitor.base = load_grid(first, t.monitor_samples, *size)
         return
-    metrics, images = trainer.monitor()
-    if trainer.world.main:
+    metrics, images = trainer.monitor.look(trainer.iteration)
+    if trainer.processes.main:
         print(
             f"{run.run}: {folder}: the journal's first line or {first.name} was damaged or lost: "
             "the untrained model is measured again",
@@ -273,38 +288,28 @@ def _recall_untrained(trainer: Trainer, folder: Path, log: Path) -> None:
             _record(trainer, log, metrics, {})
 
 
-def _live(
-    run: RunConfig, key: str, store: Path | None, log: Path, images: Path
-) -> AbstractContextManager[LiveTracker | None]:
-    if store is None or not run.tracking.enabled:
-        return nullcontext()
-    from egrpo.tracking.live import LiveTracker
-
-    return LiveTracker(run, key, store, log, images)
-
-
 def _loop(
     trainer: Trainer,
     folder: Path,
     log: Path,
     preempted: Callable[[], bool],
-    tracker: LiveTracker | None,
+    tracker: Tracker | None,
     *,
     fresh: bool,
 ) -> dict[str, str]:
     """Train to the last iteration, or until a bound or a signal stops it; returns which bound."""
-    run, t, world = trainer.run, trainer.run.train, trainer.world
+    run, t, processes = trainer.run, trainer.run.train, trainer.processes
     if fresh and t.monitor_every:
-        metrics, images = trainer.monitor()
-        if world.main:
+        metrics, images = trainer.monitor.look(trainer.iteration)
+        if processes.main:
             save_grid(_grid(folder, 0), images, t.monitor_samples)
             _record(trainer, log, metrics, {})
         _save(trainer, folder)
-    history = world.from_main(lambda: _history(log))
+    history = processes.from_main(lambda: _history(log))
     said: dict[str, str] = {}
     reasons = _stops(run, history)
     stop = False
-    with Progress(t.iterations, run.run, trainer.iteration, shown=world.main) as progress:
+    with Progress(t.iterations, run.run, trainer.iteration, shown=processes.main) as progress:
         while trainer.iteration < t.iterations and not reasons and not stop:
             if t.snapshots:
                 _keep_snapshots(trainer, folder, trainer.cost(trainer.iteration + 1).total)
@@ -312,18 +317,18 @@ def _loop(
             n = trainer.iteration
             last = n == t.iterations
             if t.monitor_every and (n % t.monitor_every == 0 or last):
-                measured, images = trainer.monitor()
+                measured, images = trainer.monitor.look(trainer.iteration)
                 metrics |= measured
-                if world.main:
+                if processes.main:
                     save_grid(_grid(folder, n), images, t.monitor_samples)
             elif last:
-                trainer.check_weights()
+                trainer.monitor.check_weights(trainer.iteration)
             history.append((n, metrics))
             reasons = _stops(run, history)
-            if world.main:
+            if processes.main:
                 _say(run, history, said, reasons, tracker)
                 _record(trainer, log, metrics, rows)
-            stop = any(world.gather(preempted()))
+            stop = any(processes.gather(preempted()))
             if n % t.checkpoint_every == 0 or last or reasons or stop:
                 _save(trainer, folder)
             progress.step(
@@ -332,14 +337,14 @@ def _loop(
             )
     if not stop or trainer.iteration == t.iterations:
         _keep_snapshots(trainer, folder, None)
-        if world.main:
+        if processes.main:
             _say(run, history, said, reasons, tracker, ended=True)
     return reasons
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
     checkpoint = trainer.checkpoint()  # by all processes: sharded weights are gathered
-    if trainer.world.main:
+    if trainer.processes.main:
         checkpoints.save(folder, checkpoint)
 
 
@@ -359,7 +364,7 @@ def _say(
     history: History,
     said: dict[str, str],
     stops: dict[str, str],
-    tracker: LiveTracker | None,
+    tracker: Tracker | None,
     *,
     ended: bool = False,
 ) -> None:
@@ -386,13 +391,15 @@ def _keep_snapshots(trainer: Trainer, folder: Path, ahead: int | None) -> None:
     spent = sum(trainer.counts[name] for name in EVALUATIONS)
     for limit in trainer.run.train.snapshots:
         target = folder / "snapshots" / str(limit)
-        if trainer.world.from_main(target.is_dir) or (ahead is not None and spent + ahead <= limit):
+        if trainer.processes.from_main(target.is_dir) or (
+            ahead is not None and spent + ahead <= limit
+        ):
             continue
         unfinished = folder / "snapshots" / f"{limit}.unfinished"
-        if trainer.world.main:
+        if trainer.processes.main:
             shutil.rmtree(unfinished, ignore_errors=True)
         trainer.save(unfinished)
-        if not trainer.world.main:
+        if not trainer.processes.main:
             continue
         checkpoints.seal_snapshot(unfinished, trainer.iteration, spent, trainer.seconds)
         unfinished.rename(target)
@@ -418,24 +425,29 @@ def _write_outputs(
 ) -> None:
     """Declared outputs appear only here, at the end."""
     run = trainer.run
-    if trainer.world.main:
+    if trainer.processes.main:
         for name in ("adapter", "monitor", "snapshots"):
             shutil.rmtree(output / name, ignore_errors=True)
     trainer.save(output / "adapter")
-    if not trainer.world.main:
+    if not trainer.processes.main:
         return
     (output / "monitor").mkdir(parents=True, exist_ok=True)
     lost = _say_lost(run, folder, log, trainer.iteration)
-    for n in range(trainer.iteration + 1):
+    looked = _looked(run, trainer.iteration)
+    for n in looked:
         if whole_grid(_grid(folder, n)):
             shutil.copyfile(_grid(folder, n), output / "monitor" / _grid(folder, n).name)
+    texts = list(trainer.monitor.texts)
+    write_json(
+        output / "monitor" / PROMPTS, {"prompts": texts, "samples": run.train.monitor_samples}
+    )
     (output / "snapshots").mkdir()
     for limit in run.train.snapshots:
         copy = output / "snapshots" / str(limit)
         shutil.copytree(folder / "snapshots" / str(limit), copy, copy_function=shutil.copyfile)
         checkpoints.read_snapshot(copy)
     head = {"config_hash": key}
-    metrics = metric_rows(run.run, log)
+    metrics = [row for row in metric_rows(run.run, log) if _told(run, row, looked)]
     write_table(output / "train_metrics.parquet", TRAIN_METRICS, metrics, metadata=head)
     columns = rollout_columns(run.run, log)
     write_table(output / "rollouts.parquet", ROLLOUTS, columns, metadata=head)
@@ -453,3 +465,21 @@ def _write_outputs(
             "peak_memory_mib": round(trainer.peak_mib, 1),
         },
     )
+
+
+def _looked(run: RunConfig, last: int) -> list[int]:
+    """Iterations whose monitors a training of so many iterations has, went it on or not."""
+    every = run.train.monitor_every
+    return sorted({*range(0, last + 1, every), last}) if every else []
+
+
+def _told(run: RunConfig, row: dict[str, Any], looked: list[int]) -> bool:
+    """Whether a metric is one of the training: what other rewards say of the monitored images is
+    computed where they are evaluated."""
+    what, _, name = row["metric"].partition("/")
+    if not what.startswith("monitor"):
+        return True
+    stops = {name for name, bound in run.bounds.items() if bound.action == "stop"}
+    of = name.removeprefix("reward/")
+    own = of == name or of in run.train.rewards or name in stops
+    return own and row["iteration"] in looked

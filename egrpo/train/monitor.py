@@ -2,86 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
-from egrpo.images import DECODED, FINE, Images
-from egrpo.store.files import replacing
+from egrpo.config.models import RunConfig
+from egrpo.images import Images, check
+from egrpo.measure.monitors import measure
+from egrpo.models.base import FlowModel
+from egrpo.models.conditioning import Conditioning
+from egrpo.planning.grids import monitor_sigmas
+from egrpo.rewards import RewardModel, score_all
+from egrpo.sampling.processes import Processes
+from egrpo.sampling.sample import Sampler
+from egrpo.train.average import AveragedWeights
+from egrpo.train.counts import Counts
 
 
-def measure(
-    scores: Mapping[str, Any], images: Images, base: Images, samples: int
-) -> dict[str, float]:
-    """``monitor/...``: mean of every reward, diversity, distance to the untrained model's images.
+class Monitor:
+    """Images of fixed held-out prompts by the averaged weights, and all rewards of them.
 
-    Args:
-        scores: name -> [n]; NaN where scoring failed.
-        images: [n], the samples of a prompt together.
-        base: those of the untrained model from the same noise.
-        samples: of each prompt.
-
-    Returns:
-        Rewards in their own units; RMS distances as a fraction of full scale: ``diversity``
-        between the samples of a prompt, ``distance_to_base`` from ``base``; NaN where nothing is
-        left to be averaged. Of rewards (over images with a score) and diversity (over prompts) also
-        ``monitor_std/...`` and ``monitor_count/...``: the std with ddof 1, and of how many values.
-        ``images_invalid``: how many images are none.
+    Attributes:
+        base: the images of the first look, which later ones are compared with; None before it.
     """
-    of = {f"reward/{name}": v[~np.isnan(v)] for name, v in scores.items()}
-    pixels, before = (x.pixels.float().div(255).flatten(1) for x in (images, base))
-    groups = (slice(begin, begin + samples) for begin in range(0, len(images), samples))
-    parts = [pixels[group][images.valid[group]] for group in groups]
-    spread = [
-        float(torch.pdist(part).mean()) / pixels.shape[1] ** 0.5 for part in parts if len(part) > 1
-    ]
-    if samples > 1:
-        of["diversity"] = np.array(spread)
-    out = {}
-    for name, v in of.items():
-        out[f"monitor/{name}"] = float(v.mean()) if v.size else np.nan
-        out[f"monitor_std/{name}"] = float(v.std(ddof=1)) if v.size > 1 else np.nan
-        out[f"monitor_count/{name}"] = v.size
-    both = images.valid & base.valid
-    apart = (pixels[both] - before[both]).square().mean(1).sqrt()
-    out["monitor/distance_to_base"] = float(apart.mean())  # of none: NaN
-    out["monitor/images_invalid"] = int((~images.valid).sum())
-    return out
 
+    def __init__(
+        self,
+        run: RunConfig,
+        model: FlowModel,
+        texts: Sequence[str],
+        conditioning: Conditioning,
+        rewards: Mapping[str, RewardModel],
+        processes: Processes,
+        counts: Counts,
+        average: AveragedWeights,
+    ) -> None:
+        self.run, self.rewards, self.processes, self.counts = run, rewards, processes, counts
+        self.average = average
+        self.texts = texts[: run.train.monitor_prompts]
+        self.sampler = Sampler(model, conditioning, monitor_sigmas(run), run.train.micro_batch)
+        self.base: Images | None = None
 
-def save_grid(path: Path, images: Images, samples: int) -> None:
-    """One PNG: a column per prompt, its samples below each other; what is none is transparent."""
-    from PIL import Image
+    def look(self, iteration: int) -> tuple[dict[str, float], Images]:
+        """What :func:`measure` says after an iteration, and the images [n].
 
-    pixels = images.pixels if images.valid.all() else images.with_opacity()
-    n, c, h, w = pixels.shape
-    grid = pixels.reshape(n // samples, samples, c, h, w).permute(1, 3, 0, 4, 2)
-    picture = Image.fromarray(grid.reshape(samples * h, n // samples * w, c).numpy())
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+        Raises:
+            UserError: if none of them is an image.
+        """
+        samples, processes = self.run.train.monitor_samples, self.processes
+        ids = list(range(len(self.texts)))
+        images = self._sample([ids[processes.block(len(ids), n)] for n in range(processes.count)])
+        prompts = [self.texts[n] for n in ids[processes.share(len(ids))] for _ in range(samples)]
+        scores = processes.arrays(score_all(self.rewards, images, prompts))
+        pixels = torch.from_numpy(processes.joined_arrays(images.pixels.numpy()))
+        images = Images(pixels, processes.joined_arrays(images.faults))
+        self._check(images.faults.tolist(), f"monitor of iteration {iteration}", iteration)
+        if self.base is None:
+            self.base = images
+        return measure(scores, images, self.base, samples), images
 
+    def check_weights(self, iteration: int) -> None:
+        """Make one image where no monitor will.
 
-def load_grid(path: Path, samples: int, height: int, width: int) -> Images:
-    """The images [n] that :func:`save_grid` wrote."""
-    from PIL import Image
+        Raises:
+            UserError: if it is none.
+        """
+        with self.average.applied():
+            images, forward = self.sampler.images([0], 1)
+        self.counts["monitor"] += sum(self.processes.gather(forward))
+        faults = self.processes.joined(images.faults.tolist())
+        self._check(faults, f"one image of iteration {iteration}", iteration)
 
-    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGBA")))
-    grid = pixels.reshape(samples, height, -1, width, 4).permute(2, 0, 4, 1, 3)
-    grid = grid.reshape(-1, 4, height, width)
-    none = (grid[:, 3] == 0).flatten(1).all(1).numpy()
-    return Images(grid[:, :3].contiguous(), np.where(none, DECODED, FINE).astype(np.int8))
+    def _sample(self, shares: list[list[int]]) -> Images:
+        """This process's images; ``shares`` are the prompts of each process."""
+        samples, rank = self.run.train.monitor_samples, self.processes.rank
+        with self.average.applied():
+            images, forward = self.sampler.images(shares[rank], samples)
+            if self.processes.sharded:
+                trees = [self.sampler.chains(len(share), samples) for share in shares]
+                calls = [self.sampler.rehearse(each)[0] for each in trees]
+                self.sampler.idle(max(calls) - calls[rank])
+        self.counts["monitor"] += sum(self.processes.gather(forward))
+        return images
 
-
-def whole_grid(path: Path) -> bool:
-    """Whether there is a grid, with all its bytes as they were written (checksums of PNG)."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            picture.verify()
-    except (OSError, SyntaxError, ValueError):  # PIL raises all of them for a damaged file
-        return False
-    return True
+    def _check(self, faults: list[int], what: str, iteration: int) -> None:
+        """See :func:`egrpo.images.check`; ``faults`` are those of all processes."""
+        model, say = self.run.model, self.processes.main
+        check(faults, f"run {self.run.run}: {what}", model, trained=iteration > 0, say=say)

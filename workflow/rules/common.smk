@@ -1,21 +1,30 @@
 # The study, resolved and validated once; paths and helpers that the rules share.
+#
+# Whether a result stands is decided here, when the plan is made, by what it was computed from
+# (egrpo/study/standing.py): times play no part. Snakemake is told by flags: what a job reads is
+# `ancient` where the job has nothing to do, and a job that has something to do reads a file that is
+# newer than all results. Results are flagged `update`, so that they stay until new ones replace them.
 
+import atexit
 import functools
+import re
+import shutil
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
-import egrpo
-from egrpo.config.load import yaml_of
-from egrpo.study import keys
-from egrpo.study.layout import PAGES, Layout
-from egrpo.study.resolve import load_study, resolve, source_of
-from egrpo.planning.trees import check_trees, needs_plan
 from egrpo.errors import UserError
 from egrpo.ops.checks import check_study
+from egrpo.ops.status import change, other_libraries
+from egrpo.planning.trees import check_trees
+from egrpo.store.files import lock, refused, write_text
+from egrpo.study.due import Due, default_figures
 from egrpo.study.files import check_files
-from egrpo.study.fingerprint import SAMPLING_CODE, TRAINING_CODE, file_identity
-from egrpo.store.files import lock, refused, write_once, write_text
+from egrpo.study.layout import PAGES, SHARED, Layout
+from egrpo.study.resolve import load_study, resolve, source_of
+from egrpo.study.standing import want
 
 # Files and --config are read and laid over each other by the package, as by its commands: Snakemake
 # merges what is to be replaced, makes texts of numbers below the top of --config, and passes over a
@@ -33,6 +42,19 @@ def in_one_line(error):
     return error if told is None else WorkflowError(str(told))
 
 
+def in_one_line_of(function):
+    """The same of what a function raises."""
+
+    @functools.wraps(function)
+    def called(*given):
+        try:
+            return function(*given)
+        except (UserError, OSError) as error:
+            raise in_one_line(error) from None
+
+    return called
+
+
 try:
     study = (
         resolve(config, CONFIG_FILES) if IMPORTED else load_study(*CONFIG_PATHS, options=OPTIONS)
@@ -46,6 +68,10 @@ except UserError as error:
 at = Layout(study)
 RUNS = study.runs
 STUDY = str(at.root)
+IN_JOB = not workflow.is_main_process
+due = Due(at, always=IN_JOB)
+CHANGED = at.root / "changed"
+"""A file that is newer than all results, for jobs that have something to do."""
 
 
 onstart:
@@ -53,60 +79,21 @@ onstart:
     try:
         at.root.mkdir(parents=True, exist_ok=True)
         held = lock(at.root / "workflow.lock")
+        if held is None:
+            raise WorkflowError(
+                f"{at.root}: another snakemake works on it; wait for it or end it"
+            )
+        stages = ("train", "evaluate")
+        want(at, {stage: {run: at.identity(stage, run) for run in RUNS} for stage in stages})
     except (UserError, OSError) as error:
         raise in_one_line(error) from None
-    if held is None:
-        raise WorkflowError(f"{at.root}: another snakemake works on it; wait for it or end it")
+    for line in other_libraries(at):
+        logger.warning(line)
+    # what a killed snakemake had put aside is whole where it lies
+    shutil.rmtree(Path(".snakemake", "backups"), ignore_errors=True)
 
 
-# How tables become pages.
-RENDERING = (
-    "page/render.py",
-    "page/templates/document.css",
-    "page/templates/document.html.j2",
-)
-
-
-wildcard_constraints:
-    run="|".join(re.escape(name) for name in RUNS),
-    stage="|".join(keys.KEYS),
-    key="[0-9a-f]+",
-    set="|".join(PAGES.values()),
-    page="|".join(PAGES),
-    table="|".join(study.tables) or "(?!)",
-    figure="|".join(study.figures) or "(?!)",
-
-
-@functools.cache
-def owners():
-    """(stage, key) -> the first run that has it: shared artifacts are made with its settings."""
-    found = {}
-    for stage, key in keys.KEYS.items():
-        for name, run in RUNS.items():
-            found.setdefault((stage, key(run)), name)
-    return found
-
-
-def owner(stage, key):
-    """The run whose settings stand for a key."""
-    return owners()[stage, key]
-
-
-def write_settings():
-    """What stages, tables and figures read. A name holds a digest of all settings that matter there.
-
-    So an edit that matters asks for another file, and an edit that does not asks for the same one,
-    which is written once. Not by rules: a job for each would be half of all jobs of a sweep.
-    (`ancient(config.yaml)` with a digest in `params` looks simpler and is wrong: a job that depends
-    on a job about to run is not asked for its own reasons, and `ancient` then drops it.)
-    """
-    targets = {**study.tables, **study.figures}
-    wanted = {at.settings(stage, run): RUNS[run] for (stage, _), run in owners().items()}
-    for path, settings in wanted.items():
-        write_once(path, lambda: yaml_of(settings.model_dump()))
-    for name, spec in targets.items():
-        write_once(at.target_settings(name), lambda: yaml_of({"name": name, **spec.model_dump()}))
-
+atexit.register(lambda: at.identities.digests.save())
 
 if workflow.is_main_process:
     for folder in [Path(".snakemake"), *Path(".snakemake").glob("*/")]:
@@ -116,116 +103,98 @@ if workflow.is_main_process:
                 "this user the right to it, or work in a copy of the project"
             )
     try:
-        write_settings()
+        write_text(CHANGED, f"{time.time_ns()}\n")
     except (UserError, OSError) as error:
         raise in_one_line(error) from None
+
+
+wildcard_constraints:
+    run="|".join(re.escape(name) for name in RUNS),
+    key="[0-9a-f]+",
+    set="|".join(PAGES.values()),
+    page="|".join(PAGES),
+    table="|".join(study.tables) or "(?!)",
+    figure="|".join(study.figures) or "(?!)",
+
+
+# -- what has to be done -----------------------------------------------------------------------
+
+
+def result(stage):
+    """Of a rule's wildcards: the result that it makes."""
+    return lambda wc: (stage, wc.key if stage in SHARED else wc.run)
 
 
 @functools.cache
-def files_under(path):
-    """Weights and settings of a local model folder; nothing for a hub id, whose revision is pinned."""
-    found = (str(f) for e in ("safetensors", "json") for f in Path(path).glob(f"**/*.{e}"))
-    return tuple(sorted(found))
-
-
-def weights(run):
-    """Files of the base model and of the rewards: new weights make everything again."""
-    settings = RUNS[run]
-    found = list(files_under(settings.model.path))
-    for reward in settings.rewards.values():
-        for path in reward.files.values():
-            found += [path] if Path(path).is_file() else files_under(path)
+def is_due(stage, name):
+    """Whether a result has to be made; why is said once."""
+    found = due.result(stage, name)
+    if found and not IN_JOB and stage not in SHARED and (why := change(at, stage, name)):
+        logger.warning(f"{name}: {why}")
     return found
 
 
-def prompt_files(run):
-    """Both prompt files of a run."""
-    prompts = RUNS[run].prompts
-    return [prompts.train, prompts.heldout]
+def marked(found):
+    """What makes a job run that is due."""
+    return str(CHANGED) if found else ancient(str(CHANGED))
 
 
-def sources(*parts):
-    """A file that stands for the source files behind a stage: an edit makes its outputs again.
-
-    A part is a file, or a folder with its Python files or, where it has none, all its files.
-
-    One file, because the plan of a sweep takes time for each input of each job. Its name holds the
-    digest of their contents, its time is that of the last edit.
-    """
-    root = Path(egrpo.__file__).parent
-    files = [f for p in parts for f in (sorted((root / p).glob("*.*")) or [root / p])]
-    text = "".join(f"{file_identity(f)}  {f.relative_to(root)}\n" for f in files)
-    path = Path(".snakemake", "egrpo", f"code-{keys.digest(text)}.txt")
-    edited = max(f.stat().st_mtime for f in files)
-    try:
-        if not path.exists():
-            write_text(path, text)
-        if path.stat().st_mtime != edited:
-            os.utime(path, (edited, edited))
-    except (UserError, OSError) as error:
-        raise in_one_line(error) from None
-    return str(path)
+def of(found, paths):
+    """What a job reads: only one that is due waits for it, and needs what is not there."""
+    paths = list(dict.fromkeys(map(Path, paths)))
+    if found:
+        return [str(path) for path in paths]
+    return [ancient(str(path)) for path in paths if path.exists()]
 
 
-def configs(runs):
-    """Resolved settings of runs."""
-    return [at.config(run) for run in runs]
+def changed(stage):
+    """Input function: what makes a job run that is due."""
+    return in_one_line_of(lambda wc: marked(is_due(*result(stage)(wc))))
 
 
-def plans(runs, *files):
-    """Merge plans of those runs that merge, or other files of them."""
-    planned = [run for run in runs if needs_plan(RUNS[run])]
-    return [at.run(run) / file for run in planned for file in files or ("plan.json",)]
+def order(stage):
+    """Function of a job's order: no input, for it is written when the job is."""
+    return in_one_line_of(lambda wc: str(due.order(*result(stage)(wc), write=not workflow.dryrun)))
 
 
-def profiles(runs):
-    """Entropy profiles that those plans are made from."""
-    return sorted({at.profile(run) for run in runs if needs_plan(RUNS[run])})
+def reads(stage, paths):
+    """Input function: what the job of a result reads of a run that has it."""
+
+    @in_one_line_of
+    def found(wc):
+        name = result(stage)(wc)[1]
+        run = due.owners[stage, name] if stage in SHARED else name
+        return of(is_due(stage, name), paths(run))
+
+    return found
 
 
-def results(runs, *names):
-    """Files of runs by name, and of the base model where it has them too."""
-    shared = ("scores.parquet", "images.parquet")
-    of_runs = [at.run(run) / name for run in runs for name in names]
-    of_base = [at.base(run) / name for run in runs for name in names if name in shared]
-    return list(dict.fromkeys(of_runs + of_base))
+def embedded(*sets):
+    """Of a run: embeddings of some sets of its prompts."""
+    return lambda run: [at.embeddings(run, which) for which in sets]
 
 
-def plan_input(wc):
-    """The merge plan, for methods that merge."""
-    return plans([wc.run])
+def outputs(stage):
+    """The declared outputs of a stage, which stay until new ones replace them."""
+    folders = ("adapter", "monitor", "snapshots")
+    found = {}
+    for path in at.outputs(stage, "{key}" if stage in SHARED else "{run}"):
+        name = re.sub(r"\W+", "_", path.name.replace("{key}", "file"))
+        found[name] = update(directory(str(path)) if path.name in folders else str(path))
+    return found
 
 
-def runs_of(arms):
-    """Runs of some arms, by seed."""
-    return [run for arm in arms for run in at.arm(arm)]
+def tell(stage, what, name=None):
+    """Function of a job that tells: its order, what makes it run, or what it reads."""
 
+    @in_one_line_of
+    def found(wc):
+        job = due.told(stage, name or wc[0])
+        if what == "order":
+            return str(job.order(write=not workflow.dryrun))
+        return marked(job.due) if what == "changed" else of(job.due, job.inputs())
 
-def run_set(name):
-    """Runs that are compared and delivered together."""
-    paper = [study.tables.get(n) or study.figures[n] for n in study.paper]
-    return {
-        "comparison": list(study.default_runs),
-        "paper_runs": list(dict.fromkeys(runs_of([a for spec in paper for a in spec.arms]))),
-        "all_runs": list(RUNS),
-    }[name]
-
-
-def names(set):
-    """Names of the tables and figures that are delivered with a set of runs."""
-    named = {"comparison": (), "paper_runs": study.paper}
-    return named.get(set, (*study.tables, *study.figures))
-
-
-def targets(set):
-    """Their files."""
-    return [target(n) for n in names(set)]
-
-
-def settings_options(option, set, specs):
-    """Command line words that name the settings of those targets that are among ``specs``."""
-    files = [str(at.target_settings(n)) for n in names(set) if n in specs]
-    return [word for file in files for word in (option, file)]
+    return found
 
 
 def some_targets(set):
@@ -236,36 +205,9 @@ def some_targets(set):
     return found
 
 
-def default_figures():
-    """Pictures of the default runs."""
-    planned = ["entropy", "spread"] if profiles(study.default_runs) else []
-    return [at.figures / f"{name}.png" for name in ["curves", "before_after", *planned]]
-
-
-def first_planned():
-    """Folder of the first default run with a merge plan."""
-    for run in study.default_runs:
-        if needs_plan(RUNS[run]):
-            return at.run(run)
-    raise WorkflowError(f"{CONFIG_FILES}: none of the default runs merges steps")
-
-
-def table_inputs(wc):
-    """What a table of results is made from."""
-    runs = runs_of(study.tables[wc.table].arms)
-    return results(runs, "scores.parquet", "snapshots.parquet", "train.json")
-
-
-def figure_inputs(wc):
-    """What a figure is made from."""
-    spec = study.figures[wc.figure]
-    runs = runs_of(spec.arms)
-    if spec.kind == "curves":
-        return results(runs, "train_metrics.parquet")
-    if spec.kind == "images":
-        return results(runs, "images.parquet")
-    shown = [at.branches(run) for run in runs[:1]] if spec.kind == "branches" else []
-    return profiles(runs) + plans(runs) + shown
+def targets(set):
+    """Files of the tables and figures of a set."""
+    return [target(name) for name in due.names(set)]
 
 
 def target(name):
@@ -273,8 +215,39 @@ def target(name):
     return at.table(name) if name in study.tables else at.figure(name)
 
 
+PLANNED = due.planned(study.default_runs)
+
+
+def plans(runs):
+    """Merge plans of those runs that merge."""
+    return [at.run(run) / "plan.json" for run in due.planned(runs)]
+
+
+def profiles(runs):
+    """Entropy profiles of those runs."""
+    return sorted({at.profile(run) for run in due.planned(runs)})
+
+
+def results(runs, *names):
+    """Files of runs by name, and of the base model where it has them too."""
+    shared = ("scores.parquet", "images.parquet")
+    of_runs = [at.run(run) / name for run in runs for name in names]
+    of_base = [at.base(run) / name for run in runs for name in names if name in shared]
+    return list(dict.fromkeys(of_runs + of_base))
+
+
+def first_planned():
+    """Folder of the first default run with a merge plan."""
+    if PLANNED:
+        return at.run(PLANNED[0])
+    raise WorkflowError(f"{CONFIG_FILES}: none of the default runs merges steps")
+
+
+# -- labels of `snakemake --report` --------------------------------------------------------------
+
+
 def labels(shows, runs):
-    """Labels of a result in `snakemake --report`: what it shows, of which runs."""
+    """Labels of a result: what it shows, of which runs."""
 
     def few(values):
         found = list(dict.fromkeys(map(str, values)))
@@ -292,14 +265,22 @@ def labels(shows, runs):
 def target_labels(name):
     """Labels of one table or figure of the study."""
     spec = study.tables.get(name) or study.figures[name]
-    return labels(name, runs_of(spec.arms))
+    return labels(name, due.runs_of(spec.arms))
+
+
+def shown(file, caption, **of):
+    """A result that `snakemake --report` shows; it stays until a new one replaces it."""
+    return update(report(str(file), caption=f"../report/{caption}.rst", **of))
+
+
+def texts(name, caption, **of):
+    """A table and its forms as text."""
+    file = f"{STUDY}/tables/{{{name}}}"
+    found = {end: update(f"{file}.{end}") for end in ("parquet", "csv", "md")}
+    return {**found, "html": shown(f"{file}.html", caption, **of)}
 
 
 def figure(name, category, runs=study.default_runs):
-    """A picture with its caption, for `snakemake --report`."""
-    return report(
-        at.figures / f"{name}.png",
-        caption=f"../report/{name}.rst",
-        category=category,
-        labels=labels(name.replace("_", " "), runs),
-    )
+    """A picture with its caption."""
+    of = labels(name.replace("_", " "), runs)
+    return shown(at.figure(name), name, category=category, labels=of)

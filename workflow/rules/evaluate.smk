@@ -1,15 +1,12 @@
-# One job per model scores all rewards: loading a model is what costs.
+# One job per model samples and scores all rewards: loading a model is what costs.
 
 
 rule evaluate_base:
     input:
-        settings=f"{STUDY}/settings/base-{{key}}.yaml",
-        embeddings=lambda wc: at.embeddings(owner("base", wc.key)),
-        weights=lambda wc: weights(owner("base", wc.key)),
-        code=sources(*SAMPLING_CODE, "measure/evaluate.py"),
+        changed=changed("base"),
+        embeddings=reads("base", embedded("heldout")),
     output:
-        scores=f"{STUDY}/base/{{key}}/scores.parquet",
-        images=f"{STUDY}/base/{{key}}/images.parquet",
+        **outputs("base"),
     log:
         f"{STUDY}/logs/evaluate_base/{{key}}.log",
     benchmark:
@@ -19,24 +16,20 @@ rule evaluate_base:
     threads: 1
     resources:
         launch="python",
+    params:
+        order=order("base"),
     shell:
-        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo evaluate --run-config {input.settings:q}"
-        " --embeddings {input.embeddings:q} --scores {output.scores:q} --images {output.images:q}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo make base {params.order:q}"
         " --threads {threads} 3>&2 2> {log:q}"
 
 
 rule evaluate:
     input:
-        settings=lambda wc: at.settings("evaluate", wc.run),
-        embeddings=lambda wc: at.embeddings(wc.run),
-        weights=lambda wc: weights(wc.run),
-        adapter=f"{STUDY}/runs/{{run}}/adapter",
-        snapshots=f"{STUDY}/runs/{{run}}/snapshots",
-        code=sources(*SAMPLING_CODE, "measure/evaluate.py"),
+        changed=changed("evaluate"),
+        embeddings=reads("evaluate", embedded("heldout")),
+        trained=reads("evaluate", lambda run: [at.run(run) / "adapter"]),
     output:
-        scores=f"{STUDY}/runs/{{run}}/scores.parquet",
-        images=f"{STUDY}/runs/{{run}}/images.parquet",
-        snapshots=f"{STUDY}/runs/{{run}}/snapshots.parquet",
+        **outputs("evaluate"),
     log:
         f"{STUDY}/logs/evaluate/{{run}}.log",
     benchmark:
@@ -46,8 +39,8 @@ rule evaluate:
     threads: 1
     resources:
         launch="python",
+    params:
+        order=order("evaluate"),
     shell:
-        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo evaluate --run-config {input.settings:q}"
-        " --embeddings {input.embeddings:q} --adapter {input.adapter:q} --scores {output.scores:q}"
-        " --images {output.images:q} --snapshots {input.snapshots:q}"
-        " --snapshot-scores {output.snapshots:q} --threads {threads} 3>&2 2> {log:q}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo make evaluate {params.order:q}"
+        " --threads {threads} 3>&2 2> {log:q}"

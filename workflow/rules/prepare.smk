@@ -1,54 +1,39 @@
-# Resolved settings, the tracking store, prompt embeddings. Rules of seconds are local ones: on a cluster
-# they run where snakemake runs, not in the queue.
-
-
-rule run_config:
-    input:
-        settings=lambda wc: at.settings("run", wc.run),
-    output:
-        config=f"{STUDY}/runs/{{run}}/config.yaml",
-    log:
-        f"{STUDY}/logs/run_config/{{run}}.log",
-    localrule: True
-    conda:
-        "../../envs/egrpo.yaml"
-    shell:
-        "cp {input.settings:q} {output.config:q} 2> {log:q}"
+# The tracking store, and prompt embeddings. Rules of seconds are local ones: on a cluster they run
+# where snakemake runs, not in the queue.
 
 
 rule prepare_store:
     input:
-        settings=at.settings("track", next(iter(RUNS))),
+        changed=tell("prepare", "changed", name="store"),
     output:
-        store=at.store,
+        store=update(str(at.store)),
     log:
         f"{STUDY}/logs/prepare_store.log",
     localrule: True
     conda:
         "../../envs/egrpo.yaml"
     params:
-        results=lambda wc, output: Path(output.store).parents[1],
+        order=tell("prepare", "order", name="store"),
     shell:
-        "python -m egrpo prepare --results {params.results:q} --output {output.store:q}"
-        " {input.settings:q} 3>&2 2> >(tee {log:q} >&3)"
+        "python -m egrpo make prepare {params.order:q} --name store 3>&2 2> >(tee {log:q} >&3)"
 
 
 rule embed:
     input:
-        settings=f"{STUDY}/settings/embed-{{key}}.yaml",
-        prompts=lambda wc: prompt_files(owner("embed", wc.key)),
-        weights=lambda wc: files_under(RUNS[owner("embed", wc.key)].model.path),
-        code=sources("models", "measure/embed.py"),
+        changed=changed("embed"),
     output:
-        embeddings=f"{STUDY}/embeddings/{{key}}.safetensors",
+        **outputs("embed"),
     log:
         f"{STUDY}/logs/embed/{{key}}.log",
     benchmark:
         f"{STUDY}/benchmarks/embed/{{key}}.tsv"
     conda:
         "../../envs/egrpo.yaml"
+    threads: 1
     resources:
         launch="python",
+    params:
+        order=order("embed"),
     shell:
-        "{resources.launch} -m egrpo embed --run-config {input.settings:q} --output {output.embeddings:q}"
-        " 2> {log:q}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo make embed {params.order:q} --name {wildcards.key}"
+        " --threads {threads} 3>&2 2> {log:q}"

@@ -3,19 +3,12 @@
 
 rule train:
     input:
-        settings=lambda wc: at.settings("train", wc.run),
-        embeddings=lambda wc: at.embeddings(wc.run),
-        plan=plan_input,
-        weights=lambda wc: weights(wc.run),
-        store=at.store,
-        code=sources(*TRAINING_CODE, "train/job.py", "train/warnings.py"),
+        changed=changed("train"),
+        embeddings=reads("train", embedded("train", "monitor")),
+        plan=reads("train", lambda run: plans([run])),
+        store=reads("train", lambda run: [at.store]),
     output:
-        adapter=directory(f"{STUDY}/runs/{{run}}/adapter"),
-        monitor=directory(f"{STUDY}/runs/{{run}}/monitor"),
-        snapshots=directory(f"{STUDY}/runs/{{run}}/snapshots"),
-        summary=f"{STUDY}/runs/{{run}}/train.json",
-        metrics=f"{STUDY}/runs/{{run}}/train_metrics.parquet",
-        rollouts=f"{STUDY}/runs/{{run}}/rollouts.parquet",
+        **outputs("train"),
     log:
         f"{STUDY}/logs/train/{{run}}.log",
     benchmark:
@@ -26,10 +19,7 @@ rule train:
     resources:
         launch="python",
     params:
-        plan=lambda wc, input: ["--plan", *input.plan] if input.plan else [],
-        folder=lambda wc, output: Path(output.summary).parent,
-        state=f"{STUDY}/state/{{run}}",
+        order=order("train"),
     shell:
-        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo train --run-config {input.settings:q} {params.plan:q}"
-        " --embeddings {input.embeddings:q} --state {params.state:q} --output {params.folder:q}"
-        " --store {input.store:q} --threads {threads} 3>&2 2> {log:q}"
+        "EGRPO_PROGRESS_FD=3 {resources.launch} -m egrpo make train {params.order:q}"
+        " --threads {threads} 3>&2 2> {log:q}"

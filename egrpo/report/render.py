@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,17 @@ def escaped(text: str) -> str:
     return PUNCTUATION.sub(r"\\\1", " ".join(text.split()))
 
 
+def pipes(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a pipe table in Markdown; numbers stand right of the first ``left`` columns."""
+    ruler = "|" + "---|" * left + "--:|" * (len(head) - left)
+    head_line, *body = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return [head_line, ruler, *body]
+
+
 @cache
 def _templates() -> Environment:
     environment = Environment(
-        loader=PackageLoader("egrpo.page"),
+        loader=PackageLoader("egrpo.report"),
         autoescape=select_autoescape(("html.j2",)),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -39,7 +46,7 @@ def _templates() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """A file of ``egrpo/page/templates``, filled.
+    """A file of ``egrpo/report/templates``, filled.
 
     In ``*.html.j2`` values are escaped; in Markdown the filter ``escaped`` does it where needed.
     """

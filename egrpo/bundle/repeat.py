@@ -1,0 +1,43 @@
+"""A run again from its resolved settings alone, without a study around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from egrpo.config.load import load_run
+from egrpo.config.prompts import read_prompts, train_prompts
+from egrpo.errors import UserError
+from egrpo.measure.embed import embed
+from egrpo.measure.evaluate import evaluate
+from egrpo.planning.plan import load_plan
+from egrpo.planning.trees import needs_plan
+from egrpo.train.job import train
+
+
+def repeat(config: Path, plan: Path | None, output: Path) -> None:
+    """Embed the prompts, train, evaluate; started again, it goes on.
+
+    Args:
+        config: resolved settings of the run, as a bundle or the results hold them.
+        plan: its merge plan, where its method merges steps.
+        output: folder of all that comes of it.
+
+    Raises:
+        UserError: for bad input, or a plan that is missing.
+    """
+    run = load_run(config)
+    if needs_plan(run) and plan is None:
+        raise UserError(f"{config}: method {run.method.name} needs --plan")
+    files, folder = run.prompts, output / "embeddings"
+    sets = {
+        "train": train_prompts(files.train, files.limit, files.column),
+        "heldout": read_prompts(files.heldout, files.column),
+    }
+    paths = {name: folder / f"{name}.safetensors" for name in sets}
+    for name, prompts in sets.items():
+        if not paths[name].exists():
+            embed(run, prompts, paths[name])
+    embedded = {**paths, "monitor": paths["heldout"]}
+    known = load_plan(plan) if plan is not None else None
+    train(run, known, embedded, state=output / "state" / "again", output=output)
+    evaluate(run, embedded, output / "adapter", output, training=output)

@@ -1,0 +1,350 @@
+"""The jobs of the workflow: each reads its order, computes, and puts its result into its place.
+
+``python -m egrpo make STAGE ORDER`` is what every rule calls. A stage of a run computes into a
+folder of its own, which is delivered at the end (``study/standing.py``); what stands already and is
+right is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from egrpo.store.files import checkpoints_in, read_json, write_json
+from egrpo.study.identity import SETS, changes
+from egrpo.study.layout import SHARED, Layout
+from egrpo.study.orders import Order, check_inputs, read_order
+from egrpo.study.standing import (
+    deliver,
+    require,
+    stands,
+    tree_digest,
+    weights_of,
+    write_receipt,
+)
+
+if TYPE_CHECKING:
+    from egrpo.config.models import RunConfig
+    from egrpo.core.plan import Plan
+    from egrpo.train.job import Live, Tracker
+
+
+def make(stage: str, path: Path, *, threads: int | None = None, name: str = "") -> None:
+    """Do what an order asks of a stage.
+
+    Args:
+        stage: one of :data:`RUN_STAGES` or :data:`TOLD`.
+        path: the order.
+        threads: of the CPU, for torch; None: its own choice.
+        name: of what is shared, its identity; of what is told, its name.
+
+    Raises:
+        UserError: for bad input; files or code that changed since the order was written; results
+            of others that are not those it was written for.
+    """
+    order = read_order(path)
+    if stage in TOLD:
+        _tell(stage, order, name)
+        return
+    if threads and stage not in LIGHT:
+        import torch
+
+        torch.set_num_threads(threads)
+    _compute(stage, order, name)
+
+
+# -- what is computed of a run --------------------------------------------------------------
+
+
+def _compute(stage: str, order: Order, name: str) -> None:
+    at, run = order.at, order.run
+    kind = stage
+    if stage == "embed":
+        kind = next(f"embed-{s}" for s in SETS if at.identity(f"embed-{s}", run.run) == name)
+    name = name or (at.identity(stage, run.run) if stage in SHARED else run.run)
+    record = check_inputs(order, kind)
+    if stands(at, stage, name, at.identity(kind, run.run)):
+        print(f"{stage} {name}: kept, it is of these settings, files and code", file=sys.stderr)
+        return
+    with _room(at, stage, name) as made:
+        more = RUN_STAGES[stage](order, made)
+        if _main_process():
+            deliver(at, stage, name, record, made, **(more or {}))
+
+
+@contextmanager
+def _room(at: Layout, stage: str, name: str) -> Iterator[Path]:
+    """A folder for what a job makes until it is delivered, the same for all its processes."""
+    first = os.environ.get("MASTER_PORT", "") if "RANK" in os.environ else str(os.getpid())
+    folder = at.root / ".made" / f"{stage}-{name}-{first}"
+    if _main_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if _main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _embedded(at: Layout, run: RunConfig, *sets: str) -> dict[str, Path]:
+    return {which: at.embeddings(run.run, which) for which in sets}
+
+
+def _plan(at: Layout, run: RunConfig) -> Plan | None:
+    from egrpo.planning.plan import load_plan
+    from egrpo.planning.trees import needs_plan
+
+    if not needs_plan(run):
+        return None
+    require(at, "plan", run.run, at.identity("plan", run.run))
+    return load_plan(at.run(run.run) / "plan.json")
+
+
+def embed(order: Order, made: Path) -> None:
+    """Encode a set of prompts, so that no later job loads a text encoder."""
+    from egrpo.measure.embed import embed
+
+    at, run = order.at, order.run
+    name = made.name.split("-")[1]
+    which = next(s for s in SETS if at.identity(f"embed-{s}", run.run) == name)
+    embed(run, at.identities.prompts(run, which), made / f"{name}.safetensors")
+
+
+def profile(order: Order, made: Path) -> None:
+    """Measure the entropy profile of the base model."""
+    from egrpo.measure.profile import profile
+    from egrpo.ops.memory import advice_where_memory_ends
+
+    at, run = order.at, order.run
+    with advice_where_memory_ends(run, "profile"):
+        files = made / "entropy_profile.parquet", made / "branches.parquet"
+        profile(run, _embedded(at, run, "profile"), *files)
+
+
+def plan(order: Order, made: Path) -> None:
+    """Choose, by an entropy threshold, how many steps each SDE step merges."""
+    from egrpo.planning.plan import plan
+
+    at, run = order.at, order.run
+    plan(run, at.profile(run.run), made / "plan.json", made / "merge_plan.parquet")
+
+
+def suffixes(order: Order, made: Path) -> None:
+    """Compare cheaper suffixes of the branches with the exact one, on the base model."""
+    from egrpo.measure.suffixes import suffixes
+    from egrpo.ops.memory import advice_where_memory_ends
+    from egrpo.report.render import write_texts
+    from egrpo.store.tables import SUFFIXES
+
+    at, run = order.at, order.run
+    plan = _plan(at, run)
+    assert plan is not None  # the rule is for runs with one
+    with advice_where_memory_ends(run, "profile"):
+        table = made / "suffixes.parquet"
+        rows, text = suffixes(run, plan, _embedded(at, run, "profile"), table)
+    write_texts(table, SUFFIXES, rows, text)
+
+
+def train(order: Order, made: Path) -> dict[str, Any]:
+    """Train one run, from wherever its state is."""
+    from egrpo.ops.memory import advice_where_memory_ends
+    from egrpo.train.job import train
+
+    at, run = order.at, order.run
+    plan, files = _plan(at, run), _embedded(at, run, "train", "monitor")
+    state = at.state(run.run) / at.identity("trajectory", run.run)
+    if _main_process():
+        _begin_state(at, run, state)
+    with advice_where_memory_ends(run, "train"):
+        train(run, plan, files, state=state, output=made, live=_live(run, at.store))
+    return {"weights": tree_digest(made / "adapter")} if _main_process() else {}
+
+
+def _begin_state(at: Layout, run: RunConfig, state: Path) -> None:
+    """Say beside a state what it is of; of a new one, which others are left and why."""
+    record = at.identities.record("trajectory", run)
+    if not checkpoints_in(state):
+        for other in sorted(at.state(run.run).glob("*/identity.json")):
+            reached = max(checkpoints_in(other.parent), default=0)
+            if other.parent != state and reached:
+                why = ", ".join(changes(read_json(other), json.loads(json.dumps(record)))[:3])
+                text = f"a state of {reached} iterations is left in {other.parent} ({why})"
+                print(f"{run.run}: {text}", file=sys.stderr, flush=True)
+    state.mkdir(parents=True, exist_ok=True)
+    write_json(state / "identity.json", record)
+
+
+def _live(run: RunConfig, store: Path) -> Live:
+    """MLflow, imported where it is needed."""
+
+    def track(key: str, log: Path, images: Path) -> AbstractContextManager[Tracker]:
+        from egrpo.tracking.live import LiveTracker
+
+        return LiveTracker(run, key, store, log, images)
+
+    return track
+
+
+def evaluate(order: Order, made: Path) -> dict[str, Any]:
+    """Sample the held-out prompts with a trained run's weights, and score all that it made."""
+    from egrpo.config.load import yaml_of
+    from egrpo.measure.evaluate import evaluate
+    from egrpo.ops.memory import advice_where_memory_ends
+    from egrpo.store.files import write_text
+
+    at, run = order.at, order.run
+    require(at, "train", run.run, at.identity("train", run.run))
+    folder, weights = at.run(run.run), weights_of(at, run.run)
+    with advice_where_memory_ends(run, "evaluate"):
+        evaluate(
+            run,
+            _embedded(at, run, "heldout"),
+            folder / "adapter",
+            made,
+            training=folder,
+            sources=at.identities.sources(run, weights),
+            before=[folder],
+        )
+    if _main_process():
+        write_text(made / "config.yaml", yaml_of(run.model_dump()))
+    return {"weights": weights}
+
+
+def base(order: Order, made: Path) -> None:
+    """Sample the held-out prompts with the base model and score them."""
+    from egrpo.measure.evaluate import evaluate
+    from egrpo.ops.memory import advice_where_memory_ends
+
+    at, run = order.at, order.run
+    with advice_where_memory_ends(run, "evaluate"):
+        evaluate(
+            run,
+            _embedded(at, run, "heldout"),
+            None,
+            made,
+            sources=at.identities.sources(run, None),
+            before=sorted((at.root / SHARED["base"]).glob("*/")),
+        )
+
+
+RUN_STAGES: dict[str, Callable[[Order, Path], dict[str, Any] | None]] = {
+    "embed": embed,
+    "profile": profile,
+    "plan": plan,
+    "suffixes": suffixes,
+    "train": train,
+    "evaluate": evaluate,
+    "base": base,
+}
+LIGHT = ("plan",)
+"""Stages that need no torch."""
+
+
+# -- what is told of several runs -----------------------------------------------------------
+
+
+def _tell(stage: str, order: Order, name: str) -> None:
+    at = order.at
+    for run in at.study.runs:
+        for made in order.record.get("reads", ()):
+            require(at, made, run, at.identity(made, run))
+    outputs = TOLD[stage](order, name)
+    write_receipt(at, stage, name, order.record, outputs)
+
+
+def comparison(order: Order, name: str) -> list[Path]:
+    """Compare every run with its base model."""
+    from egrpo.report.results import make_comparison
+
+    at = order.at
+    make_comparison(at, at.table(name))
+    return texts_of(at, name)
+
+
+def table(order: Order, name: str) -> list[Path]:
+    """One table of results, over seeds and prompts."""
+    from egrpo.report.results import write_result_table
+
+    write_result_table(name, order.at.study.tables[name], order.at)
+    return texts_of(order.at, name)
+
+
+def texts_of(at: Layout, name: str) -> list[Path]:
+    """A table and its forms as text."""
+    return [at.table(name).with_suffix(ending) for ending in (".parquet", ".csv", ".md", ".html")]
+
+
+def figure(order: Order, name: str) -> list[Path]:
+    """One figure of the study."""
+    from egrpo.figures.draw import draw_figure
+
+    draw_figure(name, order.at.study.figures[name], order.at)
+    return [order.at.figure(name), order.at.figure(name).with_suffix(".svg")]
+
+
+def figures(order: Order, name: str) -> list[Path]:
+    """Entropy, spread, reward curves and the before/after grid of the default runs."""
+    from egrpo.figures.draw import draw
+
+    draw(order.at)
+    names = ("curves", "before_after", "entropy", "spread")
+    return [path for name in names if (path := order.at.figure(name)).exists()]
+
+
+def about(order: Order, name: str) -> list[Path]:
+    """Versions, commits and all settings of some runs as one page."""
+    from egrpo.report.provenance import write_about
+
+    write_about(order.at, order.at.about(name))
+    return [order.at.about(name)]
+
+
+def page(order: Order, name: str) -> list[Path]:
+    """Tell the story of a study on one page that needs no network."""
+    from egrpo.page.page import make_page
+
+    at = order.at
+    shown = set(order.record["targets"])
+    tables = {n: spec for n, spec in at.study.tables.items() if n in shown}
+    make_page(name, at, tables, {n: s for n, s in at.study.figures.items() if n in shown})
+    return [at.page(name)]
+
+
+def prepare(order: Order, name: str) -> list[Path]:
+    """Prepare the MLflow store before any run uses it."""
+    from egrpo.tracking.prepare import prepare
+
+    prepare(order.at.study, order.at.store)
+    return [order.at.store]
+
+
+def publish(order: Order, name: str) -> list[Path]:
+    """Deliver to MLflow whatever it does not have yet; doing it again adds nothing."""
+    from egrpo.tracking.publish import publish
+
+    at = order.at
+    publish(at, at.store, at.table(name), at.published(name))
+    return [at.published(name)]
+
+
+TOLD: dict[str, Callable[[Order, str], list[Path]]] = {
+    "comparison": comparison,
+    "table": table,
+    "figure": figure,
+    "figures": figures,
+    "about": about,
+    "page": page,
+    "prepare": prepare,
+    "publish": publish,
+}

@@ -1,0 +1,138 @@
+"""BranchGRPO (arXiv 2509.06040): a binary tree of SDE steps; an edge gets its leaves' mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from egrpo.core.advantage import Array, best_leaves, prune
+from egrpo.core.tree import Tree
+from egrpo.methods.base import COMMON, Changed, Context, Entry, Stochastic, rates
+from egrpo.methods.shapes import split_tree
+from egrpo.settings import setting
+
+BRANCH = "BranchGRPO, arXiv 2509.06040 and its public code"
+
+
+class BranchGrpo(Stochastic):
+    """BranchGRPO: a binary tree of SDE steps; an edge is worth the mean of its leaves."""
+
+    source = BRANCH
+    recipe = {
+        **rates(full=1e-5),
+        **COMMON,
+        "train.clip_range": 1e-3,
+        "train.updates": 16,  # its code: one step every 12 edges, 37 of two trees
+    }
+    defaults = {
+        "steps": 20,
+        "dynamics": "dance_sde",
+        "noise_level": Changed(0.3, "Noise level eta (dance_sde) or a (flow_sde, cps)."),
+        "group_size": Changed(16, "Leaves: 2 to the number of splits."),
+    }
+    shape = "tree"
+    entry = Entry(
+        "BranchGRPO",
+        "all steps of a tree that splits in two at some of them",
+        "One noise; at the splits every latent has two successors. An edge gets the mean reward of "
+        "the images below it and is compared with the edges of the same depth (one colour a "
+        "column), so early edges are judged by many images. Pruning takes edges out of the loss, "
+        "not out of the rollout.",
+        "Departs from the public code: noise at a split is not scaled (the code's log-probability "
+        "does not know of its factor 4); the last step is Euler's and does not train (the code "
+        "trains it, but decodes the prediction of the data, so that its noise reaches no reward); "
+        "edges are cut into optimizer steps by leaf, 16 at most, not shuffled by twelves; width "
+        "pruning keeps the best leaves of the whole tree.",
+        {"splits": [0, 2, 4], "group_size": 8},
+    )
+
+    name: Literal["branchgrpo"] = setting("branchgrpo", "Name of the method.")
+    splits: list[int] = setting(
+        [0, 3, 6, 9], "Grid indices at which latents split.", BRANCH, unit="grid index"
+    )
+    width_share: float = setting(
+        1.0,
+        "Width pruning: after the last split only this best part of the leaves trains; 1 prunes "
+        "nothing.",
+        BRANCH,
+        unit="1",
+        gt=0.0,
+        le=1.0,
+    )
+    depth_pruning: list[int] = setting(
+        [],
+        "Depth pruning: consecutive grid indices; edges that arrive there do not train.",
+        BRANCH,
+        unit="grid index",
+    )
+    depth_every: int = setting(
+        30, "Iterations until those indices move forward by one.", BRANCH, unit="iterations", ge=1
+    )
+    depth_stop: int = setting(
+        9, "Index at which the first of them stops.", BRANCH, unit="grid index", ge=1
+    )
+
+    def untrained(self, iteration: int) -> tuple[int, ...]:
+        """Starts of the edges that depth pruning takes out, in an iteration counted from 1.
+
+        The first move is in iteration ``depth_every``: its code has ``step // 30``, from step 1.
+        """
+        if not self.depth_pruning:
+            return ()
+        moves = iteration // self.depth_every
+        shift = min(moves, max(0, self.depth_pruning[0] - self.depth_stop))
+        return tuple(depth - 1 - shift for depth in self.depth_pruning)
+
+    def tree(self, context: Context) -> Tree:
+        """A tree that splits in two; depth pruning takes edges out of the loss."""
+        out = self.untrained(context.iteration)
+        trained = tuple(i for i in range(self.steps) if i not in out)
+        return split_tree(self.steps, tuple(self.splits), self.dynamics, trained)
+
+    @property
+    def prunes(self) -> bool:
+        """Width pruning is by reward."""
+        return self.width_share < 1.0
+
+    def keep(
+        self,
+        scores: Mapping[str, Array],
+        weights: Mapping[str, float],
+        trees: Sequence[Tree],
+        edges: Sequence[tuple[int, int]],
+    ) -> set[int] | None:
+        """Width pruning: all edges to the last split, and later ones above the best leaves."""
+        if not self.prunes:
+            return None
+        best = best_leaves(scores, weights, trees, self.width_share)
+        return prune(trees, edges, best, after=self.splits[-1])
+
+    @model_validator(mode="after")
+    def _splits_on_grid(self) -> Self:
+        if not self.splits or self.splits != sorted(set(self.splits)) or self.splits[0] < 0:
+            raise ValueError("splits: grid indices must be distinct, ascending and not negative")
+        if self.splits[-1] > self.steps - 2:
+            raise ValueError(
+                f"splits: {self.splits[-1]} lies beyond the last stochastic step; steps: "
+                f"{self.steps} allows 0..{self.steps - 2}"
+            )
+        if self.group_size != 2 ** len(self.splits):
+            raise ValueError(
+                f"group_size: {len(self.splits)} splits make {2 ** len(self.splits)} leaves, "
+                f"not {self.group_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _depths_on_grid(self) -> Self:
+        depths = self.depth_pruning
+        ascending = depths == sorted(set(depths))
+        if depths and not (ascending and depths[0] >= 1 and depths[-1] <= self.steps):
+            raise ValueError(
+                f"depth_pruning: distinct, ascending indices of 1..{self.steps} are needed"
+            )
+        if len(depths) >= self.steps:
+            raise ValueError("depth_pruning: no depth is left to train")
+        return self

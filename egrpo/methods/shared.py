@@ -1,0 +1,200 @@
+"""Settings and trees that several methods share: branching, a window, noised samples."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from egrpo.core.tree import Tree
+from egrpo.methods.base import (
+    MIX,
+    NFT,
+    NOISE_TEXT,
+    SAMPLES,
+    Changed,
+    Context,
+    InitialNoise,
+    Method,
+    Shape,
+    Solver,
+    Stochastic,
+)
+from egrpo.methods.shapes import branches, chains, noised, thinned
+from egrpo.settings import PAPER, setting
+
+
+class Branching(Stochastic):
+    """What the methods that branch from one anchor share."""
+
+    shape: ClassVar[Shape] = "branches"
+
+    active: int | list[int] = setting(
+        8,
+        "Number of first steps that branch, or the list of their grid indices.",
+        f"{PAPER}, Table 3",
+        unit="steps, or grid indices",
+    )
+    active_per_iteration: int | None = setting(
+        None,
+        "Random number of these that branch in one iteration and prompt; null for all.",
+        unit="steps",
+        ge=1,
+    )
+    anchors: int = setting(
+        1,
+        "Initial noises per prompt; each has its anchor and its groups.",
+        PAPER,
+        unit="anchors",
+        ge=1,
+        le=1024,
+    )
+    granularities: list[int] = setting(
+        [1],
+        "Strides of the suffix after a branch; several give a leaf each.",
+        PAPER,
+        unit="grid intervals",
+    )
+    suffix: Solver = setting(
+        "ode", "Solver of the deterministic suffix: Euler, or second-order DPM-Solver++.", PAPER
+    )
+
+    @property
+    def active_steps(self) -> list[int]:
+        """Grid indices that branch."""
+        if isinstance(self.active, int):
+            return list(range(min(self.active, self.steps)))  # one beyond the grid is refused
+        return list(self.active)
+
+    def some(self, steps: list[int], context: Context) -> list[int]:
+        """Those of ``steps`` that branch in this iteration and prompt."""
+        count = self.active_per_iteration or len(steps)
+        return steps if count >= len(steps) else list(context.choose(steps, count, "active"))
+
+    def tree(self, context: Context) -> Tree:
+        """A single stochastic step at each of some active steps, from the anchor."""
+        return self.branches(self.some(self.active_steps, context))
+
+    def branches(self, starts: list[int], weights: tuple[float, ...] = ()) -> Tree:
+        """Single stochastic steps at ``starts``, with a loss weight each."""
+        return branches(
+            self.steps,
+            tuple((i, 1) for i in starts),
+            self.group_size,
+            self.dynamics,
+            trained=True,
+            anchors=self.anchors,
+            granularities=tuple(self.granularities),
+            suffix=self.suffix,
+            weights=weights,
+        )
+
+    @model_validator(mode="after")
+    def _active_on_grid(self) -> Self:
+        steps = self.active_steps
+        if not steps:
+            raise ValueError("active: no step branches; give at least 1")
+        if steps != sorted(set(steps)) or steps[0] < 0:
+            raise ValueError("active: grid indices must be distinct, ascending and not negative")
+        if steps[-1] > self.steps - 2:
+            raise ValueError(
+                f"active: step {steps[-1]} lies beyond the schedule; "
+                f"steps: {self.steps} allows 0..{self.steps - 2}"
+            )
+        if self.active_per_iteration and self.active_per_iteration > len(steps):
+            raise ValueError(
+                f"active_per_iteration: {self.active_per_iteration} of {len(steps)} active steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _granularities_on_grid(self) -> Self:
+        if not self.granularities or min(self.granularities) < 1:
+            raise ValueError("granularities: strides of at least 1 are needed")
+        if len(set(self.granularities)) != len(self.granularities):
+            raise ValueError("granularities: a stride is named twice")
+        room = self.steps - 2 - self.active_steps[-1]  # what is left after branch and first stop
+        longest = max(self.granularities)
+        if longest > max(1, room):
+            raise ValueError(
+                f"granularities: stride {longest} skips sigma 0: after step "
+                f"{self.active_steps[-1]} of {self.steps} it may be {max(1, room)} at most"
+            )
+        return self
+
+
+class Windowed(Stochastic):
+    """What the methods with a window of stochastic steps share."""
+
+    window_size: int = setting(4, "Stochastic steps, all of them trained.", MIX, unit="steps", ge=1)
+    initial_noise: InitialNoise = setting("same", NOISE_TEXT, MIX)
+
+    def window(self, start: int, suffix: str = "ode", ratio: float = 1.0) -> Tree:
+        """ODE, the trained window from ``start``, a suffix over ``ratio`` of the grid."""
+        window = tuple(range(start, start + self.window_size))
+        stops = thinned(start + self.window_size, self.steps, ratio)
+        return chains(
+            self.steps,
+            self.group_size,
+            self.dynamics,
+            stochastic=window,
+            trained=(window,) * self.group_size,
+            noise=self.initial_noise,
+            suffix=(suffix, stops),
+        )
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if self.window_size > self.steps - 2:
+            raise ValueError(
+                f"window_size: {self.window_size} steps do not fit a schedule of {self.steps}, "
+                f"whose last two are deterministic; {self.steps - 2} at most"
+            )
+        return self
+
+
+class ForwardProcess(Method):
+    """What the methods that train on noised samples share: their samples are deterministic."""
+
+    stock_grid: ClassVar[bool] = True
+    dynamics: ClassVar[str] = "ode"
+    noise_level: ClassVar[float] = 0.0
+    defaults = {"group_size": Changed(24, SAMPLES, NFT)}
+    shape: ClassVar[Shape] = "noised"
+
+    times_per_sample: int = setting(
+        9,
+        "Grid indices that each sample is noised to, drawn per sample.",
+        NFT,
+        unit="grid indices",
+        ge=1,
+    )
+    times_part: float = setting(
+        1.0, "They are drawn from this first part of the schedule.", NFT, unit="1", gt=0.0, le=1.0
+    )
+    solver: Solver = setting("dpm2", "Solver of the samples: Euler, or DPM-Solver++.", NFT)
+
+    @property
+    def times(self) -> range:
+        """Grid indices that samples may be noised to."""
+        return range(int(self.steps * self.times_part))
+
+    @property
+    def edge_weight(self) -> float:
+        """Factor of the loss."""
+        return 1.0
+
+    def tree(self, context: Context) -> Tree:
+        """Deterministic samples, each noised again to some grid indices of its own."""
+        every = range(self.group_size)
+        times = [context.choose(self.times, self.times_per_sample, "times", k) for k in every]
+        return noised(self.steps, self.group_size, tuple(times), self.solver, self.edge_weight)
+
+    @model_validator(mode="after")
+    def _times_on_grid(self) -> Self:
+        if self.times_per_sample > len(self.times):
+            raise ValueError(
+                f"times_per_sample: {self.times_per_sample}, but times_part leaves "
+                f"{len(self.times)} of {self.steps} grid indices"
+            )
+        return self

@@ -1,0 +1,177 @@
+"""What of a study is done, to do, or stale, and by what; and keeping what other code made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from egrpo.config.keys import digest, evaluation_key, run_key
+from egrpo.config.load import load_run
+from egrpo.config.models import RunConfig
+from egrpo.errors import UserError
+from egrpo.planning.trees import needs_plan
+from egrpo.store.files import checkpoints_in, read_json, write_json
+from egrpo.study.identity import versions
+from egrpo.study.layout import Layout
+from egrpo.study.standing import (
+    read_receipt,
+    reasons,
+    stands,
+    tree_digest,
+    weights_of,
+    whole,
+    write_receipt,
+)
+
+STAGES = ("plan", "train", "evaluate")
+"""What a run's own results are, in order."""
+SHOWN = 3
+"""Changes that one line names; of more it says how many."""
+
+
+def stages_of(run: RunConfig) -> tuple[str, ...]:
+    """The stages that a run has."""
+    return STAGES if needs_plan(run) else STAGES[1:]
+
+
+def status(at: Layout) -> Iterator[str]:
+    """One line a run: done, to do, or stale and by what."""
+    for name, run in at.study.runs.items():
+        parts = [_standing(at, stage, name) for stage in stages_of(run)]
+        done = all(part.endswith("done") for part in parts)
+        yield f"{name}: {'done' if done else '; '.join(parts)}"
+    yield from other_libraries(at)
+    at.identities.digests.save()
+
+
+def _standing(at: Layout, stage: str, name: str) -> str:
+    run = at.study.runs[name]
+    if stands(at, stage, name, at.identity(stage, name)):
+        return f"{stage} done"
+    told = change(at, stage, name)
+    if told is not None:
+        return told
+    state = at.state(name) / at.identity("trajectory", name)
+    if stage == "train" and (there := max(checkpoints_in(state), default=0)):
+        return f"train to do, from iteration {there} of {run.train.iterations}"
+    return f"{stage} to do"
+
+
+def change(at: Layout, stage: str, name: str) -> str | None:
+    """What made a result stale, what is thrown away, and how to keep it; None where there is none.
+
+    A training that only goes on throws nothing away.
+    """
+    run, record = at.study.runs[name], at.identities.record(stage, at.study.runs[name])
+    found = reasons(at, stage, name, record)
+    if found is None or found == ["it is not there"]:
+        return None
+    shown = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" * (len(found) > SHOWN))
+    text = f"{stage} stale: {shown}"
+    if stage != "train":
+        return text
+    state = at.state(name) / at.identity("trajectory", name)
+    goes_on = max(checkpoints_in(state), default=0)
+    summary = _summary(at, name)
+    if 0 < goes_on <= run.train.iterations:
+        return f"{text}; goes on from iteration {goes_on}"
+    if not summary:
+        return text
+    hours = summary.get("seconds", 0.0) / 3600
+    lost = f"{summary.get('iterations')} iterations, {hours:.2g} hours of training"
+    return f"{text}; {lost}, are made anew; {_remedy(found)}"
+
+
+def _remedy(found: Sequence[str]) -> str:
+    """How to keep a result, by what changed."""
+    if all(" code " in f" {one}" for one in found):
+        return "to keep them, if the code computes the same: `egrpo keep`"
+    if found[0].startswith("it does not say"):
+        return "to keep them, if nothing changed since: `egrpo keep`"
+    return "to keep them: undo the change, or give the run another name"
+
+
+def _summary(at: Layout, name: str) -> dict[str, Any]:
+    try:
+        found = read_json(at.run(name) / "train.json")
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def other_libraries(at: Layout) -> Iterator[str]:
+    """One line where results were made with other versions of what computes."""
+    found: dict[str, list[str]] = {}
+    for name in at.study.runs:
+        receipt = read_receipt(at, "train", name)
+        if receipt is None:
+            continue
+        made, now = receipt.get("libraries", {}), versions()
+        differ = [f"{k} {made[k]} → {now[k]}" for k in now if made.get(k, now[k]) != now[k]]
+        if differ:
+            found.setdefault(", ".join(differ), []).append(name)
+    for what, runs in found.items():
+        more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+        yield (
+            f"{', '.join(runs[:3])}{more}: made with other libraries ({what}); they stay "
+            "(`libraries: remake` makes them again)"
+        )
+
+
+def keep(at: Layout, names: Sequence[str]) -> Iterator[str]:
+    """Take results as today's code's, run by run; says what was done.
+
+    Raises:
+        UserError: for a run that the study does not have.
+    """
+    for name in names or at.study.runs:
+        if name not in at.study.runs:
+            raise UserError(f"--run {name}: the study has no such run")
+        for stage in stages_of(at.study.runs[name]):
+            yield f"{name}: {stage} {_keep(at, stage, name)}"
+    at.identities.digests.save()
+
+
+def _keep(at: Layout, stage: str, name: str) -> str:
+    run = at.study.runs[name]
+    record = at.identities.record(stage, run)
+    if stands(at, stage, name, digest(record)):
+        return "stands as it is"
+    receipt = read_receipt(at, stage, name)
+    if receipt is None:
+        return _adopt(at, stage, name)
+    found = [one for one in reasons(at, stage, name, record) or [] if not one.startswith("code ")]
+    found = [one for one in found if " code " not in f" {one}" and not one.startswith("training ")]
+    if found or not whole(at, receipt):
+        return f"not kept: {', '.join(found[:SHOWN]) or 'files are missing'}"
+    receipt |= {"identity": digest(record), "record": record, "kept": receipt["identity"]}
+    write_json(at.receipt(stage, name), receipt)
+    return "kept, as made by other code"
+
+
+def _adopt(at: Layout, stage: str, name: str) -> str:
+    """A result of a version that wrote no receipts, if its settings are today's."""
+    run, outputs = at.study.runs[name], at.outputs(stage, name)
+    path = at.config(name)
+    there = [p for p in outputs if p.exists()]
+    if not there:
+        return "is not there"
+    lacking = [p.name for p in outputs if not p.exists() and p.name != "snapshots"]
+    if lacking:
+        return f"is made again: it lacks {', '.join(lacking)}"
+    if not path.is_file():
+        return "not kept: config.yaml is missing, so its settings are not known"
+    before = load_run(path)
+    same = run_key(before) == run_key(run)
+    if stage == "evaluate":
+        same = same and evaluation_key(before) == evaluation_key(run)
+    if not same:
+        return "not kept: its settings are others than today's"
+    more: dict[str, Any] = {}
+    if stage == "train":
+        more = {"weights": tree_digest(at.run(name) / "adapter")}
+    elif stage == "evaluate":
+        more = {"weights": weights_of(at, name)}
+    record = at.identities.record(stage, run)
+    write_receipt(at, stage, name, record, there, kept="of a version without receipts", **more)
+    return "kept, as made by an earlier version"

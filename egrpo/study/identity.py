@@ -1,0 +1,405 @@
+"""What each result of a study is computed from: a record, whose digest is the result's identity.
+
+A record is flat: what it is -> its value. Settings stand by their keys as they were resolved;
+files by the digest of their content, wherever they lie; grids by their sigmas, prompts by their
+texts; code by the digest of each room's modules that the stage needs. Where something lies, when
+it was written, how work is cut to fit the memory, on which device, and what is only told, is in no
+record.
+
+Artifacts that several runs share (embeddings, profiles, evaluations of the base model) are named by
+their identities. Those of a run lie under its name, and ``study/results.py`` knows theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from egrpo.config.keys import digest
+from egrpo.config.models import Model, RunConfig
+from egrpo.config.prompts import Prompt, read_prompts, train_prompts
+from egrpo.config.rewards import Custom, OpenClip, RewardSettings
+from egrpo.planning.grids import evaluation_sigmas, learning_rate, monitor_sigmas, training_sigmas
+from egrpo.planning.trees import reads_profile
+from egrpo.study.code import Code
+from egrpo.study.digests import Digests
+from egrpo.study.sources import Sources
+
+Record = dict[str, Any]
+
+LIBRARIES = (
+    *("torch", "diffusers", "transformers", "peft", "accelerate", "numpy"),
+    *("open_clip_torch", "clip-anytorch"),
+)
+"""Libraries that compute, by the names of their distributions."""
+
+SETS = ("train", "heldout", "monitor", "profile")
+"""Sets of prompts that are embedded: those to train on, those evaluated, and the first of each
+that are monitored and profiled. Each is named by its texts, so one more prompt at the end of a
+file leaves the smaller sets as they are."""
+
+CUT = frozenset(
+    "micro_batch train_micro_batch decode_batch gradient_checkpointing vae_slicing device".split()
+)
+"""How the work is cut to fit the memory, and where it is done: this changes roundings and nothing
+else, so a run goes on from its state after a change."""
+
+TUNED = frozenset("tuning lora merge_lora_for_sampling feature_cache".split())
+"""Settings of the model that only training reads."""
+
+WATCHED = frozenset("monitor_every monitor_prompts monitor_samples bounds".split())
+"""Settings of monitors: without a bound that stops, they change nothing that is trained."""
+
+LATER = frozenset("iterations snapshots".split())
+"""Settings of how far training goes: with more of it a run goes on from its state."""
+
+TEXT_PARTS = ("text_encoder", "tokenizer", "scheduler", "feature_extractor", "image_encoder")
+"""Parts of a pipeline that its prompts' embeddings need; the others make images."""
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Public versions of the libraries that compute."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class Identities:
+    """Records and identities of the results of runs.
+
+    Args:
+        digests: of files.
+        libraries: whether versions of libraries are part of each identity (``libraries: remake``).
+    """
+
+    def __init__(self, digests: Digests, *, libraries: bool = False) -> None:
+        self.digests, self.code, self.libraries = digests, Code(digests), libraries
+        self._prompts = functools.cache(self._read)
+        self._files = functools.cache(digests.files)
+        self._known: dict[tuple[str, str], str] = {}
+        self._embeddings: dict[str, Record] = {}
+        self._rewards: dict[str, Record] = {}
+        self._models: dict[tuple[str, bool], Record] = {}
+
+    def record(self, stage: str, run: RunConfig) -> Record:
+        """What a stage's result of a run is computed from.
+
+        Raises:
+            UserError: if a file cannot be read.
+        """
+        if not stage.startswith("embed-"):
+            return RECORDS[stage](self, run)
+        shared = repr((stage, run.model, run.prompts, run.guided, self._count(run, stage[6:])))
+        if shared not in self._embeddings:
+            self._embeddings[shared] = RECORDS[stage](self, run)
+        return self._embeddings[shared]
+
+    def of(self, stage: str, run: RunConfig) -> str:
+        """The identity of a stage's result of a run; found once, while files stay."""
+        key = stage, run.run
+        if key not in self._known:
+            self._known[key] = digest(self.record(stage, run))
+        return self._known[key]
+
+    def sources(self, run: RunConfig, weights: str | None) -> Sources:
+        """Digests of what an evaluation's images and scores are computed from.
+
+        Args:
+            run: its settings.
+            weights: digest of the trained weights; None for the base model.
+        """
+        record = sampled(self, run)
+        images = {k: v for k, v in record.items() if "prompts (" not in k}
+        prompts = self.prompts(run, "heldout")
+        return Sources(
+            digest({**images, "weights": weights}),
+            tuple(digest([p.text, p.negative if run.guided else ""]) for p in prompts),
+            {name: digest(self.reward(reward)) for name, reward in run.rewards.items()},
+        )
+
+    def branched(self, run: RunConfig, rewards: Collection[str], but: set[str]) -> Record:
+        """What branches of profiled prompts are computed from, but for some settings."""
+        return {
+            **self.images(run.model, run),
+            **within("embeddings", self.record("embed-profile", run)),
+            **flat("profile", run.profile.model_dump(exclude=but | CUT)),
+            "sigmas": list(training_sigmas(run)),
+            **self.rewards(run, rewards),
+        }
+
+    # -- parts of records ------------------------------------------------------------------
+
+    def stage(self, module: str, run: RunConfig | None = None) -> Record:
+        """The code of a stage, of a run's method where that takes part, and the libraries."""
+        method = () if run is None else (type(run.method).__module__,)
+        found = self.code.rooms(module, *method)
+        named = {f"library {k}": v for k, v in versions().items()} if self.libraries else {}
+        return {**found, **named}
+
+    def prompts(self, run: RunConfig, which: str) -> list[Prompt]:
+        """The prompts of one of the :data:`SETS`.
+
+        Raises:
+            UserError: if their file cannot be read.
+        """
+        files, train = run.prompts, which in ("train", "profile")
+        found = self._prompts(
+            files.train if train else files.heldout,
+            files.limit if train else None,
+            files.column,
+            train,
+        )
+        return found[: self._count(run, which)]
+
+    @staticmethod
+    def _count(run: RunConfig, which: str) -> int | None:
+        return {
+            "train": None,
+            "heldout": run.evaluate.prompts,
+            "monitor": run.train.monitor_prompts if run.train.monitor_every else 1,
+            "profile": run.profile.prompts,
+        }[which]
+
+    @staticmethod
+    def _read(path: str, limit: int | None, column: str, train: bool) -> list[Prompt]:
+        return train_prompts(path, limit, column) if train else read_prompts(path, column)
+
+    def texts(self, run: RunConfig, which: str) -> str:
+        """Digest of a set of prompts."""
+        found = self.prompts(run, which)
+        return digest([[p.text, p.negative if run.guided else ""] for p in found])
+
+    def model_files(self, model: Model, *, text: bool) -> Record:
+        """Digests of the files of a pipeline's parts: those for prompts, or those for images."""
+        key = model.path, text
+        if key not in self._models:
+            self._models[key] = dict(self._pipeline(model, text))
+        return self._models[key]
+
+    def _pipeline(self, model: Model, text: bool) -> Iterator[tuple[str, str]]:
+        if not os.path.isdir(model.path):
+            yield "model.path", f"{model.path} {model.revision}"
+            return
+        for name, found in self._files(model.path).items():
+            part = name.partition("/")[0]
+            if part.startswith(TEXT_PARTS) == text or name == "model_index.json":
+                yield f"model.path {name}", found
+
+    def images(self, model: Model, run: RunConfig, *, tuned: bool = False) -> Record:
+        """What a model computes images from: its settings and files."""
+        skipped = {"path", "revision", "max_sequence_length", *CUT}
+        dumped = model.model_dump(exclude=skipped | (set() if tuned else TUNED))
+        return {**flat("model", dumped), **self.model_files(model, text=False)}
+
+    def rewards(self, run: RunConfig, names: Collection[str]) -> Record:
+        """What some rewards compute their scores from."""
+        found: Record = {}
+        for name in sorted(names):
+            own = self.reward(run.rewards[name])
+            found |= {f"rewards.{name}{key}": value for key, value in own.items()}
+        return found
+
+    def reward(self, settings: RewardSettings) -> Record:
+        """What one reward computes its scores from; keys begin with a dot or a blank."""
+        key = repr(settings)
+        if key not in self._rewards:
+            self._rewards[key] = dict(self._reward(settings))
+        return self._rewards[key]
+
+    def _reward(self, reward: RewardSettings) -> Iterator[tuple[str, Any]]:
+        named = reward.files
+        if isinstance(reward, OpenClip) and os.path.isfile(reward.architecture):
+            named = {**named, "architecture": reward.architecture}
+        local = {key: path for key, path in named.items() if os.path.exists(path)}
+        for key, value in reward.model_dump(exclude=set(reward.unscored)).items():
+            if key not in local:
+                yield f".{key}", value
+        for key, path in local.items():
+            for name, found in self._files(path).items():
+                yield f".{key} {name}".rstrip(), found
+        for key, found in self.code.rooms(f"egrpo.rewards.{reward.module}").items():
+            yield f" {key}", found
+        if isinstance(reward, Custom):
+            for key, found in self.code.own(reward.function.partition(":")[0]).items():
+                yield f" {key}", found
+            for path in sorted(set(texts_in(reward.options))):
+                if os.path.exists(path):
+                    for name, found in self._files(path).items():
+                        yield f".options {os.path.basename(path)} {name}".rstrip(), found
+
+
+# -- records of the stages ------------------------------------------------------------------
+
+
+def embedding(which: str) -> Callable[[Identities, RunConfig], Record]:
+    """The record of one set's embeddings."""
+
+    def record(self: Identities, run: RunConfig) -> Record:
+        model = run.model
+        dumped = model.model_dump(include={"family", "dtype", "max_sequence_length"})
+        return {
+            **flat("model", dumped),
+            **self.model_files(model, text=True),
+            f"prompts ({which})": self.texts(run, which),
+            "negative prompts": run.guided,
+            **self.stage("egrpo.measure.embed"),
+        }
+
+    return record
+
+
+def profiled(self: Identities, run: RunConfig, rewards: Collection[str]) -> Record:
+    """What a profile is measured from, as far as it is of some rewards."""
+    method = run.method.model_dump(include={"dynamics", "noise_level"})
+    return {
+        **self.branched(run, rewards, {"strides", "solvers", "features", "fp8"}),
+        **flat("method", method),
+        **self.stage("egrpo.measure.profile"),
+    }
+
+
+def planned(self: Identities, run: RunConfig) -> Record:
+    """What a merge plan is made from: settings, and the profile, for its grid or its spreads."""
+    method = {k: v for k, v in run.method.model_dump().items() if k != "name"}
+    rewards = run.train.rewards if reads_profile(run) else {}
+    return {
+        **flat("method", method),
+        **flat("train.rewards", rewards),
+        **within("profile", profiled(self, run, rewards)),
+        **self.stage("egrpo.planning.plan", run),
+    }
+
+
+def trajectory(self: Identities, run: RunConfig) -> Record:
+    """What the weights of each iteration are computed from, however many there will be."""
+    t = run.train
+    stops = {name: bound for name, bound in run.bounds.items() if bound.action == "stop"}
+    watched = {name.removeprefix("reward/") for name in stops if name.startswith("reward/")}
+    other = {"rewards", "checkpoint_every", "learning_rate_full", "learning_rate_lora"}
+    other |= {"learning_rate_scale", *LATER, *CUT, *WATCHED}
+    found = {
+        **self.images(run.model, run, tuned=True),
+        **within("embeddings", self.record("embed-train", run)),
+        **flat("method", run.method.model_dump()),
+        **flat("advantage", run.advantage.model_dump()),
+        **flat("train", t.model_dump(exclude=other)),
+        **flat("train.rewards", t.rewards),
+        "train.learning_rate": learning_rate(run),
+        "seed": run.seed,
+        "sigmas": list(training_sigmas(run)),
+        **self.rewards(run, {*t.rewards, *watched}),
+        **self.stage("egrpo.train.job", run),
+    }
+    if reads_profile(run):
+        found |= within("plan", planned(self, run))
+    if stops:
+        found |= {f"train.bounds.{name}": bound.model_dump() for name, bound in stops.items()}
+        found |= flat("train", t.model_dump(include=set(WATCHED - {"bounds"})))
+        found |= within("monitors", self.record("embed-monitor", run))
+        found["monitors: sigmas"] = list(monitor_sigmas(run))
+    return found
+
+
+def trained(self: Identities, run: RunConfig) -> Record:
+    """What a finished training is computed from."""
+    later = run.train.model_dump(include=set(LATER))
+    return {**self.record("trajectory", run), **flat("train", later)}
+
+
+def sampled(self: Identities, run: RunConfig) -> Record:
+    """What the images of an evaluation are computed from, but for the weights that were trained."""
+    model = run.evaluation_model
+    return {
+        **self.images(model, run),
+        **flat("evaluate", run.evaluate.model_dump(include={"samples"})),
+        "evaluation sigmas": list(evaluation_sigmas(run)),
+        **within("embeddings", self.record("embed-heldout", run)),
+        **self.stage("egrpo.measure.evaluate"),
+    }
+
+
+def base(self: Identities, run: RunConfig) -> Record:
+    """What the scores of the base model are computed from."""
+    return {**sampled(self, run), **self.rewards(run, run.rewards)}
+
+
+def evaluated(self: Identities, run: RunConfig) -> Record:
+    """What the scores of a trained run are computed from."""
+    return {"training": self.of("train", run), **base(self, run)}
+
+
+def compared(self: Identities, run: RunConfig) -> Record:
+    """What a comparison of suffixes is computed from."""
+    return {
+        **self.branched(run, run.rewards, set()),
+        **flat("method", run.method.model_dump()),
+        "plan": self.of("plan", run),
+        **self.stage("egrpo.measure.suffixes"),
+    }
+
+
+RECORDS: dict[str, Callable[[Identities, RunConfig], Record]] = {
+    **{f"embed-{which}": embedding(which) for which in SETS},
+    "profile": lambda self, run: profiled(self, run, run.rewards),
+    "plan": planned,
+    "suffixes": compared,
+    "trajectory": trajectory,
+    "train": trained,
+    "sampled": sampled,
+    "evaluate": evaluated,
+    "base": base,
+}
+"""What each stage's result of a run is computed from."""
+
+
+# -- helpers --------------------------------------------------------------------------------
+
+
+def within(part: str, record: Record) -> Record:
+    """A record as part of another one."""
+    return {f"{part}: {key}": value for key, value in record.items()}
+
+
+def flat(key: str, value: Any) -> Record:
+    """A section by dotted keys."""
+    if not isinstance(value, Mapping):
+        return {key: list(value) if isinstance(value, tuple) else value}
+    found: Record = {}
+    for name, below in value.items():
+        found |= flat(f"{key}.{name}", below)
+    return found
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a setting, at any depth."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, Mapping):
+        for below in value.values():
+            yield from texts_in(below)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for below in value:
+            yield from texts_in(below)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two records, one short text each: ``key old → new``."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key, "none"), now.get(key, "none")
+        if old != new:
+            found.append(f"{key} {_short(old)} → {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,149 @@
+"""Orders: what the workflow tells a job, and how a job reads it.
+
+An order is a file of settings and identities, named by a digest of them, so that a job does what
+was planned when it was planned, whatever is edited since. One for each run that has something to
+do, which all its jobs read; one for each table, figure, page or delivery, which names the orders of
+its runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from egrpo.config.keys import digest
+from egrpo.config.load import load_run_settings
+from egrpo.config.models import FigureSpec, RunConfig, TableSpec
+from egrpo.errors import UserError
+from egrpo.planning.trees import needs_plan
+from egrpo.store.files import read_json, write_once
+from egrpo.study.identity import SETS, Record
+from egrpo.study.layout import Layout
+from egrpo.study.resolve import Study
+
+STAGES = (*(f"embed-{which}" for which in SETS), "trajectory", "train", "evaluate", "base")
+PLANNED = ("plan", "profile", "suffixes")
+"""Further stages of runs whose method merges steps."""
+
+SPECS: dict[str, type[TableSpec] | type[FigureSpec]] = {"tables": TableSpec, "figures": FigureSpec}
+
+
+def identities_of(at: Layout, run: str) -> dict[str, str]:
+    """The identities of all that a run's jobs make and read, by stage."""
+    stages = STAGES + (PLANNED if needs_plan(at.study.runs[run]) else ())
+    return {stage: at.identity(stage, run) for stage in stages}
+
+
+def order_of_run(at: Layout, run: str, *, write: bool = True) -> Path:
+    """Where a run's order lies; ``write``: and there it is."""
+    return _order(at, run, _of_run(at, run), write)
+
+
+def _of_run(at: Layout, run: str) -> dict[str, Any]:
+    return {
+        "results": at.study.results,
+        "libraries": at.study.libraries,
+        "settings": at.study.runs[run].model_dump(),
+        "identities": identities_of(at, run),
+    }
+
+
+def order_of_target(
+    at: Layout, name: str, runs: Iterable[str], record: Record, *, write: bool = True
+) -> Path:
+    """The order of what is told of several runs.
+
+    Args:
+        at: the study, whose tables and figures go along.
+        name: of the table, figure, page ...
+        runs: those that it tells of.
+        record: what it is computed from.
+        write: whether it, and those of its runs, are written.
+    """
+    order = {
+        "runs": [order_of_run(at, run, write=write).name for run in runs],
+        "record": record,
+        "tables": {n: spec.model_dump() for n, spec in at.study.tables.items()},
+        "figures": {n: spec.model_dump() for n, spec in at.study.figures.items()},
+        "paper": list(at.study.paper),
+    }
+    return _order(at, name, order, write)
+
+
+def _order(at: Layout, name: str, order: Mapping[str, Any], write: bool) -> Path:
+    path = at.root / "settings" / f"{name}-{digest(order)}.json"
+    if write:
+        write_once(path, lambda: json.dumps(order))
+    return path
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a job was told.
+
+    Attributes:
+        path: its file.
+        at: where everything lies, for its runs.
+        record: of a target; what it is computed from.
+    """
+
+    path: Path
+    at: Layout
+    record: Record
+
+    @property
+    def run(self) -> RunConfig:
+        """The run of an order of one."""
+        return next(iter(self.at.study.runs.values()))
+
+
+def read_order(path: Path) -> Order:
+    """Read an order.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
+    order = read_json(path)
+    try:
+        paths = [path.with_name(name) for name in order["runs"]] if "runs" in order else [path]
+        told = [order] if paths == [path] else [read_json(one) for one in paths]
+        runs = {one["settings"]["run"]: load_run_settings(one["settings"], path) for one in told}
+        known = {name: one["identities"] for name, one in zip(runs, told, strict=True)}
+        first = next(iter(runs.values()))
+        specs = {
+            kind: {n: model.model_validate(s) for n, s in order.get(kind, {}).items()}
+            for kind, model in SPECS.items()
+        }
+        study = Study(
+            first.study,
+            told[0]["results"],
+            runs,
+            paper=tuple(order.get("paper", ())),
+            libraries=told[0]["libraries"],
+            **specs,  # type: ignore[arg-type]
+        )
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise UserError(
+            f"{path}: damaged order of a job ({error}); start the workflow again"
+        ) from None
+    return Order(path, Layout(study, lambda stage, run: known[run][stage]), order.get("record", {}))
+
+
+def check_inputs(order: Order, stage: str) -> Record:
+    """What a job's result is computed from now, which must be what it was planned from.
+
+    Raises:
+        UserError: naming what changed since.
+    """
+    at, run = order.at, order.run
+    now = at.identities.record(stage, run)
+    at.identities.digests.save()
+    if digest(now) == at.identity(stage, run.run):
+        return now
+    raise UserError(
+        f"{order.path}: run {run.run}: files or code changed since this job was planned ({stage}); "
+        "start the workflow again"
+    )

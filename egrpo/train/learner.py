@@ -1,0 +1,231 @@
+"""What changes the weights: the loss, its gradient, and the optimizer steps of an iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from egrpo.config.models import RunConfig
+from egrpo.core.loss import (
+    Objective,
+    velocity_distance,
+)
+from egrpo.core.rollout import Rollout, TrainBatch, UpdateSize, update_sizes
+from egrpo.core.schedule import Sigmas
+from egrpo.core.tree import Tree
+from egrpo.errors import UserError, during
+from egrpo.models.attention import check_attention
+from egrpo.models.base import FlowModel, shard_like, whole
+from egrpo.models.conditioning import Conditioning
+from egrpo.planning.grids import learning_rate
+from egrpo.planning.trees import references
+from egrpo.sampling.processes import Processes
+from egrpo.train.average import AveragedWeights
+from egrpo.train.counts import Counts
+from egrpo.train.records import Metrics
+from egrpo.train.rollouts import Rollouts
+
+
+class Learner:
+    """The weights that are trained, with their optimizer and their average.
+
+    Makes the model ready for training.
+
+    Attributes:
+        steps: optimizer steps so far.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        model: FlowModel,
+        sigmas: Sigmas,
+        conditioning: Conditioning,
+        processes: Processes,
+        counts: Counts,
+    ) -> None:
+        self.run, self.model, self.sigmas = run, model, sigmas
+        self.conditioning, self.processes, self.counts = conditioning, processes, counts
+        self.parameters = model.prepare_training(run.seed, reference=run.train.kl_weight > 0)
+        if run.train.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        check_attention(model, conditioning)
+        if processes.sharded:
+            self.parameters = model.shard()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=learning_rate(run),
+            betas=(run.train.adam_beta1, run.train.adam_beta2),
+            eps=run.train.adam_eps,
+            weight_decay=run.train.weight_decay,
+        )
+        self.average = AveragedWeights(run, model, self.parameters, processes)
+        self.rollouts = Rollouts(run, model, sigmas, conditioning, processes)
+        self.steps = 0
+
+    @during("training")
+    def optimize(
+        self,
+        iteration: int,
+        rollout: Rollout,
+        ids: list[int],
+        trees: list[Tree],
+        advantages: npt.NDArray[np.float64] | list[float],
+        kept: set[int] | None = None,
+    ) -> Metrics:
+        """Forward and backward through every source, and the optimizer step(s).
+
+        Args:
+            iteration: counted from 1.
+            rollout, ids, trees: what was sampled, of which prompts.
+            advantages: of the E edges of all processes.
+            kept: the edges that train; None: all.
+
+        Raises:
+            UserError: if a gradient is not finite.
+        """
+        device = self.model.device
+        prompts = self.conditioning.batch(ids[self.processes.share(len(ids))], device)
+        values = torch.tensor(advantages, dtype=torch.float32, device=device)
+        weights = torch.tensor([trees[t].nodes[k].weight for t, k in rollout.edges], device=device)
+        sums = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
+        deviation = grad_norm = 0.0
+        sizes = update_sizes(trees, rollout.edges, self.run.train.updates, kept)
+        for number, (part, size) in enumerate(sizes.items()):
+            batches = rollout.batches_of(part, kept)
+            for batch in batches:
+                index = torch.tensor(batch.edges, device=device)
+                worst = self._backward(batch, prompts, values[index], weights[index], size, sums)
+                if number == 0:
+                    deviation = max(deviation, worst)
+            if self.processes.sharded:
+                self._idle(self.rollouts.most_batches(part, kept) - len(batches))
+            grad_norm += self._step(iteration) / len(sizes)
+        everyone = self.processes.gather((sums, deviation))
+        means = {name: sum(s[name] for s, _ in everyone) / len(sizes) for name in sums}
+        worst = max(d for _, d in everyone)
+        return {**means, "grad_norm": grad_norm, "on_policy_ratio_deviation": worst}
+
+    def _step(self, iteration: int) -> float:
+        """One optimizer step with the gradients that were added up; returns their norm."""
+        self.processes.add_gradients(self.parameters)
+        norm = whole(clip_grad_norm_(self.parameters, self.run.train.max_grad_norm))
+        if not torch.isfinite(norm):
+            rate = "lower train.learning_rate_scale, or " if self.steps else ""  # none was applied
+            raise UserError(
+                f"run {self.run.run}: the gradient of iteration {iteration} is {float(norm)}; "
+                f"{rate}use model.dtype: float32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        self.average.follow(self.steps, iteration)
+        return float(norm)
+
+    def _backward(
+        self,
+        batch: TrainBatch,
+        conditioning: Conditioning,
+        advantage: Tensor,
+        weight: Tensor,
+        size: UpdateSize,
+        sums: Metrics,
+    ) -> float:
+        """One forward/backward of B sources, shared by all their edges.
+
+        Adds to ``sums``; returns the largest deviation of a ratio from 1.
+        """
+        sigma, t = self.sigmas[batch.start], self.run.train
+        prompts = conditioning.rows(batch.tree)
+        # before the graph is there, whose weights must stay as they are
+        average = self.average.velocity(batch.x, sigma, prompts) if t.ema_weight > 0 else None
+        v = self.model.velocity(batch.x, sigma, prompts)
+        evaluations = len(batch.x) * self.model.evaluations_per_velocity
+        self.counts.spent["train"] += evaluations
+        self.counts.spent["reference"] += references(self.run) * evaluations
+        objective = self.objective(batch, v, advantage, weight)
+        loss = objective.loss / size.edges
+        if t.kl_weight > 0:
+            reference = self.model.reference_velocity(batch.x, sigma, prompts)
+            if t.kl == "velocity":
+                kl = velocity_distance(v, reference).sum() / size.sources
+            else:
+                distance = batch.divergence if t.kl == "divergence" else batch.transition_distance
+                each = distance(v, reference, self.sigmas, self.run.method.noise_level)
+                kl = each.sum() / size.edges
+            loss = loss + t.kl_weight * kl
+            sums["kl"] += float(kl.detach())
+        if average is not None:
+            loss = loss + t.ema_weight * velocity_distance(v, average).sum() / size.sources
+        # sharded gradients come as means over the processes
+        (loss * (self.processes.count if self.processes.sharded else 1)).backward()
+        sums["loss"] += float(loss.detach())
+        sums["clip_fraction"] += float(objective.clipped.sum()) / size.edges
+        return float((objective.ratio - 1).abs().max())
+
+    def _idle(self, batches: int) -> None:
+        """Take part in the network calls of other processes' batches, without any effect."""
+        t = self.run.train
+        x = torch.zeros(1, *self.model.image_shape, device=self.model.device)
+        of = x, 1.0, self.conditioning.batch([0], self.model.device)
+        for _ in range(batches):
+            if t.ema_weight > 0:
+                self.average.velocity(*of)
+            v = self.model.velocity(*of)
+            if t.kl_weight > 0:
+                self.model.reference_velocity(*of)
+            (0.0 * v.float().sum()).backward()
+
+    def objective(
+        self, batch: TrainBatch, v: Tensor, advantage: Tensor, weight: Tensor
+    ) -> Objective:
+        """The run's loss, summed over the batch's edges."""
+        t = self.run.train
+        return self.run.method.objective(
+            batch,
+            v,
+            self.sigmas,
+            advantage,
+            weight,
+            loss=t.loss,
+            clip_range=t.clip_range,
+            clamp=self.run.advantage.clamp,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, optimizer state and averaged weights, whole, by name; by all processes."""
+        tensors = {f"weight/{n}": whole(p.detach()) for n, p in enumerate(self.parameters)}
+        for n, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{n}/{k}": whole(torch.as_tensor(v)) for k, v in state.items()}
+        return tensors | {
+            f"ema/{n}": whole(mean) for n, mean in enumerate(self.average.weights or [])
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Go on from what :meth:`state` gave after ``steps`` optimizer steps.
+
+        Raises:
+            UserError: if it does not fit this run's parameters.
+        """
+        try:
+            with torch.no_grad():
+                for n, p in enumerate(self.parameters):
+                    p.copy_(shard_like(tensors[f"weight/{n}"], p))
+                    if self.average.weights is not None:
+                        self.average.weights[n].copy_(shard_like(tensors[f"ema/{n}"], p))
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"run {self.run.run}: the checkpoint does not fit: {error}") from None
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, number, key = name.split("/")
+                own = shard_like(tensor, self.parameters[int(number)])
+                state.setdefault(int(number), {})[key] = own
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.steps = steps
