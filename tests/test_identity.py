@@ -15,6 +15,7 @@ from conftest import ROOT
 
 from docs.generate.changes import GROUPS, RULES, Change, marks
 from egrpo.config.load import overlay, put, read_yaml
+from egrpo.ops.status import keep
 from egrpo.study import code
 from egrpo.study.due import Due
 from egrpo.study.identity import SETS
@@ -295,3 +296,18 @@ def test_a_change_makes_run_again_what_depends_on_it_and_nothing_else(
 def test_there_is_nothing_to_do_without_a_change(study: Finished) -> None:
     assert study.rules() == {}
     assert len(CHANGES) >= 60
+
+
+def test_results_of_other_code_are_kept_if_asked_and_of_other_settings_never(
+    study: Finished,
+) -> None:
+    _code(study, Change("", "", "code", "core/loss.py"))
+    assert "train" in study.rules()
+    said = list(keep(study.study(), ()))
+    assert "fixed-s0: train kept, as made by other code" in said
+    assert not {"plan", "train", "evaluate"} & set(study.rules())
+    for key, value in (("rewards.own.options.table", "other code core"), ("advantage.clamp", 3.0)):
+        _set(study, Change("", "", "set", key, value))
+        said = [line for line in keep(study.study(), ["fixed-s0"]) if "not kept" in line]
+        assert said, key
+    assert {"train", "evaluate"} <= set(study.rules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
 from egrpo.planning.trees import needs_plan
 from egrpo.store.files import checkpoints_in, read_json, write_json
-from egrpo.study.identity import versions
+from egrpo.study.identity import is_code, versions
 from egrpo.study.layout import Layout
 from egrpo.study.standing import (
     read_receipt,
@@ -84,7 +85,7 @@ def change(at: Layout, stage: str, name: str) -> str | None:
 
 def _remedy(found: Sequence[str]) -> str:
     """How to keep a result, by what changed."""
-    if all(" code " in f" {one}" for one in found):
+    if all(is_code(one.rpartition(" → ")[0].rpartition(" ")[0]) for one in found):
         return "to keep them, if the code computes the same: `egrpo keep`"
     if found[0].startswith("it does not say"):
         return "to keep them, if nothing changed since: `egrpo keep`"
@@ -140,8 +141,10 @@ def _keep(at: Layout, stage: str, name: str) -> str:
     receipt = read_receipt(at, stage, name)
     if receipt is None:
         return _adopt(at, stage, name)
-    found = [one for one in reasons(at, stage, name, record) or [] if not one.startswith("code ")]
-    found = [one for one in found if " code " not in f" {one}" and not one.startswith("training ")]
+    before = receipt["record"]
+    now = json.loads(json.dumps(record))  # lists for tuples
+    found = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    found = [key for key in found if not is_code(key) and key != "training"]
     if found or not whole(at, receipt):
         return f"not kept: {', '.join(found[:SHOWN]) or 'files are missing'}"
     receipt |= {"identity": digest(record), "record": record, "kept": receipt["identity"]}

@@ -7,7 +7,7 @@ it was written, how work is cut to fit the memory, on which device, and what is 
 record.
 
 Artifacts that several runs share (embeddings, profiles, evaluations of the base model) are named by
-their identities. Those of a run lie under its name, and ``study/results.py`` knows theirs.
+their identities. Those of a run lie under its name, and ``study/standing.py`` knows theirs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from egrpo.config.prompts import Prompt, read_prompts, train_prompts
 from egrpo.config.rewards import Custom, OpenClip, RewardSettings
 from egrpo.planning.grids import evaluation_sigmas, learning_rate, monitor_sigmas, training_sigmas
 from egrpo.planning.trees import reads_profile
-from egrpo.study.code import Code
+from egrpo.study.code import COMPUTE, Code
 from egrpo.study.digests import Digests
 from egrpo.study.sources import Sources
 
@@ -398,6 +398,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if old != new:
             found.append(f"{key} {_short(old)} → {_short(new)}")
     return found
+
+
+def is_code(key: str) -> bool:
+    """Whether a key of a record names code of this package."""
+    before, mark, room = key.rpartition("code ")
+    return bool(mark) and room in COMPUTE and (not before or before[-1] == " ")
 
 
 def _short(value: Any) -> str:

@@ -137,8 +137,6 @@ def deliver(at: Layout, stage: str, name: str, record: Record, made: Path, **mor
 
 def _replace(new: Path, old: Path) -> None:
     """Move a file or folder to where another may be."""
-    if not new.exists():
-        return
     if old.is_dir() and not old.is_symlink():
         aside = old.with_name(f".{old.name}.{os.getpid()}.old")
         shutil.rmtree(aside, ignore_errors=True)
