@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 from conftest import ROOT, small_run
 from test_config import BASE, Folder
 
-from egrpo.config.load import load_target, options_of, yaml_of
-from egrpo.config.models import RunConfig, TableSpec
+from egrpo.config.load import options_of, yaml_of
+from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
 from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.spread import Spread
@@ -23,9 +24,11 @@ from egrpo.errors import UserError
 from egrpo.planning.grids import training_sigmas
 from egrpo.planning.plan import measured_spread
 from egrpo.planning.trees import check_trees, iteration_cost, plan_of, prompt_ids, run_cost
+from egrpo.store.files import read_json, write_json
 from egrpo.store.tables import ENTROPY_PROFILE, read_table, write_table
 from egrpo.study import files as load
 from egrpo.study.layout import Layout
+from egrpo.study.orders import order_of_target, read_order
 from egrpo.study.resolve import load_study
 
 TWO = "run\tmethod.name\na\tegrpo\nb\tflow_grpo\n"
@@ -432,14 +435,19 @@ def test_a_seed_is_given_once(study: Folder) -> None:
     assert said.startswith("runs.tsv: run 'a', column seed:")
 
 
-def test_target_settings_survive_the_workflow(study: Folder, tmp_path: Path) -> None:
-    made = study.load(TWO, tables={"t": TABLE})
-    settings = {"name": "t", **made.tables["t"].model_dump()}
-    (tmp_path / "t.yaml").write_text(yaml_of(settings))
-    assert load_target(tmp_path / "t.yaml", TableSpec) == ("t", made.tables["t"])
-    (tmp_path / "t.yaml").write_text("name: t\ncaption: x\n")
-    with pytest.raises(UserError, match=r"t\.yaml: sections: is missing"):
-        load_target(tmp_path / "t.yaml", TableSpec)
+def test_settings_survive_the_order_of_a_job(study: Folder, tmp_path: Path) -> None:
+    made = replace(study.load(TWO, tables={"t": TABLE}), results=str(tmp_path))
+    at = Layout(made, lambda stage, run: f"{stage} of {run}")
+    path = order_of_target(at, "table-t", list(made.runs), {"reads": []})
+    order = read_order(path)
+    assert order.at.study.tables == made.tables
+    assert order.at.study.runs == made.runs
+    assert order.at.identity("train", "b") == "train of b"
+    told = read_json(path)
+    del told["tables"]["t"]["sections"]
+    write_json(path, told)
+    with pytest.raises(UserError, match=r"table-t-.*: damaged order of a job .*sections"):
+        read_order(path)
 
 
 def test_more_optimizer_steps_than_the_tree_has_parts() -> None:

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from egrpo.config.explain import explain, shown
-from egrpo.config.models import FigureSpec, RunConfig, TableSpec
+from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
 
 Tree = dict[str, Any]
@@ -297,16 +297,3 @@ def load_run_settings(settings: Tree, path: str | Path) -> RunConfig:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, RunConfig)}") from None
-
-
-Target = TypeVar("Target", TableSpec, FigureSpec)
-
-
-def load_target(path: str | Path, model: type[Target]) -> tuple[str, Target]:
-    """Name and settings of a table or figure, as the workflow wrote them."""
-    data = read_yaml(path)
-    name = str(data.pop("name", ""))
-    try:
-        return name, model.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, model)}") from None
