@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -19,9 +20,12 @@ import yaml
 from conftest import ROOT
 
 from egrpo.config.load import overlay, read_yaml
+from egrpo.methods import METHOD_MODELS
 from egrpo.store.tables import TABLES
+from egrpo.study.code import COMPUTE, Code, module_file
+from egrpo.study.digests import Digests
 from egrpo.study.layout import Layout
-from egrpo.study.orders import order_of_run
+from egrpo.study.orders import order_of_run, read_order
 from egrpo.study.resolve import load_study
 
 if TYPE_CHECKING:
@@ -92,6 +96,7 @@ def snakemake(
     extra = ["--configfile", str(config)] if config else []
     env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env["PYTHONPATH"] = f"{ROOT / 'tests/noted'}{os.pathsep}{env.get('PYTHONPATH', '')}"
     return subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", *words, *extra],
         cwd=where,
@@ -241,7 +246,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(ROOT)
     config = study(folder)
     os.chdir(before)
-    done = snakemake(config)
+    (folder / "loaded").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NOTED", str(folder / "loaded"))
+        done = snakemake(config)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return config
 
@@ -294,6 +302,37 @@ def test_whole_study_gives_every_result(finished: Path) -> None:
     assert "verifier" in report
     assert "make ui" in report
     assert f"The story on one page: {at / 'index.html'}" in report
+
+
+ROOTS = {"plan": "planning.plan", "train": "train.job", "base": "measure.evaluate"}
+BY_VALUE = {
+    *("egrpo.planning.grids", "egrpo.planning.trees", "egrpo.planning.plan", "egrpo.methods"),
+    *(method.__module__ for method in METHOD_MODELS.values()),
+}
+"""What every job loads to read its settings: sigmas, plans and trees are in identities by value."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["embed", "profile", "plan", "train", "evaluate", "base"])
+def test_what_a_job_loads_is_in_its_identity(finished: Path, stage: str, tmp_path: Path) -> None:
+    code = Code(Digests(tmp_path / "digests.json"))
+    noted = list((finished.parent / "loaded").glob(f"{stage}-*"))
+    assert noted
+    for path in noted:
+        order, *loaded = path.read_text().split("\n")
+        run = read_order(Path(order.split()[0])).run
+        rewards = [f"egrpo.rewards.{reward.module}" for reward in run.rewards.values()]
+        root = f"egrpo.{ROOTS.get(stage, f'measure.{stage}')}"
+        covered = set(code.needed([root, type(run.method).__module__, *rewards]))
+        computes = {name for name in loaded if name.split(".")[1] in COMPUTE}
+        left = computes - covered - BY_VALUE
+        assert {name for name in left if len(ast.parse(source(name)).body) > 1} == set()
+
+
+def source(module: str) -> str:
+    path = module_file(module)
+    assert path is not None
+    return path.read_text()
 
 
 @pytest.mark.slow

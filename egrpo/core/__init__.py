@@ -1,5 +1,5 @@
 """The mathematics: schedule, entropy, plan, tree, executor, advantage, loss.
 
 Pure functions over explicit arrays. No files, no network, no configuration objects.
-``schedule``, ``noise``, ``entropy``, ``plan``, ``tree`` and ``methods`` need no torch.
+``schedule``, ``noise``, ``entropy``, ``plan`` and ``tree`` need no torch.
 """

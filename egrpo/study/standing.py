@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from egrpo.config.keys import digest
 from egrpo.errors import UserError
+from egrpo.planning.trees import needs_plan
 from egrpo.store.files import alone, checksums, read_json, write_json
 from egrpo.study.identity import Record, changes, versions
 from egrpo.study.layout import Layout
@@ -122,7 +123,7 @@ def deliver(at: Layout, stage: str, name: str, record: Record, made: Path, **mor
     for place in (folder, at.receipt(stage, name).parent):
         place.mkdir(parents=True, exist_ok=True)
     with alone(at.receipt(stage, name).parent / f".{name}.lock"):
-        wanted = wanted_of(at, stage, name)
+        wanted = _wanted(at).get(stage, {}).get(name)
         if wanted is not None and wanted != digest(record):
             raise UserError(
                 f"{folder}: newer settings want another result there ({stage} {name}: "
@@ -147,23 +148,22 @@ def _replace(new: Path, old: Path) -> None:
         os.replace(new, old)
 
 
-def wanted_of(at: Layout, stage: str, name: str) -> str | None:
-    """The identity that the newest settings want; None where nobody has said."""
-    with suppress(UserError):
-        found = read_json(at.wanted)
-        return dict(found.get(stage, {})).get(name) if isinstance(found, dict) else None
-    return None
-
-
-def want(at: Layout, wanted: Mapping[str, Mapping[str, str]]) -> None:
+def want(at: Layout) -> None:
     """Say which results today's settings want: no job of earlier settings writes there any more."""
-    before: dict[str, Any] = {}
-    with suppress(UserError):
-        found = read_json(at.wanted)
-        before = found if isinstance(found, dict) else {}
-    after = before | {stage: {**before.get(stage, {}), **ids} for stage, ids in wanted.items()}
+    before = _wanted(at)
+    after = dict(before)
+    for stage, of in (("plan", needs_plan), ("train", None), ("evaluate", None)):
+        runs = [name for name, run in at.study.runs.items() if of is None or of(run)]
+        after[stage] = {**before.get(stage, {}), **{run: at.identity(stage, run) for run in runs}}
     if after != before:
         write_json(at.wanted, after)
+
+
+def _wanted(at: Layout) -> dict[str, dict[str, str]]:
+    with suppress(UserError):
+        found = read_json(at.wanted)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def reasons(at: Layout, stage: str, name: str, record: Record) -> list[str] | None:

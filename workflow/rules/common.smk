@@ -83,8 +83,7 @@ onstart:
             raise WorkflowError(
                 f"{at.root}: another snakemake works on it; wait for it or end it"
             )
-        stages = ("train", "evaluate")
-        want(at, {stage: {run: at.identity(stage, run) for run in RUNS} for stage in stages})
+        want(at)
     except (UserError, OSError) as error:
         raise in_one_line(error) from None
     for line in other_libraries(at):
