@@ -14,6 +14,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
+from snakemake.settings.enums import RerunTrigger
 
 from egrpo.errors import UserError
 from egrpo.ops.checks import check_study
@@ -88,6 +89,11 @@ onstart:
         raise in_one_line(error) from None
     for line in other_libraries(at):
         logger.warning(line)
+    if workflow.rerun_triggers != {RerunTrigger.MTIME}:
+        logger.warning(
+            "without `--rerun-triggers mtime` (profiles/default has it) Snakemake starts jobs again "
+            "whose results stand; they keep them"
+        )
     # what a killed snakemake had put aside is whole where it lies
     shutil.rmtree(Path(".snakemake", "backups"), ignore_errors=True)
 
