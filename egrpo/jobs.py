@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ from egrpo.study.orders import Order, check_inputs, read_order
 from egrpo.study.standing import (
     deliver,
     require,
+    same_weights,
     stands,
+    state_of,
     tree_digest,
     weights_of,
     write_receipt,
@@ -32,6 +34,7 @@ from egrpo.study.standing import (
 if TYPE_CHECKING:
     from egrpo.config.models import RunConfig
     from egrpo.core.plan import Plan
+    from egrpo.ops.memory import Stage
     from egrpo.train.job import Live, Tracker
 
 
@@ -72,7 +75,7 @@ def _compute(stage: str, order: Order, name: str) -> None:
     if stands(at, stage, name, at.identity(kind, run.run)):
         print(f"{stage} {name}: kept, it is of these settings, files and code", file=sys.stderr)
         return
-    with _room(at, stage, name) as made:
+    with _room(at, stage, name) as made, _advice(run, stage):
         more = RUN_STAGES[stage](order, made)
         if _main_process():
             deliver(at, stage, name, record, made, **(more or {}))
@@ -91,6 +94,15 @@ def _room(at: Layout, stage: str, name: str) -> Iterator[Path]:
     finally:
         if _main_process():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _advice(run: RunConfig, stage: str) -> AbstractContextManager[None]:
+    """What to set where a GPU's memory ends."""
+    if stage not in MEMORY:
+        return nullcontext()
+    from egrpo.ops.memory import advice_where_memory_ends
+
+    return advice_where_memory_ends(run, MEMORY[stage])
 
 
 def _main_process() -> bool:
@@ -124,12 +136,10 @@ def embed(order: Order, made: Path) -> None:
 def profile(order: Order, made: Path) -> None:
     """Measure the entropy profile of the base model."""
     from egrpo.measure.profile import profile
-    from egrpo.ops.memory import advice_where_memory_ends
 
     at, run = order.at, order.run
-    with advice_where_memory_ends(run, "profile"):
-        files = made / "entropy_profile.parquet", made / "branches.parquet"
-        profile(run, _embedded(at, run, "profile"), *files)
+    files = made / "entropy_profile.parquet", made / "branches.parquet"
+    profile(run, _embedded(at, run, "profile"), *files)
 
 
 def plan(order: Order, made: Path) -> None:
@@ -143,22 +153,19 @@ def plan(order: Order, made: Path) -> None:
 def suffixes(order: Order, made: Path) -> None:
     """Compare cheaper suffixes of the branches with the exact one, on the base model."""
     from egrpo.measure.suffixes import suffixes
-    from egrpo.ops.memory import advice_where_memory_ends
     from egrpo.report.render import write_texts
     from egrpo.store.tables import SUFFIXES
 
     at, run = order.at, order.run
     plan = _plan(at, run)
     assert plan is not None  # the rule is for runs with one
-    with advice_where_memory_ends(run, "profile"):
-        table = made / "suffixes.parquet"
-        rows, text = suffixes(run, plan, _embedded(at, run, "profile"), table)
+    table = made / "suffixes.parquet"
+    rows, text = suffixes(run, plan, _embedded(at, run, "profile"), table)
     write_texts(table, SUFFIXES, rows, text)
 
 
 def train(order: Order, made: Path) -> dict[str, Any]:
     """Train one run, from wherever its state is."""
-    from egrpo.ops.memory import advice_where_memory_ends
     from egrpo.train.job import train
 
     at, run = order.at, order.run
@@ -166,15 +173,19 @@ def train(order: Order, made: Path) -> dict[str, Any]:
     state = at.state(run.run) / at.identity("trajectory", run.run)
     if _main_process():
         _begin_state(at, run, state)
-    with advice_where_memory_ends(run, "train"):
-        train(run, plan, files, state=state, output=made, live=_live(run, at.store))
+    train(run, plan, files, state=state, output=made, live=_live(run, at.store))
     return {"weights": tree_digest(made / "adapter")} if _main_process() else {}
 
 
 def _begin_state(at: Layout, run: RunConfig, state: Path) -> None:
     """Say beside a state what it is of; of a new one, which others are left and why."""
     record = at.identities.record("trajectory", run)
-    if not checkpoints_in(state):
+    other = state_of(at, run.run)
+    if other != state:
+        print(f"{run.run}: its state is that of {other}", file=sys.stderr, flush=True)
+        shutil.rmtree(state, ignore_errors=True)
+        shutil.copytree(other, state, ignore=shutil.ignore_patterns("lock"))
+    elif not checkpoints_in(state):
         for other in sorted(at.state(run.run).glob("*/identity.json")):
             reached = max(checkpoints_in(other.parent), default=0)
             if other.parent != state and reached:
@@ -200,22 +211,20 @@ def evaluate(order: Order, made: Path) -> dict[str, Any]:
     """Sample the held-out prompts with a trained run's weights, and score all that it made."""
     from egrpo.config.load import yaml_of
     from egrpo.measure.evaluate import evaluate
-    from egrpo.ops.memory import advice_where_memory_ends
     from egrpo.store.files import write_text
 
     at, run = order.at, order.run
     require(at, "train", run.run, at.identity("train", run.run))
     folder, weights = at.run(run.run), weights_of(at, run.run)
-    with advice_where_memory_ends(run, "evaluate"):
-        evaluate(
-            run,
-            _embedded(at, run, "heldout"),
-            folder / "adapter",
-            made,
-            training=folder,
-            sources=at.identities.sources(run, weights),
-            before=[folder],
-        )
+    evaluate(
+        run,
+        _embedded(at, run, "heldout"),
+        folder / "adapter",
+        made,
+        training=folder,
+        sources=at.identities.sources(run, weights),
+        before=same_weights(at, run.run),
+    )
     if _main_process():
         write_text(made / "config.yaml", yaml_of(run.model_dump()))
     return {"weights": weights}
@@ -224,18 +233,16 @@ def evaluate(order: Order, made: Path) -> dict[str, Any]:
 def base(order: Order, made: Path) -> None:
     """Sample the held-out prompts with the base model and score them."""
     from egrpo.measure.evaluate import evaluate
-    from egrpo.ops.memory import advice_where_memory_ends
 
     at, run = order.at, order.run
-    with advice_where_memory_ends(run, "evaluate"):
-        evaluate(
-            run,
-            _embedded(at, run, "heldout"),
-            None,
-            made,
-            sources=at.identities.sources(run, None),
-            before=sorted((at.root / SHARED["base"]).glob("*/")),
-        )
+    evaluate(
+        run,
+        _embedded(at, run, "heldout"),
+        None,
+        made,
+        sources=at.identities.sources(run, None),
+        before=sorted((at.root / SHARED["base"]).glob("*/")),
+    )
 
 
 RUN_STAGES: dict[str, Callable[[Order, Path], dict[str, Any] | None]] = {
@@ -247,6 +254,11 @@ RUN_STAGES: dict[str, Callable[[Order, Path], dict[str, Any] | None]] = {
     "evaluate": evaluate,
     "base": base,
 }
+MEMORY: dict[str, Stage] = {
+    **{"profile": "profile", "suffixes": "profile", "train": "train"},
+    **{"evaluate": "evaluate", "base": "evaluate"},
+}
+"""Stages that fill a GPU, and which memory they need."""
 LIGHT = ("plan",)
 """Stages that need no torch."""
 

@@ -21,6 +21,7 @@ from egrpo.study.identity import SETS
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import load_study
 from egrpo.study.standing import want
+from egrpo.train.trainer import Trainer
 
 SMALL: dict[str, Any] = {
     "study": "small",
@@ -43,7 +44,7 @@ class Small:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.said = ""
+        self.run = "one-s0"
 
     def set(self, key: str, value: Any) -> None:
         settings = read_yaml("study.yaml")
@@ -57,24 +58,24 @@ class Small:
         return at
 
     def order(self, at: Layout, stage: str) -> Path:
-        return Due(at).order(*Due(at).named(stage, "one-s0"))
+        return Due(at).order(*Due(at).named(stage, self.run))
 
     def do(self, *stages: str) -> Layout:
         """Plan, then do the jobs of some stages."""
         at = self.plan()
         for stage in stages:
-            for name in [at.identity(f"embed-{s}", "one-s0") for s in SETS]:
+            for name in [at.identity(f"embed-{s}", self.run) for s in SETS]:
                 if not (at.root / "embeddings" / f"{name}.safetensors").exists():
                     make("embed", Due(at).order("embed", name), name=name)
             make(stage, self.order(at, stage))
         return at
 
     def scores(self) -> dict[tuple[str, int, int], Any]:
-        rows = pq.read_table("results/small/runs/one-s0/scores.parquet").to_pylist()
+        rows = pq.read_table(f"results/small/runs/{self.run}/scores.parquet").to_pylist()
         return {(r["reward"], r["prompt_id"], r["sample"]): r["value"] for r in rows}
 
     def images(self) -> dict[tuple[int, int], bytes]:
-        rows = pq.read_table("results/small/runs/one-s0/images.parquet").to_pylist()
+        rows = pq.read_table(f"results/small/runs/{self.run}/images.parquet").to_pylist()
         return {(r["prompt_id"], r["sample"]): r["png"] for r in rows}
 
 
@@ -144,6 +145,23 @@ def test_one_more_prompt_is_sampled_alone_beside_a_witness(
     assert {key: png for key, png in small.images().items() if key[0] < 3} == images
     assert {key: value for key, value in small.scores().items() if key[1] < 3} == scores
     assert len(small.images()) == 8
+
+
+def test_a_run_of_another_name_goes_on_from_what_is_there(
+    small: Small, sampled: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = small.images()
+    Path("runs.tsv").write_text("run\tmethod.name\nother\tflow_grpo\n")
+    small.set("default_runs", ["other-s0"])
+    small.run = "other-s0"
+    (line,) = status(small.plan())
+    assert line.startswith("other-s0: train to do, from iteration 1 of 1; evaluate")
+    monkeypatch.setattr(Trainer, "step", None)
+    small.do("train", "evaluate")
+    assert sampled == []
+    assert small.images() == images
+    rows = pq.read_table("results/small/runs/other-s0/rollouts.parquet").to_pylist()
+    assert {row["run"] for row in rows} == {"other-s0"}
 
 
 def test_what_was_made_by_other_weights_is_no_result_to_take_over(

@@ -18,6 +18,7 @@ from egrpo.study.standing import (
     read_receipt,
     reasons,
     stands,
+    state_of,
     tree_digest,
     weights_of,
     whole,
@@ -52,8 +53,7 @@ def _standing(at: Layout, stage: str, name: str) -> str:
     told = change(at, stage, name)
     if told is not None:
         return told
-    state = at.state(name) / at.identity("trajectory", name)
-    if stage == "train" and (there := max(checkpoints_in(state), default=0)):
+    if stage == "train" and (there := max(checkpoints_in(state_of(at, name)), default=0)):
         return f"train to do, from iteration {there} of {run.train.iterations}"
     return f"{stage} to do"
 
@@ -71,8 +71,7 @@ def change(at: Layout, stage: str, name: str) -> str | None:
     text = f"{stage} stale: {shown}"
     if stage != "train":
         return text
-    state = at.state(name) / at.identity("trajectory", name)
-    goes_on = max(checkpoints_in(state), default=0)
+    goes_on = max(checkpoints_in(state_of(at, name)), default=0)
     summary = _summary(at, name)
     if 0 < goes_on <= run.train.iterations:
         return f"{text}; goes on from iteration {goes_on}"

@@ -18,7 +18,7 @@ from typing import Any
 from egrpo.config.keys import digest
 from egrpo.errors import UserError
 from egrpo.planning.trees import needs_plan
-from egrpo.store.files import alone, checksums, read_json, write_json
+from egrpo.store.files import alone, checkpoints_in, checksums, read_json, write_json
 from egrpo.study.identity import Record, changes, versions
 from egrpo.study.layout import Layout
 
@@ -72,6 +72,22 @@ def weights_of(at: Layout, run: str) -> str | None:
     """Digest of the weights that a run's training left."""
     receipt = read_receipt(at, "train", run)
     return receipt.get("weights") if receipt else None
+
+
+def state_of(at: Layout, run: str) -> Path:
+    """Where a run's training goes on from: its state or, if it has none, another run's of the same
+    trajectory, as of a run that has a new name."""
+    own = at.state(run) / at.identity("trajectory", run)
+    others = sorted(own.parent.parent.glob(f"*/{own.name}"))
+    return next((state for state in (own, *others) if checkpoints_in(state)), own)
+
+
+def same_weights(at: Layout, run: str) -> list[Path]:
+    """Folders of the runs whose training left the weights of this one, itself first."""
+    weights = weights_of(at, run)
+    names = sorted(path.stem for path in at.receipt("train", run).parent.glob("*.json"))
+    others = [name for name in names if name != run and weights_of(at, name) == weights]
+    return [at.run(name) for name in (run, *others)]
 
 
 def require(at: Layout, stage: str, name: str, identity: str) -> Receipt:
