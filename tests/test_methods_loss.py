@@ -24,7 +24,7 @@ from egrpo.core.rollout import Rollout, Segment, TrainBatch
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.seeds import normal, seed_of
 from egrpo.core.transitions import transition
-from egrpo.core.tree import Tree, TreeBuilder
+from egrpo.core.tree import Node, Tree, TreeBuilder
 from egrpo.methods.shapes import Steps, branches, chains, noised, split_tree
 
 SIGMAS = shifted_sigmas(6, 3.0)
@@ -81,8 +81,8 @@ def forest() -> list[Tree]:
         anchor = builder.through(builder.root(root), [1])
         for sample in range(4 * root, 4 * root + 2):
             for stop, dynamics in ((2, "flow_sde"), (4, "flow_sde"), (3, "dance_sde")):
-                how = {"sample": sample, "trained": True, "group": stop}
-                builder.finish(builder.edge(anchor, stop, dynamics, **how))
+                edge = Node(anchor, stop, dynamics, sample, trained=True, group=stop)
+                builder.through(builder.add(edge), range(stop + 1, 7))
     return [builder.build()] * 2
 
 
@@ -99,7 +99,7 @@ FORESTS: dict[str, Callable[[], Sequence[Tree]]] = {
         [chains(6, 5, "cps", stochastic=WINDOW, trained=(WINDOW,) * 5, noise="shared")] * 2
     ),
     "tree": lambda: [split_tree(6, (0, 1, 3), "dance_sde", (0, 1, 2, 3, 4))] * 2,
-    "noised": lambda: [noised(6, 4, ((0, 2), (1, 5), (2, 3), (0, 4)), "dpm2")] * 2,
+    "noised": lambda: [noised(6, ((0, 2), (1, 5), (2, 3), (0, 4)), "dpm2")] * 2,
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.rollout import Segment, TrainBatch
 from egrpo.core.schedule import shifted_sigmas
-from egrpo.core.transitions import MEAN, dpm2_mean, gaussian_log_prob, log_prob, transition
+from egrpo.core.transitions import MEAN, dpm2_mean, log_prob, transition
 
 GRID = shifted_sigmas(16, 3.0)
 EDGES = [(0, 1), (0, 3), (1, 2), (4, 6), (7, 10), (13, 15)]
@@ -118,7 +118,7 @@ def test_half_precision_is_computed_in_float32_without_overflow(dynamics, dtype)
 def test_gaussian_log_prob_refuses_a_step_without_noise():
     x, _, _ = latents()
     with pytest.raises(ValueError, match="without noise"):
-        gaussian_log_prob(x, x, 0.0)
+        log_prob(x, x, 0.0, "flow_sde")
 
 
 # --- marginals ------------------------------------------------------------------------------------

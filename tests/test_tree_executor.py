@@ -15,7 +15,7 @@ import torch
 from conftest import updates_of
 from torch import Tensor
 
-from egrpo.core.executor import execute
+from egrpo.core.executor import Executor
 from egrpo.core.noise import NOISING
 from egrpo.core.plan import make_plan
 from egrpo.core.rollout import Rollout, TrainBatch, joined
@@ -45,11 +45,13 @@ def mixed_tree() -> Tree:
     builder = TreeBuilder(6)
     first, second = builder.root(), builder.root(sample=1)
     anchor = builder.through(first, [1, 2])
+    edges = []
     for sample in range(2):
-        builder.finish(builder.edge(anchor, 3, "flow_sde", sample=sample, trained=True))
-        builder.finish(builder.edge(anchor, 5, "flow_sde", sample=sample, trained=True, group=1))
-        builder.finish(builder.edge(anchor, 3, "cps", sample=5 + sample))
-    builder.finish(builder.edge(second, 4, "dance_sde", sample=7, trained=True, group=2))
+        edges += [Node(anchor, 3, "flow_sde", sample, trained=True)]
+        edges += [Node(anchor, 5, "flow_sde", sample, trained=True, group=1)]
+        edges += [Node(anchor, 3, "cps", 5 + sample)]
+    for edge in (*edges, Node(second, 4, "dance_sde", 7, trained=True, group=2)):
+        builder.through(builder.add(edge), range(edge.index + 1, 7))
     return builder.build()
 
 
@@ -87,7 +89,7 @@ FORESTS: dict[str, list[Tree]] = {
     "window": windows(12, "flow_sde", "same", "dpm2"),
     "some steps": [some_steps((0, 2), (1, 4), (0, 3)), some_steps((3, 4), (0, 1), (2, 4))],
     "split": [split_tree(6, (0, 2, 3), "dance_sde", (0, 1, 2, 3, 5))] * 2,
-    "noised": [noised(6, 4, ((0, 2), (1, 5), (2, 3), (0, 4)), "dpm2")] * 2,
+    "noised": [noised(6, ((0, 2), (1, 5), (2, 3), (0, 4)), "dpm2")] * 2,
     "binary": [binary_tree()] * 2,
     "mixed": [mixed_tree(), mixed_tree()],
     "plain ode": [chains(8, 4)] * 2,
@@ -136,7 +138,7 @@ def run(
     velocity, noise = velocity or PerRow(prompts), noise or Noise(prompts)
     settings = {"noise_level": LEVEL, "micro_batch": 7, "dtype": torch.float64, **how}
     sigmas = shifted_sigmas(trees[0].steps, 3.0)
-    return execute(trees, sigmas, velocity, noise, **settings), velocity, noise
+    return Executor(trees, sigmas, velocity, noise, **settings).rollout(), velocity, noise
 
 
 def step_by_hand(
@@ -412,8 +414,8 @@ def mixed_tree_of_eight() -> Tree:
     """One trained and one untrained trajectory from two noises."""
     builder = TreeBuilder(8)
     for sample, trained in enumerate((True, False)):
-        root = builder.root(sample)
-        builder.finish(builder.edge(root, 3, "flow_sde", sample=sample, trained=trained))
+        edge = Node(builder.root(sample), 3, "flow_sde", sample, trained)
+        builder.through(builder.add(edge), range(4, 9))
     return builder.build()
 
 

@@ -38,14 +38,9 @@ def cps_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
     return sigmas[stop] * math.sin(noise_level * math.pi / 2.0)
 
 
-def no_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
-    """A deterministic step adds no noise."""
-    return 0.0
-
-
 STD: dict[str, Callable[[Sigmas, int, int, float], float]] = {
-    "ode": no_std,
-    "dpm2": no_std,
+    "ode": lambda *_: 0.0,
+    "dpm2": lambda *_: 0.0,
     "flow_sde": flow_sde_std,
     "dance_sde": dance_sde_std,
     "cps": cps_std,

@@ -94,26 +94,18 @@ class TrainBatch:
         ``S * dlogp + mean((mu - mu_old)^2) / (2*S)`` with S = std of the transition: centered at 0
         and of one scale at all steps.
         """
-        plain = self.log_ratio(v, sigmas, noise_level)
-        scales, shifts = [], []
-        for seg in self.segments:
-            mean, std = self._moments(seg, v, sigmas, noise_level)
-            old, _ = self._moments(seg, self.v, sigmas, noise_level)
-            scales.append(torch.full((len(seg.rows),), std, device=v.device))
-            shifts.append(((mean - old) ** 2).flatten(1).mean(1) / (2.0 * std))
-        return torch.cat(scales) * plain + torch.cat(shifts)
+        distances = self._distances(v, self.v, sigmas, noise_level)
+        scale = torch.cat([torch.full_like(d, std, dtype=torch.float32) for d, std in distances])
+        shift = torch.cat([d / (2.0 * std) for d, std in distances])
+        return scale * self.log_ratio(v, sigmas, noise_level) + shift
 
     def divergence(self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
         """KL divergence [E] of each edge from the one under velocities ``v_ref`` [B, ...].
 
         Mean over the non-batch dimensions, ``(mean - mean_ref)^2 / (2 std^2)``.
         """
-        parts = []
-        for seg in self.segments:
-            mean, std = self._moments(seg, v, sigmas, noise_level)
-            reference, _ = self._moments(seg, v_ref, sigmas, noise_level)
-            parts.append(((mean - reference) ** 2).flatten(1).mean(1) / (2.0 * std**2))
-        return torch.cat(parts)
+        distances = self._distances(v, v_ref, sigmas, noise_level)
+        return torch.cat([d / (2.0 * std**2) for d, std in distances])
 
     def transition_distance(
         self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float
@@ -129,12 +121,8 @@ class TrainBatch:
 
     def lengths(self, sigmas: Sigmas) -> Tensor:
         """Flow time |dt| that each edge covers, [E]."""
-        t = sigmas[self.start]
-        each = [
-            torch.full_like(seg.rows, t - sigmas[seg.stop], dtype=torch.float32)
-            for seg in self.segments
-        ]
-        return torch.cat(each)
+        spans = ((seg.rows, sigmas[self.start] - sigmas[seg.stop]) for seg in self.segments)
+        return torch.cat([torch.full_like(r, dt, dtype=torch.float32) for r, dt in spans])
 
     def targets(self) -> Tensor:
         """Velocities [E, ...] that noising edges are matched with."""
@@ -142,34 +130,42 @@ class TrainBatch:
 
     def only(self, kept: Collection[int]) -> TrainBatch | None:
         """The batch without edges outside of ``kept`` and sources without any; None if empty."""
-        segments: list[Segment] = []
-        at = [e for e, number in enumerate(self.edges) if number in kept]
-        if not at:
+        keep = torch.tensor([number in kept for number in self.edges], device=self.x.device)
+        if not keep.any():
             return None
-        begin = 0
-        for seg in self.segments:
-            own = [e - begin for e in at if begin <= e < begin + len(seg.rows)]
-            begin += len(seg.rows)
-            index = torch.tensor(own, dtype=torch.int64, device=seg.rows.device)
-            segments.append(replace(seg, rows=seg.rows[index], x_next=seg.x_next[index]))
-        rows = torch.unique(torch.cat([seg.rows for seg in segments]))  # sorted
-        moved = tuple(replace(s, rows=torch.searchsorted(rows, s.rows)) for s in segments)
+        rows, moved = torch.unique(self.rows[keep], return_inverse=True)  # sorted
+        masks = keep.split([len(seg.rows) for seg in self.segments])
+        own = moved.split([int(mask.sum()) for mask in masks])
+        segments = [
+            replace(seg, rows=r, x_next=seg.x_next[mask])
+            for seg, mask, r in zip(self.segments, masks, own, strict=True)
+        ]
         return replace(
             self,
             x=self.x[rows],
             v=self.v[rows],
             tree=self.tree[rows],
-            segments=moved,
-            edges=tuple(self.edges[e] for e in at),
-            log_prob=self.log_prob[torch.tensor(at, device=self.log_prob.device)],
+            segments=tuple(segments),
+            edges=tuple(number for number in self.edges if number in kept),
+            log_prob=self.log_prob[keep],
         )
 
     def _moments(
         self, seg: Segment, v: Tensor, sigmas: Sigmas, noise_level: float
     ) -> tuple[Tensor, float]:
-        return transition(
-            self.x[seg.rows], v[seg.rows], sigmas, self.start, seg.stop, seg.dynamics, noise_level
-        )
+        edge = (sigmas, self.start, seg.stop, seg.dynamics, noise_level)
+        return transition(self.x[seg.rows], v[seg.rows], *edge)
+
+    def _distances(
+        self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float
+    ) -> list[tuple[Tensor, float]]:
+        """For each segment ``mean((mu - mu_ref)^2)`` [E] and the std of its transition."""
+        out = []
+        for seg in self.segments:
+            mean, std = self._moments(seg, v, sigmas, noise_level)
+            reference, _ = self._moments(seg, v_ref, sigmas, noise_level)
+            out.append((((mean - reference) ** 2).flatten(1).mean(1), std))
+        return out
 
 
 @dataclass
@@ -199,10 +195,9 @@ class Rollout:
 
     def log_probs(self) -> npt.NDArray[np.float64]:
         """Log-probabilities of the edges in these batches, in order of their numbers."""
-        found = {
-            e: p for b in self.batches for e, p in zip(b.edges, b.log_prob.tolist(), strict=True)
-        }
-        return np.array([found[e] for e in sorted(found)], dtype=np.float64)
+        numbers = [e for batch in self.batches for e in batch.edges]
+        found = [p for batch in self.batches for p in batch.log_prob.tolist()]
+        return np.array(found, dtype=np.float64)[np.argsort(numbers)]
 
     def placed(self, first_tree: int, shares: Sequence[Sequence[Edge]], rank: int) -> Rollout:
         """This rollout as one process's share of a larger one.

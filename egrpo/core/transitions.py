@@ -73,13 +73,7 @@ def data_prediction(x: Tensor, v: Tensor, sigma: float) -> Tensor:
 
 
 def dpm2_mean(
-    x: Tensor,
-    v: Tensor,
-    sigmas: Sigmas,
-    start: int,
-    stop: int,
-    before: int,
-    data_before: Tensor,
+    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, before: int, data_before: Tensor
 ) -> Tensor:
     """Second-order multistep DPM-Solver++ (arXiv 2211.01095, Algorithm 2), midpoint form.
 
@@ -100,9 +94,7 @@ def dpm2_mean(
     return euler + factor * (data_prediction(x, v, sigmas[start]) - data_before)
 
 
-MeanFn = Callable[[Tensor, Tensor, Sigmas, int, int, float], Tensor]
-
-MEAN: dict[str, MeanFn] = {
+MEAN: dict[str, Callable[[Tensor, Tensor, Sigmas, int, int, float], Tensor]] = {
     "ode": ode_mean,
     "dpm2": ode_mean,  # of the first step of a chain; see dpm2_mean for the others
     "flow_sde": flow_sde_mean,
@@ -120,25 +112,23 @@ def transition(
     return mean, STD[dynamics](sigmas, start, stop, noise_level)
 
 
-def gaussian_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
-    """Gaussian log-density [B], the **mean** over the non-batch dimensions, in nats per dimension.
+def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:
+    """Log-probability [B] of ``x_next``, rounded to its storage dtype, in float32 or better.
 
-    The mean, not the sum, is what all public code of these methods uses; ratios and the clip
-    range are in that unit. ``x_next`` must already be rounded to its storage dtype.
+    Gaussian log-density, the **mean** over the non-batch dimensions, in nats per dimension: the
+    mean, not the sum, is what all public code of these methods uses; ratios and the clip range are
+    in that unit. CPS drops the variance, which vanishes with sigma: ``-mean((x' - mean)^2)``.
 
     Raises:
         ValueError: if ``std`` is not positive.
     """
     if std <= 0:
         raise ValueError("a step without noise has no log-probability")
+    if dynamics == "cps":
+        return -((working(x_next) - mean) ** 2).flatten(1).mean(1)
     z = (working(x_next) - mean) / std
     per_dim = -0.5 * z * z - math.log(std) - 0.5 * math.log(2.0 * math.pi)
     return per_dim.flatten(1).mean(1)
-
-
-def cps_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
-    """``-mean((x' - mean)^2)`` [B]: CPS drops the variance, which vanishes with sigma."""
-    return -((working(x_next) - mean) ** 2).flatten(1).mean(1)
 
 
 def matching_log_prob(v: Tensor, target: Tensor, sigma: float, matching: Matching) -> Tensor:
@@ -148,12 +138,3 @@ def matching_log_prob(v: Tensor, target: Tensor, sigma: float, matching: Matchin
     if power == 1.0:
         return -weight * error
     return -weight / power * ((error + MATCHING_FLOOR) ** power - MATCHING_FLOOR**power)
-
-
-def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:
-    """Log-probability [B] of ``x_next`` under the edge's dynamics, float32 or better."""
-    return (
-        cps_log_prob(x_next, mean, std)
-        if dynamics == "cps"
-        else gaussian_log_prob(x_next, mean, std)
-    )

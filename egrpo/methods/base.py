@@ -7,9 +7,9 @@ Executor, advantages, losses, costs and checkpoints ask these methods and know n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import model_validator
 
@@ -71,31 +71,24 @@ def rates(*, full: float = 0.0, lora: float = 0.0) -> dict[str, float]:
 # -- what a tree may depend on -----------------------------------------------------------------
 
 
-class Choose(Protocol):
-    """Draws ``count`` of ``items``, ascending; a function of what it is for and nothing else."""
-
-    def __call__(self, items: Iterable[int], count: int, *what: int | str) -> tuple[int, ...]:
-        """The items drawn."""
-        ...
-
-
-def draw(*parts: int | str) -> Choose:
-    """A :class:`Choose` for one run, iteration and prompt."""
-
-    def choose(items: Iterable[int], count: int, *what: int | str) -> tuple[int, ...]:
-        return tuple(sorted(shuffled(items, *parts, *what)[:count]))
-
-    return choose
-
-
 @dataclass(frozen=True)
 class Context:
-    """What a tree may depend on beside its method's settings; the iteration is counted from 1."""
+    """What a tree may depend on beside its method's settings.
+
+    Attributes:
+        plan, sigmas: the merge plan of a method that needs one, and the grid.
+        iteration: counted from 1.
+        seed: what :meth:`choose` draws by: run, iteration and prompt.
+    """
 
     plan: Plan | None
     sigmas: Sigmas
     iteration: int
-    choose: Choose
+    seed: tuple[int | str, ...]
+
+    def choose(self, items: Iterable[int], count: int, *what: int | str) -> tuple[int, ...]:
+        """``count`` of ``items``, ascending: a function of the seed and ``what`` they are for."""
+        return tuple(sorted(shuffled(items, *self.seed, *what)[:count]))
 
 
 # -- what a class says -------------------------------------------------------------------------
@@ -106,12 +99,9 @@ class Entry:
     """A method on the page of methods.
 
     Attributes:
-        title: its name in the literature.
-        short: what it explores, a few words.
-        text: the same with its why, some sentences.
+        title, short, text: its name in the literature; what it explores; the same with its why.
         departures: what departs from its public code.
-        settings: of the drawing, beside T and G.
-        iteration: that is drawn.
+        settings, iteration: of the drawing, beside T and G.
     """
 
     title: str
@@ -146,8 +136,8 @@ class Method(Settings):
     source: ClassVar[str] = CHOICE
     """Where the recipe and the changed defaults come from."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Inherited settings whose default, or its source, is another here: key to value, or to
-    :class:`Changed`. Text, unit and bounds stay."""
+    """Inherited settings with another default: key to value, or to :class:`Changed`. Text, unit
+    and bounds stay."""
     shape: ClassVar[Shape] = "chains"
     losses: ClassVar[tuple[Loss, ...]] = ("clipped", "guarded")
     """Values of ``train.loss`` that the method's edges allow."""
@@ -191,6 +181,16 @@ class Method(Settings):
             bounded = (old.annotation, *old.metadata)
             cls.__annotations__[key] = Annotated[bounded] if old.metadata else old.annotation
             setattr(cls, key, setting(changed.value, text, source, unit=str(unit)))
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        for fault in self._faults():
+            raise ValueError(fault)
+        return self
+
+    def _faults(self) -> Iterator[str]:
+        """``key: why`` of settings that cannot be, in an order in which the first is told."""
+        yield from ()
 
     def tree(self, context: Context) -> Tree:
         """The rollout tree of one prompt in one iteration; equal arguments give equal trees."""
@@ -288,8 +288,6 @@ class Stochastic(Method):
         0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER, unit="1", gt=0.0, le=5.0
     )
 
-    @model_validator(mode="after")
-    def _cps_level(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if self.dynamics == "cps" and self.noise_level > 1:
-            raise ValueError("noise_level: cps needs a value in (0, 1]")
-        return self
+            yield "noise_level: cps needs a value in (0, 1]"

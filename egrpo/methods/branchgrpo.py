@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Self
-
-from pydantic import model_validator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from egrpo.core.advantage import Array, best_leaves, prune
 from egrpo.core.tree import Tree
@@ -109,30 +107,19 @@ class BranchGrpo(Stochastic):
         best = best_leaves(scores, weights, trees, self.width_share)
         return prune(trees, edges, best, after=self.splits[-1])
 
-    @model_validator(mode="after")
-    def _splits_on_grid(self) -> Self:
-        if not self.splits or self.splits != sorted(set(self.splits)) or self.splits[0] < 0:
-            raise ValueError("splits: grid indices must be distinct, ascending and not negative")
-        if self.splits[-1] > self.steps - 2:
-            raise ValueError(
-                f"splits: {self.splits[-1]} lies beyond the last stochastic step; steps: "
-                f"{self.steps} allows 0..{self.steps - 2}"
-            )
-        if self.group_size != 2 ** len(self.splits):
-            raise ValueError(
-                f"group_size: {len(self.splits)} splits make {2 ** len(self.splits)} leaves, "
-                f"not {self.group_size}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _depths_on_grid(self) -> Self:
-        depths = self.depth_pruning
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        splits, depths = self.splits, self.depth_pruning
+        if not splits or splits != sorted(set(splits)) or splits[0] < 0:
+            yield "splits: grid indices must be distinct, ascending and not negative"
+        if splits[-1] > self.steps - 2:
+            allowed = f"steps: {self.steps} allows 0..{self.steps - 2}"
+            yield f"splits: {splits[-1]} lies beyond the last stochastic step; {allowed}"
+        if self.group_size != 2 ** len(splits):
+            leaves = f"{len(splits)} splits make {2 ** len(splits)} leaves"
+            yield f"group_size: {leaves}, not {self.group_size}"
         ascending = depths == sorted(set(depths))
         if depths and not (ascending and depths[0] >= 1 and depths[-1] <= self.steps):
-            raise ValueError(
-                f"depth_pruning: distinct, ascending indices of 1..{self.steps} are needed"
-            )
+            yield f"depth_pruning: distinct, ascending indices of 1..{self.steps} are needed"
         if len(depths) >= self.steps:
-            raise ValueError("depth_pruning: no depth is left to train")
-        return self
+            yield "depth_pruning: no depth is left to train"

@@ -63,12 +63,6 @@ class DanceGrpo(Stochastic):
         stochastic = tuple(range(self.steps - 1))
         count = max(1, int(len(stochastic) * self.trained_fraction))
         every = range(self.group_size)
-        trained = [context.choose(stochastic, count, "trained", k) for k in every]
-        return chains(
-            self.steps,
-            self.group_size,
-            self.dynamics,
-            stochastic=stochastic,
-            trained=tuple(trained),
-            noise=self.initial_noise,
-        )
+        trained = tuple(context.choose(stochastic, count, "trained", k) for k in every)
+        of = (self.steps, self.group_size, self.dynamics, trained)
+        return chains(*of, stochastic=stochastic, noise=self.initial_noise)

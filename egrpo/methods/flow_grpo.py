@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
-
-from pydantic import model_validator
+from collections.abc import Iterator
+from typing import Literal
 
 from egrpo.core.tree import Tree
 from egrpo.methods.base import (
@@ -66,13 +65,8 @@ class FlowGrpo(Stochastic):
         like every other one but does not train (fraction 0.99).
         """
         first = tuple(range(max(1, int(self.steps * self.trained_fraction))))
-        return chains(
-            self.steps,
-            self.group_size,
-            self.dynamics,
-            trained=(first,) * self.group_size,
-            noise=self.initial_noise,
-        )
+        of = (self.steps, self.group_size, self.dynamics, (first,) * self.group_size)
+        return chains(*of, noise=self.initial_noise)
 
 
 class FlowGrpoFast(Windowed):
@@ -116,11 +110,8 @@ class FlowGrpoFast(Windowed):
         (start,) = context.choose(self.window_starts, 1, "window")
         return self.window(start)
 
-    @model_validator(mode="after")
-    def _window_in_its_part(self) -> Self:
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
         if not self.window_starts:
-            raise ValueError(
-                f"window_part: {self.window_part} of {self.steps} steps has no room for a window "
-                f"of {self.window_size}"
-            )
-        return self
+            part = f"{self.window_part} of {self.steps} steps"
+            yield f"window_part: {part} has no room for a window of {self.window_size}"

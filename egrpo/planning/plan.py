@@ -11,7 +11,7 @@ from typing import Any
 
 from egrpo.config.keys import run_key
 from egrpo.config.models import RunConfig
-from egrpo.core.entropy import MEASURES, step_entropy
+from egrpo.core.entropy import MEASURES
 from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.plan import Plan
 from egrpo.core.schedule import Sigmas, check_sigmas
@@ -41,17 +41,6 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
 
 def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
     """Rows of the merge_plan table."""
-
-    def entropy(start: int, span: int) -> float:
-        return step_entropy(
-            made.sigmas,
-            start,
-            span,
-            noise_level=made.noise_level,
-            dynamics=made.dynamics,
-            measure=made.measure,
-        )
-
     return [
         {
             "run": run,
@@ -59,12 +48,12 @@ def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
             "span": span,
             "sigma": made.sigmas[start],
             "sigma_stop": made.sigmas[start + span],
-            "entropy": entropy(start, span),
-            "single_step_entropy": entropy(start, 1),
+            "entropy": merged,
+            "single_step_entropy": made.entropy[start],
             "threshold": made.threshold,
             "measure": made.measure,
         }
-        for start, span in zip(made.active, made.spans, strict=True)
+        for start, span, merged in zip(made.active, made.spans, made.merged_entropy, strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from egrpo.core.seeds import shuffled
 from egrpo.core.spread import Spread
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError
-from egrpo.methods.base import Context, draw
+from egrpo.methods.base import Context
 from egrpo.planning.grids import training_sigmas
 
 
@@ -58,8 +58,8 @@ def closed_form_plan(run: RunConfig) -> Plan | None:
 def tree_of(run: RunConfig, plan: Plan | None, iteration: int = 1, prompt: int = 0) -> Tree:
     """The rollout tree of one prompt (by id) in one iteration (counted from 1)."""
     sigmas = plan.sigmas if plan else training_sigmas(run)
-    chosen = draw(run.seed, "tree", iteration, prompt)
-    return run.method.tree(Context(plan, sigmas, iteration, chosen))
+    seed = (run.seed, "tree", iteration, prompt)
+    return run.method.tree(Context(plan, sigmas, iteration, seed))
 
 
 def prompt_ids(run: RunConfig, iteration: int, count: int) -> tuple[int, ...]:
