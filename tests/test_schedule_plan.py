@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from egrpo.core.entropy import step_entropy
-from egrpo.core.noise import flow_sde_std
+from egrpo.core.noise import STD
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import check_sigmas, shifted_sigmas, stock_end
 from egrpo.methods.shapes import planned_branches
@@ -244,8 +244,8 @@ def test_stock_grid_of_ten_steps():
     one = shifted_sigmas(1, 3.0, end=end)
     assert check_sigmas(one) == one == (1.0, 0.0)
     # Flow-GRPO's last, untrained step adds this much noise to the rewarded latent
-    assert flow_sde_std(grid, 9, 10, 0.7) == pytest.approx(0.0063, abs=5e-5)
-    assert flow_sde_std(shifted_sigmas(10, 3.0), 9, 10, 0.7) == pytest.approx(0.202, abs=5e-4)
+    assert STD["flow_sde"](grid, 9, 10, 0.7) == pytest.approx(0.0063, abs=5e-5)
+    assert STD["flow_sde"](shifted_sigmas(10, 3.0), 9, 10, 0.7) == pytest.approx(0.202, abs=5e-4)
 
 
 @pytest.mark.parametrize(

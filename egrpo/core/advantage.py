@@ -22,7 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Advantages(NamedTuple):
-    """Advantages of the trained edges and what hygiene removed.
+    """Advantages of the trained edges and what was left out.
 
     Attributes:
         values: [E] float64, clamped; 0 where an edge or its group has nothing to say.
@@ -78,18 +78,10 @@ def best_leaves(
 
 
 def weighted_sum(rewards: Mapping[str, Array], weights: Mapping[str, float], owner: Ints) -> Array:
-    """Weighted sum [L] of the rewards that apply to each leaf's prompt.
+    """Weighted sum [L] of the rewards (name -> [L], NaN: invalid) that apply to a leaf's prompt.
 
-    A reward applies where any leaf of the tree has a valid score. So all leaves of a tree are
-    compared by the same rewards.
-
-    Args:
-        rewards: name -> [L]; NaN marks an invalid score.
-        weights: name -> weight.
-        owner: [L] tree of each leaf.
-
-    Returns:
-        NaN for a leaf that lacks the score of a reward which applies, or to which none applies.
+    A reward applies where any leaf of the tree, ``owner`` [L], has a valid score, so that all its
+    leaves are compared by the same rewards. NaN for a leaf that lacks one, or to which none applies.
     """
     total = np.zeros(len(owner))
     lacking, any_applies = np.zeros((2, len(owner)), dtype=bool)
@@ -134,8 +126,7 @@ def normalise(
     """``(value - group mean) / (std + eps)``.
 
     Args:
-        values: [E] float64; NaN marks an invalid sample.
-        groups: [E] group number of each value.
+        values, groups: [E], and the number of each value's group; NaN marks an invalid sample.
         std: over the ``group``, or over the whole ``batch`` (Flow-GRPO).
         ddof: 1 for the unbiased std, 0 for the population's.
 
@@ -146,15 +137,14 @@ def normalise(
     valid = ~np.isnan(values)
     spread = np.std(values[valid], ddof=ddof) if valid.sum() > ddof else 0.0
     numbers = np.unique(groups)
-    masked = 0
+    masked = len(numbers)
     for g in numbers:
         members = (groups == g) & valid
         x = values[members]
-        if x.size < 2 or np.ptp(x) == 0.0:
-            masked += 1
-            continue
-        scale = np.std(x, ddof=ddof) if std == "group" else spread
-        out[members] = (x - x.mean()) / (scale + eps)
+        if x.size > 1 and np.ptp(x) > 0.0:
+            masked -= 1
+            scale = np.std(x, ddof=ddof) if std == "group" else spread
+            out[members] = (x - x.mean()) / (scale + eps)
     return out, len(numbers), masked
 
 

@@ -13,12 +13,9 @@ from torch import Tensor
 
 
 class Objective(NamedTuple):
-    """Sum of the loss over edges and what to watch. All but ``loss`` are detached.
+    """The weighted **sum** of the loss over edges, a scalar, and what to watch, detached.
 
-    Attributes:
-        loss: scalar, the weighted **sum** over edges; divide by the edges of an optimizer step.
-        ratio: [E] probability ratios.
-        clipped: [E] bool, edges whose gradient the clip removed.
+    ``ratio``: [E] probability ratios; ``clipped``: [E] bool, edges whose gradient the clip removed.
     """
 
     loss: Tensor
@@ -79,8 +76,5 @@ def negative_aware_objective(
 
 
 def velocity_distance(v: Tensor, v_ref: Tensor) -> Tensor:
-    """``mean((v - v_ref)^2)`` [B] over the non-batch dimensions, in float32.
-
-    The KL divergence from the base model up to its weighting over time.
-    """
+    """``mean((v - v_ref)^2)`` [B] in float32: the KL divergence up to its weighting over time."""
     return ((v.float() - v_ref.float()) ** 2).flatten(1).mean(1)

@@ -25,11 +25,9 @@ Edge = tuple[int, int]
 class Segment:
     """Trained edges of one batch that share dynamics and end.
 
-    Attributes:
-        dynamics, stop: of these edges.
-        rows: [E] int64, the source of each edge in the batch.
-        x_next: [E, ...], where each edge arrived, in storage dtype; of a noising edge the
-            velocity ``noise - data`` that the network is matched with.
+    ``rows``: [E] int64, the source of each edge in the batch; ``x_next``: [E, ...], where it
+    arrived, in storage dtype; of a noising edge the velocity ``noise - data`` that the network is
+    matched with.
     """
 
     dynamics: str
@@ -163,8 +161,8 @@ class TrainBatch:
         out = []
         for seg in self.segments:
             mean, std = self._moments(seg, v, sigmas, noise_level)
-            reference, _ = self._moments(seg, v_ref, sigmas, noise_level)
-            out.append((((mean - reference) ** 2).flatten(1).mean(1), std))
+            apart = mean - self._moments(seg, v_ref, sigmas, noise_level)[0]
+            out.append(((apart**2).flatten(1).mean(1), std))
         return out
 
 
@@ -189,9 +187,9 @@ class Rollout:
     def batches_of(self, part: int, kept: Collection[int] | None = None) -> list[TrainBatch]:
         """Batches of one optimizer step, those edges only that are ``kept`` (None: all)."""
         batches = [batch for batch in self.batches if batch.part == part]
-        if kept is not None:
-            batches = [b for b in (batch.only(kept) for batch in batches) if b is not None]
-        return batches
+        if kept is None:
+            return batches
+        return [b for b in (batch.only(kept) for batch in batches) if b is not None]
 
     def log_probs(self) -> npt.NDArray[np.float64]:
         """Log-probabilities of the edges in these batches, in order of their numbers."""

@@ -2,7 +2,7 @@
 
 A method is one file of this folder: a class with its settings and their sources, its
 :meth:`Method.tree`, and what the documents say of it. What it does not say otherwise is below.
-Executor, advantages, losses, costs and checkpoints ask these methods and know no class by name.
+All else knows no class by name.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ NOISE_TEXT = (
     "once while the samples agree."
 )
 
-# -- recipes: what papers and codes set outside of the section `method` ------------------------
-
 COMMON = {"train.weight_decay": 1e-4, "train.clip_range": 1e-4, "train.max_grad_norm": 1.0}
 """What the public codes of all these methods set alike."""
 
@@ -58,17 +56,11 @@ FLOW_AVERAGE = {"train.ema_decay": 0.9, "train.ema_ramp": "warm_up", "train.ema_
 
 
 def rates(*, full: float = 0.0, lora: float = 0.0) -> dict[str, float]:
-    """Learning rates; the one that a method does not give is 1/30, or 30 times, of the other.
-
-    30 is the ratio of DanceGRPO's two recipes (1e-5 for all weights, 3e-4 for LoRA).
-    """
+    """Learning rates; the one that is not given by the ratio of DanceGRPO's two, 1e-5 and 3e-4."""
     return {
         "train.learning_rate_full": full or round(lora / 30, 12),
         "train.learning_rate_lora": lora or round(full * 30, 12),
     }
-
-
-# -- what a tree may depend on -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,9 +83,6 @@ class Context:
         return tuple(sorted(shuffled(items, *self.seed, *what)[:count]))
 
 
-# -- what a class says -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Entry:
     """A method on the page of methods.
@@ -113,7 +102,7 @@ class Entry:
 
 
 class Changed(NamedTuple):
-    """A default that a class changes: with another sentence, or from elsewhere than its paper."""
+    """A default that a class changes, with another sentence or from elsewhere than its paper."""
 
     value: Any
     text: str = ""
@@ -175,12 +164,11 @@ class Method(Settings):
         for key, given in vars(cls).get("defaults", {}).items():
             changed = given if isinstance(given, Changed) else Changed(given)
             old = parent.model_fields[key]
-            noted = old.json_schema_extra
-            unit = noted.get("unit", "") if isinstance(noted, dict) else ""
+            noted: Any = old.json_schema_extra
             text, source = changed.text or old.description or "", changed.source or cls.source
             bounded = (old.annotation, *old.metadata)
             cls.__annotations__[key] = Annotated[bounded] if old.metadata else old.annotation
-            setattr(cls, key, setting(changed.value, text, source, unit=str(unit)))
+            setattr(cls, key, setting(changed.value, text, source, unit=noted.get("unit", "")))
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:
@@ -195,8 +183,6 @@ class Method(Settings):
     def tree(self, context: Context) -> Tree:
         """The rollout tree of one prompt in one iteration; equal arguments give equal trees."""
         raise NotImplementedError
-
-    # -- the plan ------------------------------------------------------------------------------
 
     @property
     def reads_profile(self) -> bool:
@@ -216,8 +202,6 @@ class Method(Settings):
         """
         raise NotImplementedError
 
-    # -- what trains, and how ------------------------------------------------------------------
-
     @property
     def prunes(self) -> bool:
         """Whether rewards take trained edges out: predicted training is then an upper bound."""
@@ -232,10 +216,7 @@ class Method(Settings):
     ) -> set[int] | None:
         """Positions of the trained edges that stay after scoring; None for all.
 
-        Args:
-            scores: name -> [L] rewards of all leaves, ordered by (tree, leaf).
-            weights: name -> weight of each trained reward.
-            trees, edges: the forest and its trained edges, as in ``Rollout``.
+        Arguments are as those of :func:`~egrpo.core.advantage.advantages`.
         """
         return None
 
@@ -263,8 +244,7 @@ class Method(Settings):
 
         Args:
             batch: sources and edges.
-            v: [B, C, h, w] velocities, with gradients.
-            sigmas: the grid.
+            v: [B, C, h, w] velocities over the grid ``sigmas``, with gradients.
             advantage, weight: [E].
             loss: one of :attr:`losses`.
             clip_range: of the probability ratio.

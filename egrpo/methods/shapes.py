@@ -53,8 +53,7 @@ def branches(
         steps: T.
         spans: (start, span) of every branching.
         samples: edges of each group; one number, or one for each of ``spans``.
-        dynamics: of the branches.
-        trained: whether they train.
+        dynamics, trained: of the branches.
         anchors: initial noises, each with an anchor of its own.
         granularities: strides of the suffix; each gives every branch a leaf of its own label,
             and common parts are shared.
@@ -128,8 +127,7 @@ def chains(
     steps train.
 
     Args:
-        steps: T.
-        samples: G.
+        steps, samples: T and G.
         dynamics: of the stochastic steps.
         trained: for each sample the steps that train; empty for none.
         stochastic: consecutive grid indices of stochastic steps; None for all.
