@@ -81,7 +81,7 @@ def weighted_sum(rewards: Mapping[str, Array], weights: Mapping[str, float], own
     """Weighted sum [L] of the rewards (name -> [L], NaN: invalid) that apply to a leaf's prompt.
 
     A reward applies where any leaf of the tree, ``owner`` [L], has a valid score, so that all its
-    leaves are compared by the same rewards. NaN for a leaf that lacks one, or to which none applies.
+    leaves are compared by the same rewards. NaN for a leaf that lacks one or to which none applies.
     """
     total = np.zeros(len(owner))
     lacking, any_applies = np.zeros((2, len(owner)), dtype=bool)

@@ -23,10 +23,9 @@ from egrpo.store.tables import ENTROPY_PROFILE, MERGE_PLAN, metadata_of, read_ta
 
 
 def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
-    """Write ``plan.json`` and ``merge_plan.parquet`` of a run.
+    """Write ``plan.json`` and ``merge_plan.parquet`` of a run, over the grid of its profile.
 
-    The grid is the one that the profile was measured on, so that a profile of any model gives
-    its own plan. Steps that cannot reach the threshold are said on stderr.
+    Steps that cannot reach the threshold are said on stderr.
     """
     sigmas, *_ = grid_of(profile)
     spreads = measured_spread(profile, run.train.rewards) if reads_profile(run) else ()
@@ -113,11 +112,7 @@ def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[S
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
+    """Read a plan; a UserError if the file is missing or damaged."""
     try:
         return Plan.from_dict(read_json(path))
     except (ValueError, TypeError) as error:
