@@ -35,15 +35,8 @@ GUARD = "GRPO-Guard, arXiv 2510.22319 and its public code"
 
 Dynamics = Literal["flow_sde", "dance_sde", "cps"]
 Solver = Literal["ode", "dpm2"]
-InitialNoise = Literal["own", "same", "shared"]
 Loss = Literal["clipped", "guarded", "negative_aware"]
 Shape = Literal["branches", "chains", "tree", "noised"]
-
-SAMPLES = "Samples G per prompt."
-NOISE_TEXT = (
-    "Initial noise of a prompt's samples: own; same, evaluated apart; shared: the same, evaluated "
-    "once while the samples agree."
-)
 
 COMMON = {"train.weight_decay": 1e-4, "train.clip_range": 1e-4, "train.max_grad_norm": 1.0}
 """What the public codes of all these methods set alike."""

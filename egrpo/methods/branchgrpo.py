@@ -27,7 +27,7 @@ class BranchGrpo(Stochastic):
     defaults = {
         "steps": 20,
         "dynamics": "dance_sde",
-        "noise_level": Changed(0.3, "Noise level eta (dance_sde) or a (flow_sde, cps)."),
+        "noise_level": 0.3,
         "group_size": Changed(16, "Leaves: 2 to the number of splits."),
     }
     shape = "tree"

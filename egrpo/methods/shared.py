@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal
 
 from egrpo.core.tree import Tree
-from egrpo.methods.base import (
-    MIX,
-    NFT,
-    NOISE_TEXT,
-    SAMPLES,
-    Changed,
-    Context,
-    InitialNoise,
-    Method,
-    Shape,
-    Solver,
-    Stochastic,
-)
-from egrpo.methods.shapes import branches, chains, noised, thinned
+from egrpo.methods.base import FLOW, MIX, NFT, Changed, Context, Method, Shape, Solver, Stochastic
+from egrpo.methods.shapes import Steps, branches, chains, noised, thinned
 from egrpo.settings import PAPER, setting
+
+SAMPLES = "Samples G per prompt."
 
 
 class Branching(Stochastic):
@@ -108,19 +98,38 @@ class Branching(Stochastic):
             yield f"granularities: stride {max(strides)} skips sigma 0: {after}"
 
 
-class Windowed(Stochastic):
+class Chained(Stochastic):
+    """What the methods of whole trajectories share."""
+
+    defaults = {"group_size": Changed(24, SAMPLES, FLOW)}
+
+    initial_noise: Literal["own", "same", "shared"] = setting(
+        "own",
+        "Initial noise of a prompt's samples: own; same, evaluated apart; shared: the same, "
+        "evaluated once while the samples agree.",
+        FLOW,
+    )
+
+    def chains(self, trained: Iterable[Steps], **how: Any) -> Tree:
+        """Trajectories of whose steps these train; more as :func:`~egrpo.methods.shapes.chains`."""
+        of = (self.steps, self.group_size, self.dynamics, tuple(trained))
+        return chains(*of, noise=self.initial_noise, **how)
+
+
+class Windowed(Chained):
     """What the methods with a window of stochastic steps share."""
 
+    source = MIX
+    defaults = {"group_size": 12, "initial_noise": "same"}
+
     window_size: int = setting(4, "Stochastic steps, all of them trained.", MIX, unit="steps", ge=1)
-    initial_noise: InitialNoise = setting("same", NOISE_TEXT, MIX)
 
     def window(self, start: int, suffix: str = "ode", ratio: float = 1.0) -> Tree:
         """ODE, the trained window from ``start``, a suffix over ``ratio`` of the grid."""
         end = start + self.window_size
-        window, samples = tuple(range(start, end)), self.group_size
-        how = {"noise": self.initial_noise, "suffix": (suffix, thinned(end, self.steps, ratio))}
-        trained = (window,) * samples
-        return chains(self.steps, samples, self.dynamics, trained, stochastic=window, **how)
+        window, stops = tuple(range(start, end)), thinned(end, self.steps, ratio)
+        trained = (window,) * self.group_size
+        return self.chains(trained, stochastic=window, suffix=(suffix, stops))
 
     def _faults(self) -> Iterator[str]:
         yield from super()._faults()
