@@ -39,12 +39,10 @@ class CrossedInterval:
 
     Attributes:
         mean: over the cells that were used; NaN without one.
-        low, high: ends of the interval; NaN with fewer than two prompts.
+        low, high, dof: ends, and degrees of freedom of the t quantile; NaN below two prompts.
         seeds: rows, of a difference those of both sides. A row alone on its side adds no seed
             variance: the interval takes that model as it is.
-        prompts: prompts that were used, those with a finite value in every cell.
-        invalid: cells left out, those of all other prompts.
-        dof: degrees of freedom of the t quantile; NaN without an interval.
+        prompts, invalid: prompts with a finite value in every cell; cells of all others.
     """
 
     mean: float
@@ -64,13 +62,9 @@ def crossed_interval(cells: npt.ArrayLike, *, level: float = 0.95) -> CrossedInt
     without it, a collapsed training would flatter the others.
 
     Args:
-        cells: mean score of each seed on each prompt, [seeds, prompts]; a value that is not finite
-            marks a cell without a valid score.
+        cells: mean score of each seed on each prompt, [seeds, prompts]; not finite without one.
+            One seed: the interval covers prompts alone (Student's t on their means).
         level: coverage of the interval, in (0, 1).
-
-    Returns:
-        The interval, in the unit of the scores. With one seed it covers prompts alone (Student's t
-        on their means).
 
     Raises:
         ValueError: if ``cells`` is not a matrix with a row, or ``level`` is out of range.
@@ -92,9 +86,6 @@ def difference_interval(
         first, second: cells of the two models, [seeds of each, prompts], same order of prompts. A
             prompt without a finite value in one cell of either side is left out of both.
         level: coverage of the interval, in (0, 1).
-
-    Returns:
-        The interval, in the unit of the scores.
 
     Raises:
         ValueError: as :func:`crossed_interval`, or if the sides differ in their prompts.
@@ -141,10 +132,7 @@ def _interval(sides: list[Cells], level: float) -> CrossedInterval:
 def _variance(sides: list[Cells], by_prompt: float) -> tuple[float, float]:
     """Variance of the mean, or of the difference of means, and its degrees of freedom.
 
-    Args:
-        sides: finite cells of each side, [seeds, prompts], at least two prompts.
-        by_prompt: variance of the mean as the scatter of prompts shows it: ``MS_prompt / (S P)``
-            of one side, or the same of the prompts' differences.
+    ``by_prompt``: as the scatter of prompts, or of their differences, shows it.
     """
     terms = [(by_prompt, sides[0].shape[1] - 1)]
     seed = rest = 0.0

@@ -56,8 +56,7 @@ def negative_aware_objective(
             of the straight path from the sample to its noise.
         sigma: flow time of the noised samples; x0 is predicted ``sigma * (target - v)`` apart.
         advantage, weight: [E].
-        beta: mixing of the implicit positive and negative policies.
-        advantage_scale: advantage that counts as fully positive or negative.
+        beta, advantage_scale: the mixing, and the advantage that counts as fully positive.
     """
     v, v_old, target = v.float(), v_old.float(), target.float()
     share = (advantage / advantage_scale).clamp(-1.0, 1.0) / 2.0 + 0.5
@@ -71,8 +70,7 @@ def negative_aware_objective(
     negative = error((1.0 + beta) * v_old - beta * v)
     both = share * positive + (1.0 - share) * negative
     loss = advantage_scale / beta * (weight * both).sum()
-    ones = torch.ones_like(advantage)
-    return Objective(loss, ones, torch.zeros_like(ones, dtype=torch.bool))
+    return Objective(loss, torch.ones_like(advantage), torch.zeros_like(advantage).bool())
 
 
 def velocity_distance(v: Tensor, v_ref: Tensor) -> Tensor:

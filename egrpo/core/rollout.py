@@ -68,9 +68,9 @@ class TrainBatch:
         return torch.cat([segment.rows for segment in self.segments])
 
     def log_probs(self, v: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
-        """Log-probabilities [E] of the edges given velocities ``v`` [B, ...] at the sources.
+        """Log-probabilities [E] of the edges (of noising ones the surrogate ``matching``).
 
-        Of a noising edge the surrogate that ``matching`` describes.
+        ``v``: [B, ...] velocities at the sources.
         """
         parts = []
         for seg in self.segments:
@@ -198,15 +198,12 @@ class Rollout:
         return np.array(found, dtype=np.float64)[np.argsort(numbers)]
 
     def placed(self, first_tree: int, shares: Sequence[Sequence[Edge]], rank: int) -> Rollout:
-        """This rollout as one process's share of a larger one.
+        """This rollout as one process's share of a larger one, whose edges the batches number.
 
         Args:
             first_tree: number, among the trees of all processes, of the first one here.
             shares: trained edges of every process, trees numbered in the same way.
             rank: the share that is this rollout's.
-
-        Returns:
-            Leaves and batches of this process; ``edges`` of all, which the batches number.
         """
         before = sum(map(len, shares[:rank]))
         return replace(

@@ -37,12 +37,12 @@ def shifted_sigmas(
     """Grid of ``steps`` + 1 flow times: ``s*t / (1 + (s-1)*t)`` of ``linspace(1, end, T)``; then 0.
 
     Args:
-        steps: number of network evaluations T of a plain ODE sampler, at least 1.
-        shift: timestep shift s > 0; 1 leaves the grid as it is.
+        steps: network evaluations T of a plain ODE sampler, at least 1.
+        shift: s > 0; 1 leaves the grid as it is.
         terminal: in (0, 1); 1 - sigma is scaled so that ``sigmas[-2]`` is this (``shift_terminal``
-            of diffusers' FlowMatchEulerDiscreteScheduler). None leaves the grid.
-        end: unshifted time of the last evaluation, in (0, 1). None is 1/T, so that all T intervals
-            are equal before the shift: E-GRPO's formula.
+            of diffusers' scheduler). None leaves the grid.
+        end: unshifted time of the last evaluation, in (0, 1). None is 1/T: all T intervals are
+            equal before the shift, E-GRPO's formula.
 
     Raises:
         ValueError: if an argument is out of range, or ``terminal`` is given for one step.

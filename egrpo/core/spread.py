@@ -49,9 +49,9 @@ class Choice(NamedTuple):
 def choose_threshold(spreads: Sequence[Spread], measure: str, factor: float) -> Choice:
     """The least measured entropy at which spread exceeds ``factor`` times the yardstick.
 
-    Spread is measured with noise and must not fall as entropy grows, so the curve is its isotonic
-    regression on entropy (Barlow et al., "Statistical Inference under Order Restrictions", 1972).
-    The threshold is rounded down to four decimals.
+    Spread is noisy and must not fall as entropy grows, so the curve is its isotonic regression on
+    entropy (Barlow et al., "Statistical Inference under Order Restrictions", 1972). The threshold
+    is rounded down to four decimals.
 
     Raises:
         ValueError: if the curve never exceeds the factor, or nothing was measured.

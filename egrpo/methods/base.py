@@ -60,10 +60,8 @@ def rates(*, full: float = 0.0, lora: float = 0.0) -> dict[str, float]:
 class Context:
     """What a tree may depend on beside its method's settings.
 
-    Attributes:
-        plan, sigmas: the merge plan of a method that needs one, and the grid.
-        iteration: counted from 1.
-        seed: what :meth:`choose` draws by: run, iteration and prompt.
+    ``iteration`` is counted from 1; ``seed``, what :meth:`choose` draws by, is of run, iteration
+    and prompt.
     """
 
     plan: Plan | None
@@ -207,10 +205,7 @@ class Method(Settings):
         trees: Sequence[Tree],
         edges: Sequence[tuple[int, int]],
     ) -> set[int] | None:
-        """Positions of the trained edges that stay after scoring; None for all.
-
-        Arguments are as those of :func:`~egrpo.core.advantage.advantages`.
-        """
+        """Positions of the trained edges that stay after scoring; None for all."""
         return None
 
     @property

@@ -96,11 +96,8 @@ def planned_branches(
 ) -> Tree:
     """:func:`branches` at the steps of a merge plan: i -> i + span, then the suffix.
 
-    Args:
-        plan: one that allocates samples overrides ``group_size``.
-        group_size: edges of each group.
-        active: some of the plan's steps; None for all.
-        how: ``anchors``, ``granularities`` and ``suffix`` of :func:`branches`.
+    A plan that allocates samples overrides ``group_size``; ``active`` takes some of its steps;
+    ``how``: ``anchors``, ``granularities`` and ``suffix`` of :func:`branches`.
     """
     wanted = set(plan.active if active is None else active)
     sizes = plan.samples or (group_size,) * len(plan.active)
@@ -140,13 +137,12 @@ def chains(
     window = tuple(range(steps)) if stochastic is None else stochastic
     first, last = (window[0], window[-1] + 1) if window else (steps, steps)
     after, stops = suffix or ("ode", tuple(range(last + 1, steps + 1)))
-    trunk = builder.through(builder.root(), range(1, first + 1)) if noise == "shared" else None
-    for sample in range(samples):
-        node = trunk
-        if node is None:
+    begun = 0
+    for sample, chosen in enumerate(trained or ((),) * samples):
+        if sample == 0 or noise != "shared":
             root = builder.root(sample if noise == "own" else 0)
-            node = builder.through(root, range(1, first + 1))
-        chosen = trained[sample] if trained else ()
+            begun = builder.through(root, range(1, first + 1))
+        node = begun
         for i in window:
             node = builder.add(Node(node, i + 1, dynamics, sample, i in chosen))
         builder.through(node, stops, after)

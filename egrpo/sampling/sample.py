@@ -74,13 +74,10 @@ class Sampler:
             return self._run(trees, velocity, cheaper, noise, **where)
 
     def images(self, ids: Sequence[int], samples: int) -> tuple[Images, int]:
-        """Images of prompts, ``samples`` each, by plain ODE: those of monitors and evaluations.
+        """Images [prompts * samples] by plain ODE, samples of a prompt together, on the CPU.
 
-        The same prompt and sample start from the same noise in every run.
-
-        Returns:
-            Images [prompts * samples], samples of a prompt together, on the CPU; and the number of
-            network evaluations.
+        And the number of network evaluations. Those of monitors and evaluations: the same prompt
+        and sample start from the same noise in every run.
         """
         if not ids:
             size = self.model.settings.height, self.model.settings.width

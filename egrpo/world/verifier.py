@@ -68,10 +68,9 @@ class Verdict:
 
 
 def verify(images: NDArray[np.uint8], prompts: Sequence[str]) -> Verdict:
-    """Scores uint8 images [n, 32, 32, 3] against n prompts of the toy grammar.
+    """Scores uint8 images [n, 32, 32, 3] against n prompts of the toy grammar; never NaN.
 
-    Raises `ValueError` for images of another type or shape, for a different number of prompts,
-    and for a prompt outside the grammar. Never returns NaN.
+    Raises `ValueError` for images of another type, shape or number, and other prompts.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
