@@ -113,6 +113,8 @@ def test_fixed_spans_of_table_2_and_a_threshold_of_zero():
         plan = planned(span=span)
         assert (plan.spans, plan.threshold) == ((span,) * 8, None)
         assert plan.nfe()["suffix_per_sample"] == sum(16 - i - span for i in range(8))
+    reached = step_entropy(GRID, 3, 1, noise_level=0.7)  # which is enough
+    assert planned([3], threshold=reached).spans == (1,)
     for measure in MEASURES:
         plan = planned(range(15), threshold=0, noise_level=0.05, measure=measure)
         assert plan.spans == (1,) * 15

@@ -94,25 +94,6 @@ def weighted_sum(rewards: Mapping[str, Array], weights: Mapping[str, float], own
     return np.where(any_applies & ~lacking, total, np.nan)
 
 
-def prune(
-    trees: Sequence[Tree],
-    edges: Sequence[tuple[int, int]],
-    kept_leaves: Sequence[set[int]],
-    *,
-    after: int,
-) -> set[int]:
-    """Positions of the edges that width pruning keeps (BranchGRPO, arXiv 2509.06040).
-
-    All that start at the grid index ``after`` or before it, and later ones with a kept leaf below.
-    """
-    return {
-        e
-        for e, (t, node) in enumerate(edges)
-        if trees[t].nodes[trees[t].nodes[node].parent].index <= after
-        or not kept_leaves[t].isdisjoint(trees[t].leaves_below[node])
-    }
-
-
 def finite(rewards: npt.ArrayLike) -> Array:
     """A float64 copy with NaN for what is not finite: an infinite score is a failure too."""
     values = np.array(rewards, dtype=np.float64)

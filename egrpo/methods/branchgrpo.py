@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from egrpo.core.advantage import Array, best_leaves, prune
+from egrpo.core.advantage import Array, best_leaves
 from egrpo.core.tree import Tree
 from egrpo.methods.base import COMMON, Changed, Context, Entry, Stochastic, rates
 from egrpo.methods.shapes import split_tree
@@ -105,7 +105,12 @@ class BranchGrpo(Stochastic):
         if not self.prunes:
             return None
         best = best_leaves(scores, weights, trees, self.width_share)
-        return prune(trees, edges, best, after=self.splits[-1])
+
+        def stays(tree: Tree, k: int, best: set[int]) -> bool:
+            early = tree.nodes[tree.nodes[k].parent].index <= self.splits[-1]
+            return early or not best.isdisjoint(tree.leaves_below[k])
+
+        return {e for e, (t, k) in enumerate(edges) if stays(trees[t], k, best[t])}
 
     def _faults(self) -> Iterator[str]:
         yield from super()._faults()
