@@ -109,7 +109,7 @@ def test_spans_are_the_least_that_reach_the_threshold(s, more, samples):
 
 
 def test_fixed_spans_of_table_2_and_a_threshold_of_zero():
-    for span in (2, 4, 6):
+    for span in (1, 2, 4, 6):
         plan = planned(span=span)
         assert (plan.spans, plan.threshold) == ((span,) * 8, None)
         assert plan.nfe()["suffix_per_sample"] == sum(16 - i - span for i in range(8))

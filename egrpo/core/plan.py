@@ -158,9 +158,8 @@ def make_plan(
     grid = check_sigmas(sigmas)
     steps = len(grid) - 1
     if on_unreachable not in POLICIES:
-        raise ValueError(
-            f"on_unreachable must be one of {', '.join(POLICIES)}, got {on_unreachable!r}"
-        )
+        known = ", ".join(POLICIES)
+        raise ValueError(f"on_unreachable must be one of {known}, got {on_unreachable!r}")
     if (threshold is None) == (span is None):
         raise ValueError("give either a threshold or a fixed span")
     if span is not None and span < 1:
@@ -174,9 +173,8 @@ def make_plan(
             return n == span
         return threshold == 0 or entropy(i, n) >= threshold  # nats can be negative
 
-    why = f"threshold {threshold} ({measure}) is out of reach"
-    if threshold is None:
-        why = f"span {span} would land on sigma = 0"
+    fixed = f"span {span} would land on sigma = 0"
+    why = f"threshold {threshold} ({measure}) is out of reach" if span is None else fixed
     spans: dict[int, int] = {}
     warnings: list[str] = []
     for i in active:
