@@ -266,8 +266,8 @@ def test_entropy_of_other_dynamics_and_of_no_noise():
     assert dance == pytest.approx(unit * 0.3 * math.sqrt(grid[3] - grid[5]))
     cps = step_entropy(grid, 3, 2, noise_level=0.5, dynamics="cps")
     assert cps == pytest.approx(unit * grid[5] * math.sqrt(0.5))
-    assert step_entropy(grid, 3, 2, noise_level=0.0) == 0.0
-    assert step_entropy(grid, 3, 2, noise_level=0.0, measure="nats_per_dim") == -math.inf
+    for measure, nothing in (("exp_per_dim", 0.0), ("variance", 0.0), ("nats_per_dim", -math.inf)):
+        assert step_entropy(grid, 3, 2, noise_level=0.0, measure=measure) == nothing
     for start, span in ((0, 0), (-1, 2), (8, 3), (10, 1)):
         with pytest.raises(ValueError, match="leaves the schedule"):
             step_entropy(grid, start, span, noise_level=0.7)
