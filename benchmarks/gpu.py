@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusers
 import torch
 
-from egrpo.core.executor import execute
+from egrpo.core.executor import Executor
 from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.methods.shapes import planned_branches
@@ -354,7 +354,7 @@ def iteration(
     with bench.memory() as used:
         bench.sync()
         begun = time.perf_counter()
-        rollout = execute(
+        rollout = Executor(
             [tree],
             sigmas,
             velocity,
@@ -364,7 +364,7 @@ def iteration(
             train_micro_batch=1,
             dtype=bench.dtype,
             device=bench.device,
-        )
+        ).rollout()
         bench.sync()
         sampled = time.perf_counter()
         model.decode(rollout.leaves, work.decode)

@@ -23,8 +23,8 @@ import torch
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.core.advantage import Advantages
-from egrpo.core.executor import Rollout
 from egrpo.core.loss import clipped_objective
+from egrpo.core.rollout import Rollout
 from egrpo.measure.embed import embed
 from egrpo.models.conditioning import Embeddings
 from egrpo.planning.grids import training_sigmas

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("egrpo", "tests", "config", "assets", "pyproject.toml")
 MATHEMATICS = (
     *("test_methods*", "test_tree_executor", "test_advantage_loss", "test_schedule_plan"),
-    *("test_transitions", "test_spread", "test_intervals", "test_bootstrap"),
+    *("test_transitions", "test_spread", "test_intervals"),
 )
 FAST = {
     "core": MATHEMATICS,

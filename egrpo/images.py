@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from egrpo.core.distance import Pixels, diversity, mean_distance
 from egrpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,25 +80,18 @@ class Images:
         return self.faults == FINE
 
     def pairwise_distance(self) -> float:
-        """Mean RMS distance of all pairs of images, as a fraction of full scale.
-
-        NaN of fewer than two.
-        """
-        pixels = self._scaled(self.valid)
-        return float(torch.pdist(pixels).mean()) / pixels.shape[1] ** 0.5
+        """Mean RMS distance of all pairs of images, in [0, 1]; NaN of fewer than two."""
+        return diversity(self._scaled())
 
     def distance_to(self, others: Images) -> float:
-        """Mean RMS distance of each image to its counterpart, as a fraction of full scale.
+        """Mean RMS distance of each image to its counterpart, in [0, 1]; NaN without a pair."""
+        return mean_distance(zip(self._scaled(), others._scaled(), strict=True))
 
-        Over pairs of two images; NaN without one.
-        """
-        both = self.valid & others.valid
-        apart = (self._scaled(both) - others._scaled(both)).square().mean(1).sqrt()
-        return float(apart.mean())
-
-    def _scaled(self, some: npt.NDArray[np.bool_]) -> Tensor:
-        """Pixels of some in [0, 1], float32 [k, 3 * height * width]."""
-        return self.pixels[some].float().div(255).flatten(1)
+    def _scaled(self) -> list[Pixels]:
+        """Each in [0, 1], float32 [3, height, width]; NaN where there is no image."""
+        scaled = self.pixels.float().div(255).cpu().numpy()
+        scaled[~self.valid] = np.nan
+        return list(scaled)
 
     def with_opacity(self) -> Tensor:
         """uint8 [n, 4, height, width]: transparent where there is no image."""

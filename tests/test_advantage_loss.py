@@ -266,7 +266,7 @@ def test_trained_steps_of_a_sample_share_its_advantage_and_leave_no_trace_in_the
     for trees in (
         [chains(6, 3, "dance_sde", trained=some) for some in steps],
         [chains(6, 3, "flow_sde", trained=((0, 1, 2),) * 3)] * 2,
-        [noised(6, 3, some) for some in steps],
+        [noised(6, some) for some in steps],
     ):
         result = compute(rewards, trees, std=std, ddof=ddof, eps=0.5)
         wanted = by_papers({"r": rewards}, A, std=std, ddof=ddof, eps=0.5)

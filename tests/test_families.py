@@ -23,7 +23,7 @@ from torch import Tensor
 from egrpo.bundle.loading import loading
 from egrpo.config.models import OWN_GRID, Model, RunConfig, Schedule
 from egrpo.config.prompts import Prompt
-from egrpo.core.executor import execute
+from egrpo.core.executor import Executor
 from egrpo.core.rollout import Rollout
 from egrpo.core.schedule import Sigmas, shifted_sigmas, stock_end
 from egrpo.errors import UserError
@@ -98,7 +98,7 @@ def ours(model: FlowModel, noise: Tensor, prompts: list[Prompt], sigmas: Sigmas)
     """Images uint8 of a plain ODE from ``noise`` [n, C, h, w]."""
     guided = model.settings.guidance_scale > 1
     conditioning = model.encode(prompts, negative=guided).batch(range(len(prompts)), model.device)
-    rollout = execute(
+    forest = Executor(
         [chains(len(sigmas) - 1, 1)] * len(prompts),
         sigmas,
         lambda x, sigma, tree: model.velocity(x, sigma, conditioning.rows(tree)),
@@ -106,7 +106,7 @@ def ours(model: FlowModel, noise: Tensor, prompts: list[Prompt], sigmas: Sigmas)
         noise_level=0.0,
         micro_batch=8,
     )
-    return model.decode(rollout.leaves, 2).pixels
+    return model.decode(forest.rollout().leaves, 2).pixels
 
 
 def theirs(pipe: Any, family: str, noise: Tensor, prompt: Prompt, guidance: float) -> Tensor:

@@ -107,6 +107,9 @@ def test_defaults_are_those_of_the_methods_papers_and_codes(name):
     got += (t.learning_rate_lora, t.updates, a.std, a.ddof)
     assert got == RECIPES[name][:-1]
     assert a.eps == (1e-8 if a.ddof else 1e-4)
+    if name != "tempflow_grpo":
+        weights = {node.weight for node in tree(run).nodes if node.trained}
+        assert weights == {0.2 if name == "awm" else 1.0}  # AWM's advantages count within 1, not 5
 
 
 @pytest.mark.parametrize("model", METHOD_MODELS.values())
@@ -182,6 +185,8 @@ def test_steps_drawn_per_sample_are_uniform_and_differ(name, count, eligible):
 def test_active_per_iteration_is_a_uniform_subset_of_the_plan(name):
     whole = tree(paper(name))
     ends = {start_of(whole, k): whole.nodes[k].index for k in whole.trained}
+    spans = {"egrpo": (1, 1, 2, 2, 2, 3, 3, 3), "g2rpo": (1,) * 8, "tempflow_grpo": (1,) * 9}[name]
+    assert ends == {i: i + span for i, span in enumerate(spans)}  # all, where no number is given
     run = paper(name, active_per_iteration=3)
     drawn = []
     for n, prompt in ((n, prompt) for n in range(1, 41) for prompt in range(10)):
@@ -191,12 +196,6 @@ def test_active_per_iteration_is_a_uniform_subset_of_the_plan(name):
         drawn.append(frozenset(some))
     uniform(drawn, 3, len(ends))
     assert len(set(drawn)) > 0.8 * math.comb(len(ends), 3)
-
-
-def test_all_active_steps_branch_where_no_number_is_given():
-    grown = tree(paper("egrpo"), 7, 3)
-    spans = {start_of(grown, k): grown.nodes[k].index - start_of(grown, k) for k in grown.trained}
-    assert spans == dict(enumerate((1, 1, 2, 2, 2, 3, 3, 3)))
 
 
 def test_branchgrpo_splits_and_trains_every_edge_but_the_last():
@@ -294,19 +293,15 @@ def test_trees_are_the_same_in_another_process_and_order(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", METHODS)
 def test_seed_iteration_and_prompt_matter_where_something_is_drawn(name):
-    settings = DRAWN.get(name, {})
+    run = paper(name, **DRAWN.get(name, {}))
+    other = run.model_copy(update={"seed": 1})
+    first = [tree(run, n) for n in range(1, 9)]
+    assert first == [tree(run, n) for n in range(1, 9)]
+    drawn = [[tree(other, n) for n in range(1, 9)], first[:1] * 8]
+    drawn += [[tree(run, 1, prompt) for prompt in range(8)]]
     fixed = name in ("flow_grpo", "branchgrpo", "mixgrpo", "mixgrpo_flash")
-
-    def drawn(seed: int, iterations: range, prompts: range) -> list[Tree]:
-        run = paper(name, **settings).model_copy(update={"seed": seed})
-        return [tree(run, n, prompt) for n in iterations for prompt in prompts]
-
-    some = drawn(0, range(1, 9), range(1))
-    assert some == drawn(0, range(1, 9), range(1))
-    assert (some == drawn(1, range(1, 9), range(1))) is fixed
-    assert (some[:1] * 8 == some) is fixed
-    prompts = drawn(0, range(1, 2), range(8))
-    assert (prompts[:1] * 8 == prompts) is fixed
+    alike = [trees == (first if n < 2 else first[:1] * 8) for n, trees in enumerate(drawn)]
+    assert alike == [fixed] * 3
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -321,12 +316,6 @@ COSTS = {  # forward, train, per prompt
     "diffusion_nft": (456, 216),  # 24 * 10 + 24 * 9, 24 * 9
     "awm": (480, 144),  # 24 * 14 + 24 * 6, 24 * 6
 }
-
-
-@pytest.mark.parametrize("name", COSTS)
-def test_cost_at_the_papers_settings(name):
-    run = paper(name)
-    assert {tree(run, n, n).cost for n in (1, 2, 40)} == {Cost(*COSTS[name])}
 
 
 def test_efficient_is_the_arm_that_was_measured():
@@ -371,16 +360,17 @@ def test_cost_of_flow_grpo_fast_shares_what_comes_before_the_window():
 def test_cost_of_an_iteration_sums_its_prompts_and_guidance_doubles_it(name):
     run = paper(name)
     plan = plan_of(run, training_sigmas(run)) if needs_plan(run) else None
-    one = tree(run).cost
-    if name != "flow_grpo_fast":  # the same for every prompt
-        cost = iteration_cost(run, plan, 1, 16)
-        penalties = 2 if name == "awm" else int(run.train.kl_weight > 0)
-        assert (cost.forward, cost.train) == (2 * one.forward, 2 * one.train)
-        assert cost.reference == penalties * 2 * one.train
-        assert cost.total == cost.forward + cost.train + cost.reference
+    each = {tree(run, n, n).cost for n in (1, 2, 40)}
+    if name in COSTS:
+        assert each == {Cost(*COSTS[name])}
+    cost = iteration_cost(run, plan, 1, 16)
+    if len(each) == 1:  # the same for every prompt, of which an iteration has two
+        assert cost[:2] == tuple(2 * n for n in each.pop())
+    penalties = 2 if name == "awm" else int(run.train.kl_weight > 0)
+    assert cost.reference == penalties * cost.train
+    assert cost.total == cost.forward + cost.train + cost.reference
     guided = run.model_copy(update={"model": run.model.model_copy(update={"guidance_scale": 4.5})})
-    cost, twice = iteration_cost(run, plan, 1, 16), iteration_cost(guided, plan, 1, 16)
-    assert (twice.forward, twice.train) == (2 * cost.forward, 2 * cost.train)
+    assert iteration_cost(guided, plan, 1, 16) == tuple(2 * n for n in cost)
 
 
 # --- optimizer steps ------------------------------------------------------------------------------
@@ -399,28 +389,19 @@ def test_parts_cover_every_edge_and_none_is_empty(name):
         assert grown.passes(count) == grown.cost.train
 
 
-def by_start(run: RunConfig, grown: Tree, k: int, count: int) -> int:
-    return start_of(grown, k)
+CUT = [("egrpo", 8), ("g2rpo", 8), ("tempflow_grpo", 2), ("flow_grpo", 2), ("flow_grpo_fast", 2)]
+CUT += [("flow_grpo_fast", 5), ("dancegrpo", 3), ("mixgrpo", 4), ("awm", 5), ("diffusion_nft", 6)]
 
 
-def by_sample(run: RunConfig, grown: Tree, k: int, count: int) -> int:
-    return grown.nodes[k].sample * count // run.method.group_size
-
-
-def by_anchor(run: RunConfig, grown: Tree, k: int, count: int) -> int:
-    return grown.nodes[k].group // 9 * count // 4
-
-
-CUT = [("egrpo", 8, by_start), ("g2rpo", 8, by_start), ("tempflow_grpo", 2, by_anchor)]
-CUT += [("flow_grpo", 2, by_sample), ("flow_grpo_fast", 2, by_sample), ("awm", 5, by_sample)]
-CUT += [("flow_grpo_fast", 5, by_sample), ("dancegrpo", 3, by_sample), ("mixgrpo", 4, by_sample)]
-
-
-@pytest.mark.parametrize(("name", "count", "part"), [*CUT, ("diffusion_nft", 6, by_sample)])
-def test_branches_are_cut_by_step_chains_by_sample_and_anchors_whole(name, count, part):
+@pytest.mark.parametrize(("name", "count"), CUT)
+def test_branches_are_cut_by_step_chains_by_sample_and_anchors_whole(name, count):
     run = paper(name)
     grown = tree(run)
-    assert grown.parts(count) == {k: part(run, grown, k, count) for k in grown.trained}
+    for k, part in grown.parts(count).items():
+        node, samples = grown.nodes[k], run.method.group_size
+        by_sample, by_anchor = node.sample * count // samples, node.group // 9 * count // 4
+        special = {"egrpo": start_of(grown, k), "g2rpo": start_of(grown, k)}
+        assert part == (special | {"tempflow_grpo": by_anchor}).get(name, by_sample)
 
 
 def test_both_updates_of_flow_grpo_fast_train_the_whole_window():
@@ -454,12 +435,6 @@ def test_tempflow_weighs_a_step_by_its_share_of_the_noise(active_per_iteration):
         mean = sum(map(std, weight)) / len(weight)
         assert weight == pytest.approx({i: std(i) / mean for i in weight})
         assert sum(weight.values()) / len(weight) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"tempflow_grpo"}))
-def test_other_methods_weigh_all_edges_alike(name):
-    weights = {node.weight for node in tree(paper(name)).nodes if node.trained}
-    assert weights == {0.2 if name == "awm" else 1.0}  # AWM's advantages count within 1, not 5
 
 
 # --- what is refused ------------------------------------------------------------------------------

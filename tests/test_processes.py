@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +61,32 @@ def start(command: list[str], processes: int, config: str = "ddp") -> subprocess
     )
 
 
-def trained(
-    run: RunConfig, embeddings: Embeddings, folder: Path, processes: int, config: str = "ddp"
-) -> Path:
-    finished(start(train_words(run, embeddings, folder), processes, config))
-    return folder / "out"
-
-
 def finished(job: subprocess.Popen[str]) -> str:
     output, _ = job.communicate(timeout=600)
     assert job.returncode == 0, output
     return output
 
 
-def metrics(folder: Path) -> dict[tuple[int, str], float]:
-    rows = pq.read_table(folder / "train_metrics.parquet").to_pylist()
-    return {
-        (row["iteration"], row["metric"]): row["value"]
-        for row in rows
-        if not row["metric"].startswith("time/")
-    }
+def variant(name: str, **more: Any) -> RunConfig:
+    few = {} if name == "egrpo" else {"train.iterations": 2}
+    return small_run("egrpo", **few, **VARIANTS[name], **more, **{"train.prompts_per_iteration": 4})
+
+
+Trained = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def trained(embeddings: Embeddings, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Trains a variant in some processes; each once."""
+
+    @cache
+    def train(name: str, processes: int, config: str = "ddp", **more: Any) -> Path:
+        folder = tmp_path_factory.mktemp("trained")
+        words = train_words(variant(name, **more), embeddings, folder)
+        finished(start(words, processes, config))
+        return folder / "out"
+
+    return train
 
 
 def same(one: Path, other: Path) -> None:
@@ -89,15 +97,22 @@ def same(one: Path, other: Path) -> None:
     for key, value in a.items():
         # as a whole: where a gradient is nearly 0, Adam makes much of its rounding
         assert float((value - b[key]).norm()) <= 4e-3 * float(value.norm()), key
-    first, second = metrics(one), metrics(other)
-    assert first.keys() == second.keys()
-    for key, value in first.items():
+    tables = [
+        [
+            pq.read_table(folder / f"{name}.parquet").to_pydict()
+            for name in ("train_metrics", "rollouts")
+        ]
+        for folder in (one, other)
+    ]
+    (first, rolled), (second, rolled_again) = tables
+    assert (first["iteration"], first["metric"]) == (second["iteration"], second["metric"])
+    for metric, value, again in zip(first["metric"], first["value"], second["value"], strict=True):
         # of few scores, some of which jump with a rounding of one pixel
-        near = 2e-2 if key[1].startswith("monitor_std/") else 2e-3
-        np.testing.assert_allclose(second[key], value, rtol=near, atol=2e-5, err_msg=str(key))
-    tables = [pq.read_table(folder / "rollouts.parquet").to_pydict() for folder in (one, other)]
-    for column in tables[0]:
-        x, y = tables[0][column], tables[1][column]
+        near = 2e-2 if metric.startswith("monitor_std/") else 2e-3
+        if not metric.startswith("time/"):
+            np.testing.assert_allclose(again, value, rtol=near, atol=2e-5, err_msg=metric)
+    for column, x in rolled.items():
+        y = rolled_again[column]
         if isinstance(x[0], float):
             np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-3, err_msg=column)
         else:
@@ -107,55 +122,35 @@ def same(one: Path, other: Path) -> None:
         assert heads[0][key] == heads[1][key], key
 
 
-@pytest.fixture(scope="module")
-def alone(embeddings: Embeddings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first variant gives in one process."""
-    return trained(variant("egrpo"), embeddings, tmp_path_factory.mktemp("alone"), 1)
-
-
-def variant(name: str, **more: Any) -> RunConfig:
-    few = {} if name == "egrpo" else {"train.iterations": 2}
-    return small_run("egrpo", **few, **VARIANTS[name], **more, **{"train.prompts_per_iteration": 4})
+CUT = {"train.prompts_at_once": 1, "train.train_micro_batch": 5, "train.micro_batch": 7}
+WHOLE = {"model.merge_lora_for_sampling": False}
+SHARDED = {**WHOLE, "train.updates": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_trajectory_does_not_depend_on_the_number_of_processes(
-    processes: int, alone: Path, embeddings: Embeddings, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "processes", "config", "alone", "more"),
+    [
+        # 4 prompts on one process, 2 on each of two, 1 on each of four
+        *(("egrpo", processes, "ddp", {}, {}) for processes in (2, 4)),
+        *((name, 2, "ddp", {}, {}) for name in list(VARIANTS)[1:]),
+        # prompts sampled one after the other, and other batches, on processes of 2, 1 and 1
+        ("egrpo", 3, "ddp", {}, CUT),
+        # FSDP2; processes with unequal work keep in step
+        ("egrpo", 3, "fsdp2", {}, WHOLE),
+        ("gdpo over two rewards", 2, "fsdp2", SHARDED, SHARDED),
+        ("averaged", 3, "fsdp2", SHARDED, SHARDED),
+    ],
+)
+def test_a_trajectory_does_not_depend_on_processes_or_how_the_work_is_cut(
+    name: str, processes: int, config: str, alone: Any, more: Any, trained: Trained
 ) -> None:
-    """4 prompts on one process, 2 on each of two, 1 on each of four."""
-    same(alone, trained(variant("egrpo"), embeddings, tmp_path, processes))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(VARIANTS)[1:])
-def test_nor_does_that_of_other_methods(name: str, embeddings: Embeddings, tmp_path: Path) -> None:
-    run = variant(name)
-    one = trained(run, embeddings, tmp_path / "1", 1)
-    same(one, trained(run, embeddings, tmp_path / "2", 2))
-
-
-@pytest.mark.slow
-def test_nor_on_how_the_work_is_cut(alone: Path, embeddings: Embeddings, tmp_path: Path) -> None:
-    """Prompts sampled one after the other, and other batches, on three processes of 2, 1 and 1."""
-    cut = {"train.prompts_at_once": 1, "train.train_micro_batch": 5, "train.micro_batch": 7}
-    same(alone, trained(variant("egrpo", **cut), embeddings, tmp_path, 3))
-
-
-@pytest.mark.slow
-def test_sharded_weights_give_the_same(alone: Path, embeddings: Embeddings, tmp_path: Path) -> None:
-    """FSDP2; processes with unequal work keep in step."""
-    whole = {"model.merge_lora_for_sampling": False}
-    same(alone, trained(variant("egrpo", **whole), embeddings, tmp_path / "egrpo", 3, "fsdp2"))
-    for name, processes in (("gdpo over two rewards", 2), ("averaged", 3)):
-        run = variant(name, **whole, **{"train.updates": 2})
-        one = trained(run, embeddings, tmp_path / f"{name} 1", 1)
-        same(one, trained(run, embeddings, tmp_path / name, processes, "fsdp2"))
+    same(trained(name, 1, **alone), trained(name, processes, config, **more))
 
 
 @pytest.mark.slow
 def test_a_preempted_job_goes_on_with_another_number_of_processes(
-    alone: Path, embeddings: Embeddings, tmp_path: Path
+    trained: Trained, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     """SIGTERM to the launcher: saved after the iteration, in one line; then one process ends it."""
     command = train_words(variant("egrpo"), embeddings, tmp_path)
@@ -166,7 +161,7 @@ def test_a_preempted_job_goes_on_with_another_number_of_processes(
     assert job.returncode != 0
     assert "saved after iteration" in output
     assert "going on after iteration" in finished(start(command, 1))
-    same(alone, tmp_path / "out")
+    same(trained("egrpo", 1), tmp_path / "out")
 
 
 def test_workers_die_with_their_launcher(embeddings: Embeddings, tmp_path: Path) -> None:
@@ -175,21 +170,20 @@ def test_workers_die_with_their_launcher(embeddings: Embeddings, tmp_path: Path)
     workers = psutil.Process(job.pid).children(recursive=True)
     assert len(workers) >= 2
     job.kill()
-    _, alive = psutil.wait_procs(workers, timeout=20)
-    assert not alive
+    assert not psutil.wait_procs(workers, timeout=20)[1]
     job.communicate()
 
 
 @pytest.mark.slow
 def test_images_and_scores_do_not_depend_on_the_number_of_processes(
-    alone: Path, embeddings: Embeddings, tmp_path: Path
+    trained: Trained, embeddings: Embeddings, tmp_path: Path
 ) -> None:
-    run = variant("egrpo", **{"evaluate.prompts": 5})
+    run, adapter = variant("egrpo", **{"evaluate.prompts": 5}), trained("egrpo", 1) / "adapter"
     found = []
     for processes in (1, 3):
         folder = tmp_path / str(processes)
         words = stage_words("evaluate", run, embeddings, tmp_path, folder)
-        finished(start([*words, "--adapter", str(alone / "adapter")], processes))
+        finished(start([*words, "--adapter", str(adapter)], processes))
         names = ("scores.parquet", "images.parquet")
         found.append([pq.read_table(folder / name).to_pydict() for name in names])
     (one, pictures), (three, same_pictures) = found
@@ -199,15 +193,14 @@ def test_images_and_scores_do_not_depend_on_the_number_of_processes(
     assert len(one["run"]) == 5 * 2 * len(small_run().rewards)
 
 
+FEWER = "train.prompts_per_iteration"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
         ("train.monitor_every", 0, "iteration 1: 18 of 18 images are NaN or infinite"),
-        (
-            "train.prompts_per_iteration",
-            1,
-            "train.prompts_per_iteration: 1 prompts for 2 processes",
-        ),
+        (FEWER, 1, f"{FEWER}: 1 prompts for 2 processes"),
     ],
 )
 def test_processes_that_cannot_go_on_end_together(

@@ -15,8 +15,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from egrpo.core.entropy import profile, step_entropy
-from egrpo.core.noise import flow_sde_std
+from egrpo.core.entropy import step_entropy
+from egrpo.core.noise import STD
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import check_sigmas, shifted_sigmas, stock_end
 from egrpo.methods.shapes import planned_branches
@@ -67,13 +67,6 @@ def test_plan_and_entropy_equal_those_of_the_paper(tau, spans, evaluations):
     np.testing.assert_allclose(plan.entropy, [*map(float, SINGLE.split())], atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("span", [2, 4, 6])
-def test_fixed_spans_of_table_2(span):
-    plan = planned(span=span)
-    assert (plan.spans, plan.threshold) == ((span,) * 8, None)
-    assert plan.nfe()["suffix_per_sample"] == sum(16 - i - span for i in range(8))
-
-
 @st.composite
 def plan_settings(draw: st.DrawFn) -> dict[str, Any]:
     measure = draw(st.sampled_from(sorted(MEASURES)))
@@ -115,10 +108,16 @@ def test_spans_are_the_least_that_reach_the_threshold(s, more, samples):
     assert cost.train == nfe["train"] == len(plan.active)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-def test_threshold_zero_merges_nothing_in_every_measure(measure):
-    plan = planned(range(15), threshold=0, noise_level=0.05, measure=measure)
-    assert plan.spans == (1,) * 15
+def test_fixed_spans_of_table_2_and_a_threshold_of_zero():
+    for span in (1, 2, 4, 6):
+        plan = planned(span=span)
+        assert (plan.spans, plan.threshold) == ((span,) * 8, None)
+        assert plan.nfe()["suffix_per_sample"] == sum(16 - i - span for i in range(8))
+    reached = step_entropy(GRID, 3, 1, noise_level=0.7)  # which is enough
+    assert planned([3], threshold=reached).spans == (1,)
+    for measure in MEASURES:
+        plan = planned(range(15), threshold=0, noise_level=0.05, measure=measure)
+        assert plan.spans == (1,) * 15
 
 
 def test_steps_out_of_reach_are_capped_dropped_or_refused():
@@ -126,19 +125,17 @@ def test_steps_out_of_reach_are_capped_dropped_or_refused():
     reach = entropy_table(16, 3.0, 0.7, "exp_per_dim")[:, 15]
     beyond = [i for i in range(8, 15) if not reach[i] >= 2.6]
     assert 0 < len(beyond) < 7
-    assert [w.split(":")[0] for w in plan.warnings] == [f"step {i}" for i in beyond]
+    why = "threshold 2.6 (exp_per_dim) is out of reach"
+    assert plan.warnings == tuple(f"step {i}: {why}, span capped at {15 - i}" for i in beyond)
     assert all(plan.active[k] + plan.spans[k] == 15 for k in range(7) if 8 + k in beyond)
-    assert f"capped at {15 - beyond[0]}" in plan.warnings[0]
-    assert "2.6" in plan.warnings[0]
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert plan.to_dict()["nfe"] == plan.nfe()
     dropped = planned(range(8, 15), threshold=2.6, on_unreachable="drop")
     assert set(dropped.active) == set(range(8, 15)) - set(beyond)
-    assert all("left out" in w for w in dropped.warnings)
-    assert len(dropped.warnings) == len(beyond)
+    assert dropped.warnings == tuple(f"step {i}: {why}, step left out" for i in beyond)
     fixed = planned([8, 12], span=6)
     assert fixed.spans == (6, 3)
-    assert [w.split(":")[0] for w in fixed.warnings] == ["step 12"]
+    assert fixed.warnings == ("step 12: span 6 would land on sigma = 0, span capped at 3",)
 
 
 @pytest.mark.parametrize(
@@ -196,43 +193,36 @@ def test_damaged_plans_are_refused(key, value, message):
         Plan.from_dict(data)
 
 
-OPTIONAL = {"warnings", "samples", "nfe"}
-
-
-@pytest.mark.parametrize("key", sorted(set(planned(threshold=2.2).to_dict()) - OPTIONAL))
-def test_plans_that_lack_a_key_are_refused(key):
-    data = planned(threshold=2.2).to_dict()
-    del data[key]
-    with pytest.raises(ValueError, match=f"no key '{key}'"):
-        Plan.from_dict(data)
+def test_plans_that_lack_a_key_are_refused():
+    whole = planned(threshold=2.2).to_dict()
+    for key in whole.keys() - {"warnings", "samples", "nfe"}:
+        with pytest.raises(ValueError, match=f"no key '{key}'"):
+            Plan.from_dict({k: v for k, v in whole.items() if k != key})
 
 
 # --- grids ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(16, 3.0), (10, 3.0), (50, 3.0), (25, 1.0), (8, 6.5)])
-def test_schedule_equals_diffusers(steps, shift):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
-    ours = shifted_sigmas(steps, shift)
-    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
-    assert check_sigmas(ours) == ours
-
-
 @pytest.mark.parametrize("terminal", [None, 0.02])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.5, "dynamic"])
 @pytest.mark.parametrize("steps", [10, 40, 50])
-def test_stock_grid_is_what_the_scheduler_makes_of_a_number_of_steps(steps, shift, terminal):
-    """As the SD3 pipeline asks for it: ``set_timesteps(T)``, without sigmas."""
+def test_grids_are_those_of_diffusers(steps, shift, terminal):
+    """Of sigmas, and of a number of steps as the SD3 pipeline asks for it."""
     dynamic, mu = shift == "dynamic", 0.8
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=1.0 if dynamic else shift, use_dynamic_shifting=dynamic, shift_terminal=terminal
-    )
-    scheduler.set_timesteps(steps, mu=mu if dynamic else None)
+    shift = 1.0 if dynamic else shift
+    how = {"use_dynamic_shifting": dynamic, "shift_terminal": terminal}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, **how)
+    given = {"mu": mu if dynamic else None}
     shift = math.exp(mu) if dynamic else shift
-    ours = shifted_sigmas(steps, shift, terminal, stock_end(shift, dynamic=dynamic))
-    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
-    assert check_sigmas(ours) == ours
+    even = np.linspace(1.0, 1.0 / steps, steps).tolist()
+    for end, asked in (
+        (None, {"sigmas": even}),
+        (stock_end(shift, dynamic=dynamic), {"num_inference_steps": steps}),
+    ):
+        scheduler.set_timesteps(**asked, **given)
+        ours = shifted_sigmas(steps, shift, terminal, end)
+        np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
+        assert check_sigmas(ours) == ours
 
 
 def test_stock_grid_of_ten_steps():
@@ -244,28 +234,27 @@ def test_stock_grid_of_ten_steps():
     one = shifted_sigmas(1, 3.0, end=end)
     assert check_sigmas(one) == one == (1.0, 0.0)
     # Flow-GRPO's last, untrained step adds this much noise to the rewarded latent
-    assert flow_sde_std(grid, 9, 10, 0.7) == pytest.approx(0.0063, abs=5e-5)
-    assert flow_sde_std(shifted_sigmas(10, 3.0), 9, 10, 0.7) == pytest.approx(0.202, abs=5e-4)
+    assert STD["flow_sde"](grid, 9, 10, 0.7) == pytest.approx(0.0063, abs=5e-5)
+    assert STD["flow_sde"](shifted_sigmas(10, 3.0), 9, 10, 0.7) == pytest.approx(0.202, abs=5e-4)
 
 
-@pytest.mark.parametrize(
-    ("steps", "shift", "end"),
-    [
-        *((steps, 3.0, None) for steps in (0, -4)),
-        *((16, shift, None) for shift in (0.0, -1.0, math.inf, math.nan)),
-        *((10, 3.0, end) for end in (0.0, 1.0, -0.1, math.nan)),
-    ],
-)
-def test_impossible_schedules_are_refused(steps, shift, end):
-    key = "steps" if steps < 1 else "shift" if end is None else "end must lie"
-    with pytest.raises(ValueError, match=key):
-        shifted_sigmas(steps, shift, end=end)
+IMPOSSIBLE = [
+    *(((steps, 3.0), "steps must be at least 1") for steps in (0, -4)),
+    *(((16, shift), "shift must be a positive") for shift in (0.0, -1.0, math.inf, math.nan)),
+    *(((9, 3.0, None, end), "end must lie") for end in (0.0, 1.0, -0.1, math.nan)),
+    *(((9, 3.0, last), "terminal must lie") for last in (0.0, 1.0)),
+    ((1, 3.0, 0.1), "terminal must lie in"),
+]
+NO_GRIDS = [[1.0], [], [1, 0.5, 0.5, 0], [1, math.nan, 0], [1, 0.2], [0.9, 0.0]]
 
 
-@pytest.mark.parametrize("grid", [[1.0], [], [1, 0.5, 0.5, 0], [1, math.nan, 0], [1, 0.2]])
-def test_check_sigmas_refuses_what_is_no_grid(grid):
-    with pytest.raises(ValueError, match="sigmas must"):
-        check_sigmas(grid)
+def test_impossible_schedules_and_grids_are_refused():
+    for arguments, message in IMPOSSIBLE:
+        with pytest.raises(ValueError, match=message):
+            shifted_sigmas(*arguments)
+    for grid in NO_GRIDS:
+        with pytest.raises(ValueError, match="sigmas must"):
+            check_sigmas(grid)
 
 
 # --- entropy --------------------------------------------------------------------------------------
@@ -277,13 +266,8 @@ def test_entropy_of_other_dynamics_and_of_no_noise():
     assert dance == pytest.approx(unit * 0.3 * math.sqrt(grid[3] - grid[5]))
     cps = step_entropy(grid, 3, 2, noise_level=0.5, dynamics="cps")
     assert cps == pytest.approx(unit * grid[5] * math.sqrt(0.5))
-    assert step_entropy(grid, 3, 2, noise_level=0.0) == 0.0
-    assert step_entropy(grid, 3, 2, noise_level=0.0, measure="nats_per_dim") == -math.inf
-    assert len(profile(GRID, noise_level=0.7)) == 15  # steps that land on the image are left out
-    assert len(profile(GRID, 4, noise_level=0.7)) == 12
-
-
-@pytest.mark.parametrize(("start", "span"), [(0, 0), (-1, 2), (8, 3), (10, 1)])
-def test_entropy_of_a_step_off_the_grid_is_refused(start, span):
-    with pytest.raises(ValueError, match="leaves the schedule"):
-        step_entropy(shifted_sigmas(10, 2.0), start, span, noise_level=0.7)
+    for measure, nothing in (("exp_per_dim", 0.0), ("variance", 0.0), ("nats_per_dim", -math.inf)):
+        assert step_entropy(grid, 3, 2, noise_level=0.0, measure=measure) == nothing
+    for start, span in ((0, 0), (-1, 2), (8, 3), (10, 1)):
+        with pytest.raises(ValueError, match="leaves the schedule"):
+            step_entropy(grid, start, span, noise_level=0.7)

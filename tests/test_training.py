@@ -82,7 +82,7 @@ def test_ratio_is_exactly_one_at_the_first_update_and_counts_are_predicted(
     state = trainer.learner.optimizer.state_dict()["state"]
     assert {int(s["step"]) for s in state.values()} == {updates}
     cost = iteration_cost(trainer.run, trainer.plan, 1, len(trainer.texts))
-    assert {k: trainer.counts[k] for k in ("forward", "train", "reference")} == vars(cost)
+    assert {k: trainer.counts[k] for k in ("forward", "train", "reference")} == cost._asdict()
     _, trees = trainer.trees(1)
     assert len(rows["step"]) == sum(len(tree.trained) for tree in trees)
 

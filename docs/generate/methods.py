@@ -10,7 +10,7 @@ from docs.generate.text import paragraph, rows
 from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.tree import Tree
 from egrpo.methods import METHOD_MODELS
-from egrpo.methods.base import Context, Method, draw
+from egrpo.methods.base import Context, Method
 
 STEPS, SAMPLES, SHIFT = 10, 3, 3.0
 """T and G of the drawings, and the timestep shift of drawings and costs."""
@@ -63,7 +63,7 @@ def grown(method: Method, iteration: int = 1) -> Tree:
     end = stock_end(SHIFT, dynamic=False) if method.stock_grid else None
     sigmas = shifted_sigmas(method.steps, SHIFT, end=end)
     plan = method.plan(sigmas) if method.needs_plan else None
-    return method.tree(Context(plan, sigmas, iteration, draw(0, "tree", iteration, 0)))
+    return method.tree(Context(plan, sigmas, iteration, (0, "tree", iteration, 0)))
 
 
 def cost(model: type[Method]) -> tuple[int, int]:

@@ -1,5 +1,1 @@
-"""The mathematics: schedule, entropy, plan, tree, executor, advantage, loss.
-
-Pure functions over explicit arrays. No files, no network, no configuration objects.
-``schedule``, ``noise``, ``entropy``, ``plan`` and ``tree`` need no torch.
-"""
+"""The mathematics: pure functions over explicit arrays. No files, network or settings."""

@@ -1,10 +1,9 @@
 """From rewards of leaves to advantages of trained edges. numpy, float64.
 
-Leaves with several labels (granularities) are normalised label by label, and summed.
-Group hygiene: a NaN reward leaves its sample out of mean and std; a group with fewer than two
-valid samples or with equal rewards has zero advantage and is counted. A reward without a valid
-score among all leaves of a tree does not apply to that prompt; where one has failed for some leaves
-only, these are invalid (:func:`weighted_sum`).
+Leaves with several labels (granularities) are normalised label by label, and summed. A NaN reward
+leaves its sample out of mean and std; a group with fewer than two valid samples or with equal
+rewards has zero advantage and is counted. A reward without a valid score among all leaves of a
+tree does not apply to that prompt; where one has failed for some leaves only, these are invalid.
 Source: E-GRPO (arXiv 2601.00423); unbiased std as in its and DanceGRPO's code.
 """
 
@@ -23,7 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Advantages(NamedTuple):
-    """Advantages of the trained edges and what hygiene removed.
+    """Advantages of the trained edges and what was left out.
 
     Attributes:
         values: [E] float64, clamped; 0 where an edge or its group has nothing to say.
@@ -36,12 +35,6 @@ class Advantages(NamedTuple):
     groups: int
     groups_masked: int
     samples_invalid: int
-
-
-def leaf_labels(trees: Sequence[Tree]) -> Ints:
-    """Label [L] of every leaf, ordered by (tree, leaf)."""
-    labels = [tree.nodes[leaf].label for tree in trees for leaf in tree.leaves]
-    return np.array(labels, dtype=np.int64)
 
 
 def leaf_trees(trees: Sequence[Tree]) -> Ints:
@@ -73,36 +66,25 @@ def best_leaves(
     leaf that lacks one of these comes last.
     """
     owner = leaf_trees(trees)
-    raw = {name: finite(rewards[name]) for name in weights}
-    among = {
-        name: np.where(np.isnan(r), np.nan, np.nan_to_num(normalise(r, owner)[0]))
-        for name, r in raw.items()
-    }
+    among = {}
+    for name in weights:
+        raw = finite(rewards[name])
+        among[name] = np.where(np.isnan(raw), np.nan, np.nan_to_num(normalise(raw, owner)[0]))
     total = np.nan_to_num(weighted_sum(among, weights, owner), nan=-np.inf)
-    best = []
-    for t in range(len(trees)):
-        mine = total[owner == t]
-        count = max(1, round(share * len(mine)))
-        best.append(set(np.argsort(-mine, kind="stable")[:count].tolist()))
-    return best
+    each = [total[owner == t] for t in range(len(trees))]
+    counts = [max(1, round(share * len(mine))) for mine in each]
+    order = [np.argsort(-mine, kind="stable").tolist() for mine in each]
+    return [set(ranks[:count]) for ranks, count in zip(order, counts, strict=True)]
 
 
 def weighted_sum(rewards: Mapping[str, Array], weights: Mapping[str, float], owner: Ints) -> Array:
-    """Weighted sum [L] of the rewards that apply to each leaf's prompt.
+    """Weighted sum [L] of the rewards (name -> [L], NaN: invalid) that apply to a leaf's prompt.
 
-    A reward applies where any leaf of the tree has a valid score. So all leaves of a tree are
-    compared by the same rewards.
-
-    Args:
-        rewards: name -> [L]; NaN marks an invalid score.
-        weights: name -> weight.
-        owner: [L] tree of each leaf.
-
-    Returns:
-        NaN for a leaf that lacks the score of a reward which applies, or to which none applies.
+    A reward applies where any leaf of the tree, ``owner`` [L], has a valid score, so that all its
+    leaves are compared by the same rewards. NaN for a leaf that lacks one or to which none applies.
     """
-    total, lacking = np.zeros(len(owner)), np.zeros(len(owner), dtype=bool)
-    any_applies = np.zeros(len(owner), dtype=bool)
+    total = np.zeros(len(owner))
+    lacking, any_applies = np.zeros((2, len(owner)), dtype=bool)
     for name, weight in weights.items():
         valid = ~np.isnan(rewards[name])
         applies = np.isin(owner, owner[valid])
@@ -110,25 +92,6 @@ def weighted_sum(rewards: Mapping[str, Array], weights: Mapping[str, float], own
         lacking |= applies & ~valid
         any_applies |= applies
     return np.where(any_applies & ~lacking, total, np.nan)
-
-
-def prune(
-    trees: Sequence[Tree],
-    edges: Sequence[tuple[int, int]],
-    kept_leaves: Sequence[set[int]],
-    *,
-    after: int,
-) -> set[int]:
-    """Positions of the edges that width pruning keeps (BranchGRPO, arXiv 2509.06040).
-
-    All that start at the grid index ``after`` or before it, and later ones with a kept leaf below.
-    """
-    return {
-        e
-        for e, (t, node) in enumerate(edges)
-        if trees[t].nodes[trees[t].nodes[node].parent].index <= after
-        or not kept_leaves[t].isdisjoint(trees[t].leaves_below[node])
-    }
 
 
 def finite(rewards: npt.ArrayLike) -> Array:
@@ -144,11 +107,9 @@ def normalise(
     """``(value - group mean) / (std + eps)``.
 
     Args:
-        values: [E] float64; NaN marks an invalid sample.
-        groups: [E] group number of each value.
+        values, groups: [E], and the number of each value's group; NaN marks an invalid sample.
         std: over the ``group``, or over the whole ``batch`` (Flow-GRPO).
         ddof: 1 for the unbiased std, 0 for the population's.
-        eps: added to the std.
 
     Returns:
         Advantages [E] (NaN where masked or invalid), number of groups, number of masked groups.
@@ -157,15 +118,14 @@ def normalise(
     valid = ~np.isnan(values)
     spread = np.std(values[valid], ddof=ddof) if valid.sum() > ddof else 0.0
     numbers = np.unique(groups)
-    masked = 0
+    masked = len(numbers)
     for g in numbers:
         members = (groups == g) & valid
         x = values[members]
-        if x.size < 2 or np.ptp(x) == 0.0:
-            masked += 1
-            continue
-        scale = np.std(x, ddof=ddof) if std == "group" else spread
-        out[members] = (x - x.mean()) / (scale + eps)
+        if x.size > 1 and np.ptp(x) > 0.0:
+            masked -= 1
+            scale = np.std(x, ddof=ddof) if std == "group" else spread
+            out[members] = (x - x.mean()) / (scale + eps)
     return out, len(numbers), masked
 
 
@@ -204,9 +164,9 @@ def advantages(
     invalid = int(np.isnan(summed).sum())
     if combine == "rewards":
         raw, weights = {"sum": summed}, {"sum": 1.0}
-    labels = leaf_labels(trees)
+    labels = np.array([tree.nodes[leaf].label for tree in trees for leaf in tree.leaves])
     total = np.zeros(len(units))
-    said, counted = np.zeros(len(units), dtype=bool), np.zeros(len(units), dtype=bool)
+    said, counted = np.zeros((2, len(units)), dtype=bool)
     count = masked = 0
     for name, reward in raw.items():
         for label in np.unique(labels):
@@ -230,13 +190,9 @@ def comparison_units(
     The trained steps of one trajectory share its reward; as one they enter mean and std once,
     however many of them there are.
     """
-    places: dict[tuple[int, int, tuple[int, ...]], int] = {}
-    units: list[tuple[int, int]] = []
-    unit = np.empty(len(edges), dtype=np.int64)
-    for e, (t, node) in enumerate(edges):
-        key = (t, trees[t].nodes[node].group, trees[t].leaves_below[node])
-        if key not in places:
-            places[key] = len(units)
-            units.append((t, node))
-        unit[e] = places[key]
-    return units, unit
+    keys = [(t, trees[t].nodes[node].group, trees[t].leaves_below[node]) for t, node in edges]
+    units: dict[tuple[int, int, tuple[int, ...]], tuple[int, int]] = {}
+    for key, edge in zip(keys, edges, strict=True):
+        units.setdefault(key, edge)
+    place = {key: n for n, key in enumerate(units)}
+    return list(units.values()), np.array([place[key] for key in keys], dtype=np.int64)

@@ -24,18 +24,13 @@ def step_entropy(
     dynamics: str = "flow_sde",
     measure: str = "exp_per_dim",
 ) -> float:
-    """Entropy of the transition from ``start`` over ``span`` grid intervals.
+    """Entropy of the transition from ``start`` over ``span`` intervals.
 
     Args:
-        sigmas: the grid, T + 1 floats.
-        start: grid index, 0 <= start < T.
-        span: intervals merged into one step, at least 1; ``start + span`` <= T.
-        noise_level: a (Flow-SDE, CPS) or eta (Dance-SDE), at least 0.
+        sigmas, start, span: the grid, an index of it, and at least 1 interval.
+        noise_level: a (Flow-SDE, CPS) or eta (Dance-SDE); of 0 the entropy is 0 (or -inf nats).
         dynamics: a key of :data:`egrpo.core.noise.STD`.
         measure: one of :data:`MEASURES`.
-
-    Returns:
-        The entropy; 0 (or -inf nats) for a step without noise.
 
     Raises:
         ValueError: if the step leaves the grid or the measure is unknown.
@@ -53,18 +48,3 @@ def step_entropy(
     if measure == "variance":
         return (std / noise_level) ** 2 if noise_level > 0 else 0.0
     raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
-
-
-def profile(
-    sigmas: Sigmas,
-    span: int = 1,
-    *,
-    noise_level: float,
-    dynamics: str = "flow_sde",
-    measure: str = "exp_per_dim",
-) -> list[float]:
-    """Entropy of every step of one span that does not land on sigma = 0, in order of start."""
-    return [
-        step_entropy(sigmas, i, span, noise_level=noise_level, dynamics=dynamics, measure=measure)
-        for i in range(len(sigmas) - 1 - span)
-    ]

@@ -13,12 +13,9 @@ from torch import Tensor
 
 
 class Objective(NamedTuple):
-    """Sum of the loss over edges and what to watch. All but ``loss`` are detached.
+    """The weighted **sum** of the loss over edges, a scalar, and what to watch, detached.
 
-    Attributes:
-        loss: scalar, the weighted **sum** over edges; divide by the edges of an optimizer step.
-        ratio: [E] probability ratios.
-        clipped: [E] bool, edges whose gradient the clip removed.
+    ``ratio``: [E] probability ratios; ``clipped``: [E] bool, edges whose gradient the clip removed.
     """
 
     loss: Tensor
@@ -59,8 +56,7 @@ def negative_aware_objective(
             of the straight path from the sample to its noise.
         sigma: flow time of the noised samples; x0 is predicted ``sigma * (target - v)`` apart.
         advantage, weight: [E].
-        beta: mixing of the implicit positive and negative policies.
-        advantage_scale: advantage that counts as fully positive or negative.
+        beta, advantage_scale: the mixing, and the advantage that counts as fully positive.
     """
     v, v_old, target = v.float(), v_old.float(), target.float()
     share = (advantage / advantage_scale).clamp(-1.0, 1.0) / 2.0 + 0.5
@@ -74,13 +70,9 @@ def negative_aware_objective(
     negative = error((1.0 + beta) * v_old - beta * v)
     both = share * positive + (1.0 - share) * negative
     loss = advantage_scale / beta * (weight * both).sum()
-    ones = torch.ones_like(advantage)
-    return Objective(loss, ones, torch.zeros_like(ones, dtype=torch.bool))
+    return Objective(loss, torch.ones_like(advantage), torch.zeros_like(advantage).bool())
 
 
 def velocity_distance(v: Tensor, v_ref: Tensor) -> Tensor:
-    """``mean((v - v_ref)^2)`` [B] over the non-batch dimensions, in float32.
-
-    The KL divergence from the base model up to its weighting over time.
-    """
+    """``mean((v - v_ref)^2)`` [B] in float32: the KL divergence up to its weighting over time."""
     return ((v.float() - v_ref.float()) ** 2).flatten(1).mean(1)

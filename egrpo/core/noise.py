@@ -23,34 +23,20 @@ def flow_sde_scale(sigmas: Sigmas, start: int, noise_level: float) -> float:
     return noise_level * math.sqrt(t / (1.0 - guard))
 
 
-def flow_sde_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
-    """``s_t * sqrt(D)``: one step or one merged step; the scale is that of its start."""
-    return flow_sde_scale(sigmas, start, noise_level) * math.sqrt(sigmas[start] - sigmas[stop])
-
-
-def dance_sde_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
-    """``eta * sqrt(D)`` (DanceGRPO, arXiv 2505.07818)."""
-    return noise_level * math.sqrt(sigmas[start] - sigmas[stop])
-
-
-def cps_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
-    """``sigma_j * sin(a * pi / 2)`` (coefficients-preserving sampling, arXiv 2509.05952)."""
-    return sigmas[stop] * math.sin(noise_level * math.pi / 2.0)
-
-
-def no_std(sigmas: Sigmas, start: int, stop: int, noise_level: float) -> float:
-    """A deterministic step adds no noise."""
-    return 0.0
-
-
 STD: dict[str, Callable[[Sigmas, int, int, float], float]] = {
-    "ode": no_std,
-    "dpm2": no_std,
-    "flow_sde": flow_sde_std,
-    "dance_sde": dance_sde_std,
-    "cps": cps_std,
+    "ode": lambda *_: 0.0,
+    "dpm2": lambda *_: 0.0,
+    "flow_sde": lambda sigmas, i, j, a: (
+        flow_sde_scale(sigmas, i, a) * math.sqrt(sigmas[i] - sigmas[j])
+    ),
+    "dance_sde": lambda sigmas, i, j, eta: eta * math.sqrt(sigmas[i] - sigmas[j]),
+    "cps": lambda sigmas, i, j, a: sigmas[j] * math.sin(a * math.pi / 2.0),
 }
-"""Standard deviation by name of the dynamics: ``STD[name](sigmas, start, stop, noise_level)``."""
+"""Standard deviation by name of the dynamics: ``STD[name](sigmas, start, stop, noise_level)``.
+
+``flow_sde``: ``s_t * sqrt(D)``, of a merged step too: the scale is that of its start;
+``dance_sde``: ``eta * sqrt(D)`` (DanceGRPO, arXiv 2505.07818); ``cps``: ``sigma_j * sin(a*pi/2)``
+(coefficients-preserving sampling, arXiv 2509.05952)."""
 
 DETERMINISTIC = ("ode", "dpm2")
 """Euler, and the second-order multistep DPM-Solver++ (arXiv 2211.01095)."""

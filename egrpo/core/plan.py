@@ -7,11 +7,12 @@ Source: E-GRPO (arXiv 2601.00423); Table 4 for the thresholds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from egrpo.core.entropy import MEASURES, profile, step_entropy
+from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.noise import STD
 from egrpo.core.schedule import Sigmas, check_sigmas
 
@@ -51,6 +52,13 @@ class Plan:
         """T, the number of grid intervals."""
         return len(self.sigmas) - 1
 
+    @property
+    def merged_entropy(self) -> list[float]:
+        """Entropy of each active step over its span, in ``measure``."""
+        how: dict[str, Any] = {"dynamics": self.dynamics, "measure": self.measure}
+        entropy = partial(step_entropy, self.sigmas, noise_level=self.noise_level, **how)
+        return [*map(entropy, self.active, self.spans)]
+
     def nfe(self) -> dict[str, int]:
         """Network evaluations for one prompt of the tree that E-GRPO grows from this plan.
 
@@ -74,48 +82,41 @@ class Plan:
             ValueError: if a field is missing or does not fit the grid.
         """
         try:
-            plan = cls(
-                sigmas=check_sigmas(data["sigmas"]),
-                entropy=tuple(data["entropy"]),
-                active=tuple(data["active"]),
-                spans=tuple(data["spans"]),
-                threshold=data["threshold"],
-                measure=data["measure"],
-                dynamics=data["dynamics"],
-                noise_level=data["noise_level"],
-                warnings=tuple(data.get("warnings", ())),
-                samples=None if data.get("samples") is None else tuple(data["samples"]),
-            )
+            of: dict[str, Any] = {"sigmas": check_sigmas(data["sigmas"])}
+            of |= {key: tuple(data[key]) for key in ("entropy", "active", "spans")}
+            of |= {key: data[key] for key in ("threshold", "measure", "dynamics", "noise_level")}
+            of |= {"warnings": tuple(data.get("warnings", ()))}
+            of |= {"samples": None if data.get("samples") is None else tuple(data["samples"])}
         except KeyError as error:
             raise ValueError(f"plan has no key {error}") from None
         except TypeError as error:
             raise ValueError(f"plan holds a value of the wrong type: {error}") from None
-        if not all(type(n) is int for n in (*plan.active, *plan.spans, *(plan.samples or ()))):
-            raise ValueError("plan: active, spans and samples must be whole numbers")
-        if min(plan.samples or (2,)) < 2:
-            raise ValueError("plan: samples must be at least 2 for each step")
-        level, tau = plan.noise_level, plan.threshold
-        if not all(_is_finite(n) for n in (*plan.entropy, level, 0.0 if tau is None else tau)):
-            raise ValueError("plan: entropy, noise_level and threshold must be finite numbers")
-        if not all(isinstance(line, str) for line in plan.warnings):
-            raise ValueError("plan: warnings must be text")
-        if plan.samples is not None and len(plan.samples) != len(plan.active):
-            raise ValueError(f"plan: {len(plan.samples)} samples for {len(plan.active)} steps")
-        check_spans(plan.steps, plan.active, plan.spans)
-        if len(plan.entropy) != plan.steps - 1:
-            raise ValueError(
-                f"plan has {len(plan.entropy)} entropy values for {plan.steps} steps; "
-                f"{plan.steps - 1} are needed"
-            )
-        if plan.dynamics not in STD or plan.measure not in MEASURES:
-            raise ValueError(
-                f"plan: unknown dynamics {plan.dynamics!r} or measure {plan.measure!r}"
-            )
+        plan = cls(**of)
+        for fault in plan._faults():
+            raise ValueError(f"plan: {fault}")
         return plan
 
-
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    def _faults(self) -> Iterator[str]:
+        """What cannot be; what follows the first presumes that it was none."""
+        samples = self.samples or ()
+        tau = 0.0 if self.threshold is None else self.threshold
+        if not all(type(n) is int for n in (*self.active, *self.spans, *samples)):
+            yield "active, spans and samples must be whole numbers"
+        if min(samples, default=2) < 2:
+            yield "samples must be at least 2 for each step"
+        numbers = (*self.entropy, self.noise_level, tau)
+        if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+            yield "entropy, noise_level and threshold must be finite numbers"
+        if not all(isinstance(line, str) for line in self.warnings):
+            yield "warnings must be text"
+        if self.samples is not None and len(samples) != len(self.active):
+            yield f"{len(samples)} samples for {len(self.active)} steps"
+        check_spans(self.steps, self.active, self.spans)
+        if len(self.entropy) != self.steps - 1:
+            found = f"{len(self.entropy)} entropy values for {self.steps} steps"
+            yield f"{found}; {self.steps - 1} are needed"
+        if self.dynamics not in STD or self.measure not in MEASURES:
+            yield f"unknown dynamics {self.dynamics!r} or measure {self.measure!r}"
 
 
 def check_spans(steps: int, active: Sequence[int], spans: Sequence[int]) -> None:
@@ -134,21 +135,6 @@ def check_spans(steps: int, active: Sequence[int], spans: Sequence[int]) -> None
             raise ValueError(f"span {span} at step {i} must be 1..{steps - 1 - i}")
 
 
-def least_span(
-    sigmas: Sigmas, start: int, threshold: float, *, noise_level: float, dynamics: str, measure: str
-) -> int | None:
-    """Least span whose entropy reaches ``threshold``; None if none does before sigma = 0."""
-    if threshold == 0:
-        return 1  # tau = 0 means no merging, in every measure (nats can be negative)
-    for span in range(1, len(sigmas) - 1 - start):
-        entropy = step_entropy(
-            sigmas, start, span, noise_level=noise_level, dynamics=dynamics, measure=measure
-        )
-        if entropy >= threshold:
-            return span
-    return None
-
-
 def make_plan(
     sigmas: Sequence[float],
     active: Sequence[int],
@@ -160,10 +146,10 @@ def make_plan(
     measure: str = "exp_per_dim",
     on_unreachable: str = "cap",
 ) -> Plan:
-    """Choose the span of every active step: by ``threshold``, or the fixed ``span``.
+    """Choose the span of every active step: the least that reaches ``threshold``, or ``span``.
 
-    Exactly one of ``threshold`` and ``span`` is given. A fixed span that would land on
-    sigma = 0 follows ``on_unreachable`` too.
+    Exactly one of them is given; a threshold of 0 merges nothing, in every measure. A fixed span
+    that would land on sigma = 0 follows ``on_unreachable`` too.
 
     Raises:
         ValueError: if an active step lies beyond the schedule, a name is unknown, or a step is
@@ -172,51 +158,40 @@ def make_plan(
     grid = check_sigmas(sigmas)
     steps = len(grid) - 1
     if on_unreachable not in POLICIES:
-        raise ValueError(
-            f"on_unreachable must be one of {', '.join(POLICIES)}, got {on_unreachable!r}"
-        )
+        known = ", ".join(POLICIES)
+        raise ValueError(f"on_unreachable must be one of {known}, got {on_unreachable!r}")
     if (threshold is None) == (span is None):
         raise ValueError("give either a threshold or a fixed span")
     if span is not None and span < 1:
         raise ValueError(f"a fixed span must be at least 1, got {span}")
     check_spans(steps, active, [1] * len(active))
-    kept: list[int] = []
-    spans: list[int] = []
+    of: dict[str, Any] = {"noise_level": noise_level, "dynamics": dynamics, "measure": measure}
+    entropy: Any = partial(step_entropy, grid, **of)
+
+    def fits(i: int, n: int) -> bool:
+        if threshold is None:
+            return n == span
+        return threshold == 0 or entropy(i, n) >= threshold  # nats can be negative
+
+    fixed = f"span {span} would land on sigma = 0"
+    why = f"threshold {threshold} ({measure}) is out of reach" if span is None else fixed
+    spans: dict[int, int] = {}
     warnings: list[str] = []
     for i in active:
         longest = steps - 1 - i
-        if threshold is not None:
-            chosen = least_span(
-                grid, i, threshold, noise_level=noise_level, dynamics=dynamics, measure=measure
-            )
-            why = f"threshold {threshold} ({measure}) is out of reach"
-        else:
-            assert span is not None
-            chosen = span if span <= longest else None
-            why = f"span {span} would land on sigma = 0"
-        if chosen is None:
+        found = next((n for n in range(1, longest + 1) if fits(i, n)), None)
+        if found is None:
             if on_unreachable == "error":
                 raise ValueError(f"step {i}: {why}; the longest span is {longest}")
             action = f"span capped at {longest}" if on_unreachable == "cap" else "step left out"
             warnings.append(f"step {i}: {why}, {action}")
-            if on_unreachable == "drop":
-                continue
-            chosen = longest
-        kept.append(i)
-        spans.append(chosen)
-    if not kept:
+        if found is not None or on_unreachable == "cap":
+            spans[i] = found or longest
+    if not spans:
         raise ValueError(
             f"no active step is left of {list(active)}: lower the threshold {threshold} or set "
             "on_unreachable to cap"
         )
-    return Plan(
-        sigmas=grid,
-        entropy=tuple(profile(grid, noise_level=noise_level, dynamics=dynamics, measure=measure)),
-        active=tuple(kept),
-        spans=tuple(spans),
-        threshold=threshold,
-        measure=measure,
-        dynamics=dynamics,
-        noise_level=noise_level,
-        warnings=tuple(warnings),
-    )
+    single = tuple(entropy(i, 1) for i in range(steps - 1))
+    chosen = tuple(spans), tuple(spans.values())
+    return Plan(grid, single, *chosen, threshold, **of, warnings=tuple(warnings))

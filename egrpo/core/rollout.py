@@ -25,11 +25,9 @@ Edge = tuple[int, int]
 class Segment:
     """Trained edges of one batch that share dynamics and end.
 
-    Attributes:
-        dynamics, stop: of these edges.
-        rows: [E] int64, the source of each edge in the batch.
-        x_next: [E, ...], where each edge arrived, in storage dtype; of a noising edge the
-            velocity ``noise - data`` that the network is matched with.
+    ``rows``: [E] int64, the source of each edge in the batch; ``x_next``: [E, ...], where it
+    arrived, in storage dtype; of a noising edge the velocity ``noise - data`` that the network is
+    matched with.
     """
 
     dynamics: str
@@ -70,9 +68,9 @@ class TrainBatch:
         return torch.cat([segment.rows for segment in self.segments])
 
     def log_probs(self, v: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
-        """Log-probabilities [E] of the edges given velocities ``v`` [B, ...] at the sources.
+        """Log-probabilities [E] of the edges (of noising ones the surrogate ``matching``).
 
-        Of a noising edge the surrogate that ``matching`` describes.
+        ``v``: [B, ...] velocities at the sources.
         """
         parts = []
         for seg in self.segments:
@@ -94,26 +92,18 @@ class TrainBatch:
         ``S * dlogp + mean((mu - mu_old)^2) / (2*S)`` with S = std of the transition: centered at 0
         and of one scale at all steps.
         """
-        plain = self.log_ratio(v, sigmas, noise_level)
-        scales, shifts = [], []
-        for seg in self.segments:
-            mean, std = self._moments(seg, v, sigmas, noise_level)
-            old, _ = self._moments(seg, self.v, sigmas, noise_level)
-            scales.append(torch.full((len(seg.rows),), std, device=v.device))
-            shifts.append(((mean - old) ** 2).flatten(1).mean(1) / (2.0 * std))
-        return torch.cat(scales) * plain + torch.cat(shifts)
+        distances = self._distances(v, self.v, sigmas, noise_level)
+        scale = torch.cat([torch.full_like(d, std, dtype=torch.float32) for d, std in distances])
+        shift = torch.cat([d / (2.0 * std) for d, std in distances])
+        return scale * self.log_ratio(v, sigmas, noise_level) + shift
 
     def divergence(self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float) -> Tensor:
         """KL divergence [E] of each edge from the one under velocities ``v_ref`` [B, ...].
 
         Mean over the non-batch dimensions, ``(mean - mean_ref)^2 / (2 std^2)``.
         """
-        parts = []
-        for seg in self.segments:
-            mean, std = self._moments(seg, v, sigmas, noise_level)
-            reference, _ = self._moments(seg, v_ref, sigmas, noise_level)
-            parts.append(((mean - reference) ** 2).flatten(1).mean(1) / (2.0 * std**2))
-        return torch.cat(parts)
+        distances = self._distances(v, v_ref, sigmas, noise_level)
+        return torch.cat([d / (2.0 * std**2) for d, std in distances])
 
     def transition_distance(
         self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float
@@ -129,12 +119,8 @@ class TrainBatch:
 
     def lengths(self, sigmas: Sigmas) -> Tensor:
         """Flow time |dt| that each edge covers, [E]."""
-        t = sigmas[self.start]
-        each = [
-            torch.full_like(seg.rows, t - sigmas[seg.stop], dtype=torch.float32)
-            for seg in self.segments
-        ]
-        return torch.cat(each)
+        spans = ((seg.rows, sigmas[self.start] - sigmas[seg.stop]) for seg in self.segments)
+        return torch.cat([torch.full_like(r, dt, dtype=torch.float32) for r, dt in spans])
 
     def targets(self) -> Tensor:
         """Velocities [E, ...] that noising edges are matched with."""
@@ -142,34 +128,42 @@ class TrainBatch:
 
     def only(self, kept: Collection[int]) -> TrainBatch | None:
         """The batch without edges outside of ``kept`` and sources without any; None if empty."""
-        segments: list[Segment] = []
-        at = [e for e, number in enumerate(self.edges) if number in kept]
-        if not at:
+        keep = torch.tensor([number in kept for number in self.edges], device=self.x.device)
+        if not keep.any():
             return None
-        begin = 0
-        for seg in self.segments:
-            own = [e - begin for e in at if begin <= e < begin + len(seg.rows)]
-            begin += len(seg.rows)
-            index = torch.tensor(own, dtype=torch.int64, device=seg.rows.device)
-            segments.append(replace(seg, rows=seg.rows[index], x_next=seg.x_next[index]))
-        rows = torch.unique(torch.cat([seg.rows for seg in segments]))  # sorted
-        moved = tuple(replace(s, rows=torch.searchsorted(rows, s.rows)) for s in segments)
+        rows, moved = torch.unique(self.rows[keep], return_inverse=True)  # sorted
+        masks = keep.split([len(seg.rows) for seg in self.segments])
+        own = moved.split([int(mask.sum()) for mask in masks])
+        segments = [
+            replace(seg, rows=r, x_next=seg.x_next[mask])
+            for seg, mask, r in zip(self.segments, masks, own, strict=True)
+        ]
         return replace(
             self,
             x=self.x[rows],
             v=self.v[rows],
             tree=self.tree[rows],
-            segments=moved,
-            edges=tuple(self.edges[e] for e in at),
-            log_prob=self.log_prob[torch.tensor(at, device=self.log_prob.device)],
+            segments=tuple(segments),
+            edges=tuple(number for number in self.edges if number in kept),
+            log_prob=self.log_prob[keep],
         )
 
     def _moments(
         self, seg: Segment, v: Tensor, sigmas: Sigmas, noise_level: float
     ) -> tuple[Tensor, float]:
-        return transition(
-            self.x[seg.rows], v[seg.rows], sigmas, self.start, seg.stop, seg.dynamics, noise_level
-        )
+        edge = (sigmas, self.start, seg.stop, seg.dynamics, noise_level)
+        return transition(self.x[seg.rows], v[seg.rows], *edge)
+
+    def _distances(
+        self, v: Tensor, v_ref: Tensor, sigmas: Sigmas, noise_level: float
+    ) -> list[tuple[Tensor, float]]:
+        """For each segment ``mean((mu - mu_ref)^2)`` [E] and the std of its transition."""
+        out = []
+        for seg in self.segments:
+            mean, std = self._moments(seg, v, sigmas, noise_level)
+            apart = mean - self._moments(seg, v_ref, sigmas, noise_level)[0]
+            out.append(((apart**2).flatten(1).mean(1), std))
+        return out
 
 
 @dataclass
@@ -193,27 +187,23 @@ class Rollout:
     def batches_of(self, part: int, kept: Collection[int] | None = None) -> list[TrainBatch]:
         """Batches of one optimizer step, those edges only that are ``kept`` (None: all)."""
         batches = [batch for batch in self.batches if batch.part == part]
-        if kept is not None:
-            batches = [b for b in (batch.only(kept) for batch in batches) if b is not None]
-        return batches
+        if kept is None:
+            return batches
+        return [b for b in (batch.only(kept) for batch in batches) if b is not None]
 
     def log_probs(self) -> npt.NDArray[np.float64]:
         """Log-probabilities of the edges in these batches, in order of their numbers."""
-        found = {
-            e: p for b in self.batches for e, p in zip(b.edges, b.log_prob.tolist(), strict=True)
-        }
-        return np.array([found[e] for e in sorted(found)], dtype=np.float64)
+        numbers = [e for batch in self.batches for e in batch.edges]
+        found = [p for batch in self.batches for p in batch.log_prob.tolist()]
+        return np.array(found, dtype=np.float64)[np.argsort(numbers)]
 
     def placed(self, first_tree: int, shares: Sequence[Sequence[Edge]], rank: int) -> Rollout:
-        """This rollout as one process's share of a larger one.
+        """This rollout as one process's share of a larger one, whose edges the batches number.
 
         Args:
             first_tree: number, among the trees of all processes, of the first one here.
             shares: trained edges of every process, trees numbered in the same way.
             rank: the share that is this rollout's.
-
-        Returns:
-            Leaves and batches of this process; ``edges`` of all, which the batches number.
         """
         before = sum(map(len, shares[:rank]))
         return replace(

@@ -13,7 +13,6 @@ from itertools import pairwise
 Sigmas = tuple[float, ...]
 """``sigmas[i]``, i = 0..T, strictly falling from 1 (noise) to 0 (data)."""
 
-
 SIGMA_MIN = 1e-3
 """Least unshifted sigma of diffusers' scheduler: 1 of 1000 training timesteps."""
 
@@ -38,12 +37,12 @@ def shifted_sigmas(
     """Grid of ``steps`` + 1 flow times: ``s*t / (1 + (s-1)*t)`` of ``linspace(1, end, T)``; then 0.
 
     Args:
-        steps: number of network evaluations T of a plain ODE sampler, at least 1.
-        shift: timestep shift s > 0; 1 leaves the grid as it is.
+        steps: network evaluations T of a plain ODE sampler, at least 1.
+        shift: s > 0; 1 leaves the grid as it is.
         terminal: in (0, 1); 1 - sigma is scaled so that ``sigmas[-2]`` is this (``shift_terminal``
-            of diffusers' FlowMatchEulerDiscreteScheduler). None leaves the grid.
-        end: unshifted time of the last evaluation, in (0, 1). None is 1/T, so that all T intervals
-            are equal before the shift: E-GRPO's formula.
+            of diffusers' scheduler). None leaves the grid.
+        end: unshifted time of the last evaluation, in (0, 1). None is 1/T: all T intervals are
+            equal before the shift, E-GRPO's formula.
 
     Raises:
         ValueError: if an argument is out of range, or ``terminal`` is given for one step.
@@ -58,21 +57,17 @@ def shifted_sigmas(
         times = [1.0 - (1.0 - end) * i / max(steps - 1, 1) for i in range(steps)]
     else:
         raise ValueError(f"end must lie in (0, 1), got {end}")
-    grid = (*(shifted(t, shift) for t in times), 0.0)
+    grid = [shifted(t, shift) for t in times]
     if terminal is None:
-        return grid
+        return (*grid, 0.0)
     if not 0.0 < terminal < 1.0 or steps < 2:
         raise ValueError(f"terminal must lie in (0, 1), with 2 steps or more, got {terminal}")
-    scale = (1.0 - terminal) / (1.0 - grid[-2])
-    return (*(1.0 - (1.0 - s) * scale for s in grid[:-1]), 0.0)
+    scale = (1.0 - terminal) / (1.0 - grid[-1])
+    return (*(1.0 - (1.0 - s) * scale for s in grid), 0.0)
 
 
 def check_sigmas(sigmas: Sequence[float]) -> Sigmas:
-    """Return ``sigmas`` as a tuple after checking that it falls strictly from 1 to 0.
-
-    Raises:
-        ValueError: if it does not.
-    """
+    """Return ``sigmas`` as a tuple; a ValueError unless it falls strictly from 1 to 0."""
     grid = tuple(float(s) for s in sigmas)
     if len(grid) < 2 or grid[0] != 1.0 or grid[-1] != 0.0:
         raise ValueError("sigmas must start at 1 and end at 0")

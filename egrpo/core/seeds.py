@@ -24,7 +24,6 @@ def seed_of(*parts: int | str) -> int:
 
 
 def _hashed(parts: tuple[int | str, ...], size: int) -> int:
-    """BLAKE2b of ``parts``, ``size`` bytes."""
     text = "\x1f".join(f"{'str' if isinstance(p, str) else 'int'}:{p}" for p in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "little")
 
@@ -40,9 +39,8 @@ def shuffled(items: Iterable[int], *parts: int | str) -> tuple[int, ...]:
 def normal(shape: tuple[int, ...], *parts: int | str) -> torch.Tensor:
     """Standard normal float32 tensor of ``shape``, a function of ``parts``, on the CPU.
 
-    By numpy's Philox, whose key has 128 bits. torch's generator keeps 32 bits of its seed, so that
-    some of a study's tensors were equal (6 pairs of 230,400). It takes four times as long as
-    ``torch.randn``, 3 ms for 16 x 128 x 128 numbers, before some evaluations of the network.
+    By numpy's Philox, whose key has 128 bits: torch's generator keeps 32 bits of its seed, so that
+    some of a study's tensors were equal (6 pairs of 230,400).
     """
     import torch
 

@@ -8,8 +8,10 @@ rewards cannot tell apart (E-GRPO, arXiv 2601.00423, Fig. 1a). Needs no torch.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +23,10 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Spread:
-    """One measured (step, span).
+    """One measured (grid index, number of merged intervals).
 
-    Attributes:
-        step, span: grid index and number of merged intervals.
-        entropy: closed form by measure.
-        value: spread of the trained rewards within a group, over the yardstick's.
+    ``entropy``: closed form by measure; ``value``: spread of the trained rewards within a group,
+    over the yardstick's.
     """
 
     step: int
@@ -35,13 +35,10 @@ class Spread:
     value: float
 
 
-@dataclass(frozen=True)
-class Choice:
-    """An automatic threshold and the curve it was read from.
+class Choice(NamedTuple):
+    """An automatic threshold, in the measure asked for, and the curve it was read from.
 
-    Attributes:
-        threshold: tau, in the measure asked for.
-        entropy, fitted: [n] ascending entropies and the monotone fit of spread over yardstick.
+    ``entropy``, ``fitted``: [n] ascending entropies and the monotone fit of spread over yardstick.
     """
 
     threshold: float
@@ -52,19 +49,19 @@ class Choice:
 def choose_threshold(spreads: Sequence[Spread], measure: str, factor: float) -> Choice:
     """The least measured entropy at which spread exceeds ``factor`` times the yardstick.
 
-    Spread is measured with noise and must not fall as entropy grows, so the curve is its isotonic
-    regression on entropy (Barlow et al., "Statistical Inference under Order Restrictions", 1972).
-    The threshold is rounded down to four decimals.
+    Spread is noisy and must not fall as entropy grows, so the curve is its isotonic regression on
+    entropy (Barlow et al., "Statistical Inference under Order Restrictions", 1972). The threshold
+    is rounded down to four decimals.
 
     Raises:
         ValueError: if the curve never exceeds the factor, or nothing was measured.
     """
     from scipy.optimize import isotonic_regression
 
-    at: dict[float, list[float]] = {}
+    at: dict[float, list[float]] = defaultdict(list)
     for s in spreads:
         if math.isfinite(s.value):
-            at.setdefault(s.entropy[measure], []).append(s.value)
+            at[s.entropy[measure]].append(s.value)
     if not at:
         raise ValueError("the profile holds no measured spread of the trained rewards")
     entropy = np.array(sorted(at))
@@ -90,7 +87,7 @@ def allocate(plan: Plan, spreads: Sequence[Spread], group_size: int) -> tuple[in
         ValueError: if an active step was not measured.
     """
     steps = zip(plan.active, plan.spans, strict=True)
-    share = np.array([_spread_at(spreads, step, span) for step, span in steps])
+    share = np.array([_spread_at(spreads, *at) for at in steps])
     if share.sum() == 0.0:
         share = np.ones_like(share)
     free = (group_size - 2) * len(share)

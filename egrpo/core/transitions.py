@@ -1,8 +1,8 @@
 """Transitions from sigma_i to sigma_j: mean, standard deviation, log-probability.
 
 x is the latent [B, ...] at t = sigma_i, v the velocity there [B, ...], dt = sigma_j - sigma_i < 0.
-A merged step (j - i > 1) is one such transition. Means are computed in float32, or in float64
-for float64 latents.
+A merged step (j - i > 1) is one such transition. All is computed in float32, or in float64 for
+float64 latents.
 """
 
 from __future__ import annotations
@@ -25,46 +25,53 @@ def working(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def ode_mean(
-    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, noise_level: float
-) -> Tensor:
-    """Euler: ``x + v * dt``."""
-    return working(x) + working(v) * (sigmas[stop] - sigmas[start])
+def _euler(x: Tensor, v: Tensor, t: float, end: float, _: float) -> Tensor:
+    """``x + v*dt``."""
+    return x + v * (end - t)
 
 
-def flow_sde_mean(
-    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, noise_level: float
-) -> Tensor:
+def _flow_sde(x: Tensor, v: Tensor, t: float, end: float, s: float) -> Tensor:
     """``x*(1 + s^2/(2t)*dt) + v*(1 + s^2*(1-t)/(2t))*dt`` (Flow-GRPO, arXiv 2505.05470, eq. 9)."""
-    t, dt = sigmas[start], sigmas[stop] - sigmas[start]
-    s2 = flow_sde_scale(sigmas, start, noise_level) ** 2
-    return working(x) * (1 + s2 / (2 * t) * dt) + working(v) * (1 + s2 * (1 - t) / (2 * t)) * dt
+    s2, dt = s**2, end - t
+    return x * (1 + s2 / (2 * t) * dt) + v * (1 + s2 * (1 - t) / (2 * t)) * dt
 
 
-def dance_sde_mean(
-    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, noise_level: float
-) -> Tensor:
-    """``x + dt*v - eta^2/2 * score * dt`` (DanceGRPO, arXiv 2505.07818).
+def _dance_sde(x: Tensor, v: Tensor, t: float, end: float, eta: float) -> Tensor:
+    """``x + v*dt - eta^2/2 * score * dt``, ``score = -(x - (1-t)*x0)/t^2``, ``x0 = x - t*v``.
 
-    ``score = -(x - (1-t)*x0)/t^2`` with ``x0 = x - t*v``.
+    DanceGRPO, arXiv 2505.07818.
     """
-    x, v = working(x), working(v)
-    t, dt = sigmas[start], sigmas[stop] - sigmas[start]
     score = -(x - (1 - t) * (x - t * v)) / t**2
-    return x + dt * v - 0.5 * noise_level**2 * score * dt
+    return x + (end - t) * v - 0.5 * eta**2 * score * (end - t)
 
 
-def cps_mean(
-    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, noise_level: float
-) -> Tensor:
+def _cps(x: Tensor, v: Tensor, t: float, end: float, level: float) -> Tensor:
     """``(1-s')*x0 + sqrt(s'^2 - std^2)*x1`` with ``x0 = x - t*v``, ``x1 = x + (1-t)*v``.
 
     Coefficients-preserving sampling (arXiv 2509.05952); s' = sigma_j.
     """
-    x, v = working(x), working(v)
-    t, target = sigmas[start], sigmas[stop]
-    kept = target * math.cos(noise_level * math.pi / 2.0)  # sqrt(target^2 - std^2)
-    return (1 - target) * (x - t * v) + kept * (x + (1 - t) * v)
+    kept = end * math.cos(level * math.pi / 2.0)  # sqrt(s'^2 - std^2)
+    return (1 - end) * (x - t * v) + kept * (x + (1 - t) * v)
+
+
+MEAN: dict[str, Callable[[Tensor, Tensor, float, float, float], Tensor]] = {
+    "ode": _euler,
+    "dpm2": _euler,  # of the first step of a chain; see dpm2_mean for the others
+    "flow_sde": _flow_sde,
+    "dance_sde": _dance_sde,
+    "cps": _cps,
+}
+"""Mean by name of the dynamics: ``MEAN[name](x, v, t, sigma_j, noise scale)``."""
+
+
+def transition(
+    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, dynamics: str, noise_level: float
+) -> tuple[Tensor, float]:
+    """Mean [B, ...] and standard deviation (one float) of the edge ``start -> stop``."""
+    flow = dynamics == "flow_sde"
+    scale = flow_sde_scale(sigmas, start, noise_level) if flow else noise_level
+    mean = MEAN[dynamics](working(x), working(v), sigmas[start], sigmas[stop], scale)
+    return mean, STD[dynamics](sigmas, start, stop, noise_level)
 
 
 def data_prediction(x: Tensor, v: Tensor, sigma: float) -> Tensor:
@@ -73,13 +80,7 @@ def data_prediction(x: Tensor, v: Tensor, sigma: float) -> Tensor:
 
 
 def dpm2_mean(
-    x: Tensor,
-    v: Tensor,
-    sigmas: Sigmas,
-    start: int,
-    stop: int,
-    before: int,
-    data_before: Tensor,
+    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, before: int, data_before: Tensor
 ) -> Tensor:
     """Second-order multistep DPM-Solver++ (arXiv 2211.01095, Algorithm 2), midpoint form.
 
@@ -87,58 +88,32 @@ def dpm2_mean(
     at the grid index ``before``, h and h0 the steps ahead and behind in ``log((1-sigma)/sigma)``.
     A step that lands on sigma = 0 has no finite h and is Euler's, as is the first of a chain.
     """
-    euler = ode_mean(x, v, sigmas, start, stop, 0.0)
+    euler, _ = transition(x, v, sigmas, start, stop, "ode", 0.0)
     if sigmas[stop] == 0.0 or sigmas[before] == 1.0:  # h or h0 infinite
         return euler
-
-    def half_log_snr(index: int) -> float:
-        return math.log((1.0 - sigmas[index]) / sigmas[index])
-
-    ahead = half_log_snr(stop) - half_log_snr(start)
-    behind = half_log_snr(start) - half_log_snr(before)
-    factor = (1.0 - sigmas[stop] / sigmas[start]) * ahead / (2.0 * behind)
+    grid = (sigmas[before], sigmas[start], sigmas[stop])
+    older, here, there = (math.log((1.0 - s) / s) for s in grid)
+    factor = (1.0 - sigmas[stop] / sigmas[start]) * (there - here) / (2.0 * (here - older))
     return euler + factor * (data_prediction(x, v, sigmas[start]) - data_before)
 
 
-MeanFn = Callable[[Tensor, Tensor, Sigmas, int, int, float], Tensor]
+def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:
+    """Log-probability [B] of ``x_next``, rounded to its storage dtype: the Gaussian log-density.
 
-MEAN: dict[str, MeanFn] = {
-    "ode": ode_mean,
-    "dpm2": ode_mean,  # of the first step of a chain; see dpm2_mean for the others
-    "flow_sde": flow_sde_mean,
-    "dance_sde": dance_sde_mean,
-    "cps": cps_mean,
-}
-"""Mean by name of the dynamics, the partner of :data:`egrpo.core.noise.STD`."""
-
-
-def transition(
-    x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, dynamics: str, noise_level: float
-) -> tuple[Tensor, float]:
-    """Mean [B, ...] and standard deviation (one float) of the edge ``start -> stop``."""
-    mean = MEAN[dynamics](x, v, sigmas, start, stop, noise_level)
-    return mean, STD[dynamics](sigmas, start, stop, noise_level)
-
-
-def gaussian_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
-    """Gaussian log-density [B], the **mean** over the non-batch dimensions, in nats per dimension.
-
-    The mean, not the sum, is what all public code of these methods uses; ratios and the clip
-    range are in that unit. ``x_next`` must already be rounded to its storage dtype.
+    The **mean** over the non-batch dimensions, in nats per dimension, as in all public code of
+    these methods; ratios and the clip range are in that unit. CPS drops the variance, which
+    vanishes with sigma: ``-mean((x' - mean)^2)``.
 
     Raises:
-        ValueError: if ``std`` is not positive.
+        ValueError: if ``std`` is not positive and the dynamics are not CPS.
     """
+    if dynamics == "cps":
+        return -((working(x_next) - mean) ** 2).flatten(1).mean(1)
     if std <= 0:
         raise ValueError("a step without noise has no log-probability")
     z = (working(x_next) - mean) / std
     per_dim = -0.5 * z * z - math.log(std) - 0.5 * math.log(2.0 * math.pi)
     return per_dim.flatten(1).mean(1)
-
-
-def cps_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
-    """``-mean((x' - mean)^2)`` [B]: CPS drops the variance, which vanishes with sigma."""
-    return -((working(x_next) - mean) ** 2).flatten(1).mean(1)
 
 
 def matching_log_prob(v: Tensor, target: Tensor, sigma: float, matching: Matching) -> Tensor:
@@ -148,12 +123,3 @@ def matching_log_prob(v: Tensor, target: Tensor, sigma: float, matching: Matchin
     if power == 1.0:
         return -weight * error
     return -weight / power * ((error + MATCHING_FLOOR) ** power - MATCHING_FLOOR**power)
-
-
-def log_prob(x_next: Tensor, mean: Tensor, std: float, dynamics: str) -> Tensor:
-    """Log-probability [B] of ``x_next`` under the edge's dynamics, float32 or better."""
-    return (
-        cps_log_prob(x_next, mean, std)
-        if dynamics == "cps"
-        else gaussian_log_prob(x_next, mean, std)
-    )

@@ -3,13 +3,12 @@
 A node is a latent at a grid index. The edge that leads to it is a transition over
 [parent.index, index). Leaves lie at sigma = 0 and are decoded and rewarded. A trained edge gets
 the mean reward of its leaves, normalized within its group of comparable edges. Forward-process
-methods train *noising* edges, which lead from a leaf back to an earlier index.
-Needs no torch.
+methods train *noising* edges, which lead from a leaf back to an earlier index. Needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -27,8 +26,7 @@ class Node:
         parent: position of the parent in ``Tree.nodes``; ``ROOT`` for initial noise.
         index: grid index of this latent.
         dynamics: of the edge from the parent, a key of ``noise.STD`` or ``NOISING``; "" for a root.
-        sample: which noise to draw: seeds are functions of (step, sample), so that two edges
-            with the same start and sample share their noise.
+        sample: which noise to draw; edges of equal start and sample share theirs.
         trained: whether the edge's log-probability enters the loss.
         group: trained edges of one prompt with equal group are compared with each other; those
             that share their leaves count once.
@@ -75,33 +73,35 @@ class Tree:
     by_edge: bool = False
 
     def __post_init__(self) -> None:
+        for k, fault in self._faults():
+            raise ValueError(f"node {k}: {fault}")
+
+    def _faults(self) -> Iterator[tuple[int, str]]:
+        """Nodes that cannot be and why; what follows the first presumes that it was none."""
         for k, node in enumerate(self.nodes):
             if node.parent == ROOT:
                 if node.index != 0 or node.trained:
-                    raise ValueError(f"node {k}: a root is untrained noise at index 0")
+                    yield k, "a root is untrained noise at index 0"
                 continue
             if not ROOT < node.parent < k:
-                raise ValueError(f"node {k}: parent {node.parent} must come before it")
+                yield k, f"parent {node.parent} must come before it"
             start = self.nodes[node.parent].index
             if node.dynamics == NOISING:
                 if start != self.steps or not 0 <= node.index < start or not node.trained:
-                    raise ValueError(
-                        f"node {k}: a noising edge is trained and leads from a leaf to an index "
-                        f"before it, not {start} -> {node.index}"
-                    )
-                continue
-            if not start < node.index <= self.steps:
-                raise ValueError(f"node {k}: edge {start} -> {node.index} must go forward")
-            if node.dynamics not in STD:
-                raise ValueError(f"node {k}: unknown dynamics {node.dynamics!r}")
-            if node.trained and node.dynamics in DETERMINISTIC:
-                raise ValueError(f"node {k}: an ODE edge has no log-probability to train")
+                    leads = "a noising edge is trained and leads from a leaf to an index before it"
+                    yield k, f"{leads}, not {start} -> {node.index}"
+            elif not start < node.index <= self.steps:
+                yield k, f"edge {start} -> {node.index} must go forward"
+            elif node.dynamics not in STD:
+                yield k, f"unknown dynamics {node.dynamics!r}"
+            elif node.trained and node.dynamics in DETERMINISTIC:
+                yield k, "an ODE edge has no log-probability to train"
         for k, node in enumerate(self.nodes):
-            ends = node.index == self.steps or node.dynamics == NOISING
-            if not self.children[k] and not ends:
-                raise ValueError(f"node {k}: the branch ends at index {node.index}, not at sigma 0")
-            if self.children[k] and node.dynamics == NOISING:
-                raise ValueError(f"node {k}: nothing follows a noising edge")
+            if node.dynamics == NOISING:
+                if self.children[k]:
+                    yield k, "nothing follows a noising edge"
+            elif not self.children[k] and node.index != self.steps:
+                yield k, f"the branch ends at index {node.index}, not at sigma 0"
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
@@ -143,8 +143,7 @@ class Tree:
         """
         below: list[list[int]] = [[] for _ in self.nodes]
         rank = {leaf: r for r, leaf in enumerate(self.leaves)}
-        for k in reversed(range(len(self.nodes))):
-            node = self.nodes[k]
+        for k, node in reversed([*enumerate(self.nodes)]):
             if node.dynamics == NOISING:
                 below[k].append(rank[node.parent])
                 continue
@@ -176,18 +175,18 @@ class Tree:
         One per source; of edges that train in several steps one per source and step.
         """
         if not self.by_edge:
-            return len(self.sources)
+            return self.cost.train
         return len({(self.source(k), part) for k, part in self.parts(updates).items()})
 
     @cached_property
     def cost(self) -> Cost:
         """Predicted evaluations: ``forward`` one per node that something follows, and one per
         noised latent, for its behaviour policy; ``train`` one per source (see :meth:`passes`)."""
-        noised = sum(1 for node in self.nodes if node.dynamics == NOISING)
-        follows = sum(
-            1 for k, node in enumerate(self.nodes) if self.children[k] and node.index < self.steps
+        forward = sum(
+            node.dynamics == NOISING or (bool(after) and node.index < self.steps)
+            for node, after in zip(self.nodes, self.children, strict=True)
         )
-        return Cost(follows + noised, len(self.sources))
+        return Cost(forward, len(self.sources))
 
 
 class TreeBuilder:
@@ -197,38 +196,20 @@ class TreeBuilder:
         self.steps = steps
         self.nodes: list[Node] = []
 
+    def add(self, node: Node) -> int:
+        """Add a latent and the transition that leads to it."""
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
     def root(self, sample: int = 0) -> int:
         """Add initial noise."""
-        self.nodes.append(Node(ROOT, 0, sample=sample))
-        return len(self.nodes) - 1
+        return self.add(Node(ROOT, 0, sample=sample))
 
-    def edge(
-        self,
-        parent: int,
-        index: int,
-        dynamics: str,
-        *,
-        sample: int = 0,
-        trained: bool = False,
-        group: int = 0,
-        weight: float = 1.0,
-        label: int = 0,
-    ) -> int:
-        """Add one transition from ``parent`` to grid ``index``."""
-        self.nodes.append(Node(parent, index, dynamics, sample, trained, group, weight, label))
-        return len(self.nodes) - 1
-
-    def through(
-        self, parent: int, stops: Iterable[int], dynamics: str = "ode", *, label: int = 0
-    ) -> int:
+    def through(self, parent: int, stops: Iterable[int], dynamics: str = "ode") -> int:
         """Add a chain of deterministic steps through the indices ``stops``; returns its end."""
         for stop in stops:
-            parent = self.edge(parent, stop, dynamics, label=label)
+            parent = self.add(Node(parent, stop, dynamics))
         return parent
-
-    def finish(self, parent: int) -> int:
-        """ODE, one interval at a time, from ``parent`` to sigma = 0."""
-        return self.through(parent, range(self.nodes[parent].index + 1, self.steps + 1))
 
     def build(self, *, by_edge: bool = False) -> Tree:
         """The finished, checked tree."""

@@ -22,7 +22,7 @@ from egrpo.config.models import FeatureCache, Model, RunConfig
 from egrpo.core.intervals import crossed_interval
 from egrpo.core.plan import Plan
 from egrpo.images import check
-from egrpo.methods.shapes import egrpo
+from egrpo.methods.shapes import planned_branches
 from egrpo.models import load_model
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Embeddings, load_conditioning
@@ -142,7 +142,9 @@ def _finish(
 ) -> Outcome:
     """Rewards [active steps, samples] of one prompt's branches with one suffix, and its cost."""
     samples = run.profile.samples
-    tree = egrpo(plan, samples, granularities=(variant.granularity,), suffix=variant.solver)
+    tree = planned_branches(
+        plan, samples, granularities=(variant.granularity,), suffix=variant.solver
+    )
     begun = time.monotonic()
     rollout = sampler.rollout([prompt_id], [tree], "suffix")
     seconds = time.monotonic() - begun

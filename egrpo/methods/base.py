@@ -2,14 +2,14 @@
 
 A method is one file of this folder: a class with its settings and their sources, its
 :meth:`Method.tree`, and what the documents say of it. What it does not say otherwise is below.
-Executor, advantages, losses, costs and checkpoints ask these methods and know no class by name.
+All else knows no class by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import model_validator
 
@@ -35,17 +35,8 @@ GUARD = "GRPO-Guard, arXiv 2510.22319 and its public code"
 
 Dynamics = Literal["flow_sde", "dance_sde", "cps"]
 Solver = Literal["ode", "dpm2"]
-InitialNoise = Literal["own", "same", "shared"]
 Loss = Literal["clipped", "guarded", "negative_aware"]
 Shape = Literal["branches", "chains", "tree", "noised"]
-
-SAMPLES = "Samples G per prompt."
-NOISE_TEXT = (
-    "Initial noise of a prompt's samples: own; same, evaluated apart; shared: the same, evaluated "
-    "once while the samples agree."
-)
-
-# -- recipes: what papers and codes set outside of the section `method` ------------------------
 
 COMMON = {"train.weight_decay": 1e-4, "train.clip_range": 1e-4, "train.max_grad_norm": 1.0}
 """What the public codes of all these methods set alike."""
@@ -58,47 +49,29 @@ FLOW_AVERAGE = {"train.ema_decay": 0.9, "train.ema_ramp": "warm_up", "train.ema_
 
 
 def rates(*, full: float = 0.0, lora: float = 0.0) -> dict[str, float]:
-    """Learning rates; the one that a method does not give is 1/30, or 30 times, of the other.
-
-    30 is the ratio of DanceGRPO's two recipes (1e-5 for all weights, 3e-4 for LoRA).
-    """
+    """Learning rates; the one that is not given by the ratio of DanceGRPO's two, 1e-5 and 3e-4."""
     return {
         "train.learning_rate_full": full or round(lora / 30, 12),
         "train.learning_rate_lora": lora or round(full * 30, 12),
     }
 
 
-# -- what a tree may depend on -----------------------------------------------------------------
-
-
-class Choose(Protocol):
-    """Draws ``count`` of ``items``, ascending; a function of what it is for and nothing else."""
-
-    def __call__(self, items: Iterable[int], count: int, *what: int | str) -> tuple[int, ...]:
-        """The items drawn."""
-        ...
-
-
-def draw(*parts: int | str) -> Choose:
-    """A :class:`Choose` for one run, iteration and prompt."""
-
-    def choose(items: Iterable[int], count: int, *what: int | str) -> tuple[int, ...]:
-        return tuple(sorted(shuffled(items, *parts, *what)[:count]))
-
-    return choose
-
-
 @dataclass(frozen=True)
 class Context:
-    """What a tree may depend on beside its method's settings; the iteration is counted from 1."""
+    """What a tree may depend on beside its method's settings.
+
+    ``iteration`` is counted from 1; ``seed``, what :meth:`choose` draws by, is of run, iteration
+    and prompt.
+    """
 
     plan: Plan | None
     sigmas: Sigmas
     iteration: int
-    choose: Choose
+    seed: tuple[int | str, ...]
 
-
-# -- what a class says -------------------------------------------------------------------------
+    def choose(self, items: Iterable[int], count: int, *what: int | str) -> tuple[int, ...]:
+        """``count`` of ``items``, ascending: a function of the seed and ``what`` they are for."""
+        return tuple(sorted(shuffled(items, *self.seed, *what)[:count]))
 
 
 @dataclass(frozen=True)
@@ -106,12 +79,9 @@ class Entry:
     """A method on the page of methods.
 
     Attributes:
-        title: its name in the literature.
-        short: what it explores, a few words.
-        text: the same with its why, some sentences.
+        title, short, text: its name in the literature; what it explores; the same with its why.
         departures: what departs from its public code.
-        settings: of the drawing, beside T and G.
-        iteration: that is drawn.
+        settings, iteration: of the drawing, beside T and G.
     """
 
     title: str
@@ -123,7 +93,7 @@ class Entry:
 
 
 class Changed(NamedTuple):
-    """A default that a class changes: with another sentence, or from elsewhere than its paper."""
+    """A default that a class changes, with another sentence or from elsewhere than its paper."""
 
     value: Any
     text: str = ""
@@ -146,8 +116,8 @@ class Method(Settings):
     source: ClassVar[str] = CHOICE
     """Where the recipe and the changed defaults come from."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Inherited settings whose default, or its source, is another here: key to value, or to
-    :class:`Changed`. Text, unit and bounds stay."""
+    """Inherited settings with another default: key to value, or to :class:`Changed`. Text, unit
+    and bounds stay."""
     shape: ClassVar[Shape] = "chains"
     losses: ClassVar[tuple[Loss, ...]] = ("clipped", "guarded")
     """Values of ``train.loss`` that the method's edges allow."""
@@ -185,18 +155,25 @@ class Method(Settings):
         for key, given in vars(cls).get("defaults", {}).items():
             changed = given if isinstance(given, Changed) else Changed(given)
             old = parent.model_fields[key]
-            noted = old.json_schema_extra
-            unit = noted.get("unit", "") if isinstance(noted, dict) else ""
+            noted: Any = old.json_schema_extra
             text, source = changed.text or old.description or "", changed.source or cls.source
             bounded = (old.annotation, *old.metadata)
             cls.__annotations__[key] = Annotated[bounded] if old.metadata else old.annotation
-            setattr(cls, key, setting(changed.value, text, source, unit=str(unit)))
+            setattr(cls, key, setting(changed.value, text, source, unit=noted.get("unit", "")))
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        for fault in self._faults():
+            raise ValueError(fault)
+        return self
+
+    def _faults(self) -> Iterator[str]:
+        """``key: why`` of settings that cannot be, in an order in which the first is told."""
+        yield from ()
 
     def tree(self, context: Context) -> Tree:
         """The rollout tree of one prompt in one iteration; equal arguments give equal trees."""
         raise NotImplementedError
-
-    # -- the plan ------------------------------------------------------------------------------
 
     @property
     def reads_profile(self) -> bool:
@@ -216,8 +193,6 @@ class Method(Settings):
         """
         raise NotImplementedError
 
-    # -- what trains, and how ------------------------------------------------------------------
-
     @property
     def prunes(self) -> bool:
         """Whether rewards take trained edges out: predicted training is then an upper bound."""
@@ -230,13 +205,7 @@ class Method(Settings):
         trees: Sequence[Tree],
         edges: Sequence[tuple[int, int]],
     ) -> set[int] | None:
-        """Positions of the trained edges that stay after scoring; None for all.
-
-        Args:
-            scores: name -> [L] rewards of all leaves, ordered by (tree, leaf).
-            weights: name -> weight of each trained reward.
-            trees, edges: the forest and its trained edges, as in ``Rollout``.
-        """
+        """Positions of the trained edges that stay after scoring; None for all."""
         return None
 
     @property
@@ -263,8 +232,7 @@ class Method(Settings):
 
         Args:
             batch: sources and edges.
-            v: [B, C, h, w] velocities, with gradients.
-            sigmas: the grid.
+            v: [B, C, h, w] velocities over the grid ``sigmas``, with gradients.
             advantage, weight: [E].
             loss: one of :attr:`losses`.
             clip_range: of the probability ratio.
@@ -288,8 +256,6 @@ class Stochastic(Method):
         0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER, unit="1", gt=0.0, le=5.0
     )
 
-    @model_validator(mode="after")
-    def _cps_level(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if self.dynamics == "cps" and self.noise_level > 1:
-            raise ValueError("noise_level: cps needs a value in (0, 1]")
-        return self
+            yield "noise_level: cps needs a value in (0, 1]"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
-from pydantic import model_validator
-
-from egrpo.core.advantage import Array, best_leaves, prune
+from egrpo.core.advantage import Array, best_leaves
 from egrpo.core.tree import Tree
 from egrpo.methods.base import COMMON, Changed, Context, Entry, Stochastic, rates
 from egrpo.methods.shapes import split_tree
@@ -29,7 +27,7 @@ class BranchGrpo(Stochastic):
     defaults = {
         "steps": 20,
         "dynamics": "dance_sde",
-        "noise_level": Changed(0.3, "Noise level eta (dance_sde) or a (flow_sde, cps)."),
+        "noise_level": 0.3,
         "group_size": Changed(16, "Leaves: 2 to the number of splits."),
     }
     shape = "tree"
@@ -107,32 +105,26 @@ class BranchGrpo(Stochastic):
         if not self.prunes:
             return None
         best = best_leaves(scores, weights, trees, self.width_share)
-        return prune(trees, edges, best, after=self.splits[-1])
 
-    @model_validator(mode="after")
-    def _splits_on_grid(self) -> Self:
-        if not self.splits or self.splits != sorted(set(self.splits)) or self.splits[0] < 0:
-            raise ValueError("splits: grid indices must be distinct, ascending and not negative")
-        if self.splits[-1] > self.steps - 2:
-            raise ValueError(
-                f"splits: {self.splits[-1]} lies beyond the last stochastic step; steps: "
-                f"{self.steps} allows 0..{self.steps - 2}"
-            )
-        if self.group_size != 2 ** len(self.splits):
-            raise ValueError(
-                f"group_size: {len(self.splits)} splits make {2 ** len(self.splits)} leaves, "
-                f"not {self.group_size}"
-            )
-        return self
+        def stays(tree: Tree, k: int, best: set[int]) -> bool:
+            early = tree.nodes[tree.nodes[k].parent].index <= self.splits[-1]
+            return early or not best.isdisjoint(tree.leaves_below[k])
 
-    @model_validator(mode="after")
-    def _depths_on_grid(self) -> Self:
-        depths = self.depth_pruning
+        return {e for e, (t, k) in enumerate(edges) if stays(trees[t], k, best[t])}
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        splits, depths = self.splits, self.depth_pruning
+        if not splits or splits != sorted(set(splits)) or splits[0] < 0:
+            yield "splits: grid indices must be distinct, ascending and not negative"
+        if splits[-1] > self.steps - 2:
+            allowed = f"steps: {self.steps} allows 0..{self.steps - 2}"
+            yield f"splits: {splits[-1]} lies beyond the last stochastic step; {allowed}"
+        if self.group_size != 2 ** len(splits):
+            leaves = f"{len(splits)} splits make {2 ** len(splits)} leaves"
+            yield f"group_size: {leaves}, not {self.group_size}"
         ascending = depths == sorted(set(depths))
         if depths and not (ascending and depths[0] >= 1 and depths[-1] <= self.steps):
-            raise ValueError(
-                f"depth_pruning: distinct, ascending indices of 1..{self.steps} are needed"
-            )
+            yield f"depth_pruning: distinct, ascending indices of 1..{self.steps} are needed"
         if len(depths) >= self.steps:
-            raise ValueError("depth_pruning: no depth is left to train")
-        return self
+            yield "depth_pruning: no depth is left to train"

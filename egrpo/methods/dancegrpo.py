@@ -5,24 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from egrpo.core.tree import Tree
-from egrpo.methods.base import (
-    COMMON,
-    NOISE_TEXT,
-    SAMPLES,
-    Changed,
-    Context,
-    Entry,
-    InitialNoise,
-    Stochastic,
-    rates,
-)
-from egrpo.methods.shapes import chains
+from egrpo.methods.base import COMMON, Context, Entry, rates
+from egrpo.methods.shared import Chained
 from egrpo.settings import setting
 
 DANCE = "DanceGRPO, arXiv 2505.07818 and its public code"
 
 
-class DanceGrpo(Stochastic):
+class DanceGrpo(Chained):
     """DanceGRPO: SDE of constant noise on all steps, a random part of each sample's trains."""
 
     source = DANCE
@@ -30,8 +20,9 @@ class DanceGrpo(Stochastic):
     defaults = {
         "steps": 16,
         "dynamics": "dance_sde",
-        "noise_level": Changed(0.3, "Noise level eta (dance_sde) or a (flow_sde, cps)."),
-        "group_size": Changed(12, SAMPLES),
+        "noise_level": 0.3,
+        "group_size": 12,
+        "initial_noise": "same",
     }
     entry = Entry(
         "DanceGRPO",
@@ -52,7 +43,6 @@ class DanceGrpo(Stochastic):
         gt=0.0,
         le=1.0,
     )
-    initial_noise: InitialNoise = setting("same", NOISE_TEXT, DANCE)
 
     def tree(self, context: Context) -> Tree:
         """SDE on all steps but the last, of which each sample trains some of its own.
@@ -63,12 +53,5 @@ class DanceGrpo(Stochastic):
         stochastic = tuple(range(self.steps - 1))
         count = max(1, int(len(stochastic) * self.trained_fraction))
         every = range(self.group_size)
-        trained = [context.choose(stochastic, count, "trained", k) for k in every]
-        return chains(
-            self.steps,
-            self.group_size,
-            self.dynamics,
-            stochastic=stochastic,
-            trained=tuple(trained),
-            noise=self.initial_noise,
-        )
+        trained = (context.choose(stochastic, count, "trained", k) for k in every)
+        return self.chains(trained, stochastic=stochastic)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
-
-from pydantic import model_validator
+from typing import ClassVar, Literal
 
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import Sigmas
@@ -106,22 +104,14 @@ class Merging(Branching):
         Groups are the samples of one step.
         """
         assert context.plan is not None
-        return planned_branches(
-            context.plan,
-            self.group_size,
-            active=self.some(list(context.plan.active), context),
-            anchors=self.anchors,
-            granularities=self.granularities,
-            suffix=self.suffix,
-        )
+        active = self.some(list(context.plan.active), context)
+        return planned_branches(context.plan, self.group_size, active=active, **self.finish)
 
-    @model_validator(mode="after")
-    def _entropy_grows_with_span(self) -> Self:
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
         if self.dynamics == "cps" and self.threshold != 0 and self.span is None:
-            raise ValueError(
-                "threshold: must be 0 with dynamics: cps, whose entropy falls as a step gets longer"
-            )
-        return self
+            why = "whose entropy falls as a step gets longer"
+            yield f"threshold: must be 0 with dynamics: cps, {why}"
 
 
 class Egrpo(Merging):

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
-
-from pydantic import model_validator
+from collections.abc import Iterator
+from typing import Literal
 
 from egrpo.core.tree import Tree
-from egrpo.methods.base import (
-    BATCH_STD,
-    COMMON,
-    FLOW,
-    FLOW_AVERAGE,
-    NOISE_TEXT,
-    SAMPLES,
-    Changed,
-    Context,
-    Entry,
-    InitialNoise,
-    Stochastic,
-    rates,
-)
-from egrpo.methods.shapes import chains
-from egrpo.methods.shared import Windowed
+from egrpo.methods.base import BATCH_STD, COMMON, FLOW, FLOW_AVERAGE, Context, Entry, rates
+from egrpo.methods.shared import Chained, Windowed
 from egrpo.settings import setting
 
 
-class FlowGrpo(Stochastic):
+class FlowGrpo(Chained):
     """Flow-GRPO: SDE on all steps of independent trajectories."""
 
     stock_grid = True
@@ -40,7 +25,7 @@ class FlowGrpo(Stochastic):
         "train.updates": 2,
         **BATCH_STD,
     }
-    defaults = {"steps": 10, "group_size": Changed(24, SAMPLES)}
+    defaults = {"steps": 10}
     entry = Entry(
         "Flow-GRPO",
         "all steps of every sample at once",
@@ -57,7 +42,6 @@ class FlowGrpo(Stochastic):
     trained_fraction: float = setting(
         0.99, "First part of the steps that trains.", FLOW, unit="1", gt=0.0, le=1.0
     )
-    initial_noise: InitialNoise = setting("own", NOISE_TEXT, FLOW)
 
     def tree(self, context: Context) -> Tree:
         """SDE on all steps; the first ``trained_fraction`` train.
@@ -66,13 +50,7 @@ class FlowGrpo(Stochastic):
         like every other one but does not train (fraction 0.99).
         """
         first = tuple(range(max(1, int(self.steps * self.trained_fraction))))
-        return chains(
-            self.steps,
-            self.group_size,
-            self.dynamics,
-            trained=(first,) * self.group_size,
-            noise=self.initial_noise,
-        )
+        return self.chains((first,) * self.group_size)
 
 
 class FlowGrpoFast(Windowed):
@@ -85,7 +63,7 @@ class FlowGrpoFast(Windowed):
         "steps": 10,
         "dynamics": "cps",
         "noise_level": 0.8,
-        "group_size": Changed(24, SAMPLES),
+        "group_size": 24,
         "window_size": 3,
         "initial_noise": "shared",
     }
@@ -116,11 +94,8 @@ class FlowGrpoFast(Windowed):
         (start,) = context.choose(self.window_starts, 1, "window")
         return self.window(start)
 
-    @model_validator(mode="after")
-    def _window_in_its_part(self) -> Self:
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
         if not self.window_starts:
-            raise ValueError(
-                f"window_part: {self.window_part} of {self.steps} steps has no room for a window "
-                f"of {self.window_size}"
-            )
-        return self
+            part = f"{self.window_part} of {self.steps} steps"
+            yield f"window_part: {part} has no room for a window of {self.window_size}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from egrpo.core.tree import Tree
-from egrpo.methods.base import COMMON, MIX, SAMPLES, Changed, Context, Entry, Solver, rates
+from egrpo.methods.base import COMMON, MIX, Context, Entry, Solver, rates
 from egrpo.methods.shared import Windowed
 from egrpo.settings import setting
 
@@ -15,7 +15,7 @@ class MixGrpo(Windowed):
 
     source = MIX
     recipe = {**rates(full=1e-5), **COMMON, "train.updates": 4}
-    defaults = {"steps": 25, "group_size": Changed(12, SAMPLES)}
+    defaults = {"steps": 25}
     entry = Entry(
         "MixGRPO",
         "a window of steps that slides from noise to image over the iterations",

@@ -7,25 +7,15 @@ very same :class:`~egrpo.core.tree.Tree`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 from egrpo.core.noise import NOISING
 from egrpo.core.plan import Plan
-from egrpo.core.tree import Tree, TreeBuilder
+from egrpo.core.tree import Node, Tree, TreeBuilder
 
 Steps = tuple[int, ...]
-
-# -- what follows a stochastic step ------------------------------------------------------------
-
-
-def strided(start: int, steps: int, granularity: int) -> Steps:
-    """Stops of a deterministic suffix from ``start``: one interval, then every g-th index, and T.
-
-    GranularGRPO's grid ``sigmas[:k+2] + sigmas[k+2::g]`` (arXiv 2510.01982), with T added where
-    the stride would pass over it.
-    """
-    return (*range(start + 1, steps, granularity), steps)
 
 
 def thinned(start: int, steps: int, ratio: float) -> Steps:
@@ -39,9 +29,6 @@ def thinned(start: int, steps: int, ratio: float) -> Steps:
         return tuple(range(start + 1, steps + 1))
     count = max(1, int((length + 1) * ratio) - 1)
     return tuple(start + round(length * n / count) for n in range(1, count + 1))
-
-
-# -- shapes ------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)
@@ -66,8 +53,7 @@ def branches(
         steps: T.
         spans: (start, span) of every branching.
         samples: edges of each group; one number, or one for each of ``spans``.
-        dynamics: of the branches.
-        trained: whether they train.
+        dynamics, trained: of the branches.
         anchors: initial noises, each with an anchor of its own.
         granularities: strides of the suffix; each gives every branch a leaf of its own label,
             and common parts are shared.
@@ -79,68 +65,46 @@ def branches(
     for n in range(anchors):
         anchor = [builder.root(n)]
         for stop in range(1, max((start for start, _ in spans), default=0) + 1):
-            anchor.append(builder.edge(anchor[-1], stop, "ode"))
+            anchor.append(builder.add(Node(anchor[-1], stop, "ode")))
         for number, ((start, span), size) in enumerate(zip(spans, sizes, strict=True)):
-            for sample in range(size):
-                branch = builder.edge(
-                    anchor[start],
-                    start + span,
-                    dynamics,
-                    sample=n * size + sample,
-                    trained=trained,
-                    group=n * len(spans) + number,
-                    weight=weights[number] if weights else 1.0,
-                )
-                grow_suffixes(builder, branch, granularities, suffix)
+            how = (trained, n * len(spans) + number, weights[number] if weights else 1.0)
+            for k in range(n * size, (n + 1) * size):
+                branch = builder.add(Node(anchor[start], start + span, dynamics, k, *how))
+                _grow_suffixes(builder, branch, granularities, suffix)
     return builder.build()
 
 
-def grow_suffixes(builder: TreeBuilder, branch: int, granularities: Steps, dynamics: str) -> None:
-    """One suffix for each granularity from ``branch`` to T; equal beginnings are one path."""
+def _grow_suffixes(builder: TreeBuilder, branch: int, strides: Steps, dynamics: str) -> None:
+    """One suffix for each granularity from ``branch`` to T; equal beginnings are one path.
+
+    GranularGRPO's grid ``sigmas[:k+2] + sigmas[k+2::g]`` (arXiv 2510.01982), with T added where
+    the stride would pass over it.
+    """
     steps, start = builder.steps, builder.nodes[branch].index
     known: dict[tuple[int, int], int] = {}
-    for label, granularity in enumerate(granularities):
+    for label, stride in enumerate(strides):
         node = branch
-        *inner, end = strided(start, steps, granularity)
-        for stop in inner:
+        for stop in range(start + 1, steps, stride):
             if (node, stop) not in known:
-                known[node, stop] = builder.edge(node, stop, dynamics)
+                known[node, stop] = builder.add(Node(node, stop, dynamics))
             node = known[node, stop]
-        builder.edge(node, end, dynamics, label=label)
+        builder.add(Node(node, steps, dynamics, label=label))
 
 
 def planned_branches(
-    plan: Plan,
-    group_size: int,
-    *,
-    active: Iterable[int] | None = None,
-    anchors: int = 1,
-    granularities: Sequence[int] = (1,),
-    suffix: str = "ode",
+    plan: Plan, group_size: int, *, active: Iterable[int] | None = None, **how: Any
 ) -> Tree:
     """:func:`branches` at the steps of a merge plan: i -> i + span, then the suffix.
 
-    ``active`` takes some of the plan's steps; a plan that allocates samples overrides
-    ``group_size``.
+    A plan that allocates samples overrides ``group_size``; ``active`` takes some of its steps;
+    ``how``: ``anchors``, ``granularities`` and ``suffix`` of :func:`branches`.
     """
     wanted = set(plan.active if active is None else active)
     sizes = plan.samples or (group_size,) * len(plan.active)
     rows = zip(plan.active, plan.spans, sizes, strict=True)
-    kept = [(i, span, size) for i, span, size in rows if i in wanted]
-    return branches(
-        plan.steps,
-        tuple((i, span) for i, span, _ in kept),
-        tuple(size for *_, size in kept),
-        plan.dynamics,
-        trained=True,
-        anchors=anchors,
-        granularities=tuple(granularities),
-        suffix=suffix,
-    )
-
-
-egrpo = planned_branches
-"""The name by which suffixes are measured."""
+    kept = [((i, span), size) for i, span, size in rows if i in wanted]
+    spans, samples = map(tuple, zip(*kept, strict=True))
+    return branches(plan.steps, spans, samples, plan.dynamics, trained=True, **how)
 
 
 @lru_cache(maxsize=1024)
@@ -148,9 +112,9 @@ def chains(
     steps: int,
     samples: int,
     dynamics: str = "ode",
+    trained: tuple[Steps, ...] = (),
     *,
     stochastic: Steps | None = None,
-    trained: tuple[Steps, ...] = (),
     noise: str = "own",
     suffix: tuple[str, Steps] | None = None,
 ) -> Tree:
@@ -160,11 +124,10 @@ def chains(
     steps train.
 
     Args:
-        steps: T.
-        samples: G.
+        steps, samples: T and G.
         dynamics: of the stochastic steps.
-        stochastic: consecutive grid indices of stochastic steps; None for all.
         trained: for each sample the steps that train; empty for none.
+        stochastic: consecutive grid indices of stochastic steps; None for all.
         noise: initial noise: ``own`` for each sample; ``same`` for all, evaluated apart as public
             code does; ``shared``: the same, evaluated once while the samples agree. Optimizer
             steps are cut by sample all the same.
@@ -174,15 +137,14 @@ def chains(
     window = tuple(range(steps)) if stochastic is None else stochastic
     first, last = (window[0], window[-1] + 1) if window else (steps, steps)
     after, stops = suffix or ("ode", tuple(range(last + 1, steps + 1)))
-    trunk = builder.through(builder.root(), range(1, first + 1)) if noise == "shared" else None
-    for sample in range(samples):
-        node = trunk
-        if node is None:
+    begun = 0
+    for sample, chosen in enumerate(trained or ((),) * samples):
+        if sample == 0 or noise != "shared":
             root = builder.root(sample if noise == "own" else 0)
-            node = builder.through(root, range(1, first + 1))
-        chosen = trained[sample] if trained else ()
+            begun = builder.through(root, range(1, first + 1))
+        node = begun
         for i in window:
-            node = builder.edge(node, i + 1, dynamics, sample=sample, trained=i in chosen)
+            node = builder.add(Node(node, i + 1, dynamics, sample, i in chosen))
         builder.through(node, stops, after)
     return builder.build(by_edge=noise == "shared")
 
@@ -200,31 +162,23 @@ def split_tree(steps: int, splits: Steps, dynamics: str, trained: Steps) -> Tree
     for i in range(steps):
         parents = [p for p in level for _ in range(2 if i in splits else 1)]
         last = i == steps - 1
+        how, trains = ("ode", False) if last else (dynamics, i in trained)
         level = [
-            builder.edge(
-                p,
-                i + 1,
-                "ode" if last else dynamics,
-                sample=n,
-                trained=i in trained and not last,
-                group=i,
-            )
+            builder.add(Node(p, i + 1, how, sample=n, trained=trains, group=i))
             for n, p in enumerate(parents)
         ]
     return builder.build()
 
 
 @lru_cache(maxsize=1024)
-def noised(
-    steps: int, samples: int, times: tuple[Steps, ...], suffix: str = "ode", weight: float = 1.0
-) -> Tree:
+def noised(steps: int, times: tuple[Steps, ...], suffix: str = "ode", weight: float = 1.0) -> Tree:
     """Deterministic samples from own noise; sample k is noised to the indices ``times[k]``.
 
     The noising edges are what trains; group 0, since all of a prompt's samples are compared.
     """
     builder = TreeBuilder(steps)
-    for sample in range(samples):
+    for sample, indices in enumerate(times):
         leaf = builder.through(builder.root(sample), range(1, steps + 1), suffix)
-        for index in times[sample]:
-            builder.edge(leaf, index, NOISING, sample=sample, trained=True, weight=weight)
+        for index in indices:
+            builder.add(Node(leaf, index, NOISING, sample, trained=True, weight=weight))
     return builder.build()

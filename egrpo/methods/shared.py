@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
-
-from pydantic import model_validator
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal
 
 from egrpo.core.tree import Tree
-from egrpo.methods.base import (
-    MIX,
-    NFT,
-    NOISE_TEXT,
-    SAMPLES,
-    Changed,
-    Context,
-    InitialNoise,
-    Method,
-    Shape,
-    Solver,
-    Stochastic,
-)
-from egrpo.methods.shapes import branches, chains, noised, thinned
+from egrpo.methods.base import FLOW, MIX, NFT, Changed, Context, Method, Shape, Solver, Stochastic
+from egrpo.methods.shapes import Steps, branches, chains, noised, thinned
 from egrpo.settings import PAPER, setting
+
+SAMPLES = "Samples G per prompt."
 
 
 class Branching(Stochastic):
@@ -77,80 +66,78 @@ class Branching(Stochastic):
 
     def branches(self, starts: list[int], weights: tuple[float, ...] = ()) -> Tree:
         """Single stochastic steps at ``starts``, with a loss weight each."""
-        return branches(
-            self.steps,
-            tuple((i, 1) for i in starts),
-            self.group_size,
-            self.dynamics,
-            trained=True,
-            anchors=self.anchors,
-            granularities=tuple(self.granularities),
-            suffix=self.suffix,
-            weights=weights,
-        )
+        spans = tuple((i, 1) for i in starts)
+        of = (self.steps, spans, self.group_size, self.dynamics)
+        return branches(*of, trained=True, weights=weights, **self.finish)
 
-    @model_validator(mode="after")
-    def _active_on_grid(self) -> Self:
-        steps = self.active_steps
+    @property
+    def finish(self) -> dict[str, Any]:
+        """Anchors and suffixes, as :func:`~egrpo.methods.shapes.branches` takes them."""
+        strides = tuple(self.granularities)
+        return {"anchors": self.anchors, "granularities": strides, "suffix": self.suffix}
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        steps, strides, some = self.active_steps, self.granularities, self.active_per_iteration
         if not steps:
-            raise ValueError("active: no step branches; give at least 1")
+            yield "active: no step branches; give at least 1"
         if steps != sorted(set(steps)) or steps[0] < 0:
-            raise ValueError("active: grid indices must be distinct, ascending and not negative")
+            yield "active: grid indices must be distinct, ascending and not negative"
         if steps[-1] > self.steps - 2:
-            raise ValueError(
-                f"active: step {steps[-1]} lies beyond the schedule; "
-                f"steps: {self.steps} allows 0..{self.steps - 2}"
-            )
-        if self.active_per_iteration and self.active_per_iteration > len(steps):
-            raise ValueError(
-                f"active_per_iteration: {self.active_per_iteration} of {len(steps)} active steps"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _granularities_on_grid(self) -> Self:
-        if not self.granularities or min(self.granularities) < 1:
-            raise ValueError("granularities: strides of at least 1 are needed")
-        if len(set(self.granularities)) != len(self.granularities):
-            raise ValueError("granularities: a stride is named twice")
-        room = self.steps - 2 - self.active_steps[-1]  # what is left after branch and first stop
-        longest = max(self.granularities)
-        if longest > max(1, room):
-            raise ValueError(
-                f"granularities: stride {longest} skips sigma 0: after step "
-                f"{self.active_steps[-1]} of {self.steps} it may be {max(1, room)} at most"
-            )
-        return self
+            allowed = f"steps: {self.steps} allows 0..{self.steps - 2}"
+            yield f"active: step {steps[-1]} lies beyond the schedule; {allowed}"
+        if some and some > len(steps):
+            yield f"active_per_iteration: {some} of {len(steps)} active steps"
+        if not strides or min(strides) < 1:
+            yield "granularities: strides of at least 1 are needed"
+        if len(set(strides)) != len(strides):
+            yield "granularities: a stride is named twice"
+        room = max(1, self.steps - 2 - steps[-1])  # what is left after branch and first stop
+        if max(strides) > room:
+            after = f"after step {steps[-1]} of {self.steps} it may be {room} at most"
+            yield f"granularities: stride {max(strides)} skips sigma 0: {after}"
 
 
-class Windowed(Stochastic):
+class Chained(Stochastic):
+    """What the methods of whole trajectories share."""
+
+    defaults = {"group_size": Changed(24, SAMPLES, FLOW)}
+
+    initial_noise: Literal["own", "same", "shared"] = setting(
+        "own",
+        "Initial noise of a prompt's samples: own; same, evaluated apart; shared: the same, "
+        "evaluated once while the samples agree.",
+        FLOW,
+    )
+
+    def chains(self, trained: Iterable[Steps], **how: Any) -> Tree:
+        """Trajectories of whose steps these train; more as :func:`~egrpo.methods.shapes.chains`."""
+        of = (self.steps, self.group_size, self.dynamics, tuple(trained))
+        return chains(*of, noise=self.initial_noise, **how)
+
+
+class Windowed(Chained):
     """What the methods with a window of stochastic steps share."""
 
+    source = MIX
+    defaults = {"group_size": 12, "initial_noise": "same"}
+
     window_size: int = setting(4, "Stochastic steps, all of them trained.", MIX, unit="steps", ge=1)
-    initial_noise: InitialNoise = setting("same", NOISE_TEXT, MIX)
 
     def window(self, start: int, suffix: str = "ode", ratio: float = 1.0) -> Tree:
         """ODE, the trained window from ``start``, a suffix over ``ratio`` of the grid."""
-        window = tuple(range(start, start + self.window_size))
-        stops = thinned(start + self.window_size, self.steps, ratio)
-        return chains(
-            self.steps,
-            self.group_size,
-            self.dynamics,
-            stochastic=window,
-            trained=(window,) * self.group_size,
-            noise=self.initial_noise,
-            suffix=(suffix, stops),
-        )
+        end = start + self.window_size
+        window, stops = tuple(range(start, end)), thinned(end, self.steps, ratio)
+        trained = (window,) * self.group_size
+        return self.chains(trained, stochastic=window, suffix=(suffix, stops))
 
-    @model_validator(mode="after")
-    def _window_fits(self) -> Self:
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
         if self.window_size > self.steps - 2:
-            raise ValueError(
+            yield (
                 f"window_size: {self.window_size} steps do not fit a schedule of {self.steps}, "
                 f"whose last two are deterministic; {self.steps - 2} at most"
             )
-        return self
 
 
 class ForwardProcess(Method):
@@ -186,15 +173,11 @@ class ForwardProcess(Method):
 
     def tree(self, context: Context) -> Tree:
         """Deterministic samples, each noised again to some grid indices of its own."""
-        every = range(self.group_size)
-        times = [context.choose(self.times, self.times_per_sample, "times", k) for k in every]
-        return noised(self.steps, self.group_size, tuple(times), self.solver, self.edge_weight)
+        count, every = self.times_per_sample, range(self.group_size)
+        times = tuple(context.choose(self.times, count, "times", k) for k in every)
+        return noised(self.steps, times, self.solver, self.edge_weight)
 
-    @model_validator(mode="after")
-    def _times_on_grid(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if self.times_per_sample > len(self.times):
-            raise ValueError(
-                f"times_per_sample: {self.times_per_sample}, but times_part leaves "
-                f"{len(self.times)} of {self.steps} grid indices"
-            )
-        return self
+            left = f"{len(self.times)} of {self.steps} grid indices"
+            yield f"times_per_sample: {self.times_per_sample}, but times_part leaves {left}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 from egrpo.config.models import RunConfig
@@ -64,8 +63,8 @@ def study_cost(
         )
         out[name] = {
             "method": run.method.name,
-            "prompt": {**asdict(prompt), "total": prompt.total},
-            "run": {**asdict(whole), "total": whole.total},
+            "prompt": {**prompt._asdict(), "total": prompt.total},
+            "run": {**whole._asdict(), "total": whole.total},
             "train_at_most": run.method.prunes,
         }
     return out

@@ -11,7 +11,7 @@ from typing import Any
 
 from egrpo.config.keys import run_key
 from egrpo.config.models import RunConfig
-from egrpo.core.entropy import MEASURES, step_entropy
+from egrpo.core.entropy import MEASURES
 from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.plan import Plan
 from egrpo.core.schedule import Sigmas, check_sigmas
@@ -23,10 +23,9 @@ from egrpo.store.tables import ENTROPY_PROFILE, MERGE_PLAN, metadata_of, read_ta
 
 
 def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
-    """Write ``plan.json`` and ``merge_plan.parquet`` of a run.
+    """Write ``plan.json`` and ``merge_plan.parquet`` of a run, over the grid of its profile.
 
-    The grid is the one that the profile was measured on, so that a profile of any model gives
-    its own plan. Steps that cannot reach the threshold are said on stderr.
+    Steps that cannot reach the threshold are said on stderr.
     """
     sigmas, *_ = grid_of(profile)
     spreads = measured_spread(profile, run.train.rewards) if reads_profile(run) else ()
@@ -41,17 +40,6 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
 
 def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
     """Rows of the merge_plan table."""
-
-    def entropy(start: int, span: int) -> float:
-        return step_entropy(
-            made.sigmas,
-            start,
-            span,
-            noise_level=made.noise_level,
-            dynamics=made.dynamics,
-            measure=made.measure,
-        )
-
     return [
         {
             "run": run,
@@ -59,12 +47,12 @@ def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
             "span": span,
             "sigma": made.sigmas[start],
             "sigma_stop": made.sigmas[start + span],
-            "entropy": entropy(start, span),
-            "single_step_entropy": entropy(start, 1),
+            "entropy": merged,
+            "single_step_entropy": made.entropy[start],
             "threshold": made.threshold,
             "measure": made.measure,
         }
-        for start, span in zip(made.active, made.spans, strict=True)
+        for start, span, merged in zip(made.active, made.spans, made.merged_entropy, strict=True)
     ]
 
 
@@ -124,11 +112,7 @@ def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[S
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
+    """Read a plan; a UserError if the file is missing or damaged."""
     try:
         return Plan.from_dict(read_json(path))
     except (ValueError, TypeError) as error:

@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from egrpo.core.entropy import MEASURES, step_entropy
+from egrpo.core.entropy import MEASURES
 from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import shifted_sigmas, stock_end
@@ -119,15 +119,7 @@ def _table(plan: Plan) -> str:
         f"threshold {plan.threshold:g} [{plan.measure}]",
         f"{'step':>4} {'span':>4} {'sigma':>14} {'alone':>8} {'merged':>8}",
     ]
-    for i, span in zip(plan.active, plan.spans, strict=True):
-        merged = step_entropy(
-            plan.sigmas,
-            i,
-            span,
-            noise_level=plan.noise_level,
-            dynamics=plan.dynamics,
-            measure=plan.measure,
-        )
+    for i, span, merged in zip(plan.active, plan.spans, plan.merged_entropy, strict=True):
         sigma = f"{plan.sigmas[i]:.3f}->{plan.sigmas[i + span]:.3f}"
         lines.append(f"{i:>4} {span:>4} {sigma:>14} {plan.entropy[i]:>8.4f} {merged:>8.4f}")
     lines.append(" ".join(f"{name}: {count}" for name, count in plan.nfe().items()))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from egrpo.config.models import RunConfig
 from egrpo.core.plan import Plan
@@ -13,7 +13,7 @@ from egrpo.core.seeds import shuffled
 from egrpo.core.spread import Spread
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError
-from egrpo.methods.base import Context, draw
+from egrpo.methods.base import Context
 from egrpo.planning.grids import training_sigmas
 
 
@@ -28,16 +28,11 @@ def reads_profile(run: RunConfig) -> bool:
 
 
 def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> Plan:
-    """The merge plan of a run whose method needs one.
-
-    Args:
-        run: settings.
-        sigmas: the grid.
-        spreads: measured spread of the trained rewards, where the plan depends on it.
+    """The merge plan, over a grid, of a run whose method needs one.
 
     Raises:
         UserError: if the threshold is out of reach and ``on_unreachable`` says error, or the plan
-            depends on spread and none is given or enough.
+            depends on the measured spread of the trained rewards and none is given or enough.
     """
     if reads_profile(run) and not spreads:
         raise UserError(
@@ -58,8 +53,8 @@ def closed_form_plan(run: RunConfig) -> Plan | None:
 def tree_of(run: RunConfig, plan: Plan | None, iteration: int = 1, prompt: int = 0) -> Tree:
     """The rollout tree of one prompt (by id) in one iteration (counted from 1)."""
     sigmas = plan.sigmas if plan else training_sigmas(run)
-    chosen = draw(run.seed, "tree", iteration, prompt)
-    return run.method.tree(Context(plan, sigmas, iteration, chosen))
+    seed = (run.seed, "tree", iteration, prompt)
+    return run.method.tree(Context(plan, sigmas, iteration, seed))
 
 
 def prompt_ids(run: RunConfig, iteration: int, count: int) -> tuple[int, ...]:
@@ -102,11 +97,7 @@ def check_parts(run: RunConfig, plan: Plan | None) -> None:
         )
 
 
-# -- cost --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunCost:
+class RunCost(NamedTuple):
     """Network evaluations, factor of guidance included.
 
     Attributes:
@@ -122,16 +113,15 @@ class RunCost:
     @property
     def total(self) -> int:
         """All of them, each counted once."""
-        return self.forward + self.train + self.reference
+        return sum(self)
 
 
 def cost_of(run: RunConfig, trees: Iterable[Tree]) -> RunCost:
     """What rolling out and training ``trees`` will execute."""
     factor = 2 if run.model.guidance_scale > 1 else 1
-    forward = train = 0
-    for tree in trees:
-        forward += factor * tree.cost.forward
-        train += factor * tree.passes(run.train.updates)
+    each = list(trees)
+    forward = factor * sum(tree.cost.forward for tree in each)
+    train = factor * sum(tree.passes(run.train.updates) for tree in each)
     return RunCost(forward, train, references(run) * train)
 
 
@@ -149,6 +139,4 @@ def iteration_cost(run: RunConfig, plan: Plan | None, iteration: int, count: int
 def run_cost(run: RunConfig, plan: Plan | None, count: int) -> RunCost:
     """Cost of a run with ``count`` training prompts."""
     each = [iteration_cost(run, plan, n, count) for n in range(1, run.train.iterations + 1)]
-    return RunCost(
-        sum(c.forward for c in each), sum(c.train for c in each), sum(c.reference for c in each)
-    )
+    return RunCost(*map(sum, zip(*each, strict=True)))

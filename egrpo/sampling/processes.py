@@ -2,7 +2,7 @@
 
 Prompts are shared out in blocks, so the samples of a group stay on one process. What every process
 must agree on (edges, rewards, counters: some kilobytes) is gathered; gradients are added up once an
-optimizer step. Started by ``accelerate launch``; alone, every method is the identity.
+optimizer step. Alone, every method is the identity.
 """
 
 from __future__ import annotations
@@ -25,13 +25,10 @@ T = TypeVar("T")
 
 
 class Processes:
-    """One process of a job.
+    """One process, ``rank``, of the ``count`` of a job; ``main`` is the one that writes files.
 
-    Attributes:
-        count, rank: of the job.
-        main: whether this process writes files.
-        sharded: whether weights are cut up among the processes (FSDP2). Then every network call
-            waits for the same call of all others.
+    ``sharded``: weights are cut up among them (FSDP2), and every network call waits for the same
+    call of all others.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,8 +74,7 @@ class Processes:
 
     def arrays(self, own: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """The same of each named array."""
-        everyone = self.gather(dict(own))
-        return {name: np.concatenate([each[name] for each in everyone]) for name in own}
+        return {name: self.joined_arrays(array) for name, array in own.items()}
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -105,16 +101,11 @@ def die_with_parent() -> None:
     A launcher that is killed would leave workers behind, on GPUs that others are given.
     """
     if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-        ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGKILL))
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG, prctl(2)
 
 
 def check_share(prompts: int, processes: int, key: str) -> None:
-    """Refuse more processes than prompts.
-
-    Raises:
-        UserError: naming the setting.
-    """
+    """Raise UserError, naming the setting, if there are more processes than prompts."""
     if prompts < processes:
         raise UserError(
             f"{key}: {prompts} prompts for {processes} processes; groups are not split, so raise "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egrpo.core.executor import NoiseFn, SuffixFn, VelocityFn, execute
+from egrpo.core.executor import Executor, NoiseFn, SuffixFn, VelocityFn
 from egrpo.core.noise import SQUARED_ERROR, Matching
 from egrpo.core.rollout import Rollout, joined
 from egrpo.core.schedule import Sigmas
@@ -32,7 +32,7 @@ class Sampler:
         micro_batch: most latents in one network call.
         noise_level: a or eta of the stochastic edges.
         train_micro_batch, parts, matching: of trained edges, see
-            :func:`~egrpo.core.executor.execute`.
+            :class:`~egrpo.core.executor.Executor`.
     """
 
     model: FlowModel
@@ -71,16 +71,13 @@ class Sampler:
 
         with model.sampling(exact=exact) as network:
             where = {"dtype": model.dtype, "device": model.device}
-            return self._execute(trees, velocity, cheaper, noise, **where)
+            return self._run(trees, velocity, cheaper, noise, **where)
 
     def images(self, ids: Sequence[int], samples: int) -> tuple[Images, int]:
-        """Images of prompts, ``samples`` each, by plain ODE: those of monitors and evaluations.
+        """Images [prompts * samples] by plain ODE, samples of a prompt together, on the CPU.
 
-        The same prompt and sample start from the same noise in every run.
-
-        Returns:
-            Images [prompts * samples], samples of a prompt together, on the CPU; and the number of
-            network evaluations.
+        And the number of network evaluations. Those of monitors and evaluations: the same prompt
+        and sample start from the same noise in every run.
         """
         if not ids:
             size = self.model.settings.height, self.model.settings.width
@@ -93,7 +90,7 @@ class Sampler:
         """The trees of :meth:`images`."""
         return [chains(len(self.sigmas) - 1, samples)] * prompts
 
-    def _execute(
+    def _run(
         self,
         trees: Sequence[Tree],
         velocity: VelocityFn,
@@ -101,11 +98,8 @@ class Sampler:
         noise: NoiseFn,
         **where: Any,
     ) -> Rollout:
-        return execute(
-            trees,
-            self.sigmas,
-            velocity,
-            noise,
+        run = Executor(
+            *(trees, self.sigmas, velocity, noise),
             noise_level=self.noise_level,
             micro_batch=self.micro_batch,
             train_micro_batch=self.train_micro_batch,
@@ -114,6 +108,7 @@ class Sampler:
             matching=self.matching,
             **where,
         )
+        return run.rollout()
 
     # -- in step with other processes, where weights are sharded ---------------------------
 
@@ -130,12 +125,9 @@ class Sampler:
             calls += 1
             return torch.zeros_like(x)
 
-        def noise(*of: int) -> Tensor:
-            return torch.zeros(1)
-
         if not trees:
             return 0, joined([], [])
-        rollout = self._execute(trees, counted, counted, noise)
+        rollout = self._run(trees, counted, counted, lambda *_: torch.zeros(1))
         return calls, rollout
 
     @torch.no_grad()

@@ -47,7 +47,7 @@ class Counts(dict[str, int]):
             train = sum(s.sources for s in sizes) * guided
             predicted = RunCost(predicted.forward, train, references(self.run) * train)
         everyone = self.processes.gather(self.spent)
-        for name, wanted in vars(predicted).items():
+        for name, wanted in predicted._asdict().items():
             executed = sum(spent[name] for spent in everyone)
             self[name] += executed
             if executed != wanted:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,16 +33,12 @@ class PreferenceModel(nn.Module):
     def __init__(self, channels: Sequence[int] = (16, 32, 32)) -> None:
         super().__init__()
         self.channels = tuple(channels)
-        a, b, c = self.channels
-        self.features = nn.Sequential(
-            nn.Conv2d(3, a, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(a, b, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(b, c, 3, stride=2, padding=1),
-            nn.GELU(),
-        )
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(c * 16, 32), nn.GELU(), nn.Linear(32, 1))
+        layers: list[nn.Module] = []
+        for before, after in pairwise((3, *self.channels)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
+        self.features = nn.Sequential(*layers)
+        flat = self.channels[-1] * 16
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(flat, 32), nn.GELU(), nn.Linear(32, 1))
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
@@ -87,10 +84,6 @@ def load_preference(path: str | Path) -> PreferenceModel:
     if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3}){2}", widths, re.ASCII):
         raise ValueError(f"{where}: channels {widths!r} are not three widths")
     model = PreferenceModel([int(c) for c in widths.split(",")])
-    missing = sorted(model.state_dict().keys() - tensors.keys())
-    surplus = sorted(tensors.keys() - model.state_dict().keys())
-    if missing or surplus:
-        raise ValueError(f"{where}: missing weights {missing}, unknown weights {surplus}")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

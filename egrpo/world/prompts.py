@@ -16,13 +16,10 @@ from dataclasses import dataclass
 COLOURS: tuple[str, ...] = ("red", "yellow", "green", "cyan", "blue", "purple")
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 POSITIONS: tuple[str, ...] = (
-    "on the left",
-    "on the right",
-    "at the top",
-    "at the bottom",
-    "in the center",
+    *("on the left", "on the right", "at the top", "at the bottom", "in the center"),
 )
 SIZES: tuple[str, ...] = ("small", "large")
+GRAMMAR = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "position": POSITIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +35,20 @@ class Attributes:
     position: str
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("size", self.size, SIZES),
-            ("colour", self.colour, COLOURS),
-            ("shape", self.shape, SHAPES),
-            ("position", self.position, POSITIONS),
-        ):
+        for name, known in GRAMMAR.items():
+            value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
 
     @property
-    def indices(self) -> tuple[int, int, int, int]:
+    def indices(self) -> tuple[int, ...]:
         """(size, colour, shape, position) as positions in SIZES, COLOURS, SHAPES, POSITIONS."""
-        return (
-            SIZES.index(self.size),
-            COLOURS.index(self.colour),
-            SHAPES.index(self.shape),
-            POSITIONS.index(self.position),
-        )
+        return tuple(known.index(getattr(self, name)) for name, known in GRAMMAR.items())
 
 
 def to_prompt(attributes: Attributes) -> str:
     """The one prompt of these attributes."""
-    a = attributes
-    return f"a {a.size} {a.colour} {a.shape} {a.position}"
+    return f"a {' '.join(getattr(attributes, name) for name in GRAMMAR)}"
 
 
 def parse_prompt(prompt: str) -> Attributes:
@@ -73,9 +60,7 @@ def parse_prompt(prompt: str) -> Attributes:
     try:
         if len(words) != 7 or words[0] != "a":
             raise ValueError("expected seven words that start with 'a'")
-        return Attributes(
-            size=words[1], colour=words[2], shape=words[3], position=" ".join(words[4:])
-        )
+        return Attributes(words[1], words[2], words[3], " ".join(words[4:]))
     except ValueError as error:
         raise ValueError(
             f"prompt {prompt!r} is outside the toy grammar "
@@ -85,7 +70,7 @@ def parse_prompt(prompt: str) -> Attributes:
 
 def all_combinations() -> list[Attributes]:
     """All 240 combinations, in the order size, colour, shape, position (position fastest)."""
-    return [Attributes(*values) for values in itertools.product(SIZES, COLOURS, SHAPES, POSITIONS)]
+    return [Attributes(*values) for values in itertools.product(*GRAMMAR.values())]
 
 
 def is_heldout(attributes: Attributes) -> bool:
@@ -100,10 +85,8 @@ def is_heldout(attributes: Attributes) -> bool:
 
 def split() -> tuple[list[Attributes], list[Attributes]]:
     """(training, held-out) combinations, 192 and 48, always the same."""
-    combinations = all_combinations()
-    train = [c for c in combinations if not is_heldout(c)]
-    heldout = [c for c in combinations if is_heldout(c)]
-    return train, heldout
+    every = all_combinations()
+    return [c for c in every if not is_heldout(c)], [c for c in every if is_heldout(c)]
 
 
 def prompt_lines(combinations: Sequence[Attributes]) -> str:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from egrpo.world.prompts import COLOURS, POSITIONS, SHAPES, Attributes
 
 IMAGE_SIZE = 32
+PIXELS = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
+"""Centres of the pixels along an axis."""
 # Degrees on the HSV colour circle, in the order of COLOURS.
 HUES = np.array([0.0, 55.0, 120.0, 180.0, 230.0, 285.0], dtype=np.float32)
 # Nominal centres (x, y) in pixels, in the order of POSITIONS.
@@ -72,9 +74,8 @@ def coverage(
 
     softness: width of the edge ramp in pixels.
     """
-    grid = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
-    dx = grid[None, None, :] - x[:, None, None]
-    dy = grid[None, :, None] - y[:, None, None]
+    dx = PIXELS[None, None, :] - x[:, None, None]
+    dy = PIXELS[None, :, None] - y[:, None, None]
     distance = signed_distance(shape, dx, dy, radius[:, None, None])
     return np.clip(np.float32(0.5) - distance / np.float32(softness), 0.0, 1.0)
 
@@ -105,14 +106,14 @@ def render(
 
     Raises `ValueError` when the two lengths differ.
     """
-    seed_array = np.asarray(seeds, dtype=np.int64)
-    if seed_array.shape != (len(attributes),):
-        raise ValueError(f"{len(attributes)} attributes need as many seeds, got {seed_array.shape}")
+    numbers = np.asarray(seeds, dtype=np.int64)
+    if numbers.shape != (len(attributes),):
+        raise ValueError(f"{len(attributes)} attributes need as many seeds, got {numbers.shape}")
     index = np.array([a.indices for a in attributes], dtype=np.int64).reshape(-1, 4)
     images = np.empty((len(index), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     for start in range(0, len(index), _CHUNK):
         part = slice(start, start + _CHUNK)
-        images[part] = _render_chunk(index[part], uniforms(seed_array[part], _DRAWS))
+        images[part] = _render_chunk(index[part], uniforms(numbers[part], _DRAWS))
     return images
 
 
@@ -126,7 +127,7 @@ def _render_chunk(index: NDArray[np.int64], u: FloatArray) -> NDArray[np.uint8]:
     y = CENTRES[index[:, 3], 1] + 1.2 * centred[:, 5]
 
     # Light, nearly neutral ground with a faint linear gradient of brightness.
-    grid = (np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5) / IMAGE_SIZE - 0.5
+    grid = PIXELS / IMAGE_SIZE - 0.5
     slope = 0.06 * centred[:, 6, None, None] * grid[None, None, :]
     slope = slope + 0.06 * centred[:, 7, None, None] * grid[None, :, None]
     tint = 0.015 * centred[:, 8:11]

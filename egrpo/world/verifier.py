@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from egrpo.world.prompts import SHAPES, parse_prompt
+from egrpo.world.prompts import parse_prompt
 from egrpo.world.shapes import (
     AREA_FACTORS,
     CENTRES,
     HUES,
     IMAGE_SIZE,
+    PIXELS,
     RADII,
     FloatArray,
     coverage,
@@ -38,8 +39,8 @@ _PEAK_PIXELS = 12  # the most distinct pixels, whose mean distance is the contra
 class Reading:
     """Probabilities read off n images, in the orders of SIZES, COLOURS, SHAPES and POSITIONS.
 
-    size [n, 2], colour [n, 6], shape [n, 4], position [n, 5]; rows add up to at most 1.
-    presence [n]: probability that there is one clear shape at all.
+    size [n, 2], colour [n, 6], shape [n, 4], position [n, 5]; rows add up to ``presence`` [n], the
+    probability that there is one clear shape at all (of colours to less, where it is grey).
     """
 
     size: FloatArray
@@ -67,10 +68,9 @@ class Verdict:
 
 
 def verify(images: NDArray[np.uint8], prompts: Sequence[str]) -> Verdict:
-    """Scores uint8 images [n, 32, 32, 3] against n prompts of the toy grammar.
+    """Scores uint8 images [n, 32, 32, 3] against n prompts of the toy grammar; never NaN.
 
-    Raises `ValueError` for images of another type or shape, for a different number of prompts,
-    and for a prompt outside the grammar. Never returns NaN.
+    Raises `ValueError` for images of another type, shape or number, and other prompts.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
@@ -84,14 +84,8 @@ def verify(images: NDArray[np.uint8], prompts: Sequence[str]) -> Verdict:
     # A row of colours adds up to the probability that there is one clear shape with a hue.
     exact = np.logical_and.reduce(matches) & (reading.colour.sum(1) > 0.5)
     product = size * colour * shape * position
-    return Verdict(
-        colour=colour,
-        shape=shape,
-        position=position,
-        size=size,
-        smooth=np.sqrt(np.sqrt(product)).astype(np.float32),
-        exact=exact.astype(np.float32),
-    )
+    smooth = np.sqrt(np.sqrt(product)).astype(np.float32)
+    return Verdict(colour, shape, position, size, smooth, exact.astype(np.float32))
 
 
 def read_attributes(images: NDArray[np.uint8]) -> Reading:
@@ -104,9 +98,7 @@ def read_attributes(images: NDArray[np.uint8]) -> Reading:
     mask, colour_mean, contrast = _foreground(images)
 
     area = np.maximum(mask.sum((1, 2)), 1.0)
-    grid = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
-    x = (mask.sum(1) @ grid) / area
-    y = (mask.sum(2) @ grid) / area
+    x, y = (mask.sum(axis) @ PIXELS / area for axis in (1, 2))
     overlap = _template_overlap(mask, x, y, area)
     best = overlap.max(1)
     presence = _sigmoid((contrast - CONTRAST_MIDDLE) / CONTRAST_WIDTH) * _sigmoid(
@@ -122,14 +114,10 @@ def read_attributes(images: NDArray[np.uint8]) -> Reading:
     large = (shape * _sigmoid((np.log(radius) - middle) / SIZE_WIDTH)).sum(1)
     size = np.stack([1.0 - large, large], axis=1)
 
-    seen = presence[:, None]
-    return Reading(
-        size=(size * seen).astype(np.float32),
-        colour=(_colour_probabilities(colour_mean) * seen).astype(np.float32),
-        shape=(shape * seen).astype(np.float32),
-        position=(position * seen).astype(np.float32),
-        presence=presence.astype(np.float32),
-    )
+    tables = (size, _colour_probabilities(colour_mean), shape, position)
+    shown = ((table * presence[:, None]).astype(np.float32) for table in tables)
+    size, colour, shape, position = shown
+    return Reading(size, colour, shape, position, presence.astype(np.float32))
 
 
 def _foreground(images: NDArray[np.uint8]) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -154,12 +142,9 @@ def _foreground(images: NDArray[np.uint8]) -> tuple[FloatArray, FloatArray, Floa
 
 def _smooth3(pixels: FloatArray) -> FloatArray:
     """A light 3x3 binomial blur (1, 4, 1)/6 along both axes, with the edge repeated."""
+    place = np.arange(IMAGE_SIZE)
     for axis in (1, 2):
-        width = [(0, 0)] * 4
-        width[axis] = (1, 1)
-        padded = np.pad(pixels, width, mode="edge")
-        size = pixels.shape[axis]
-        below, above = (np.take(padded, range(s, s + size), axis) for s in (0, 2))
+        below, above = (np.take(pixels, place + n, axis, mode="clip") for n in (-1, 1))
         pixels = (pixels * np.float32(4) + below + above) * np.float32(1 / 6)
     return pixels
 
@@ -168,14 +153,13 @@ def _template_overlap(
     mask: FloatArray, x: FloatArray, y: FloatArray, area: FloatArray
 ) -> FloatArray:
     """Soft intersection over union [n, 4] with each shape at the measured centroid and area."""
-    total = mask.sum((1, 2))
-    overlap = np.empty((len(mask), len(SHAPES)), dtype=np.float32)
-    for shape in range(len(SHAPES)):
-        template = coverage(shape, x, y, np.sqrt(area / AREA_FACTORS[shape]))
+    overlap = []
+    for shape, factor in enumerate(AREA_FACTORS):
+        template = coverage(shape, x, y, np.sqrt(area / factor))
         shared = np.minimum(mask, template).sum((1, 2))
-        union = total + template.sum((1, 2)) - shared
-        overlap[:, shape] = shared / np.maximum(union, 1.0)
-    return overlap
+        union = mask.sum((1, 2)) + template.sum((1, 2)) - shared
+        overlap.append(shared / np.maximum(union, 1.0))
+    return np.stack(overlap, axis=1)
 
 
 def _colour_probabilities(rgb: FloatArray) -> FloatArray:
