@@ -27,9 +27,8 @@ from egrpo.errors import UserError
 from egrpo.figures.branches import branches_figure
 from egrpo.figures.curves import arm_curves_figure, curves_figure, trailing_mean
 from egrpo.figures.image_grid import images_figure
-from egrpo.figures.profile import entropy_figure, spread_figure
+from egrpo.figures.profile import entropy_figure, spread_figure, threshold_figure
 from egrpo.figures.style import wrap
-from egrpo.figures.threshold import threshold_figure
 from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, IMAGES, TRAIN_METRICS, write_table
 
 PAIRS = [[2, 1], [6, 1], [6, 4]]
@@ -117,7 +116,7 @@ def test_curves_show_both_costs_of_every_run(tmp_path: Path) -> None:
     }
     costs = {"a": 100, "b": 7}
     paths = [write_metrics(tmp_path / run, run, cost, metrics) for run, cost in costs.items()]
-    figure = curves_figure(paths, ["quality"], tmp_path / "curves", window=3)
+    figure = curves_figure(paths, ["quality"], tmp_path / "curves")
     assert_drawn(tmp_path / "curves")
     left, right = figure.axes
     assert left.get_shared_y_axes().joined(left, right)
@@ -127,10 +126,10 @@ def test_curves_show_both_costs_of_every_run(tmp_path: Path) -> None:
     assert on_left.get_marker() not in ("", "None", None)
     training = by_gid(figure, "training:b")[0]
     assert list(training.get_xdata())[:4] == [1, 2, 3, 5]  # iteration 4 has no value
-    np.testing.assert_allclose(training.get_ydata()[:5], [1, 1.5, 2, 10 / 3, 14 / 3])
+    np.testing.assert_allclose(training.get_ydata()[:5], [1, 1.5, 2, 11 / 4, 17 / 5])
     assert training.get_linewidth() < on_left.get_linewidth()
     assert training.get_color() != on_left.get_color()
-    assert "last 3 iterations" in texts(figure)
+    assert "last 10 iterations" in texts(figure)
     assert {t.get_text() for t in figure.legends[0].get_texts()} == {"a", "b"}
     refuses("no run has the metric", curves_figure, paths, ["missing"], tmp_path / "x")
 
@@ -138,8 +137,6 @@ def test_curves_show_both_costs_of_every_run(tmp_path: Path) -> None:
 def test_trailing_mean() -> None:
     for window, known in ((1, [4, 2, 6, 0]), (2, [4, 3, 4, 3]), (9, [4, 3, 4, 3])):
         np.testing.assert_allclose(trailing_mean(np.array([4.0, 2.0, 6.0, 0.0]), window), known)
-    with pytest.raises(ValueError, match="window"):
-        trailing_mean(np.ones(4), 0)
 
 
 def test_arm_curves_show_mean_interval_and_both_costs(

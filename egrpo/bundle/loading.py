@@ -13,24 +13,19 @@ from egrpo.study.sharing import without_folder
 
 def loading(run: RunConfig, hub_id: str | None, prompt: str) -> str:
     """Python that draws one image with stock diffusers as the evaluation drew its own."""
-    family, model, lora = (
-        FAMILIES[run.model.family],
-        run.evaluation_model,
-        run.model.tuning == "lora",
-    )
+    model, lora = run.evaluation_model, run.model.tuning == "lora"
+    family = FAMILIES[run.model.family]
     names = {"FlowMatchEulerDiscreteScheduler", family.pipeline}
-    names |= set() if lora else {family.transformer_class}
-    given = [f"{name}=None" for name in _absent(run)]
+    revision = [f"revision={_python(model.revision)}"] if hub_id and model.revision else []
+    given = ["base", "dtype=dtype", *revision, *(f"{name}=None" for name in _absent(run))]
     lines = [
-        "import torch",
-        f"from diffusers import {', '.join(sorted(names))}",
-        "",
         f"base = {_python(hub_id or without_folder(model.path))}"
         + ("" if hub_id else "  # folder or hub id of the base model"),
         'bundle = "."  # this folder, or its hub id',
         f"dtype = torch.{model.dtype}",
     ]
     if not lora:
+        names.add(family.transformer_class)
         given.append("transformer=transformer")
         lines += [
             f"transformer = {family.transformer_class}.from_pretrained(",
@@ -38,10 +33,9 @@ def loading(run: RunConfig, hub_id: str | None, prompt: str) -> str:
             ")",
         ]
     uniform = run.schedule.end_at(model, stock=True) is None  # the pipeline's own grid otherwise
-    revision = [f"revision={_python(model.revision)}"] if hub_id and model.revision else []
     lines += [
         f"pipe = {family.pipeline}.from_pretrained(",
-        f"    {', '.join(['base', 'dtype=dtype', *revision, *given])}",
+        f"    {', '.join(given)}",
         ")",
         "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(",
         f"    pipe.scheduler.config, {', '.join(_schedule(run))}",
@@ -59,7 +53,8 @@ def loading(run: RunConfig, hub_id: str | None, prompt: str) -> str:
         ").images[0]",
         'image.save("image.png")',
     ]
-    return "\n".join(lines)
+    imports = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
+    return "\n".join([*imports, *lines])
 
 
 def _python(text: str) -> str:
@@ -69,14 +64,9 @@ def _python(text: str) -> str:
 def _absent(run: RunConfig) -> list[str]:
     """Text encoders that the base model was saved without, which diffusers wants to be told."""
     index = Path(run.model.path) / "model_index.json"
-    if not index.is_file():
-        return []
-    parts = read_json(index)
-    return [
-        name
-        for name, entry in parts.items()
-        if entry == [None, None] and name.startswith(("text_encoder", "tokenizer"))
-    ]
+    parts = read_json(index) if index.is_file() else {}
+    encoders = ("text_encoder", "tokenizer")
+    return [n for n, part in parts.items() if part == [None, None] and n.startswith(encoders)]
 
 
 def _schedule(run: RunConfig) -> list[str]:
@@ -99,11 +89,11 @@ def _call(run: RunConfig) -> list[str]:
     model = run.evaluation_model
     guidance = FAMILIES[model.family].stock_guidance(model)
     negative = ['negative_prompt=""'] if model.guidance_scale > 1 else []
+    size = [f"height={model.height}", f"width={model.width}"]
     length = model.max_sequence_length
     return [
         *(f"{name}={value}" for name, value in guidance.items()),
         *negative,
-        f"height={model.height}",
-        f"width={model.width}",
+        *size,
         *([] if length is None else [f"max_sequence_length={length}"]),
     ]

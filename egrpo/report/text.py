@@ -50,12 +50,11 @@ def decimals(low: float | None, high: float | None) -> int:
 
 
 def readable(row: Row) -> dict[str, str]:
-    """Text of a row's numbers.
+    """Text of a row's numbers, a dash where one is missing.
 
-    Returns:
-        ``base``, ``mean``, ``difference`` and its ``interval``, by the width of that interval;
-        ``own`` and ``own_interval``, the mean and its interval by the latter's width; what training
-        cost by the names of COSTS. A dash where a number is missing; ``own_interval`` is empty.
+    ``base``, ``mean``, ``difference`` and its ``interval``, by the width of that interval; ``own``
+    and ``own_interval`` (may be empty), the mean and its interval by the latter's width; what
+    training cost by the names of COSTS.
     """
     digits, own = decimals(row["low"], row["high"]), decimals(row["mean_low"], row["mean_high"])
     return {
@@ -79,32 +78,27 @@ def _interval(low: float | None, high: float | None, digits: int, sign: str = ""
 
 def counted(prompts: int, what: str, samples: int) -> str:
     """Prompts and samples in words."""
-    return (
-        f"{prompts} {what}{'' if prompts == 1 else 's'}, "
-        f"{samples} sample{'' if samples == 1 else 's'} each"
-    )
+    several = ["" if number == 1 else "s" for number in (prompts, samples)]
+    return f"{prompts} {what}{several[0]}, {samples} sample{several[1]} each"
 
 
 # --- runs against their base model ----------------------------------------------------------------
 
 
 def read_rows(comparison: str | Path) -> list[Row]:
-    """Rows of a comparison in the order of :func:`in_order`.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
+    """Rows of a comparison in the order of :func:`in_order`; UserError if the file is none."""
     return in_order(read_table(comparison, RESULTS).to_pylist())
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """By run: trained rewards first, then the others, then what images measure."""
-    order = list(dict.fromkeys(row["run"] for row in rows))
-    place = [
-        (order.index(row["run"]), row["reward"] in MEASURED, not row["trained_on"], row["reward"])
-        for row in rows
-    ]
-    return [row for _, row in sorted(zip(place, rows, strict=True), key=lambda pair: pair[0])]
+    place = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
+
+    def order(row: Row) -> tuple[int, bool, bool, str]:
+        name = row["reward"]
+        return place[row["run"]], name in MEASURED, not row["trained_on"], name
+
+    return sorted(rows, key=order)
 
 
 def by_run(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -126,8 +120,15 @@ def cells(row: Row) -> tuple[str, ...]:
     return name, t["base"], t["mean"], t["difference"], t["interval"]
 
 
+VERDICTS = {
+    "better": "lies above 0: better than the base model.",
+    "worse": "lies below 0: worse than the base model.",
+    "open": "contains 0: no difference from the base is shown.",
+}
+
+
 def outcome(row: Row) -> str:
-    """``better``, ``worse`` or ``open``: which side of 0 the interval of a difference lies on."""
+    """Which side of 0 the interval of a difference lies on, as a key of VERDICTS."""
     low, high = row["low"], row["high"]
     if low is None or low <= 0 <= high:
         return "open"
@@ -135,18 +136,10 @@ def outcome(row: Row) -> str:
 
 
 def verdict(row: Row) -> str:
-    """On which side of 0 the interval of a row lies, in words."""
-    if row["low"] is None:
-        text = "has no interval (fewer than two prompts with valid scores)."
-    else:
-        text = (
-            f"95% interval over prompts {readable(row)['interval']} "
-            + {
-                "better": "lies above 0: better than the base model.",
-                "worse": "lies below 0: worse than the base model.",
-                "open": "contains 0: no difference from the base is shown.",
-            }[outcome(row)]
-        )
+    """The same in words."""
+    text = "has no interval (fewer than two prompts with valid scores)."
+    if row["low"] is not None:
+        text = f"95% interval over prompts {readable(row)['interval']} {VERDICTS[outcome(row)]}"
     left = f" {row['invalid']} pairs without a score are left out." if row["invalid"] else ""
     return text + left
 
@@ -167,15 +160,15 @@ def comparison_text(rows: Sequence[Row], origin: str) -> str:
     lines = ["# Trained runs against their base model", "", HOW_TO_READ, ""]
     if warned := [f"- {escaped(line)}" for line in warning_lines(rows)]:
         lines += [*warned, ""]
+    costs = list(COSTS)[:3]
     table = []
     for row in rows:
         reward, t = _line(row["reward"]), readable(row)
-        reward = f"**{reward}**" if row["trained_on"] else reward
-        counts = str(row["pairs"]), str(row["invalid"])
         shown = [t[key] for key in ("base", "mean", "difference", "interval")]
-        spent = [t[key] for key in ("iterations", "nfe", "seconds")]
-        table.append([row["run"], row["method"], reward, *shown, *counts, *spent])
-    head = ["run", "method", *HEADER, "pairs", "failed", *list(COSTS.values())[:3]]
+        shown += [str(row["pairs"]), str(row["invalid"]), *(t[key] for key in costs)]
+        bold = "**" if row["trained_on"] else ""
+        table.append([row["run"], row["method"], f"{bold}{reward}{bold}", *shown])
+    head = ["run", "method", *HEADER, "pairs", "failed", *(COSTS[key] for key in costs)]
     return "\n".join([*lines, *pipes(head, table, left=3), "", origin]) + "\n"
 
 
@@ -207,17 +200,19 @@ def parts(source: str | Path, spec: TableSpec, rows: Sequence[Row]) -> list[dict
     Raises:
         UserError: naming ``source`` if an arm or reward is missing.
     """
-    out: list[dict[str, Any]] = [{"title": "At the end of training", "note": "", "at": "end"}]
+    times = [("end", "At the end of training", "")]
     if spec.evaluations is not None:
-        title = f"At equal network evaluations ({spec.evaluations:,})"
+        budget = f"{spec.evaluations:,}"
         note = (
-            f"The last weights within {spec.evaluations:,} network evaluations of training; "
+            f"The last weights within {budget} network evaluations of training; "
             "an arm whose training ended before shows its own, smaller cost."
         )
-        out.append({"title": title, "note": note, "at": "evaluations"})
-    for part in out:
-        own = [row for row in rows if row["at"] == part["at"]]
-        part["sections"] = [_section(source, h, spec, own) for h in spec.sections]
+        times.append(("evaluations", f"At equal network evaluations ({budget})", note))
+    out = []
+    for at, title, note in times:
+        own = [row for row in rows if row["at"] == at]
+        sections = [_section(source, heading, spec, own) for heading in spec.sections]
+        out.append({"title": title, "note": note, "sections": sections})
     return out
 
 
@@ -228,10 +223,10 @@ def _section(
     found = {(row["arm"], row["reward"]): row | {"text": readable(row)} for row in rows}
     arms = []
     for arm in (BASE, *spec.sections[heading]):
-        lacking = [reward for reward in spec.rewards if (arm, reward) not in found]
-        if lacking:
-            what = f"section {heading!r} has no {lacking[0]} of {arm}"
-            raise UserError(f"{source}: {what}; delete it and run again")
+        for reward in spec.rewards:
+            if (arm, reward) not in found:
+                what = f"section {heading!r} has no {reward} of {arm}"
+                raise UserError(f"{source}: {what}; delete it and run again")
         own = [found[arm, reward] for reward in spec.rewards]
         costs = [own[0]["text"][key] for key in COSTS]
         arms.append({"arm": arm, "method": own[0]["method"], "cells": own, "costs": costs})
@@ -240,26 +235,24 @@ def _section(
     return {"heading": heading, "arms": arms, "failures": said}
 
 
-def how_to_read(
-    rows: Sequence[Row],
-    *,
-    base: str = f"`{BASE}`",
-    best: str = "**Bold**",
-    second: str = "<u>underlined</u>",
-    trained: str = "\\*",
-) -> str:
-    """What a reader must know; the words in the look of what they stand for."""
+MARKDOWN = {
+    "base": f"`{BASE}`",
+    "best": "**Bold**",
+    "second": "<u>underlined</u>",
+    "trained": "\\*",
+}
+
+
+def how_to_read(rows: Sequence[Row], look: Mapping[str, str] = MARKDOWN) -> str:
+    """What a reader must know; ``look`` holds its words in the look of what they stand for."""
     counts = sorted({row["seeds"] for row in rows if row["arm"] != BASE})
     number = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    over, marked = (
-        "training seeds and held-out prompts",
-        (
-            f"{best}: shown to be better than every other row of its section; {second}: than every "
-            "other row but one (differences paired by prompt, 95% for all rows together, "
-            "Bonferroni). Without a mark, the data do not show it. "
-        ),
+    over, seeds = "training seeds and held-out prompts", f"Training seeds of an arm: {number}."
+    marked = (
+        f"{look['best']}: shown to be better than every other row of its section; "
+        f"{look['second']}: than every other row but one (differences paired by prompt, 95% for "
+        "all rows together, Bonferroni). Without a mark, the data do not show it. "
     )
-    seeds = f"Training seeds of an arm: {number}."
     if counts[-1] == 1:
         over, marked = "held-out prompts", ""
         seeds = (
@@ -273,10 +266,10 @@ def how_to_read(
         )
     return (
         f"Mean reward over {over}, higher is better; in brackets its 95% interval over {over}. "
-        f"{seeds} {base} is the untrained model. {marked}"
+        f"{seeds} {look['base']} is the untrained model. {marked}"
         "Rows share their prompts: a difference may be clear where intervals overlap. "
-        f"{trained}: the arm was trained on this reward. Iterations, network evaluations and "
-        "seconds of training are means over seeds, peak memory is the largest."
+        f"{look['trained']}: the arm was trained on this reward. Iterations, network evaluations "
+        "and seconds of training are means over seeds, peak memory is the largest."
     )
 
 
