@@ -31,7 +31,7 @@ from tracked import HARMLESS_OPTIONS, SECRET_OPTIONS, SECRETS, SERVICE, TRACKING
 
 from egrpo.bundle.export import INDEX, export
 from egrpo.bundle.loading import loading
-from egrpo.bundle.model_card import Sample, base_on_hub, escaped, model_card
+from egrpo.bundle.model_card import Sample, base_on_hub, model_card
 from egrpo.cli import main
 from egrpo.config.keys import run_key
 from egrpo.config.load import load_run, overlay, read_yaml
@@ -48,6 +48,7 @@ from egrpo.planning.grids import training_sigmas
 from egrpo.planning.trees import needs_plan, plan_of
 from egrpo.report.evaluations import read_images
 from egrpo.report.provenance import versions, write_about
+from egrpo.report.render import escaped
 from egrpo.report.report import short_table
 from egrpo.report.results import make_comparison
 from egrpo.report.text import read_rows, readable

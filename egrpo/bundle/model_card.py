@@ -14,7 +14,7 @@ from egrpo.planning.grids import learning_rate
 from egrpo.planning.plan import load_plan, plan_rows
 from egrpo.planning.trees import needs_plan
 from egrpo.report.evaluations import MEASURED, Row
-from egrpo.report.render import escaped, render
+from egrpo.report.render import render
 from egrpo.report.text import counted, read_rows, readable, verdict
 from egrpo.settings import is_hub_id
 from egrpo.store.files import read_json
@@ -57,6 +57,7 @@ def model_card(
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
         raise UserError(f"--base-model: {base_model!r} is no hub id (owner/name)")
     hub_id = base_model or base_on_hub(run)
+    plan = load_plan(folder / "plan.json") if needs_plan(run) else None
     rows, train = read_rows(folder / "comparison.parquet"), read_json(folder / "train.json")
     prompts = len(set(read_table(folder / "scores.parquet", SCORES)["prompt_id"].to_pylist()))
     page = render(
@@ -68,8 +69,10 @@ def model_card(
         base=hub_id or without_folder(run.model.path),
         loading=loading(run, hub_id, samples[0].prompt),
         method=_first_line(run.method),
-        facts=_facts(run, train),
-        plan=_plan_of(run, folder),
+        train=train,
+        learning_rate=learning_rate(run),
+        plan=plan,
+        plan_rows=plan_rows(run.run, plan) if plan else [],
         rewards=[_reward(run, name) for name in run.rewards],
         rows=[{**row, "text": readable(row)} for row in rows],
         verdicts=[(row["reward"], verdict(row)) for row in rows if row["trained_on"]],
@@ -77,9 +80,7 @@ def model_card(
         invalid=sum(row["invalid"] for row in rows),
         over=counted(prompts, "held-out prompt", run.evaluate.samples),
         warnings=rows[0]["warnings"],
-        stopped=train.get("stopped", {}),
         made_by=made_by,
-        key=train.get("key"),
         digest=run_key(run),
         made=metadata_of(read_table(folder / "train_metrics.parquet", TRAIN_METRICS)),
         notes=shareable(run)[1],
@@ -137,50 +138,6 @@ def _front_matter(
         widget=[{"text": s.prompt, "output": {"url": s.file}} for s in samples],
         **more,
     ).to_yaml()
-
-
-def _facts(run: RunConfig, train: dict[str, Any]) -> list[tuple[str, str]]:
-    """How the run was trained, as (what, value)."""
-    t, lora = run.train, run.model.lora
-    tuned = "all weights of the transformer"
-    if run.model.tuning == "lora":
-        tuned = f"LoRA, rank {lora.rank}, alpha {lora.alpha} (the saved weights hold the scale)"
-    weights = ", ".join(f"{escaped(name)} (weight {w:g})" for name, w in t.rewards.items())
-    optimizer = f"AdamW, learning rate {learning_rate(run):g}, steps an iteration: {t.updates}"
-    return [
-        ("trained on", weights),
-        ("what is trained", f"{tuned}; {train.get('trainable_parameters', 0):,} parameters"),
-        ("sampling steps in training", f"{run.method.steps}, shift {run.schedule.shift}"),
-        ("samples of a group", str(run.method.group_size)),
-        ("image size in training", f"{run.model.height} x {run.model.width} pixels"),
-        ("iterations", f"{train['iterations']} of {t.prompts_per_iteration} prompts"),
-        ("optimizer", optimizer),
-        ("loss", f"{t.loss}, KL weight {t.kl_weight:g}"),
-        ("network evaluations, sampling", f"{train['nfe_forward']:,}"),
-        ("network evaluations, forward and backward", f"{train['nfe_train']:,}"),
-        ("network evaluations, other weights for the penalties", f"{train['nfe_reference']:,}"),
-        ("seconds of training", f"{train['seconds']:,.0f}"),
-        ("peak memory", f"{train.get('peak_memory_mib', 0):,.0f} MiB"),
-        ("seed", str(run.seed)),
-    ]
-
-
-def _plan_of(run: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """The merge plan in one sentence and its rows; None for a method without one."""
-    if not needs_plan(run):
-        return None
-    plan = load_plan(folder / "plan.json")
-    reach = f"needs to reach {plan.threshold or 0:g} ({plan.measure})"
-    how = f"as many grid intervals as its entropy {reach}"
-    if not plan.threshold:
-        fixed, single = "a fixed number of grid intervals", "one grid interval: nothing is merged"
-        how = fixed if plan.threshold is None else single
-    words = (
-        f"{len(plan.active)} of the {plan.steps} sampling steps explore: from each of them the "
-        f"samples of a group branch by one stochastic step ({plan.dynamics}, noise level "
-        f"{plan.noise_level:g}) that covers {how}. All other steps are deterministic."
-    )
-    return {"words": words, "rows": plan_rows(run.run, plan), "warnings": plan.warnings}
 
 
 def _reward(run: RunConfig, name: str) -> dict[str, Any]:

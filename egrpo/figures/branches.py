@@ -72,8 +72,8 @@ def branches_figure(
     Raises:
         UserError: if a file is missing or damaged, or lacks a pair or a reward.
     """
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise UserError(f"branches: pairs must be [step, span], at least one; got {list(pairs)}")
+    if not pairs:
+        raise UserError("branches: pairs must be [step, span], at least one; got []")
     wanted = [(step, span) for step, span in pairs]
     measured = _measured(profile)
     known = sorted({reward for *_, reward in measured})
@@ -89,7 +89,7 @@ def branches_figure(
     files = f"{branches}", f"{profile}"
     blocks = [
         _block(prompt, own, measured, wanted, shown, files)
-        for prompt, own in list(images.items())[: max(0, prompts)]
+        for prompt, own in list(images.items())[:prompts]
     ]
     if not blocks:
         raise UserError(f"{branches}: no image to show; profile.shown_prompts must be at least 1")

@@ -29,14 +29,8 @@ MOST_MARKERS = 8
 
 
 class Curve(NamedTuple):
-    """One line of a panel, the mean over seeds.
-
-    Attributes:
-        name: run or arm.
-        kind: "training" (samples) or "monitor" (fixed held-out prompts).
-        iteration, nfe: [n], by iteration.
-        seeds: finite values, [seeds, n].
-    """
+    """One line of a panel, of a run or an arm; [n] by iteration, finite values [seeds, n]; ``kind``
+    is "training" (samples) or "monitor" (fixed held-out prompts)."""
 
     name: str
     kind: str
@@ -50,12 +44,12 @@ def curves_figure(
 ) -> Figure:
     """Reward against iterations and against network evaluations, one row of panels a reward.
 
-    Thin lines: mean of the training samples, over the last WINDOW iterations (gid
+    Thin lines: mean of the training samples over the last WINDOW iterations (gid
     "training:<run>"). Markers: mean on fixed held-out prompts (gid "monitor:<run>").
 
     Args:
         metrics: ``train_metrics.parquet`` of each run.
-        rewards: names of the rewards to draw, as in the metrics ``reward/<name>``.
+        rewards: drawn from the metrics ``reward/<name>`` and ``monitor/reward/<name>``.
         stem: output path without ending.
 
     Raises:
@@ -90,24 +84,23 @@ def arm_curves_figure(
 ) -> Figure:
     """Fig. 1c and 4 of the paper: reward on fixed held-out prompts, arm by arm, over seeds.
 
-    Lines (gid "monitor:<arm>") are means over the seeds of an arm, bands (gid "band:<arm>") the
-    95% intervals of these means over seeds (Student's t) on the same prompts; an arm with one seed
-    has none. The axes show every seed; with few seeds bands may leave them. Points are the
-    iterations at which every seed of the arm was measured. Left against iterations, right against
-    the mean network evaluations of the seeds; one row of panels a reward.
+    Lines (gid "monitor:<arm>") are means over the seeds of an arm, where every seed was measured;
+    bands (gid "band:<arm>") the 95% intervals of these means over seeds (Student's t), which an arm
+    with one seed lacks. The axes show every seed; with few seeds bands may leave them. Left against
+    iterations, right against the mean network evaluations of the seeds; a row of panels a reward.
 
     Args:
         groups: ``train_metrics.parquet`` of each seed, by arm.
-        rewards: names of the rewards to draw, as in the metrics ``monitor/reward/<name>``.
+        rewards: drawn from the metrics ``monitor/reward/<name>``.
         stem: output path without ending.
 
     Raises:
-        UserError: if a file is missing or damaged, holds more than one run or one that its arm
-            already has, or if an arm lacks a reward.
+        UserError: if a file is missing or damaged, or if an arm lacks a reward.
     """
-    if not groups or not rewards:
-        raise UserError("curves: at least one arm and one reward are needed")
-    tables = {arm: _seeds(arm, paths) for arm, paths in groups.items()}
+    tables = {
+        arm: {f"{path}": columns(path, TRAIN_METRICS) for path in paths}
+        for arm, paths in groups.items()
+    }
     curves = {r: [_arm_curve(arm, seeds, r) for arm, seeds in tables.items()] for r in rewards}
     counts = sorted({len(seeds) for seeds in tables.values()})
     title = "Reward on fixed held-out prompts during training"
@@ -115,23 +108,6 @@ def arm_curves_figure(
         several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
         title += f" (line: mean of {several} seeds; band: its 95% interval over seeds)"
     return _draw(curves, title, stem)
-
-
-def _seeds(arm: str, paths: Sequence[str | Path]) -> dict[str, Columns]:
-    """Tables of an arm's runs, by path."""
-    if not paths:
-        raise UserError(f"curves: arm {arm!r} has no run")
-    tables: dict[str, Columns] = {}
-    seen: set[str] = set()
-    for path in paths:
-        tables[f"{path}"] = table = columns(path, TRAIN_METRICS)
-        runs = set(table["run"])
-        if len(runs) != 1:
-            raise UserError(f"{path}: holds {len(runs)} runs, expected one seed of arm {arm!r}")
-        if runs & seen:
-            raise UserError(f"{path}: arm {arm!r} has run {runs.pop()!r} twice")
-        seen |= runs
-    return tables
 
 
 def _arm_curve(arm: str, tables: Mapping[str, Columns], reward: str) -> Curve:

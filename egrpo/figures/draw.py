@@ -66,8 +66,7 @@ def _spread(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
 
 def _threshold(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
     automatic, rewards = run.method.automatic, run.train.rewards
-    if automatic is None:
-        raise UserError(f"run {run.run}: method.threshold: its figure needs auto")
+    assert automatic is not None, "check_figure refuses others"
     spreads = measured_spread(at.profile(run.run), rewards)
     try:
         choice = choose_threshold(spreads, *automatic)

@@ -81,7 +81,7 @@ def images_figure(
     Args:
         base_images: ``images.parquet`` of the base model; its first samples of the first prompts.
         columns: heading and ``images.parquet`` of each trained model.
-        prompts: rows, at least 1.
+        prompts: most rows.
         stem: output path without ending.
         page: all on one page, as PNG and SVG; otherwise large images to look at, as PNG only.
 
@@ -92,8 +92,7 @@ def images_figure(
     read: list[Column] = []
     for run, path in [("base", Path(base_images)), *((run, Path(path)) for run, path in columns)]:
         images = read_images(path)
-        if not read and not (keys := list(islice(first_samples(images), max(0, prompts)))):
-            raise UserError(f"{path}: no image to show; at least 1 prompt is needed")
+        keys = keys or list(islice(first_samples(images), prompts))
         for prompt, sample, text in (key for key in keys if key not in images):
             raise UserError(
                 f"{path}: run {run!r} has no image of prompt {prompt} ({text!r}), sample {sample}; "

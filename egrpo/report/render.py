@@ -24,6 +24,11 @@ def escaped(text: str) -> str:
     return PUNCTUATION.sub(r"\\\1", " ".join(text.split()))
 
 
+def line(text: str) -> str:
+    """Text as one line that may stand in a pipe table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def pipes(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
     """Lines of a pipe table in Markdown; numbers stand right of the first ``left`` columns."""
     ruler = "|" + "---|" * left + "--:|" * (len(head) - left)
@@ -41,7 +46,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["escaped"] = escaped
+    environment.filters |= {"escaped": escaped, "line": line}
     return environment
 
 

@@ -31,7 +31,7 @@ from egrpo.report.render import write_texts
 from egrpo.report.text import COSTS, comparison_text, table_text
 from egrpo.store.tables import RESULTS, SNAPSHOTS, read_table, write_table
 from egrpo.study.layout import Layout
-from egrpo.study.targets import BASE, check_table
+from egrpo.study.targets import BASE
 from egrpo.train.warnings import warnings_in
 
 LEVEL = 0.95
@@ -118,10 +118,9 @@ def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:
     """Rows of one table: by time of the comparison, section, arm (the base first) and reward.
 
     Raises:
-        UserError: one line, for an arm or reward that the study lacks, a missing or damaged file,
-            weights not kept at ``spec.evaluations``, or scores of different prompts.
+        UserError: for a missing or damaged file, weights not kept at ``spec.evaluations``, or
+            scores of different prompts.
     """
-    check_table(name, spec, at.study.runs)
     times = {"end": {arm: {run: _at_end(run, at) for run in at.arm(arm)} for arm in spec.arms}}
     if spec.evaluations is not None:
         budget = int(spec.evaluations)

@@ -14,7 +14,7 @@ from typing import Any
 from egrpo.config.models import TableSpec
 from egrpo.errors import UserError
 from egrpo.report.evaluations import MEASURED, Row
-from egrpo.report.render import escaped, pipes
+from egrpo.report.render import render
 from egrpo.store.tables import RESULTS, read_table
 from egrpo.study.targets import BASE
 
@@ -157,19 +157,14 @@ def warning_lines(rows: Iterable[Row]) -> list[str]:
 
 def comparison_text(rows: Sequence[Row], origin: str) -> str:
     """A comparison of runs in Markdown, a row each reward; ``origin`` is its last sentence."""
-    lines = ["# Trained runs against their base model", "", HOW_TO_READ, ""]
-    if warned := [f"- {escaped(line)}" for line in warning_lines(rows)]:
-        lines += [*warned, ""]
-    costs = list(COSTS)[:3]
-    table = []
-    for row in rows:
-        reward, t = _line(row["reward"]), readable(row)
-        shown = [t[key] for key in ("base", "mean", "difference", "interval")]
-        shown += [str(row["pairs"]), str(row["invalid"]), *(t[key] for key in costs)]
-        bold = "**" if row["trained_on"] else ""
-        table.append([row["run"], row["method"], f"{bold}{reward}{bold}", *shown])
-    head = ["run", "method", *HEADER, "pairs", "failed", *(COSTS[key] for key in costs)]
-    return "\n".join([*lines, *pipes(head, table, left=3), "", origin]) + "\n"
+    return render(
+        "comparison.md.j2",
+        how_to_read=HOW_TO_READ,
+        warnings=warning_lines(rows),
+        header=HEADER,
+        rows=[row | {"text": readable(row)} for row in rows],
+        origin=origin,
+    )
 
 
 # --- tables of a study ----------------------------------------------------------------------------
@@ -177,19 +172,16 @@ def comparison_text(rows: Sequence[Row], origin: str) -> str:
 
 def table_text(name: str, spec: TableSpec, rows: Sequence[Row], origin: str) -> str:
     """A table of a study in Markdown, below its caption; ``origin`` is its last sentence."""
-    lines = [f"# {name}", "", _line(spec.caption), "", how_to_read(rows)]
-    heads = ["arm", "method", *map(_line, spec.rewards), *COSTS.values()]
-    for part in parts(name, spec, rows):
-        lines += ["", f"## {part['title']}"]
-        lines += ["", part["note"]] if part["note"] else []
-        for section in part["sections"]:
-            body = [
-                [arm["arm"], arm["method"] or "-", *map(_cell, arm["cells"]), *arm["costs"]]
-                for arm in section["arms"]
-            ]
-            lines += ["", f"### {_line(section['heading'])}", "", *pipes(heads, body, left=2)]
-            lines += ["", _line(section["failures"])] if section["failures"] else []
-    return "\n".join([*lines, "", origin]) + "\n"
+    return render(
+        "table.md.j2",
+        name=name,
+        spec=spec,
+        how_to_read=how_to_read(rows),
+        parts=parts(name, spec, rows),
+        cost_heads=list(COSTS.values()),
+        marks={"best": "**%s**", "second": "<u>%s</u>", None: "%s"},
+        origin=origin,
+    )
 
 
 def parts(source: str | Path, spec: TableSpec, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -245,41 +237,6 @@ MARKDOWN = {
 
 def how_to_read(rows: Sequence[Row], look: Mapping[str, str] = MARKDOWN) -> str:
     """What a reader must know; ``look`` holds its words in the look of what they stand for."""
-    counts = sorted({row["seeds"] for row in rows if row["arm"] != BASE})
-    number = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    over, seeds = "training seeds and held-out prompts", f"Training seeds of an arm: {number}."
-    marked = (
-        f"{look['best']}: shown to be better than every other row of its section; "
-        f"{look['second']}: than every other row but one (differences paired by prompt, 95% for "
-        "all rows together, Bonferroni). Without a mark, the data do not show it. "
-    )
-    if counts[-1] == 1:
-        over, marked = "held-out prompts", ""
-        seeds = (
-            "Each arm was trained once: intervals hold for these trained models; how much another "
-            "training seed would differ is not known, so no arm is marked."
-        )
-    elif counts[0] == 1:
-        seeds += (
-            " Where it is 1, the interval covers other prompts, not other seeds, and the "
-            "section has no marks."
-        )
-    return (
-        f"Mean reward over {over}, higher is better; in brackets its 95% interval over {over}. "
-        f"{seeds} {look['base']} is the untrained model. {marked}"
-        "Rows share their prompts: a difference may be clear where intervals overlap. "
-        f"{look['trained']}: the arm was trained on this reward. Iterations, network evaluations "
-        "and seconds of training are means over seeds, peak memory is the largest."
-    )
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    """``mean [low, high]`` with its marks."""
-    text = row["text"]
-    mean = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[row["mark"]].format(text["own"])
-    return f"{mean} {text['own_interval']}".rstrip() + ("\\*" if row["trained_on"] else "")
-
-
-def _line(text: str) -> str:
-    """Text as one line that may stand in a pipe table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    seeds = [row["seeds"] for row in rows if row["arm"] != BASE]
+    text = render("how_to_read.txt.j2", least=min(seeds), most=max(seeds), **look)
+    return " ".join(text.split())
