@@ -28,7 +28,7 @@ from egrpo.figures.curves import curves_figure
 from egrpo.figures.profile import entropy_figure
 from egrpo.images import Images
 from egrpo.measure.monitors import save_grid
-from egrpo.page.gallery import MOST_ARMS, MOST_LARGE, MOST_SMALL, Gallery, make_gallery
+from egrpo.page.gallery import MOST_ARMS, MOST_LARGE, MOST_SMALL, make_gallery
 from egrpo.page.page import make_page, pages, write_root
 from egrpo.planning.plan import plan_rows
 from egrpo.report.results import make_comparison
@@ -355,7 +355,9 @@ def test_picture_for_the_documentation_can_be_taken(
 # --- what is shown of many or large images --------------------------------------------------------
 
 
-def gallery_of(folder: Path, *runs: RunConfig, iterations: tuple[int, ...] = (0, 10)) -> Gallery:
+def gallery_of(
+    folder: Path, *runs: RunConfig, iterations: tuple[int, ...] = (0, 10)
+) -> dict[str, Any]:
     at = layout(folder, *runs)
     for run in runs:
         if run.seed == 0:  # of others nothing is read
@@ -386,18 +388,18 @@ def test_many_runs_are_cut_to_what_a_page_bears(tmp_path: Path, size: int, limit
         config(f"r{k}-s{s}", path, arm=f"r{k}", seed=s, **top) for k in range(10) for s in (0, 1)
     ]
     made = gallery_of(tmp_path, *runs, iterations=tuple(range(0, 100, 10)))
-    assert [c.name for c in made.columns[1:]] == [f"r{k}-s0" for k in range(MOST_ARMS)]
-    assert len(made.prompts) == 8
-    assert made.iterations[0] == 0
-    assert made.iterations[-1] == 90
-    assert len(made.iterations) >= 7
-    assert len(made.images) <= limit
-    said = " ".join(made.left_out)
+    assert [c["name"] for c in made["columns"][1:]] == [f"r{k}-s0" for k in range(MOST_ARMS)]
+    assert len(made["prompts"]) == 8
+    assert made["iterations"][0] == 0
+    assert made["iterations"][-1] == 90
+    assert len(made["iterations"]) >= 7
+    assert len(made["images"]) <= limit
+    said = " ".join(made["left_out"])
     assert "first 8 of 10 arms" in said
     assert "several seeds the first" in said
     assert "8 of 12 monitored prompts" in said
-    assert f"{made.samples} of 4 monitored samples" in said
-    assert made.small == (size == 8)
+    assert f"{made['samples']} of 4 monitored samples" in said
+    assert made["small"] == (size == 8)
 
 
 @pytest.mark.parametrize(("size", "shown"), [((640, 320), (256, 128)), ((80, 400), (51, 256))])
@@ -406,9 +408,9 @@ def test_large_images_become_thumbnails(
 ) -> None:
     model = {"path": "m", "width": size[0], "height": size[1]}
     made = gallery_of(tmp_path, config("big", heldout(tmp_path, 2), model=model, train=train()))
-    assert not made.small
-    assert (made.width, made.height) == shown
-    for uri in made.images:
+    assert not made["small"]
+    assert (made["width"], made["height"]) == shown
+    for uri in made["images"]:
         kind, _, content = uri.partition(";base64,")
         image = Image.open(io.BytesIO(base64.b64decode(content)))
         assert (kind, image.format, image.size) == ("data:image/webp", "WEBP", shown)
@@ -419,9 +421,9 @@ def test_the_gallery_names_prompts_by_their_column(tmp_path: Path) -> None:
     path.write_text("prompt,caption\nx,a cat\ny,a dog\n")
     files = {"train": "assets/toy/prompts/train.txt", "heldout": str(path)}
     runs = [config("one", path, train=train(), prompts={**files, "column": "caption"})]
-    assert gallery_of(tmp_path, *runs).prompts == ["a cat", "a dog"]
+    assert gallery_of(tmp_path, *runs)["prompts"] == ["a cat", "a dog"]
     runs.append(config("two", path, train=train(), prompts=files))
-    assert "differ from these runs': two." in " ".join(gallery_of(tmp_path, *runs).left_out)
+    assert "differ from these runs': two." in " ".join(gallery_of(tmp_path, *runs)["left_out"])
 
 
 def test_only_runs_with_the_same_monitors_stand_together(tmp_path: Path) -> None:
@@ -435,11 +437,11 @@ def test_only_runs_with_the_same_monitors_stand_together(tmp_path: Path) -> None
     (at.run("blind") / "monitor").mkdir(parents=True)
     made = make_gallery(at, ["wide", "a", "blind", "b"])
     assert made
-    assert [c.name for c in made.columns] == ["base", "a", "b"]
-    said = " ".join(made.left_out)
+    assert [c["name"] for c in made["columns"]] == ["base", "a", "b"]
+    said = " ".join(made["left_out"])
     assert "differ from these runs': wide." in said
     assert "Not monitored (train.monitor_every): blind." in said
-    assert len(made.images) == 2 * 2 * 3, "equal images are kept once: the first iterations are"
+    assert len(made["images"]) == 2 * 2 * 3, "equal images are kept once: the first iterations are"
     assert make_gallery(at, ["blind"]) is None
 
 

@@ -67,11 +67,7 @@ GROUPS: dict[str, list[Change]] = {
         _set("model.device", "cuda", SHOWN),
         _set("model.vae_slicing", True, SHOWN),
         _set("model.max_sequence_length", 5, f"embed {MODEL}"),
-        _set(
-            "schedule.shift",
-            2.0,
-            GRID,
-        ),
+        _set("schedule.shift", 2.0, GRID),
         _set(
             "schedule.base_shift", 0.7, SHOWN, "`schedule.base_shift`, where the shift is a number"
         ),
@@ -111,11 +107,7 @@ GROUPS: dict[str, list[Change]] = {
             "a bound that stops, of a reward that is not trained",
         ),
         _set("train.snapshots", [400], RUN),
-        _set(
-            "profile.samples",
-            4,
-            f"profile plan {AUTO}",
-        ),
+        _set("profile.samples", 4, f"profile plan {AUTO}"),
         _set("profile.micro_batch", 5, SHOWN),
         _set("profile.strides", [1, 2], f"suffix_quality {SHOWN}"),
         _set("evaluate.steps", 5, f"evaluate evaluate_base {TELL}"),
@@ -200,8 +192,7 @@ GROUPS: dict[str, list[Change]] = {
         _code("core/loss.py", f"plan suffix_quality {RUN}"),
         _code("core/advantage.py", f"plan suffix_quality {RUN}"),
         _code(
-            "core/executor.py",
-            f"profile plan train evaluate evaluate_base suffix_quality {TELL}",
+            "core/executor.py", f"profile plan train evaluate evaluate_base suffix_quality {TELL}"
         ),
         _code("core/schedule.py", GRID),
         _code("core/entropy.py", GRID),
@@ -213,10 +204,7 @@ GROUPS: dict[str, list[Change]] = {
         _code("sampling/sample.py", GRID),
         _code("train/trainer.py", RUN),
         _code("measure/embed.py", f"embed {MODEL}"),
-        _code(
-            "measure/profile.py",
-            f"profile plan {AUTO}",
-        ),
+        _code("measure/profile.py", f"profile plan {AUTO}"),
         _code("measure/evaluate.py", f"evaluate evaluate_base {TELL}"),
         _code("measure/suffixes.py", "suffix_quality"),
         _code("planning/plan.py", f"plan train(auto) evaluate(auto) suffix_quality {TELL}"),

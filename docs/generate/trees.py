@@ -182,10 +182,7 @@ def _edges(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
         start, stop = at[node.parent], at[k]
         if node.dynamics == NOISING:
             corner = (start[0] - CORNER, stop[1])
-            looks["noising", node.group, 1.0] += [
-                _corner(start, stop, -1),
-                straight(corner, stop),
-            ]
+            looks["noising", node.group, 1.0] += [_corner(start, stop, -1), straight(corner, stop)]
         elif node.dynamics in DETERMINISTIC:
             looks[node.dynamics, 0, 1.0].append(straight(start, stop))
         else:

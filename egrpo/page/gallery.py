@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from egrpo.config.keys import digest
 from egrpo.config.models import RunConfig
@@ -35,54 +34,11 @@ Grids = dict[int, Path]
 """Files of a run by iteration."""
 
 
-class Column(NamedTuple):
-    """One model; the base has no method. By position of the slider: the iteration shown, texts of
-    its mean rewards, and by prompt and sample the indices of its images."""
+def make_gallery(at: Layout, arms: Sequence[str]) -> dict[str, Any] | None:
+    """What the template shows of the first run of each arm; None where none was monitored.
 
-    name: str
-    method: str
-    at: list[int]
-    values: list[list[str]]
-    frames: list[list[list[int]]]
-
-
-@dataclass
-class Gallery:
-    """What the template shows.
-
-    Attributes:
-        iterations: positions of the slider.
-        prompts, samples: rows, and how many images each has of a model.
-        over: what the mean rewards are over, in words.
-        rewards: names of the monitored rewards that are shown.
-        width, height: of the image elements in pixels.
-        small: whether images are kept pixel by pixel.
-        columns: the base model, then the runs.
-        images: data URIs, each once.
-        left_out: sentences on what is not shown.
-    """
-
-    iterations: list[int]
-    prompts: list[str]
-    samples: int
-    over: str
-    rewards: list[str]
-    width: int
-    height: int
-    small: bool
-    columns: list[Column] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the page's script needs."""
-        columns = [{"at": c.at, "values": c.values, "frames": c.frames} for c in self.columns]
-        return {"iterations": self.iterations, "images": self.images, "columns": columns}
-
-
-def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
-    """The gallery of the first run of each arm, in that order; None where none was monitored.
+    Beside :func:`_frame` the base model and the runs as ``columns``, ``images`` as data URIs, each
+    once, sentences on what is ``left_out``, and ``data`` for the page's script.
 
     Raises:
         UserError: if a grid, the metrics or the prompt file is missing or damaged.
@@ -99,8 +55,10 @@ def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
     files, train = runs[0].prompts, runs[0].train
     read = read_prompts(files.heldout, files.column)[: train.monitor_prompts]
     iterations = sorted({iteration for run in runs for iteration in grids[run.run]})
-    gallery = _empty(runs, iterations, [prompt.text for prompt in read])
-    _fill(gallery, at, runs, grids, len(read))
+    frame = _frame(runs, iterations, [prompt.text for prompt in read])
+    images: dict[str, int] = {}
+    columns = _columns(frame, at, runs, grids, len(read), images)
+    positions = [{k: c[k] for k in ("at", "values", "frames")} for c in columns]
     unseen = ", ".join(run.run for run in firsts if run not in monitored)
     others = ", ".join(run.run for run in monitored if run not in comparable)
     apart = "because base model, image size or monitors differ from these runs'"
@@ -112,13 +70,14 @@ def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
         (several, "Of an arm with several seeds the first is shown."),
     ]
     for what, shown, there in (
-        ("prompts", len(gallery.prompts), len(read)),
-        ("samples of each prompt", gallery.samples, train.monitor_samples),
-        ("iterations", len(gallery.iterations), len(iterations)),
+        ("prompts", len(frame["prompts"]), len(read)),
+        ("samples of each prompt", frame["samples"], train.monitor_samples),
+        ("iterations", len(frame["iterations"]), len(iterations)),
     ):
         said.append((shown < there, f"Shown are {shown} of {there} monitored {what}."))
-    gallery.left_out = [text for holds, text in said if holds]
-    return gallery
+    data = {"iterations": frame["iterations"], "images": list(images), "columns": positions}
+    left_out = [text for holds, text in said if holds]
+    return frame | {"columns": columns, "images": list(images), "left_out": left_out, "data": data}
 
 
 def grids_of(folder: Path) -> Grids:
@@ -141,24 +100,28 @@ def _comparable(run: RunConfig) -> str:
     return digest(settings)
 
 
-def _empty(runs: Sequence[RunConfig], every: Sequence[int], prompts: Sequence[str]) -> Gallery:
-    """What is shown of these iterations, as far as a page bears it, still without images."""
+def _frame(
+    runs: Sequence[RunConfig], every: Sequence[int], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """What is shown of these iterations, as far as a page bears it: ``iterations``, the positions
+    of the slider; ``prompts`` and ``samples``; ``rewards``, and what their means are ``over``;
+    ``width`` and ``height`` of an image, kept pixel by pixel if ``small``."""
     train, width, height = runs[0].train, runs[0].model.width, runs[0].model.height
     small = max(width, height) <= SMALL
     rows = min(len(prompts), MOST_PROMPTS)
     most = (MOST_SMALL if small else MOST_LARGE) // (rows * len(runs))
     samples = min(max(most // min(len(every), POSITIONS), 1), train.monitor_samples)
     scale = max(1, ENLARGED // width) if small else min(1.0, THUMBNAIL / max(width, height))
-    return Gallery(
-        iterations=_spread(every, max(most // samples, 2)),
-        prompts=list(prompts[:rows]),
-        samples=samples,
-        over=counted(len(prompts), "monitored prompt", train.monitor_samples),
-        rewards=list(dict.fromkeys(r for run in runs for r in run.train.rewards))[:MOST_REWARDS],
-        width=round(width * scale),
-        height=round(height * scale),
-        small=small,
-    )
+    return {
+        "iterations": _spread(every, max(most // samples, 2)),
+        "prompts": list(prompts[:rows]),
+        "samples": samples,
+        "over": counted(len(prompts), "monitored prompt", train.monitor_samples),
+        "rewards": list(dict.fromkeys(r for run in runs for r in run.train.rewards))[:MOST_REWARDS],
+        "width": round(width * scale),
+        "height": round(height * scale),
+        "small": small,
+    }
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:
@@ -169,26 +132,29 @@ def _spread(values: Sequence[int], count: int) -> list[int]:
     return [values[round(i * last / (count - 1))] for i in range(count)]
 
 
-def _fill(
-    gallery: Gallery,
+def _columns(
+    frame: Mapping[str, Any],
     at: Layout,
     runs: Sequence[RunConfig],
     grids: Mapping[str, Grids],
     monitored: int,
-) -> None:
-    """Add images and columns; ``monitored`` prompts are in the grids."""
-    known: dict[str, int] = {}
-    shown = {run.run: [_latest(grids[run.run], i) for i in gallery.iterations] for run in runs}
-    texts = _texts(at, shown, gallery.rewards)
+    images: dict[str, int],
+) -> list[dict[str, Any]]:
+    """The base model, which has no method, and the runs: by position of the slider the iteration
+    shown, texts of the mean rewards, and by prompt and sample the indices of ``images``."""
+    shown = {run.run: [_latest(grids[run.run], i) for i in frame["iterations"]] for run in runs}
+    texts = _texts(at, shown, frame["rewards"])
     base = runs[0].run
-    columns = [("base", "", base, [min(grids[base])])]  # 0, before anything was trained
-    columns += [(run.run, run.method.name, run.run, shown[run.run]) for run in runs]
-    for name, method, source, own in columns:
+    models = [("base", "", base, [min(grids[base])])]  # 0, before anything was trained
+    models += [(run.run, run.method.name, run.run, shown[run.run]) for run in runs]
+    columns = []
+    for name, method, source, own in models:
         files = {i: grids[source][i] for i in own}
-        cut = {i: _cut(path, runs[0], monitored, gallery, known) for i, path in files.items()}
+        cut = {i: _cut(path, runs[0], monitored, frame, images) for i, path in files.items()}
         values, frames = [texts[source][i] for i in own], [cut[i] for i in own]
-        gallery.columns.append(Column(name, method, own, values, frames))
-    gallery.images = list(known)
+        column = {"name": name, "method": method, "at": own, "values": values, "frames": frames}
+        columns.append(column)
+    return columns
 
 
 def _latest(grids: Grids, wanted: int) -> int:
@@ -197,9 +163,9 @@ def _latest(grids: Grids, wanted: int) -> int:
 
 
 def _cut(
-    path: Path, run: RunConfig, monitored: int, gallery: Gallery, known: dict[str, int]
+    path: Path, run: RunConfig, monitored: int, frame: Mapping[str, Any], images: dict[str, int]
 ) -> list[list[int]]:
-    """Indices of a grid's images by prompt and sample; new ones are added to ``known``."""
+    """Indices of a grid's images by prompt and sample; new ones are added to ``images``."""
     width, height = run.model.width, run.model.height
     size = monitored * width, run.train.monitor_samples * height
     grid = open_grid(path)
@@ -211,11 +177,11 @@ def _cut(
 
     def index(left: int, top: int) -> int:
         tile = grid.crop((left, top, left + width, top + height))
-        small = gallery.small
+        small = frame["small"]
         uri = data_uri(tile, "PNG", optimize=True) if small else thumbnail(tile, THUMBNAIL)
-        return known.setdefault(uri, len(known))
+        return images.setdefault(uri, len(images))
 
-    rows, samples = range(len(gallery.prompts)), range(gallery.samples)
+    rows, samples = range(len(frame["prompts"])), range(frame["samples"])
     return [[index(row * width, sample * height) for sample in samples] for row in rows]
 
 
