@@ -51,15 +51,9 @@ def export(
 ) -> Path:
     """Write the bundle of one run, whole or not at all; an earlier bundle there is replaced.
 
-    Args:
-        at, run: the study, and a run of it that is trained and evaluated.
-        output: folder to make; None: ``export/<run>`` in the study's results.
-        configs: files of the study, for the commands that are shown.
-        licence, base_model: what the card says of them; None: no licence, and the base model only
-            where the settings name it by its hub id.
-
-    Returns:
-        The folder.
+    The run must be trained and evaluated; without ``output`` its folder is ``export/<run>`` in the
+    study's results. ``configs`` are files of the study, for the commands that are shown;
+    ``licence`` and ``base_model`` what the card says of them.
 
     Raises:
         UserError: naming the result that is missing and the command that makes it, or what stands

@@ -39,15 +39,10 @@ def model_card(
     licence: str | None,
     base_model: str | None,
 ) -> str:
-    """README.md of a bundle.
+    """README.md of a bundle, from its tables and plan in ``folder``, where the samples lie too.
 
-    Args:
-        run: settings of the run.
-        folder: the bundle so far: its tables and plan are read.
-        samples: images that lie in it.
-        made_by: command that makes the run's results.
-        licence: as the user says it; None: the card says that it is open.
-        base_model: the base model's hub id, for settings that name a folder.
+    ``made_by`` is the command that makes the run's results, ``base_model`` the base model's hub id,
+    for settings that name a folder. Without ``licence`` the card says that it is open.
 
     Raises:
         UserError: if ``base_model`` is no hub id.

@@ -61,13 +61,9 @@ def branches_figure(
     "above:<reward>:<prompt id>" or "below:…", by the yardstick), whose axis a reward's panels
     share; the dashed line is the yardstick's ("yardstick:…").
 
-    Args:
-        branches, profile: ``branches.parquet``, ``entropy_profile.parquet`` of the same groups.
-        pairs: [step, span] of each row.
-        prompts: most blocks; fewer where fewer are kept (``profile.shown_prompts``).
-        stem: output path without ending.
-        noise_fraction: share of noise of the yardstick, for its label (``profile`` settings).
-        rewards: rewards shown, in this order; None: all of the profile.
+    ``branches.parquet`` and ``entropy_profile.parquet`` are of the same groups; ``pairs`` are
+    [step, span]; of ``prompts`` fewer stand there where fewer are kept (``profile.shown_prompts``).
+    ``noise_fraction`` is the yardstick's; without ``rewards`` all of the profile are shown.
 
     Raises:
         UserError: if a file is missing or damaged, or lacks a pair or a reward.
@@ -167,12 +163,10 @@ def _draw(blocks: Sequence[Block], labels: Sequence[str], path: Path) -> Figure:
             _draw_spread(panel, block.spread[reward], f"{reward}:{block.prompt_id}", limit)
     for k, block in enumerate(blocks):
         _draw_images(canvas, block, labels, HEAD + k * tall, across, path)
-    line = {"ls": "--", "color": INK, "lw": 1.1}
-    handles = [
-        Line2D([], [], label="spreads more than the yardstick", **_dot("above")),
-        Line2D([], [], label="does not", **_dot("below")),
-        Line2D([], [], label="yardstick", **(_dot("yardstick") | line)),
-    ]
+    said = {"above": "spreads more than the yardstick", "below": "does not"}
+    handles = [Line2D([], [], label=label, **_dot(kind)) for kind, label in said.items()]
+    line = _dot("yardstick") | {"ls": "--", "color": INK, "lw": 1.1}
+    handles.append(Line2D([], [], label="yardstick", **line))
     look: dict[str, Any] = {"fontsize": 8, "borderaxespad": 0.2, "handlelength": 3.0}
     look |= {"loc": "lower right", "bbox_to_anchor": (1.0, 0.0), "ncols": 3}
     canvas.figure.legend(handles=handles, **look)

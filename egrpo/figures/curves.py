@@ -47,11 +47,6 @@ def curves_figure(
     Thin lines: mean of the training samples over the last WINDOW iterations (gid
     "training:<run>"). Markers: mean on fixed held-out prompts (gid "monitor:<run>").
 
-    Args:
-        metrics: ``train_metrics.parquet`` of each run.
-        rewards: drawn from the metrics ``reward/<name>`` and ``monitor/reward/<name>``.
-        stem: output path without ending.
-
     Raises:
         UserError: if a file is missing or damaged, or no run has any of the rewards.
     """
@@ -88,11 +83,6 @@ def arm_curves_figure(
     bands (gid "band:<arm>") the 95% intervals of these means over seeds (Student's t), which an arm
     with one seed lacks. The axes show every seed; with few seeds bands may leave them. Left against
     iterations, right against the mean network evaluations of the seeds; a row of panels a reward.
-
-    Args:
-        groups: ``train_metrics.parquet`` of each seed, by arm.
-        rewards: drawn from the metrics ``monitor/reward/<name>``.
-        stem: output path without ending.
 
     Raises:
         UserError: if a file is missing or damaged, or if an arm lacks a reward.

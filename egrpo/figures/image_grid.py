@@ -78,12 +78,9 @@ def images_figure(
 ) -> Figure:
     """Fig. 5 of the paper: prompts by models, from the same prompt and noise.
 
-    Args:
-        base_images: ``images.parquet`` of the base model; its first samples of the first prompts.
-        columns: heading and ``images.parquet`` of each trained model.
-        prompts: most rows.
-        stem: output path without ending.
-        page: all on one page, as PNG and SVG; otherwise large images to look at, as PNG only.
+    Rows are the first samples of so many ``prompts`` of the base model's ``images.parquet``;
+    ``columns`` heading and ``images.parquet`` of each trained model. Either all on one ``page``, as
+    PNG and SVG, or large images to look at, as PNG only.
 
     Raises:
         UserError: if a file is missing or damaged, or a model lacks an image of the base.

@@ -47,13 +47,9 @@ def entropy_figure(
 ) -> Figure:
     """Fig. 1b of the paper: closed-form entropy of each step and span, and the plans' choices.
 
-    Args:
-        profile: ``entropy_profile.parquet``.
-        plans: ``plan.json`` by run id, for this profile's schedule; each adds its threshold
-            (gid "threshold") and a marker with the span of each active step (gid "plan:<run>",
-            the first run where several share one plan).
-        stem: output path without ending.
-        spans: only these are drawn, each as in the figure of all; None: all of the profile.
+    Each plan (``plan.json`` by run id, for this profile's schedule) adds its threshold (gid
+    "threshold") and a marker with the span of each active step (gid "plan:<run>", the first run
+    where several share one plan). Without ``spans`` all of the profile are drawn.
 
     Raises:
         UserError: if a file is missing or damaged, or the plans measure entropy in several units.
@@ -114,12 +110,7 @@ def spread_figure(profile: str | Path, stem: str | Path, *, noise_fraction: floa
     """What a branch at each step really changes: latents, images and rewards of its samples.
 
     Lines are means over prompts, bands one standard error; the dashed line (gid "yardstick") is
-    the spread that random noise on the final image gives.
-
-    Args:
-        profile: ``entropy_profile.parquet``.
-        stem: output path without ending.
-        noise_fraction: share of noise of the yardstick, for its label (``profile`` settings).
+    the spread that ``noise_fraction`` of random noise on the final image gives.
 
     Raises:
         UserError: if the file is missing or damaged, or holds no measured spread.
@@ -193,13 +184,9 @@ def threshold_figure(
     """Left: measured spread by entropy, its monotone fit, and the threshold read from it. Right:
     the plan of that threshold, each active step's entropy alone and merged.
 
-    Args:
-        spreads: one point each (gid "span:<span>"), spread over the yardstick's.
-        choice: what was chosen from them; gid "fit" and "threshold".
-        plan: made with that threshold; gid "single", "merged" and, below the threshold, "capped".
-        factor: the fit must exceed it; gid "factor".
-        reward_text: whose spread it is, for title and axis.
-        stem: output path without ending.
+    Points (gid "span:<span>") are over the yardstick's spread, of the rewards in ``reward_text``;
+    the fit (gid "fit") must exceed ``factor`` (gid "factor"). The plan's markers have the gid
+    "single", "merged" and, below the threshold (gid "threshold"), "capped".
 
     Raises:
         UserError: if the plan was made with another threshold.

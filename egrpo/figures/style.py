@@ -119,14 +119,8 @@ def inches(size: float, **font: Any) -> Callable[[str], float]:
 def wrap(
     text: str, width: float, lines: int | None = None, measure: Callable[[str], float] = len
 ) -> str:
-    """Text in lines of ``width``; names break after ``_ - .`` before within a word.
-
-    Args:
-        text: a name or a prompt.
-        width: most that a line may measure.
-        lines: most lines, at least 1; an ellipsis stands for the rest. None: all lines.
-        measure: width of a line; by default its characters.
-    """
+    """Text in lines that measure at most ``width``, by default in characters; names break after
+    ``_ - .`` before within a word. After so many ``lines`` an ellipsis stands for the rest."""
     done = [""]
     for part in re.findall(r"\s+|[^\s_.-]*[_.-]+|[^\s_.-]+", text.strip()):
         piece = " " if part.isspace() else part

@@ -45,12 +45,8 @@ META = re.compile(r'<meta name="([^"]*)" content="([^"]*)">')
 def make_page(
     name: str, at: Layout, tables: Mapping[str, TableSpec], figures: Mapping[str, FigureSpec]
 ) -> None:
-    """Write one page of a study, and the first page of the results folder.
-
-    Args:
-        name: one of :data:`egrpo.study.layout.PAGES`.
-        at: the runs that it tells of, and where their results lie.
-        tables, figures: what of the study stands on it beside the comparison.
+    """Write one page of a study, of :data:`egrpo.study.layout.PAGES`, and the first page of the
+    results folder. Beside the comparison of the runs these tables and figures stand on it.
 
     Raises:
         UserError: if a result is missing or damaged.

@@ -217,14 +217,9 @@ def marks(cells: Mapping[str, Cells], level: float = LEVEL) -> dict[str, str]:
     the intervals keep theirs, and so is a wrong ``second``'s. Simulated with 3 seeds: at most 3% in
     sections of six rows, 6% where one arm faces the base model alone.
 
-    Args:
-        cells: by arm, [seeds, prompts] with the same prompts. One whose interval has no mean takes
-            no part.
-        level: of the whole section, in (0, 1).
-
-    Returns:
-        Mark by arm; none where an arm but the base model was trained once: how much another seed
-        would differ is not known, and two equal arms would get a ``best`` in up to 71% of tables.
+    ``cells`` by arm, [seeds, prompts], are of the same prompts; an arm whose interval has no mean
+    takes no part. No marks where an arm but the base model was trained once: how much another seed
+    would differ is not known, and two equal arms would get a ``best`` in up to 71% of tables.
     """
     if any(len(c) == 1 for arm, c in cells.items() if arm != BASE):
         return {}
