@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from egrpo.config.models import RunConfig
 from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.schedule import shifted_sigmas
+from egrpo.errors import UserError
 from egrpo.store.tables import IMAGES, SCORES, TRAIN_METRICS, write_table
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
@@ -23,16 +26,22 @@ Rows = list[dict[str, Any]]
 Edit = Callable[[Rows], Rows]
 
 
+@contextmanager
+def refused(match: str) -> Iterator[None]:
+    """A UserError in one line."""
+    with pytest.raises(UserError, match=match) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
 def config(run: str, **top: Any) -> RunConfig:
     """A run that is trained on `quality` and evaluated with `other` too."""
+    prompts = {name: f"assets/toy/prompts/{name}.txt" for name in ("train", "heldout")}
     settings: dict[str, Any] = {
         "run": run,
         "study": "small",
         "model": {"path": "model"},
-        "prompts": {
-            "train": "assets/toy/prompts/train.txt",
-            "heldout": "assets/toy/prompts/heldout.txt",
-        },
+        "prompts": prompts,
         "rewards": {"quality": {"kind": "verifier"}, "other": {"kind": "verifier_exact"}},
         "train": {"rewards": {"quality": 1.0}},
     }
@@ -78,12 +87,10 @@ def write_results(
     """Scores: quality = prompt/10 + gain, other = 1 - gain. Images: uniform, ``level`` apart."""
     shown = images(run, lambda p, s: 100 + level * (1 + s), PROMPTS, samples, size=(size, size))
     scores = [
-        {k: row[k] for k in ("run", "prompt_id", "prompt", "sample")} | of
+        {k: row[k] for k in ("run", "prompt_id", "prompt", "sample")}
+        | {"reward": reward, "value": value}
         for row in shown
-        for of in (
-            {"reward": "quality", "value": row["prompt_id"] / 10 + gain},
-            {"reward": "other", "value": 1.0 - gain},
-        )
+        for reward, value in (("quality", row["prompt_id"] / 10 + gain), ("other", 1.0 - gain))
     ]
     for row in shown:
         if (row["prompt_id"], row["sample"]) in lost:
@@ -138,11 +145,11 @@ def profile_rows(
                 "sigma_stop": GRID[step + span],
             }
             head |= {"std": entropy["exp_per_dim"] / math.sqrt(2 * math.pi * math.e), **entropy}
-            rows += [
-                {**head, "prompt_id": p, "quantity": name, "spread": value, "yardstick": yardstick}
-                for p in range(prompts)
-                for name, (value, yardstick) in spread(
-                    step, span, p, entropy["exp_per_dim"]
-                ).items()
-            ]
+            for p in range(prompts):
+                found = spread(step, span, p, entropy["exp_per_dim"])
+                own = {"prompt_id": p} | head
+                rows += [
+                    own | {"quantity": name, "spread": value, "yardstick": yardstick}
+                    for name, (value, yardstick) in found.items()
+                ]
     return rows

@@ -7,12 +7,14 @@ import html
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from tracked import HARMLESS_OPTIONS, SECRET_OPTIONS, SECRETS, SERVICE, TRACKING
 
 from egrpo.bundle.export import INDEX, export
 from egrpo.bundle.loading import loading
-from egrpo.bundle.model_card import Sample, base_on_hub, escaped, model_card
+from egrpo.bundle.model_card import Sample, base_on_hub, model_card
 from egrpo.cli import main
 from egrpo.config.keys import run_key
 from egrpo.config.load import load_run, overlay, read_yaml
@@ -42,12 +44,12 @@ from egrpo.errors import UserError, command
 from egrpo.figures.draw import draw
 from egrpo.measure.evaluate import evaluate
 from egrpo.models.adapter import ADAPTER_FILE, CONFIG, read_adapter
-from egrpo.models.conditioning import Embeddings
 from egrpo.page.page import make_page
 from egrpo.planning.grids import training_sigmas
 from egrpo.planning.trees import needs_plan, plan_of
 from egrpo.report.evaluations import read_images
 from egrpo.report.provenance import versions, write_about
+from egrpo.report.render import escaped
 from egrpo.report.report import short_table
 from egrpo.report.results import make_comparison
 from egrpo.report.text import read_rows, readable
@@ -78,10 +80,25 @@ class Made:
 
     configs: tuple[str, ...]
     at: Layout
-    embeddings: Embeddings
 
     def bundle(self, run: str) -> Path:
         return self.at.bundle(run)
+
+    def export(self, run: str, folder: Path, **more: Any) -> Path:
+        return export(self.at, run, folder, configs=self.configs, **more)
+
+    def page(self, run: str) -> str:
+        return (self.bundle(run) / "README.md").read_text(encoding="utf-8")
+
+    def with_rewards(self, **rewards: dict[str, Any]) -> RunConfig:
+        given = self.at.study.runs["merged"].model_dump()
+        return RunConfig.model_validate(given | {"rewards": given["rewards"] | rewards})
+
+    def copy(self, run: str, folder: Path) -> Path:
+        """A bundle beside the base model."""
+        shutil.copytree(self.bundle(run), folder)
+        (folder / "pipeline").symlink_to(ROOT / "assets/toy/pipeline")
+        return folder
 
 
 def settings_in(root: Path) -> tuple[str, str]:
@@ -98,29 +115,24 @@ def settings_in(root: Path) -> tuple[str, str]:
         "whole\tflow_grpo\tfull\t1\t\t\t\n"
         "least\tflow_grpo\tlora\t1\t0\t1\t1\n"
     )
-    study = overlay(study, SMALL)
-    study = overlay(
-        study,
-        {
-            "results": str(root / "results"),
-            "runs": str(root / "runs.tsv"),
-            "model": {"path": str(ROOT / "assets/toy/pipeline")},
-            "prompts": {"heldout": str(root / "mine.txt"), "limit": 4},
-            "train": {"learning_rate_scale": 1000.0, "ema_decay": None, "ema_ramp": None},
-            "tracking": {"uri": TRACKING, "enabled": False},
-            "methods": {
-                "egrpo": {"group_size": 3, "active": 3},
-                "flow_grpo": {"group_size": 4, "steps": 5},
-            },
+    small = {
+        "results": str(root / "results"),
+        "runs": str(root / "runs.tsv"),
+        "model": {"path": str(ROOT / "assets/toy/pipeline")},
+        "prompts": {"heldout": str(root / "mine.txt"), "limit": 4},
+        "train": {"learning_rate_scale": 1000.0, "ema_decay": None, "ema_ramp": None},
+        "tracking": {"uri": TRACKING, "enabled": False},
+        "methods": {
+            "egrpo": {"group_size": 3, "active": 3},
+            "flow_grpo": {"group_size": 4, "steps": 5},
         },
-    )
+    }
+    study = overlay(overlay(study, SMALL), small)
     own = {"kind": "custom", "function": "test_export:brightness", "options": SECRET_OPTIONS}
     (root / "study.yaml").write_text(yaml.safe_dump(study))
     toys = dict.fromkeys(("verifier", "verifier_exact", "preference"))  # know the toy's words only
-    more = {
-        "rewards": {**toys, "own *bright*": own},
-        "train": {"rewards": {"verifier": None, "jpeg": 1.0}},
-    }
+    trained = {"verifier": None, "jpeg": 1.0}
+    more = {"rewards": {**toys, "own *bright*": own}, "train": {"rewards": trained}}
     (root / "more.yaml").write_text(yaml.safe_dump(more))
     return str(root / "study.yaml"), str(root / "more.yaml")
 
@@ -128,12 +140,9 @@ def settings_in(root: Path) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("shared")
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with contextlib.chdir(ROOT):
         configs = settings_in(root)
         at = Layout(load_study(*configs))
-        embeddings = root / "embeddings.safetensors"
         for name, run in at.study.runs.items():
             folder = at.run(name)
             folder.mkdir(parents=True)
@@ -142,13 +151,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             plan = plan_of(run, training_sigmas(run)) if needs_plan(run) else None
             if plan is not None:
                 write_json(folder / "plan.json", plan.to_dict())
-            train(
-                run,
-                plan,
-                embeddings,
-                state=at.state(name) / at.identity("trajectory", name),
-                output=folder,
-            )
+            state = at.state(name) / at.identity("trajectory", name)
+            train(run, plan, embeddings, state=state, output=folder)
             evaluate(run, embeddings, folder / "adapter", folder, training=folder)
             for stage in ("train", "evaluate"):
                 record, outputs = at.identities.record(stage, run), at.outputs(stage, name)
@@ -156,9 +160,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             if not at.base(name).exists():
                 evaluate(run, embeddings, None, at.base(name))
             export(at, name, configs=configs)
+    return Made(configs, at)
+
+
+@contextmanager
+def spoilt(path: Path, content: bytes | None = None) -> Iterator[None]:
+    """Meanwhile a file is lost, or holds something else."""
+    kept = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    try:
+        yield
     finally:
-        os.chdir(before)
-    return Made(configs, at, embeddings)
+        path.write_bytes(kept)
 
 
 def card(folder: Path) -> Any:
@@ -193,14 +206,11 @@ def test_weights_of_an_earlier_version_are_shared_at_full_strength(
     """Their scale stood in the metadata alone."""
     path = made.at.run("merged") / "adapter" / ADAPTER_FILE
     tensors, config = read_adapter(path)
-    path.rename(tmp_path / "away")
-    try:
+    with spoilt(path):
         old = {k: v / 2 if "lora_B" in k else v for k, v in tensors.items()}
         config["transformer.lora_alpha"] = 2 * config["transformer.r"]
         save_file(old, path, metadata={CONFIG: json.dumps(config)})
-        export(made.at, "merged", tmp_path / "b", configs=made.configs)
-    finally:
-        (tmp_path / "away").replace(path)
+        made.export("merged", tmp_path / "b")
     assert (tmp_path / "b" / ADAPTER_FILE).read_bytes() == path.read_bytes()
 
 
@@ -212,10 +222,7 @@ def test_the_cards_snippet_draws_the_evaluations_image(
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    bundle = tmp_path / "bundle"
-    shutil.copytree(made.bundle(run), bundle)
-    (bundle / "pipeline").symlink_to(ROOT / "assets/toy/pipeline")
-    monkeypatch.chdir(bundle)
+    monkeypatch.chdir(made.copy(run, tmp_path / "bundle"))
     (code,) = [text for _, language, text in snippets(Path("README.md")) if language == "python"]
     assert "egrpo" not in code
     space: dict[str, Any] = {}
@@ -248,9 +255,7 @@ def test_the_bundle_alone_makes_the_same_weights_again(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commands of the card, as they stand, beside base model, prompts and rewards."""
-    bundle = tmp_path / "bundle"
-    shutil.copytree(made.bundle("merged"), bundle)
-    (bundle / "pipeline").symlink_to(ROOT / "assets/toy/pipeline")
+    bundle = made.copy("merged", tmp_path / "bundle")
     (bundle / "assets").symlink_to(ROOT / "assets")
     shutil.copy(Path(made.configs[0]).with_name("mine.txt"), bundle)
     blocks = [text for _, language, text in snippets(bundle / "README.md") if language == "sh"]
@@ -287,7 +292,7 @@ def test_huggingface_hub_reads_the_cards_numbers(made: Made, run: str) -> None:
     assert {"jpeg", "own *bright*", "diversity", "distance_to_base"} <= set(rows)
     found = {result.metric_type: result for result in data.eval_results}
     assert set(found) == set(rows)
-    page = (folder / "README.md").read_text(encoding="utf-8")
+    page = made.page(run)
     for reward, row in rows.items():
         assert found[reward].metric_value == row["mean"]
         for key in ("base", "difference", "low", "high"):
@@ -333,7 +338,7 @@ def test_the_comparison_can_be_made_again_from_the_scores(made: Made) -> None:
 
 
 def test_plan_and_costs_are_told(made: Made) -> None:
-    page = (made.bundle("merged") / "README.md").read_text(encoding="utf-8")
+    page = made.page("merged")
     plan = json.loads((made.bundle("merged") / "plan.json").read_text())
     assert "3 of the 16 sampling steps explore" in page
     for step, span in zip(plan["active"], plan["spans"], strict=True):
@@ -343,8 +348,7 @@ def test_plan_and_costs_are_told(made: Made) -> None:
     assert spent["key"] in page
     made_by = "results/laptop/runs/merged/scores.parquet --configfile study.yaml more.yaml"
     assert f"snakemake --cores all {made_by}\n" in page
-    other = (made.bundle("whole") / "README.md").read_text(encoding="utf-8")
-    assert "The method has no merge plan." in other
+    assert "The method has no merge plan." in made.page("whole")
     assert not (made.bundle("whole") / "plan.json").exists()
 
 
@@ -399,14 +403,8 @@ def test_a_commit_with_edits_may_not_repeat(made: Made, tmp_path: Path, commit: 
 
 
 def test_licence_and_base_model_as_the_user_says(made: Made, tmp_path: Path) -> None:
-    folder = export(
-        made.at,
-        "merged",
-        tmp_path / "b",
-        configs=made.configs,
-        licence="apache-2.0",
-        base_model="owner/base-model",
-    )
+    said = {"licence": "apache-2.0", "base_model": "owner/base-model"}
+    folder = made.export("merged", tmp_path / "b", **said)
     data = card(folder).data
     assert (data.license, data.base_model) == ("apache-2.0", "owner/base-model")
     assert data.base_model_relation == "adapter"
@@ -414,7 +412,7 @@ def test_licence_and_base_model_as_the_user_says(made: Made, tmp_path: Path) -> 
     assert 'base = "owner/base-model"' in page
     assert "`apache-2.0`, as whoever exported it states." in page
     with pytest.raises(UserError, match="--base-model: 'base' is no hub id"):
-        export(made.at, "merged", folder, configs=made.configs, base_model="base")
+        made.export("merged", folder, base_model="base")
     assert card(folder).data.base_model == "owner/base-model"  # what was there is there
 
 
@@ -528,43 +526,28 @@ def test_paths_without_their_folder(path: str, shown: str) -> None:
     ],
 )
 def test_addresses_without_users_and_queries(made: Made, url: str, shown: str) -> None:
-    given = made.at.study.runs["merged"].model_dump()
     far = {"kind": "remote", "url": url, "reward": "clip", "token_file": "/etc/token"}
-    run = RunConfig.model_validate({**given, "rewards": {**given["rewards"], "far": far}})
+    run = made.with_rewards(far=far)
     settings = RunConfig.model_validate(without_secrets(run)[0])
     assert settings.rewards["far"].url == shown  # type: ignore[union-attr]
     assert settings.rewards["far"].token_file == "/etc/token"  # type: ignore[union-attr]
     assert settings.model == run.model
 
 
-def test_a_judges_words_are_no_paths(made: Made) -> None:
-    given = made.at.study.runs["merged"].model_dump()
-    judge = {"kind": "unifiedreward", "url": "http://a", "pattern": r"\d (\d)"}
+def test_addresses_and_tokens_of_services_are_left_out_and_words_are_no_paths(made: Made) -> None:
+    far = {"kind": "remote", "url": "http://bob:pw@10.1.2.3:8800", "reward": "clip"}
+    judge = {"kind": "unifiedreward", "url": "https://gpu7.internal/v1", "pattern": r"\d (\d)"}
     judge["question"] = "/imagine {prompt} / well"
-    run = RunConfig.model_validate({**given, "rewards": {**given["rewards"], "question": judge}})
-    shown = RunConfig.model_validate(shareable(run)[0]).rewards["question"]
-    assert (shown.pattern, shown.question) == (judge["pattern"], judge["question"])  # type: ignore[union-attr]
-    assert shown.url == NO_ADDRESS  # type: ignore[union-attr]
-
-
-def test_addresses_and_tokens_of_services_are_left_out(made: Made) -> None:
-    given = made.at.study.runs["merged"].model_dump()
-    services = {
-        "far": {
-            "kind": "remote",
-            "url": "http://bob:pw@10.1.2.3:8800",
-            "reward": "clip",
-            "token_file": "~/token",
-        },
-        "judge": {"kind": "unifiedreward", "url": "https://gpu7.internal/v1"},
-    }
-    run = RunConfig.model_validate({**given, "rewards": {**given["rewards"], **services}})
+    run = made.with_rewards(far=far | {"token_file": "~/token"}, question=judge)
+    before = run.model_dump()
     settings, notes = shareable(run)
-    RunConfig.model_validate(settings)
+    shown: Any = RunConfig.model_validate(settings).rewards["question"]
+    assert (shown.pattern, shown.question) == (judge["pattern"], judge["question"])
+    assert shown.url == NO_ADDRESS
     for word in ("bob", "10.1.2.3", 'token"', "gpu7", "~/"):
         assert word not in json.dumps(settings)
     assert {"rewards.far.url: left out", "rewards.far.token_file: left out"} <= set(notes)
-    assert given == made.at.study.runs["merged"].model_dump()  # the run itself is untouched
+    assert run.model_dump() == before  # the run itself is untouched
 
 
 # -- the folder ----------------------------------------------------------------------------------
@@ -587,22 +570,18 @@ def test_files_are_named_as_hubs_want_them(made: Made, run: str) -> None:
     assert sorted(index["files"]) == [name for name in sorted(names) if name != INDEX]
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027])
-@pytest.mark.parametrize("run", ["merged", "whole"])
+@pytest.mark.parametrize(("run", "mask"), [("merged", 0o022), ("whole", 0o027)])
 def test_a_bundle_has_the_mode_of_new_files(
     made: Made, run: str, mask: int, tmp_path: Path
 ) -> None:
     with modes_by(mask, tmp_path):
-        export(made.at, run, tmp_path / "b", configs=made.configs)
+        made.export(run, tmp_path / "b")
 
 
 def test_an_earlier_bundle_is_replaced_and_nothing_else_is(made: Made, tmp_path: Path) -> None:
     folder = tmp_path / "b"
     folder.mkdir()
-
-    def again() -> None:
-        export(made.at, "whole", folder, configs=made.configs)
-
+    again = partial(made.export, "whole", folder)
     again()  # an empty folder
     first = sorted(path.name for path in folder.iterdir())
     again()
@@ -619,9 +598,9 @@ def test_an_earlier_bundle_is_replaced_and_nothing_else_is(made: Made, tmp_path:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"thesis\.tex is no file of a bundle"):
-        export(made.at, "whole", tmp_path / "other", configs=made.configs)
+        made.export("whole", tmp_path / "other")
     with pytest.raises(UserError, match=r"thesis\.tex: is a file"):
-        export(made.at, "whole", tmp_path / "other/thesis.tex", configs=made.configs)
+        made.export("whole", tmp_path / "other/thesis.tex")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "other"]
 
 
@@ -635,48 +614,38 @@ def test_an_earlier_bundle_is_replaced_and_nothing_else_is(made: Made, tmp_path:
         ("scores.parquet", "scores.parquet"),
         ("plan.json", "plan.json"),
         ("adapter/pytorch_lora_weights.safetensors", "adapter"),
+        ("images.parquet", "images.parquet"),  # of the base
     ],
 )
 def test_a_missing_result_is_named_with_the_command_that_makes_it(
     made: Made, tmp_path: Path, file: str, target: str
 ) -> None:
-    path = made.at.run("merged") / file
-    how = command(made.configs, made.at.run("merged") / target)
+    folder = made.at.base("merged") if file == "images.parquet" else made.at.run("merged")
+    path, wanted = folder / file, folder / target
+    how = command(made.configs, wanted)
     assert how.endswith(f"--configfile {' '.join(made.configs)}")
     if target == "adapter":
-        how = f"rm -r {path.parent}; {how}"
-    path.rename(tmp_path / "away")
-    try:
-        with pytest.raises(UserError, match=re.escape(f"{path}: no such file; `{how}` makes it")):
-            export(made.at, "merged", tmp_path / "b", configs=made.configs)
-    finally:
-        (tmp_path / "away").rename(path)
+        how = f"rm -r {wanted}; {how}"
+    message = re.escape(f"{path}: no such file; `{how}` makes it")
+    with spoilt(path), pytest.raises(UserError, match=message):
+        made.export("merged", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
-def test_the_bases_results_are_needed_too(made: Made, tmp_path: Path) -> None:
-    path = made.at.base("merged") / "images.parquet"
-    path.rename(tmp_path / "away")
-    try:
-        with pytest.raises(UserError, match=re.escape(f"{path}: no such file; `snakemake")):
-            export(made.at, "merged", tmp_path / "b", configs=made.configs)
-    finally:
-        (tmp_path / "away").rename(path)
-
-
-def test_weights_that_were_not_trained_here(made: Made, tmp_path: Path) -> None:
-    path = made.at.run("merged") / "adapter/pytorch_lora_weights.safetensors"
-    path.rename(tmp_path / "away")
-    try:
-        save_file({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, path)
-        with pytest.raises(UserError, match=r"holds 4 weights, but .* were trained"):
-            export(made.at, "merged", tmp_path / "b", configs=made.configs)
-        path.write_bytes(path.read_bytes()[:-3])
-        with pytest.raises(UserError, match=r"not a whole safetensors file|bytes, .* expected"):
-            export(made.at, "merged", tmp_path / "b", configs=made.configs)
-    finally:
-        (tmp_path / "away").replace(path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == []
+def test_damaged_results_and_weights_of_others_leave_nothing_behind(
+    made: Made, tmp_path: Path
+) -> None:
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "foreign")
+    foreign, scores = (tmp_path / "foreign").read_bytes(), made.at.run("merged") / "scores.parquet"
+    weights = made.at.run("merged") / "adapter" / ADAPTER_FILE
+    for path, content, match in (
+        (weights, foreign, r"holds 4 weights, but .* were trained"),
+        (weights, foreign[:-3], r"not a whole safetensors file|bytes, .* expected"),
+        (scores, scores.read_bytes()[:200], r"scores\.parquet: damaged Parquet"),
+    ):
+        with spoilt(path, content), pytest.raises(UserError, match=match):
+            made.export("merged", tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["foreign"]
 
 
 def test_a_study_that_was_edited_since(made: Made, tmp_path: Path) -> None:
@@ -698,34 +667,21 @@ def test_the_command_and_an_unknown_run(made: Made, monkeypatch: pytest.MonkeyPa
     assert done.stdout.startswith(f"{made.bundle('merged')}: ready to share")
 
 
-def test_damaged_scores_leave_nothing_behind(made: Made, tmp_path: Path) -> None:
-    path = made.at.run("merged") / "scores.parquet"
-    kept = path.read_bytes()
-    try:
-        path.write_bytes(kept[:200])
-        with pytest.raises(UserError, match=r"scores\.parquet: damaged Parquet"):
-            export(made.at, "merged", tmp_path / "b", configs=made.configs)
-    finally:
-        path.write_bytes(kept)
-    assert list(tmp_path.iterdir()) == []
-
-
 # -- the page's snippets -------------------------------------------------------------------------
 
 
 def test_snippets_of_the_page_about_bundles_run(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codes = [
+    (code,) = [
         code
         for heading, language, code in snippets(ROOT / "docs/data.md")
-        if language == "python" and heading == "A run for others"
+        if (language, heading) == ("python", "A run for others")
     ]
-    assert len(codes) == 1
     monkeypatch.chdir(made.bundle("merged").parent)
     Path("egrpo-s0").symlink_to("merged")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(codes[0], "docs/data.md", "exec"), {"__name__": "snippet"})
+        exec(compile(code, "docs/data.md", "exec"), {"__name__": "snippet"})
     assert "text-to-image" in printed.getvalue()
     assert "jpeg" in printed.getvalue()

@@ -18,19 +18,17 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from small_results import GRID, images, png, profile_rows, write_metrics
+from small_results import GRID, images, png, profile_rows, refused, write_metrics
 
 from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.spread import Choice, Spread, choose_threshold
-from egrpo.errors import UserError
 from egrpo.figures.branches import branches_figure
 from egrpo.figures.curves import arm_curves_figure, curves_figure, trailing_mean
 from egrpo.figures.image_grid import images_figure
-from egrpo.figures.profile import entropy_figure, spread_figure
+from egrpo.figures.profile import entropy_figure, spread_figure, threshold_figure
 from egrpo.figures.style import wrap
-from egrpo.figures.threshold import threshold_figure
-from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, IMAGES, TRAIN_METRICS, write_table
+from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, IMAGES, write_table
 
 PAIRS = [[2, 1], [6, 1], [6, 4]]
 LONG = "a prompt of $5 or $10 that is " + "much " * 60 + "too long"
@@ -86,9 +84,8 @@ def assert_drawn(stem: Path, endings: Iterable[str] = ("png", "svg")) -> None:
 
 
 def refuses(match: str, function: Callable[..., Figure], *args: Any, **more: Any) -> None:
-    with pytest.raises(UserError, match=match) as caught:
+    with refused(match):
         function(*args, **more)
-    assert "\n" not in str(caught.value)
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -117,7 +114,7 @@ def test_curves_show_both_costs_of_every_run(tmp_path: Path) -> None:
     }
     costs = {"a": 100, "b": 7}
     paths = [write_metrics(tmp_path / run, run, cost, metrics) for run, cost in costs.items()]
-    figure = curves_figure(paths, ["quality"], tmp_path / "curves", window=3)
+    figure = curves_figure(paths, ["quality"], tmp_path / "curves")
     assert_drawn(tmp_path / "curves")
     left, right = figure.axes
     assert left.get_shared_y_axes().joined(left, right)
@@ -127,10 +124,10 @@ def test_curves_show_both_costs_of_every_run(tmp_path: Path) -> None:
     assert on_left.get_marker() not in ("", "None", None)
     training = by_gid(figure, "training:b")[0]
     assert list(training.get_xdata())[:4] == [1, 2, 3, 5]  # iteration 4 has no value
-    np.testing.assert_allclose(training.get_ydata()[:5], [1, 1.5, 2, 10 / 3, 14 / 3])
+    np.testing.assert_allclose(training.get_ydata()[:5], [1, 1.5, 2, 11 / 4, 17 / 5])
     assert training.get_linewidth() < on_left.get_linewidth()
     assert training.get_color() != on_left.get_color()
-    assert "last 3 iterations" in texts(figure)
+    assert "last 10 iterations" in texts(figure)
     assert {t.get_text() for t in figure.legends[0].get_texts()} == {"a", "b"}
     refuses("no run has the metric", curves_figure, paths, ["missing"], tmp_path / "x")
 
@@ -138,8 +135,6 @@ def test_curves_show_both_costs_of_every_run(tmp_path: Path) -> None:
 def test_trailing_mean() -> None:
     for window, known in ((1, [4, 2, 6, 0]), (2, [4, 3, 4, 3]), (9, [4, 3, 4, 3])):
         np.testing.assert_allclose(trailing_mean(np.array([4.0, 2.0, 6.0, 0.0]), window), known)
-    with pytest.raises(ValueError, match="window"):
-        trailing_mean(np.ones(4), 0)
 
 
 def test_arm_curves_show_mean_interval_and_both_costs(
@@ -187,9 +182,8 @@ def test_eleven_arms_differ_in_more_than_colour(tmp_path: Path) -> None:
 
 
 def test_arm_curves_have_a_row_for_each_reward(tmp_path: Path) -> None:
-    values = {
-        f"monitor/reward/{r}": {i: v + i for i in range(3)} for r, v in (("one", 0), ("two", 50))
-    }
+    rewards = {"one": 0, "two": 50}
+    values = {f"monitor/reward/{r}": {i: v + i for i in range(3)} for r, v in rewards.items()}
     path = write_metrics(tmp_path / "m", "a", 1, values)
     figure = arm_curves_figure({"a": [path]}, ["two", "one"], tmp_path / "x")
     assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["reward: two", "reward: one"]
@@ -202,24 +196,18 @@ def test_arm_curves_refuse_what_they_cannot_average(
 ) -> None:
     (tmp_path / "bad").write_bytes(b"PAR1")
     write_table(tmp_path / "images", IMAGES, [])
-    write_table(tmp_path / "empty", TRAIN_METRICS, [])
     apart = write_run(tmp_path / "apart", "b-s1", {5: 1.0}, 10)
     failed = write_run(tmp_path / "failed", "b-s2", {0: None}, 10)
-    b, one = arms["b"], ("quality",)
-    for match, groups, rewards in (
-        ("arm 'b' has no value of monitor/reward/other", {"b": b}, ("other",)),
-        ("at least one arm", {}, one),
-        ("at least one arm and one reward", arms, ()),
-        ("arm 'c' has no run", {"c": []}, one),
-        ("has run 'b-s0' twice", {"b": b * 2}, one),
-        ("no such file", {"b": [tmp_path / "missing"]}, one),
-        ("no common iteration", {"b": [*b, apart]}, one),
-        ("has no value of monitor/reward/quality", {"b": [*b, failed]}, one),
-        ("damaged Parquet", {"b": [tmp_path / "bad"]}, one),
-        ("expected 'train_metrics'", {"b": [tmp_path / "images"]}, one),
-        ("holds 0 runs", {"b": [tmp_path / "empty"]}, one),
+    for match, more, reward in (
+        ("arm 'b' has no value of monitor/reward/other", [], "other"),
+        ("no such file", [tmp_path / "missing"], "quality"),
+        ("no common iteration", [apart], "quality"),
+        ("has no value of monitor/reward/quality", [failed], "quality"),
+        ("damaged Parquet", [tmp_path / "bad"], "quality"),
+        ("expected 'train_metrics'", [tmp_path / "images"], "quality"),
     ):
-        refuses(match, arm_curves_figure, groups, rewards, tmp_path / "x")
+        groups = {"b": [*arms["b"], *more]}
+        refuses(match, arm_curves_figure, groups, [reward], tmp_path / "x")
 
 
 # --- grids of images ------------------------------------------------------------------------------
@@ -251,7 +239,6 @@ def test_grids_show_prompts_by_models_and_keep_their_pixels(
         assert (pixels == level).sum() == pytest.approx(width**2, rel=edge)
     assert_readable(figure)
     refuses("no such file", figure_of, base, [("one", tmp_path / "no")], 1, tmp_path / "x")
-    refuses("no image to show", figure_of, base, [], 0, tmp_path / "x")
     other = write_images(tmp_path / "other", 10, "else")
     match = r"'one' has no image of prompt 0 \('prompt 0'\)"
     refuses(match, figure_of, base, [("one", other)], 1, tmp_path / "x")
@@ -312,7 +299,7 @@ def write_profile(path: Path, spans: tuple[int, ...] = (1, 4)) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", [8, 700])
+@pytest.mark.parametrize("size", [8, 400])
 def test_branches_figure_puts_spread_beside_the_images(size: int, tmp_path: Path) -> None:
     shown = write_branches(tmp_path / "b", size=size)
     profile = write_profile(tmp_path / "p")
@@ -365,7 +352,6 @@ def test_branches_figure_refuses_missing_rows(tmp_path: Path) -> None:
         ("no image of step 3, span 1 for prompt 0", shown, profile, [[3, 1]], 2),
         ("no image of the yardstick", without, profile, PAIRS, 2),
         ("step 6, span 4 for prompt 0; add the span to profile.spans", shown, single, PAIRS, 2),
-        (r"\[step, span\]", shown, profile, [[6]], 2),
         (r"\[step, span\]", shown, profile, [], 2),
         ("no image to show", shown, profile, PAIRS, 0),
         ("no such file", tmp_path / "no", profile, PAIRS, 2),
@@ -445,7 +431,6 @@ def test_entropy_figure_draws_only_wanted_spans_in_their_own_look(
         assert ("1 step" in lines, "4 steps merged" in lines) == (spans is None, True)
         looks.append((lines["4 steps merged"].get_color(), lines["4 steps merged"].get_marker()))
     assert looks[0] == looks[1]
-    refuses("holds no span 7", entropy_figure, profile, {}, tmp_path / "x", spans=[1, 7])
 
 
 def test_spread_figure_has_a_panel_each_and_the_yardstick(profile: Path, tmp_path: Path) -> None:
@@ -526,21 +511,15 @@ def test_threshold_figure_marks_steps_out_of_reach(tmp_path: Path) -> None:
 
 def test_threshold_figure_refuses_a_plan_of_another_threshold(tmp_path: Path) -> None:
     spreads, choice = measured("exp_per_dim")
-    other, fitting = plan_of(2.6), plan_of(choice.threshold)
-    bare = [Spread(0, 1, {"variance": 1.0}, 1.0)]
-    for match, points, plan in (
-        ("plan's threshold is 2.6", spreads, other),
-        ("no measured spread", [], other),
-        ("no entropy in exp_per_dim", bare, fitting),
-    ):
-        refuses(match, threshold_figure, points, choice, plan, 2.0, "q", tmp_path / "x")
+    given = spreads, choice, plan_of(2.6), 2.0, "q", tmp_path / "x"
+    refuses("plan's threshold is 2.6", threshold_figure, *given)
 
 
 # --- all of them ----------------------------------------------------------------------------------
 
 
 def test_same_data_gives_the_same_files_and_leaves_matplotlib_alone(
-    arms: dict[str, list[Path]], profile: Path, tmp_path: Path
+    arms: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     before = dict(matplotlib.rcParams)
     base = write_images(tmp_path / "base", 10)
@@ -549,21 +528,20 @@ def test_same_data_gives_the_same_files_and_leaves_matplotlib_alone(
     plan = plan_of(choice.threshold)
     draw: dict[str, Callable[[Path], Figure]] = {
         "arms": lambda stem: arm_curves_figure(arms, ["quality"], stem),
-        "runs": lambda stem: curves_figure(arms["a"], ["quality"], stem),
         "images": lambda stem: images_figure(base, [("one", base)], 1, stem),
         "branches": lambda stem: branches_figure(branches, flat, PAIRS, 1, stem),
-        "spread": lambda stem: spread_figure(profile, stem),
         "threshold": lambda stem: threshold_figure(spreads, choice, plan, 2.0, "quality", stem),
     }
     for name, figure in draw.items():
-        figure(tmp_path / f"{name}1")
-        figure(tmp_path / f"{name}2")
-        for ending in ("png", "svg"):
-            first, second = (tmp_path / f"{name}{n}.{ending}" for n in "12")
-            assert first.read_bytes() == second.read_bytes()
-            assert first.stat().st_size > 2000
+        files = []
+        for folder in (tmp_path / "1", tmp_path / "2"):
+            folder.mkdir(exist_ok=True)
+            figure(folder / name)
+            files.append([(folder / f"{name}{e}").read_bytes() for e in (".png", ".svg")])
+        assert files[0] == files[1]
+        assert min(map(len, files[0])) > 2000
     assert dict(matplotlib.rcParams) == before
-    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+    assert len(list((tmp_path / "1").iterdir())) == 2 * len(draw), "no temporary file is left"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from egrpo import __version__
-from egrpo.cli import main
 from egrpo.study.resolve import load_study
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -107,22 +106,6 @@ def test_both_snakefiles_are_one_workflow(tmp_path: Path) -> None:
     assert plans[0]["train"] == "2"
 
 
-def links(page: Path) -> list[str]:
-    return [
-        link.split("#")[0]
-        for link in re.findall(r"\]\(([^)#]+[^)]*)\)", page.read_text(encoding="utf-8"))
-        if "://" not in link
-    ]
-
-
-@pytest.mark.parametrize("page", ["config/README.md", "envs/README.md", "docs/data.md"])
-def test_links_lead_somewhere(page: str) -> None:
-    made_elsewhere = {"tables.md"}  # by the generator of the documentation
-    for link in links(ROOT / page):
-        there = (ROOT / page).parent / link
-        assert there.exists() or link in made_elsewhere, f"{page}: {link}"
-
-
 # -- environments --------------------------------------------------------------------------------
 
 
@@ -147,14 +130,14 @@ def test_conda_has_the_pins() -> None:
 
 
 def test_pins_lie_in_the_projects_ranges() -> None:
-    exact = {
-        Requirement(line).name.lower().replace("_", "-"): str(Requirement(line).specifier)
-        for line in pins()
-    }
+    def normal(wanted: Requirement) -> str:
+        return wanted.name.lower().replace("_", "-")
+
+    exact = {normal(pin): str(pin.specifier) for pin in map(Requirement, pins())}
     extras = [r for group in PROJECT["optional-dependencies"].values() for r in group]
     for line in (*PROJECT["dependencies"], *extras):
         wanted = Requirement(line)
-        name = wanted.name.lower().replace("_", "-")
+        name = normal(wanted)
         if name == "egrpo":
             continue
         assert name in exact, f"{name} is not pinned"
@@ -299,7 +282,3 @@ def test_completion_of_runs_is_light_and_silent(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.split("\n")[0] == expected
-
-
-def test_every_command_is_in_the_script() -> None:
-    assert {"export", "completion"} <= set(main.commands)

@@ -18,17 +18,16 @@ import torch
 from conftest import write_run
 from page_screenshot import take
 from PIL import Image
-from small_results import GRID, layout, profile_rows, write_metrics, write_results
+from small_results import GRID, layout, profile_rows, refused, write_metrics, write_results
 from small_results import config as config_of
 
 from egrpo.config.models import RunConfig, TableSpec
 from egrpo.core.plan import make_plan
-from egrpo.errors import UserError
 from egrpo.figures.curves import curves_figure
 from egrpo.figures.profile import entropy_figure
 from egrpo.images import Images
 from egrpo.measure.monitors import save_grid
-from egrpo.page.gallery import MOST_ARMS, MOST_LARGE, MOST_SMALL, Gallery, make_gallery
+from egrpo.page.gallery import MOST_ARMS, MOST_LARGE, MOST_SMALL, make_gallery
 from egrpo.page.page import make_page, pages, write_root
 from egrpo.planning.plan import plan_rows
 from egrpo.report.results import make_comparison
@@ -355,7 +354,9 @@ def test_picture_for_the_documentation_can_be_taken(
 # --- what is shown of many or large images --------------------------------------------------------
 
 
-def gallery_of(folder: Path, *runs: RunConfig, iterations: tuple[int, ...] = (0, 10)) -> Gallery:
+def gallery_of(
+    folder: Path, *runs: RunConfig, iterations: tuple[int, ...] = (0, 10)
+) -> dict[str, Any]:
     at = layout(folder, *runs)
     for run in runs:
         if run.seed == 0:  # of others nothing is read
@@ -378,26 +379,22 @@ def train(**settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("size", "limit"), [(8, MOST_SMALL), (65, MOST_LARGE)])
 def test_many_runs_are_cut_to_what_a_page_bears(tmp_path: Path, size: int, limit: int) -> None:
     path = heldout(tmp_path, 12)
-    top = {
-        "model": {"path": "m", "width": size, "height": size},
-        "train": train(monitor_prompts=12, monitor_samples=4),
-    }
+    monitored = train(monitor_prompts=12, monitor_samples=4)
+    top = {"model": {"path": "m", "width": size, "height": size}, "train": monitored}
     runs = [
         config(f"r{k}-s{s}", path, arm=f"r{k}", seed=s, **top) for k in range(10) for s in (0, 1)
     ]
     made = gallery_of(tmp_path, *runs, iterations=tuple(range(0, 100, 10)))
-    assert [c.name for c in made.columns[1:]] == [f"r{k}-s0" for k in range(MOST_ARMS)]
-    assert len(made.prompts) == 8
-    assert made.iterations[0] == 0
-    assert made.iterations[-1] == 90
-    assert len(made.iterations) >= 7
-    assert len(made.images) <= limit
-    said = " ".join(made.left_out)
-    assert "first 8 of 10 arms" in said
-    assert "several seeds the first" in said
-    assert "8 of 12 monitored prompts" in said
-    assert f"{made.samples} of 4 monitored samples" in said
-    assert made.small == (size == 8)
+    assert [c["name"] for c in made["columns"][1:]] == [f"r{k}-s0" for k in range(MOST_ARMS)]
+    assert len(made["prompts"]) == 8
+    assert (made["iterations"][0], made["iterations"][-1]) == (0, 90)
+    assert len(made["iterations"]) >= 7
+    assert len(made["images"]) <= limit
+    said = " ".join(made["left_out"])
+    prompts, samples = "8 of 12 monitored prompts", f"{made['samples']} of 4 monitored samples"
+    for words in ("first 8 of 10 arms", "several seeds the first", prompts, samples):
+        assert words in said
+    assert made["small"] == (size == 8)
 
 
 @pytest.mark.parametrize(("size", "shown"), [((640, 320), (256, 128)), ((80, 400), (51, 256))])
@@ -406,9 +403,9 @@ def test_large_images_become_thumbnails(
 ) -> None:
     model = {"path": "m", "width": size[0], "height": size[1]}
     made = gallery_of(tmp_path, config("big", heldout(tmp_path, 2), model=model, train=train()))
-    assert not made.small
-    assert (made.width, made.height) == shown
-    for uri in made.images:
+    assert not made["small"]
+    assert (made["width"], made["height"]) == shown
+    for uri in made["images"]:
         kind, _, content = uri.partition(";base64,")
         image = Image.open(io.BytesIO(base64.b64decode(content)))
         assert (kind, image.format, image.size) == ("data:image/webp", "WEBP", shown)
@@ -419,9 +416,9 @@ def test_the_gallery_names_prompts_by_their_column(tmp_path: Path) -> None:
     path.write_text("prompt,caption\nx,a cat\ny,a dog\n")
     files = {"train": "assets/toy/prompts/train.txt", "heldout": str(path)}
     runs = [config("one", path, train=train(), prompts={**files, "column": "caption"})]
-    assert gallery_of(tmp_path, *runs).prompts == ["a cat", "a dog"]
+    assert gallery_of(tmp_path, *runs)["prompts"] == ["a cat", "a dog"]
     runs.append(config("two", path, train=train(), prompts=files))
-    assert "differ from these runs': two." in " ".join(gallery_of(tmp_path, *runs).left_out)
+    assert "differ from these runs': two." in " ".join(gallery_of(tmp_path, *runs)["left_out"])
 
 
 def test_only_runs_with_the_same_monitors_stand_together(tmp_path: Path) -> None:
@@ -435,11 +432,11 @@ def test_only_runs_with_the_same_monitors_stand_together(tmp_path: Path) -> None
     (at.run("blind") / "monitor").mkdir(parents=True)
     made = make_gallery(at, ["wide", "a", "blind", "b"])
     assert made
-    assert [c.name for c in made.columns] == ["base", "a", "b"]
-    said = " ".join(made.left_out)
+    assert [c["name"] for c in made["columns"]] == ["base", "a", "b"]
+    said = " ".join(made["left_out"])
     assert "differ from these runs': wide." in said
     assert "Not monitored (train.monitor_every): blind." in said
-    assert len(made.images) == 2 * 2 * 3, "equal images are kept once: the first iterations are"
+    assert len(made["images"]) == 2 * 2 * 3, "equal images are kept once: the first iterations are"
     assert make_gallery(at, ["blind"]) is None
 
 
@@ -461,10 +458,8 @@ def break_file(path: str, content: bytes | None) -> Callable[[Layout], None]:
         for file in at.root.glob(path):
             if content is not None:
                 file.write_bytes(content)
-            elif file.is_dir():
-                shutil.rmtree(file)
             else:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     return change
 
@@ -484,31 +479,28 @@ def without_arm(at: Layout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "parts"),
+    ("change", "message"),
     [
-        (break_file("tables/paper_runs.parquet", None), ["paper_runs.parquet: no such file"]),
-        (break_file("tables/main.parquet", b"x"), ["main.parquet: damaged Parquet"]),
-        (without_arm, ["main.parquet: section 'All' has no quality of two"]),
-        (break_file("runs/one/monitor", None), ["one/monitor: no such folder", "makes it"]),
-        (break_file("runs/one/monitor/*20.png", b"PNG"), ["000020.png: damaged image"]),
-        (truncate, ["000010.png: damaged image", "delete it"]),
-        (other_size, ["000015.png: is 10 x 10 pixels", "72 x 32"]),
-        (break_file("runs/one/plan.json", b"{}"), ["plan.json: not a plan"]),
-        (break_file("runs/one/merge_plan.parquet", None), ["merge_plan.parquet: no such file"]),
-        (break_file("runs/two/train.json", b"{}"), ["train.json: has no 'iterations'"]),
-        (break_file("runs/two/metrics.parquet", b""), ["metrics.parquet: damaged"]),
+        (break_file("tables/paper_runs.parquet", None), r"paper_runs\.parquet: no such file"),
+        (break_file("tables/main.parquet", b"x"), r"main\.parquet: damaged Parquet"),
+        (without_arm, r"main\.parquet: section 'All' has no quality of two"),
+        (break_file("runs/one/monitor", None), "one/monitor: no such folder.*makes it"),
+        (break_file("runs/one/monitor/*20.png", b"PNG"), r"000020\.png: damaged image"),
+        (truncate, r"000010\.png: damaged image.*delete it"),
+        (other_size, r"000015\.png: is 10 x 10 pixels.*72 x 32"),
+        (break_file("runs/one/plan.json", b"{}"), r"plan\.json: not a plan"),
+        (break_file("runs/one/merge_plan.parquet", None), r"merge_plan\.parquet: no such file"),
+        (break_file("runs/two/train.json", b"{}"), r"train\.json: has no 'iterations'"),
+        (break_file("runs/two/metrics.parquet", b""), r"metrics\.parquet: damaged"),
     ],
 )
 def test_missing_and_damaged_results_are_one_line(
-    results: Layout, change: Callable[[Layout], None], parts: list[str]
+    results: Layout, change: Callable[[Layout], None], message: str
 ) -> None:
     before = results.page("paper").read_bytes()
     change(results)
-    with pytest.raises(UserError) as error:
+    with refused(message):
         make_page("paper", results, {"main": SPEC}, {})
-    for part in parts:
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
     assert results.page("paper").read_bytes() == before
 
 
@@ -520,7 +512,7 @@ def test_a_page_made_again_is_the_same(results: Layout, finished: Layout) -> Non
     assert results.page("index").read_bytes() == finished.page("index").read_bytes()
     for file in results.figures.glob("entropy.*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"figures/entropy\.png: no such figure.*makes it"):
+    with refused(r"figures/entropy\.png: no such figure.*makes it"):
         make_page("index", results, {}, {})
 
 

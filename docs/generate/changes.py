@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from docs.generate.text import cell, rows
 
@@ -17,25 +16,19 @@ page and about."""
 TELL = "tables figures pages publish"
 RUN = f"train evaluate {TELL}"
 MODEL = f"profile plan train evaluate evaluate_base suffix_quality {TELL}"
-GRID = "profile plan train evaluate evaluate_base suffix_quality " + TELL
 AUTO = "train(auto) evaluate(auto) suffix_quality " + TELL
 SHOWN = "pages publish"
 TRAIN_TEXTS = f"embed profile plan train evaluate suffix_quality {TELL}"
 SCORES = f"profile suffix_quality evaluate evaluate_base {TELL}"
 
 
-@dataclass(frozen=True)
-class Change:
-    """One change.
+class Change(NamedTuple):
+    """One change: what it is, and the rules that run again, by name; ``rule(auto)`` only for runs
+    whose plan reads the profile.
 
-    Attributes:
-        what: as the page says it.
-        rules: that run again, by name; ``rule(auto)`` only for runs whose plan reads the profile,
-            ``rule(fixed)`` only for others.
-        how: ``set`` a key of the settings, ``edit`` or ``code`` a file (below the study's folder,
-            or the package), or another word that the test knows.
-        where: the key, or the file.
-        value: of the key; of a file what is replaced, and by what.
+    ``how`` is ``set`` for a key of the settings, ``edit`` or ``code`` for a file (below the study's
+    folder, or the package), or another word that the test knows; ``where`` the key, or the file;
+    ``value`` that of the key, of a file what is replaced, and by what.
     """
 
     what: str
@@ -67,11 +60,7 @@ GROUPS: dict[str, list[Change]] = {
         _set("model.device", "cuda", SHOWN),
         _set("model.vae_slicing", True, SHOWN),
         _set("model.max_sequence_length", 5, f"embed {MODEL}"),
-        _set(
-            "schedule.shift",
-            2.0,
-            GRID,
-        ),
+        _set("schedule.shift", 2.0, MODEL),
         _set(
             "schedule.base_shift", 0.7, SHOWN, "`schedule.base_shift`, where the shift is a number"
         ),
@@ -111,11 +100,7 @@ GROUPS: dict[str, list[Change]] = {
             "a bound that stops, of a reward that is not trained",
         ),
         _set("train.snapshots", [400], RUN),
-        _set(
-            "profile.samples",
-            4,
-            f"profile plan {AUTO}",
-        ),
+        _set("profile.samples", 4, f"profile plan {AUTO}"),
         _set("profile.micro_batch", 5, SHOWN),
         _set("profile.strides", [1, 2], f"suffix_quality {SHOWN}"),
         _set("evaluate.steps", 5, f"evaluate evaluate_base {TELL}"),
@@ -199,24 +184,18 @@ GROUPS: dict[str, list[Change]] = {
         Change("a docstring, anywhere", "", "docstring"),
         _code("core/loss.py", f"plan suffix_quality {RUN}"),
         _code("core/advantage.py", f"plan suffix_quality {RUN}"),
-        _code(
-            "core/executor.py",
-            f"profile plan train evaluate evaluate_base suffix_quality {TELL}",
-        ),
-        _code("core/schedule.py", GRID),
-        _code("core/entropy.py", GRID),
+        _code("core/executor.py", MODEL),
+        _code("core/schedule.py", MODEL),
+        _code("core/entropy.py", MODEL),
         _code("core/intervals.py", f"suffix_quality {TELL}"),
         _code("models/base.py", f"embed {MODEL}"),
         _code("models/adapter.py", f"embed {MODEL}"),
         _code("rewards/clip.py", SCORES),
         _code("world/verifier.py", MODEL.replace("plan", "plan(auto)")),
-        _code("sampling/sample.py", GRID),
+        _code("sampling/sample.py", MODEL),
         _code("train/trainer.py", RUN),
         _code("measure/embed.py", f"embed {MODEL}"),
-        _code(
-            "measure/profile.py",
-            f"profile plan {AUTO}",
-        ),
+        _code("measure/profile.py", f"profile plan {AUTO}"),
         _code("measure/evaluate.py", f"evaluate evaluate_base {TELL}"),
         _code("measure/suffixes.py", "suffix_quality"),
         _code("planning/plan.py", f"plan train(auto) evaluate(auto) suffix_quality {TELL}"),
@@ -253,11 +232,8 @@ whole of a training, so none starts anew for it.
 
 def marks(change: Change) -> dict[str, str]:
     """A change's rules: rule -> what its cell says."""
-    found = {}
-    for word in change.rules.split():
-        rule, _, only = word.partition("(")
-        found[rule] = only.rstrip(")") or "x"
-    return found
+    words = (word.partition("(") for word in change.rules.split())
+    return {rule: only.rstrip(")") or "x" for rule, _, only in words}
 
 
 def changes_page() -> str:

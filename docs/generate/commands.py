@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -40,23 +40,13 @@ def make_targets() -> Iterator[tuple[str, str]]:
     yield from re.findall(r"^([a-z-]+):.*?## (.*)$", text, re.MULTILINE)
 
 
-def _argument(parameter: click.Parameter) -> str:
-    """A positional argument as the usage line has it."""
-    name = (parameter.human_readable_name or "").upper()
-    return f"{name}..." if parameter.nargs == -1 else name
-
-
 def _option(option: click.Option) -> tuple[str, str, str]:
     """An option's name, default and sentence."""
     kind = "" if option.is_flag else f" {option.type.name.upper()}"
-    default = "" if option.is_flag or option.default is None else option.default
-    if option.required:
-        shown = "required"
-    elif option.multiple:
-        shown = "may be repeated"
-    else:
-        plain = isinstance(default, (str, int, float)) and default != ""
-        shown = f"`{default}`" if plain else ""
+    plain = not option.is_flag and isinstance(option.default, (str, int, float))
+    shown = f"`{option.default}`" if plain and option.default != "" else ""
+    if option.required or option.multiple:
+        shown = "required" if option.required else "may be repeated"
     return f"`{'`, `'.join(option.opts)}{kind}`", shown, cell(option.help or "")
 
 
@@ -67,18 +57,14 @@ def described(name: str, command: click.Command) -> list[str]:
     usage = ["egrpo", name]
     usage += [f"{o.opts[0]} {o.type.name.upper()}" for o in options if o.required]
     usage += ["[OPTIONS]"] if any(not o.required for o in options) else []
-    usage += [_argument(a) for a in arguments]
-    text = " ".join((command.help or "").split("\n\n")[0].split())
-    more = [" ".join(part.split()) for part in (command.help or "").split("\n\n")[1:]]
-    out = [f"### `egrpo {name}`", "", text, "", "```", " ".join(usage), "```", ""]
+    names = ((a.nargs, (a.human_readable_name or "").upper()) for a in arguments)
+    usage += [f"{shown}..." if count == -1 else shown for count, shown in names]
+    first, *more = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
+    out = [f"### `egrpo {name}`", "", first, "", "```", " ".join(usage), "```", ""]
     for part in more:
         out += [part, ""]
     body = [_option(option) for option in options]
     return [*out, *(rows(("option", "default", "what it is"), body) if body else []), ""]
-
-
-def _commands(names: Iterable[str]) -> list[str]:
-    return [line for name in names for line in described(name, main.commands[name])]
 
 
 def commands_page() -> str:
@@ -104,8 +90,9 @@ def commands_page() -> str:
     captions |= {name: figure.caption for name, figure in study.figures.items()}
     shown = ((f"`{name}`", cell(caption)) for name, caption in captions.items())
     out += rows(("target", "what it shows"), shown)
-    shown_to_all = [name for name in sorted(main.commands) if not main.commands[name].hidden]
-    out += ["", "## egrpo", "", *_commands(shown_to_all)]
+    out += ["", "## egrpo", ""]
+    for name, command in sorted(main.commands.items()):
+        out += [] if command.hidden else described(name, command)
     out += [
         "Rules of the workflow call one more, `egrpo make STAGE ORDER`, which `--help` leaves "
         "out: an order is a file in `results/<study>/settings` that says what was planned. The "

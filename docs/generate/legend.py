@@ -17,7 +17,7 @@ from docs.generate.trees import (
     straight,
     wave,
 )
-from egrpo.figures.style import INK, PALETTE, STYLE
+from egrpo.figures.style import FREE_STYLE, INK, PALETTE
 
 HEIGHT, LINE = 1.5, 0.27
 """Inches of the whole, and from one sign to the next."""
@@ -44,8 +44,8 @@ def _sign(axes: Axes, kind: str, x: float, y: float) -> None:
     elif kind in ("untrained", "trained", "merged"):
         if kind == "merged":
             add_curves(axes, [straight(start, stop)], kind, **look_of(kind, blue))
-        look = look_of("untrained" if kind == "untrained" else "trained", blue)
-        add_curves(axes, [wave(start, stop)], f"wave-{kind}", **look)
+        wavy = "trained" if kind == "merged" else kind
+        add_curves(axes, [wave(start, stop)], f"wave-{kind}", **look_of(wavy, blue))
     elif kind == "images":
         add_dots(axes, [(x + 0.16, y)], kind, "o", color=blue, markersize=7.5)
         add_dots(axes, [(x + 0.42, y)], kind, "D", color=blue, markersize=6)
@@ -60,7 +60,7 @@ def _sign(axes: Axes, kind: str, x: float, y: float) -> None:
 
 def draw_legend() -> Figure:
     """What the signs of a drawing mean."""
-    with matplotlib.rc_context({**STYLE, "figure.constrained_layout.use": False}):
+    with matplotlib.rc_context(FREE_STYLE):
         wide = LEFT + WIDTH + RIGHT
         figure = Figure(figsize=(wide, HEIGHT))
         axes = figure.add_axes((0, 0, 1, 1))

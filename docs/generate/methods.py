@@ -109,17 +109,8 @@ def methods_page() -> str:
         method = METHOD_MODELS[name]()
         forward, train = cost(METHOD_MODELS[name])
         anchor = entry.title.lower().replace(", ", "-")
-        body.append(
-            (
-                f"[{entry.title}](#{anchor})",
-                f"`{name}`",
-                entry.short,
-                str(method.steps),
-                str(method.group_size),
-                f"{forward:,}",
-                str(train),
-            )
-        )
+        shown = (f"[{entry.title}](#{anchor})", f"`{name}`", entry.short)
+        body.append((*shown, f"{method.steps}", f"{method.group_size}", f"{forward:,}", f"{train}"))
     head = ("method", "`method.name`", "explores", "T", "G", "forward", "forward+backward")
     out = [INTRODUCTION, *rows(head, body), ""]
     for name in ENTRIES:
@@ -135,14 +126,13 @@ def drawings() -> dict[str, Callable[[], str]]:
     """SVG of every drawing, by path."""
     from docs.generate.legend import draw_legend
     from docs.generate.svg import svg_text
-    from docs.generate.trees import draw_tree, draw_trees
+    from docs.generate.trees import draw_trees
 
-    def of(name: str) -> Callable[[], str]:
-        return lambda: svg_text(draw_tree(example(name)))
+    def of(*names: str) -> Callable[[], str]:
+        heads = [ENTRIES[name].title if len(names) > 1 else "" for name in names]
+        trees = zip(heads, map(example, names), strict=True)
+        return lambda: svg_text(draw_trees(list(trees)))
 
-    def overview() -> str:
-        return svg_text(draw_trees([(ENTRIES[name].title, example(name)) for name in OVERVIEW]))
-
-    made = {name: of(name) for name in ENTRIES}
-    made |= {"legend": lambda: svg_text(draw_legend()), "overview": overview}
+    made = {name: of(name) for name in ENTRIES} | {"overview": of(*OVERVIEW)}
+    made["legend"] = lambda: svg_text(draw_legend())
     return {f"docs/images/trees/{name}.svg": make for name, make in made.items()}

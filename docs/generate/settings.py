@@ -76,23 +76,23 @@ def about(field: FieldInfo, source: str | None = None) -> str:
 
 def section(field: FieldInfo) -> type[BaseModel] | None:
     """The settings model of a field that is a section of its own."""
-    return _model(field.annotation)
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def named(field: FieldInfo) -> type[BaseModel] | None:
     """The settings model of the values of a field that maps names to sections."""
-    kinds = get_args(field.annotation) if get_origin(field.annotation) is dict else ()
-    return _model(kinds[1]) if kinds else None
+    return _part(field) if get_origin(field.annotation) is dict else None
 
 
 def possible(field: FieldInfo) -> type[BaseModel] | None:
     """The settings model of a section that may be null."""
-    found = (_model(part) for part in get_args(field.annotation))
-    return None if named(field) else next(filter(None, found), None)
+    return None if get_origin(field.annotation) is dict else _part(field)
 
 
-def _model(kind: Any) -> type[BaseModel] | None:
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+def _part(field: FieldInfo) -> type[BaseModel] | None:
+    kinds = (kind for kind in get_args(field.annotation) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
 def inherited(model: type[BaseModel], name: str) -> str | None:
@@ -126,23 +126,18 @@ def lines(model: type[BaseModel], indent: int = 0, skip: tuple[str, ...] = ()) -
     for name, field in model.model_fields.items():
         if name in skip:
             continue
-        below = section(field)
-        if below is not None:
+        if below := section(field):
             yield f"{pad}# {first_line(below)}"
             yield f"{pad}{name}:"
             yield from lines(below, indent + 1)
             continue
         yield f"{pad}# {about(field, inherited(model, name))}"
-        entry = named(field)
-        if entry is not None:
-            yield f"{pad}{name}:"
-            yield f"{pad}  <name>:"
+        if entry := named(field):
+            yield from (f"{pad}{name}:", f"{pad}  <name>:")
             yield from lines(entry, indent + 2)
             continue
-        value = "..." if field.is_required() else scalar(field.default)
-        yield f"{pad}{name}: {value}"
-        inner = possible(field)
-        if inner is not None:
+        yield f"{pad}{name}: {'...' if field.is_required() else scalar(field.default)}"
+        if inner := possible(field):
             yield from (f"{pad}#   {line}" for line in lines(inner))
 
 
@@ -198,18 +193,13 @@ def table(model: type[BaseModel], prefix: str = "", skip: tuple[str, ...] = ()) 
     for name, field in model.model_fields.items():
         if name in skip or section(field) is not None or named(field) is not None:
             continue
-        required = field.is_required()
-        source = inherited(model, name) or extra(field, "source")
-        body.append(
-            (
-                f"`{prefix}{name}`",
-                "required" if required else f"`{scalar(field.default)}`",
-                extra(field, "unit"),
-                cell(allowed(field)),
-                cell(field.description or ""),
-                "" if required else cell(source),
-            )
-        )
+        default, source = "required", ""
+        if not field.is_required():
+            default = f"`{scalar(field.default)}`"
+            source = inherited(model, name) or extra(field, "source")
+        limits, text = cell(allowed(field)), cell(field.description or "")
+        shown = (f"`{prefix}{name}`", default, extra(field, "unit"), limits, text, cell(source))
+        body.append(shown)
     head = ("setting", "default", "unit", "allowed", "what it is", "source of the default")
     filled = [n for n in range(len(head)) if any(line[n] for line in body)]
     return rows([head[n] for n in filled], [[line[n] for n in filled] for line in body])
@@ -218,12 +208,9 @@ def table(model: type[BaseModel], prefix: str = "", skip: tuple[str, ...] = ()) 
 def _sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """Sections below a settings model, by dotted key."""
     for name, field in model.model_fields.items():
-        below, entry, inner = section(field), named(field), possible(field)
-        if name in ("method", "rewards"):
-            continue
-        found = below or entry or inner
-        if found is not None:
-            key = f"{prefix}{name}" + (".<name>" if entry else "")
+        found = section(field) or named(field) or possible(field)
+        if found is not None and name not in ("method", "rewards"):
+            key = f"{prefix}{name}" + (".<name>" if named(field) else "")
             yield key, found
             yield from _sections(found, f"{key}.")
 

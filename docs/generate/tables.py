@@ -76,25 +76,14 @@ def described(table: Table) -> list[str]:
     """Lines of one table's section."""
     files = ", ".join(f"`{file}`" for file in FILES[table.name])
     order = ", ".join(f"`{name}`" for name in table.sort)
+    text = f"{table.description} Version {table.version}; sorted by {order}."
     body = [
-        (f"`{name}`", f"`{kind}`", cell(unit), cell(text))
-        for name, kind, unit, text in table.columns
+        (f"`{name}`", f"`{kind}`", cell(unit), cell(of)) for name, kind, unit, of in table.columns
     ]
-    return [
-        f"## `{table.name}`",
-        "",
-        f"{table.description} Version {table.version}; sorted by {order}.",
-        "",
-        f"In {files}.",
-        "",
-        *rows(("column", "type", "unit", "what it is"), body),
-        "",
-    ]
+    columns = rows(("column", "type", "unit", "what it is"), body)
+    return [f"## `{table.name}`", "", text, "", f"In {files}.", "", *columns, ""]
 
 
 def tables_page() -> str:
     """Markdown page of every table."""
-    out = [INTRODUCTION]
-    for table in TABLES.values():
-        out += described(table)
-    return "\n".join(out)
+    return "\n".join([INTRODUCTION, *(line for t in TABLES.values() for line in described(t))])

@@ -21,7 +21,7 @@ from matplotlib.path import Path as Curve
 
 from egrpo.core.noise import DETERMINISTIC, NOISING
 from egrpo.core.tree import ROOT, Tree
-from egrpo.figures.style import INK, PALETTE, STYLE
+from egrpo.figures.style import FREE_STYLE, INK, PALETTE
 
 Point = tuple[float, float]
 
@@ -66,11 +66,11 @@ def _forward(tree: Tree, k: int) -> list[int]:
 
 def _anchored(tree: Tree) -> bool:
     """Whether stochastic branches leave a trajectory that goes on."""
-    for k in range(len(tree.nodes)):
-        kinds = {tree.nodes[c].dynamics in DETERMINISTIC for c in _forward(tree, k)}
-        if len(kinds) == 2:
-            return True
-    return False
+    kinds = (
+        {tree.nodes[c].dynamics in DETERMINISTIC for c in _forward(tree, k)}
+        for k in range(len(tree.nodes))
+    )
+    return any(len(found) == 2 for found in kinds)
 
 
 def places(tree: Tree) -> Places:
@@ -182,10 +182,7 @@ def _edges(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
         start, stop = at[node.parent], at[k]
         if node.dynamics == NOISING:
             corner = (start[0] - CORNER, stop[1])
-            looks["noising", node.group, 1.0] += [
-                _corner(start, stop, -1),
-                straight(corner, stop),
-            ]
+            looks["noising", node.group, 1.0] += [_corner(start, stop, -1), straight(corner, stop)]
         elif node.dynamics in DETERMINISTIC:
             looks[node.dynamics, 0, 1.0].append(straight(start, stop))
         else:
@@ -292,14 +289,9 @@ def _draw_into(axes: Axes, tree: Tree) -> None:
     axes.text(0, -depth - 0.27, text, fontsize=8, color=INK)
 
 
-def draw_tree(tree: Tree) -> Figure:
-    """A figure of one tree."""
-    return draw_trees([("", tree)])
-
-
 def draw_trees(trees: Sequence[tuple[str, Tree]]) -> Figure:
     """A figure of several trees, each below its heading."""
-    with matplotlib.rc_context({**STYLE, "figure.constrained_layout.use": False}):
+    with matplotlib.rc_context(FREE_STYLE):
         sizes = [TOP + _depth(tree) + BOTTOM for _, tree in trees]
         heads = [HEAD if head else 0.0 for head, _ in trees]
         wide, y = LEFT + WIDTH + RIGHT, sum(sizes) + sum(heads)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from egrpo.config.models import RunConfig
 from egrpo.errors import DEFAULT, UserError, command
 from egrpo.planning.plan import load_plan
 from egrpo.planning.trees import needs_plan
-from egrpo.report.evaluations import Key, is_image, read_images, train_record
+from egrpo.report.evaluations import first_samples, is_image, read_images, train_record
 from egrpo.report.results import make_comparison
 from egrpo.store.files import checksums, full_disk, no_space, read_json, write_json, write_text
 from egrpo.store.tables import SCORES, TRAIN_METRICS, read_table
@@ -35,6 +36,8 @@ INDEX = "bundle.json"
 """Names the files of a bundle with their SHA-256; a folder that holds it is an earlier bundle."""
 SAMPLES = 4
 """Held-out prompts whose images stand in the card."""
+LORA = "pytorch_lora_weights.safetensors"
+FULL = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def export(
@@ -48,15 +51,9 @@ def export(
 ) -> Path:
     """Write the bundle of one run, whole or not at all; an earlier bundle there is replaced.
 
-    Args:
-        at, run: the study, and a run of it that is trained and evaluated.
-        output: folder to make; None: ``export/<run>`` in the study's results.
-        configs: files of the study, for the commands that are shown.
-        licence, base_model: what the card says of them; None: no licence, and the base model only
-            where the settings name it by its hub id.
-
-    Returns:
-        The folder.
+    The run must be trained and evaluated; without ``output`` its folder is ``export/<run>`` in the
+    study's results. ``configs`` are files of the study, for the commands that are shown;
+    ``licence`` and ``base_model`` what the card says of them.
 
     Raises:
         UserError: naming the result that is missing and the command that makes it, or what stands
@@ -72,23 +69,23 @@ def export(
             _write_weights(source, new / name)
         _write_results(at, settings, new)
         samples = _write_samples(at.run(run) / "images.parquet", new)
-        shown = [without_folder(str(path)) for path in configs]
         results = Path(at.study.results)
         scores = at.run(run).relative_to(results) / "scores.parquet"
-        scores = Path(without_folder(str(results))) / scores
-        card = model_card(settings, new, samples, command(shown, scores), licence, base_model)
-        write_text(new / "README.md", card)
-        write_json(
-            new / INDEX, {"run": run, "study": settings.study, "files": checksums(new, INDEX)}
+        made_by = command(
+            [without_folder(str(path)) for path in configs],
+            Path(without_folder(str(results))) / scores,
         )
+        card = model_card(settings, new, samples, made_by, licence, base_model)
+        write_text(new / "README.md", card)
+        index = {"run": run, "study": settings.study, "files": checksums(new, INDEX)}
+        write_json(new / INDEX, index)
     return folder
 
 
 def _nearest(study: Study, wanted: str) -> str:
     """Which run was meant: one of an arm of that name, one spelt alike, or one of the default's."""
     names = [name for name, run in study.runs.items() if run.arm == wanted]
-    names = names or difflib.get_close_matches(wanted, study.runs, n=3)
-    if names:
+    if names := names or difflib.get_close_matches(wanted, study.runs, n=3):
         return f"; did you mean {', '.join(names)}?"
     first = list(study.default_runs or study.runs)[:5]
     return f"; there are {', '.join(first)}{' and others' if len(study.runs) > len(first) else ''}"
@@ -99,14 +96,13 @@ def _settings_of(at: Layout, run: str, configs: Sequence[str | Path]) -> RunConf
     path = at.config(run)
     _there(path, command(configs, path))
     made = load_run(path)
-    of = {"train": at.identity("train", run), "evaluate": at.identity("evaluate", run)}
-    made_of = {stage: read_receipt(at, stage, run) for stage in of}
-    if any((made_of[stage] or {}).get("identity") != wanted for stage, wanted in of.items()):
-        stale = path, at.run(run) / "scores.parquet", at.base(run) / "scores.parquet"
-        raise UserError(
-            f"{path}: not the settings that the study has now; `{command(configs, *stale)}` makes "
-            "anew what they touch"
-        )
+    for stage in ("train", "evaluate"):
+        if (read_receipt(at, stage, run) or {}).get("identity") != at.identity(stage, run):
+            stale = path, at.run(run) / "scores.parquet", at.base(run) / "scores.parquet"
+            raise UserError(
+                f"{path}: not the settings that the study has now; `{command(configs, *stale)}` "
+                "makes anew what they touch"
+            )
     return made
 
 
@@ -117,81 +113,70 @@ def _there(path: Path, how: str) -> None:
 
 def _inputs(at: Layout, run: RunConfig, configs: Sequence[str | Path]) -> dict[str, Path]:
     """The weights by their name in the bundle; all else that the bundle needs is there too."""
-    folder, base = at.run(run.run), at.base(run.run)
+    folder, base, lora = at.run(run.run), at.base(run.run), run.model.tuning == "lora"
     needed = ["train.json", "metrics.parquet", "scores.parquet", "images.parquet"]
     needed += ["plan.json"] if needs_plan(run) else []
     found = [folder / name for name in needed]
-    found += [base / name for name in ("scores.parquet", "images.parquet")]
-    for path in found:
+    for path in [*found, base / "scores.parquet", base / "images.parquet"]:
         _there(path, command(configs, path))
-    weights = {
-        "lora": {"pytorch_lora_weights.safetensors": "pytorch_lora_weights.safetensors"},
-        "full": {
-            f"transformer/{name}": name
-            for name in ("config.json", "diffusion_pytorch_model.safetensors")
-        },
-    }[run.model.tuning]
-    sources = {name: folder / "adapter" / file for name, file in weights.items()}
-    trained = train_record(folder / "train.json").get("trainable_parameters")
+    adapter = folder / "adapter"
+    sources = {LORA: adapter / LORA}
+    if not lora:
+        sources = {f"transformer/{name}": adapter / name for name in FULL}
+    how = command(configs, adapter)
+    if adapter.exists():  # to snakemake the folder is the result
+        how = f"rm -r {adapter}; {how}"
     for path in sources.values():
-        if path.parent.exists():  # to snakemake the folder is the result
-            _there(path, f"rm -r {path.parent}; {command(configs, path.parent)}")
-        _there(path, command(configs, path.parent))
-        if path.suffix == ".safetensors" and run.model.tuning == "lora":
-            count = sum(prod(shape) for shape in read_header(path).values())
-            if trained is not None and count != trained:
-                raise UserError(
-                    f"{path}: holds {count:,} weights, but {trained:,} were trained; delete the "
-                    "folder and train the run again"
-                )
+        _there(path, how)
+    trained = train_record(folder / "train.json").get("trainable_parameters")
+    if lora and trained is not None:
+        count = sum(prod(shape) for shape in read_header(adapter / LORA).values())
+        if count != trained:
+            raise UserError(
+                f"{adapter / LORA}: holds {count:,} weights, but {trained:,} were trained; delete "
+                "the folder and train the run again"
+            )
     return sources
 
 
 def _write_weights(source: Path, target: Path) -> None:
-    from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter  # torch
+    from egrpo.models.adapter import read_adapter, write_adapter  # torch
 
-    if source.name == ADAPTER_FILE:  # the same bytes, but of one that an earlier version trained
+    if source.name == LORA:  # the same bytes, but of one that an earlier version trained
         write_adapter(target, *read_adapter(source))
-    elif source.name == "config.json":  # diffusers notes where the base model was
-        write_json(target, {k: _plain(value) for k, value in read_json(source).items()})
+    elif source.suffix == ".json":  # diffusers notes where the base model was
+        values = read_json(source).items()
+        plain = {k: without_folder(v) if isinstance(v, str) else v for k, v in values}
+        write_json(target, plain)
     else:
-        _copy(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """The content alone: the copy has the permissions of a new file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-
-
-def _plain(value: object) -> object:
-    return without_folder(value) if isinstance(value, str) else value
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def _write_results(at: Layout, run: RunConfig, new: Path) -> None:
-    """Settings, plan, tables and figures."""
+    """Settings, plan, tables and figures; copies have the permissions of new files."""
     from egrpo.figures.curves import curves_figure
     from egrpo.figures.image_grid import images_figure
 
     folder, base = at.run(run.run), at.base(run.run)
     settings, notes = shareable(run)
     write_text(new / "config.yaml", shown_yaml(run, settings, notes))
+    copies = {"train.json": folder / "train.json"}
     for name, source, table in (
         ("train_metrics.parquet", folder / "metrics.parquet", TRAIN_METRICS),
         ("scores.parquet", folder / "scores.parquet", SCORES),
         ("base_scores.parquet", base / "scores.parquet", SCORES),
     ):
         read_table(source, table)  # refuses a damaged one
-        _copy(source, new / name)
-    _copy(folder / "train.json", new / "train.json")
+        copies[name] = source
     if needs_plan(run):
         load_plan(folder / "plan.json")
-        _copy(folder / "plan.json", new / "plan.json")
-    alone = Layout(replace(at.study, runs={run.run: run}))
-    make_comparison(alone, new / "comparison.parquet")
+        copies["plan.json"] = folder / "plan.json"
+    for name, source in copies.items():
+        shutil.copyfile(source, new / name)
+    make_comparison(Layout(replace(at.study, runs={run.run: run})), new / "comparison.parquet")
     (new / "comparison.html").unlink()  # the card shows it
-    images = new / "images"
-    runs = [(run.run, folder / "images.parquet")]
+    images, runs = new / "images", [(run.run, folder / "images.parquet")]
     shown = base / "images.parquet", runs, SAMPLES, images / "before_after"
     images_figure(*shown, page=False)
     curves_figure([new / "train_metrics.parquet"], list(run.train.rewards), images / "curves")
@@ -201,12 +186,9 @@ def _write_results(at: Layout, run: RunConfig, new: Path) -> None:
 def _write_samples(images: Path, new: Path) -> list[Sample]:
     """The first image of the first prompts, each as a file of its own."""
     found = read_images(images)
-    firsts: dict[int, Key] = {}
-    for key in sorted(found):
-        if len(firsts) < SAMPLES and key[0] not in firsts and is_image(found[key], images):
-            firsts[key[0]] = key
     samples = []
-    for number, key in enumerate(firsts.values(), start=1):
+    firsts = first_samples(found, lambda key: is_image(found[key], images))
+    for number, key in enumerate(islice(firsts, SAMPLES), start=1):
         name = f"images/sample-{number}.png"
         (new / name).write_bytes(found[key])
         samples.append(Sample(key[2], name))
@@ -236,8 +218,8 @@ def _new_folder(target: Path) -> Iterator[Path]:
             raise full_disk(target) from None
         raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _may_be_replaced(folder: Path) -> None:
@@ -247,17 +229,13 @@ def _may_be_replaced(folder: Path) -> None:
         UserError: naming what would be lost.
     """
     remedy = "move it away, or choose another folder by --output"
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; {remedy}")
-    there = checksums(folder, INDEX)
-    known: dict[str, str] = {}
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        known = index.get("files", {}) if isinstance(index, dict) else {}
-    elif not any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
         return
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+    known: dict[str, str] = index.get("files", {}) if isinstance(index, dict) else {}
+    there = checksums(folder, INDEX)
     changed = [name for name, checksum in there.items() if known.get(name) != checksum]
     if changed or not known:
         name = changed[0] if changed else INDEX

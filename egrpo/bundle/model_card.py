@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from egrpo.config.keys import run_key
 from egrpo.config.models import RunConfig
@@ -15,27 +14,18 @@ from egrpo.planning.grids import learning_rate
 from egrpo.planning.plan import load_plan, plan_rows
 from egrpo.planning.trees import needs_plan
 from egrpo.report.evaluations import MEASURED, Row
-from egrpo.report.render import escaped, render
+from egrpo.report.render import render
 from egrpo.report.text import counted, read_rows, readable, verdict
 from egrpo.settings import is_hub_id
 from egrpo.store.files import read_json
 from egrpo.store.tables import SCORES, TRAIN_METRICS, metadata_of, read_table
 from egrpo.study.sharing import shareable, without_folder
 
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
-
 TASK = "text-to-image"
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image shown by itself.
-
-    Attributes:
-        prompt: what it was drawn from.
-        file: its name in the bundle.
-    """
+class Sample(NamedTuple):
+    """One image shown by itself: what it was drawn from, and its name in the bundle."""
 
     prompt: str
     file: str
@@ -49,15 +39,10 @@ def model_card(
     licence: str | None,
     base_model: str | None,
 ) -> str:
-    """README.md of a bundle.
+    """README.md of a bundle, from its tables and plan in ``folder``, where the samples lie too.
 
-    Args:
-        run: settings of the run.
-        folder: the bundle so far: its tables and plan are read.
-        samples: images that lie in it.
-        made_by: command that makes the run's results.
-        licence: as the user says it; None: the card says that it is open.
-        base_model: the base model's hub id, for settings that name a folder.
+    ``made_by`` is the command that makes the run's results, ``base_model`` the base model's hub id,
+    for settings that name a folder. Without ``licence`` the card says that it is open.
 
     Raises:
         UserError: if ``base_model`` is no hub id.
@@ -67,7 +52,9 @@ def model_card(
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
         raise UserError(f"--base-model: {base_model!r} is no hub id (owner/name)")
     hub_id = base_model or base_on_hub(run)
-    rows = read_rows(folder / "comparison.parquet")
+    plan = load_plan(folder / "plan.json") if needs_plan(run) else None
+    rows, train = read_rows(folder / "comparison.parquet"), read_json(folder / "train.json")
+    prompts = len(set(read_table(folder / "scores.parquet", SCORES)["prompt_id"].to_pylist()))
     page = render(
         "model_card.md.j2",
         run=run,
@@ -76,25 +63,24 @@ def model_card(
         hub_id=hub_id,
         base=hub_id or without_folder(run.model.path),
         loading=loading(run, hub_id, samples[0].prompt),
-        method=(type(run.method).__doc__ or "").strip().splitlines()[0],
-        facts=facts(run, folder),
-        plan=plan_of_bundle(run, folder),
-        rewards=[reward_row(run, name) for name in run.rewards],
+        method=_first_line(run.method),
+        train=train,
+        learning_rate=learning_rate(run),
+        plan=plan,
+        plan_rows=plan_rows(run.run, plan) if plan else [],
+        rewards=[_reward(run, name) for name in run.rewards],
         rows=[{**row, "text": readable(row)} for row in rows],
-        verdicts=said_of(rows),
+        verdicts=[(row["reward"], verdict(row)) for row in rows if row["trained_on"]],
         measured={row["reward"]: readable(row) for row in rows if row["reward"] in MEASURED},
         invalid=sum(row["invalid"] for row in rows),
-        over=counted(_prompts(folder), "held-out prompt", run.evaluate.samples),
+        over=counted(prompts, "held-out prompt", run.evaluate.samples),
         warnings=rows[0]["warnings"],
-        stopped=read_json(folder / "train.json").get("stopped", {}),
         made_by=made_by,
-        key=read_json(folder / "train.json").get("key"),
         digest=run_key(run),
         made=metadata_of(read_table(folder / "train_metrics.parquet", TRAIN_METRICS)),
         notes=shareable(run)[1],
     )
-    data = card_data(run, rows, samples, licence, hub_id, _prompts(folder))
-    return f"---\n{data.to_yaml()}\n---\n{page}"
+    return f"---\n{_front_matter(run, rows, samples, licence, hub_id, prompts)}\n---\n{page}"
 
 
 def base_on_hub(run: RunConfig) -> str | None:
@@ -104,46 +90,20 @@ def base_on_hub(run: RunConfig) -> str | None:
     return None if local or not is_hub_id(model.path) else model.path
 
 
-# -- front matter -------------------------------------------------------------------------------
-
-
-def card_data(
+def _front_matter(
     run: RunConfig,
     rows: Sequence[Row],
     samples: Sequence[Sample],
     licence: str | None,
     hub_id: str | None,
     prompts: int,
-) -> ModelCardData:
-    """What a hub reads of the card."""
-    from huggingface_hub import ModelCardData
+) -> str:
+    """What a hub reads of the card, with the trained model's means as results, each with the
+    base's, the difference and its 95% interval."""
+    from huggingface_hub import EvalResult, ModelCardData
 
-    lora = run.model.tuning == "lora"
-    tags = ["text-to-image", "diffusers", "flow-matching", "grpo", "egrpo"]
-    tags += ["lora", "template:sd-lora"] if lora else []
-    more: dict[str, Any] = {
-        "widget": [{"text": s.prompt, "output": {"url": s.file}} for s in samples]
-    }
-    if hub_id:
-        more["base_model_relation"] = "adapter" if lora else "finetune"
-    return ModelCardData(
-        base_model=hub_id,
-        license=licence,
-        library_name="diffusers",
-        pipeline_tag=TASK,
-        tags=tags,
-        model_name=f"{run.study} {run.run}",
-        eval_results=eval_results(run, rows, prompts),
-        **more,
-    )
-
-
-def eval_results(run: RunConfig, rows: Sequence[Row], prompts: int) -> list[EvalResult]:
-    """The trained model's means, each with the base's, the difference and its 95% interval."""
-    from huggingface_hub import EvalResult
-
-    name = Path(run.prompts.heldout).name
-    return [
+    lora, name = run.model.tuning == "lora", Path(run.prompts.heldout).name
+    results = [
         EvalResult(
             task_type=TASK,
             dataset_type=re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")
@@ -158,79 +118,35 @@ def eval_results(run: RunConfig, rows: Sequence[Row], prompts: int) -> list[Eval
         for row in rows
         if row["mean"] is not None
     ]
+    tags = [TASK, "diffusers", "flow-matching", "grpo", "egrpo"]
+    more: dict[str, Any] = {}
+    if hub_id:
+        more["base_model_relation"] = "adapter" if lora else "finetune"
+    return ModelCardData(
+        base_model=hub_id,
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=[*tags, *(["lora", "template:sd-lora"] if lora else [])],
+        model_name=f"{run.study} {run.run}",
+        eval_results=results,
+        widget=[{"text": s.prompt, "output": {"url": s.file}} for s in samples],
+        **more,
+    ).to_yaml()
 
 
-# -- what the page tells ------------------------------------------------------------------------
-
-
-def said_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """(trained reward, on which side of 0 its interval lies)."""
-    return [(row["reward"], verdict(row)) for row in rows if row["trained_on"]]
-
-
-def facts(run: RunConfig, folder: Path) -> list[tuple[str, str]]:
-    """How the run was trained, as (what, value)."""
-    t, train, lora = run.train, read_json(folder / "train.json"), run.model.lora
-    tuned = "all weights of the transformer"
-    if run.model.tuning == "lora":
-        tuned = f"LoRA, rank {lora.rank}, alpha {lora.alpha} (the saved weights hold the scale)"
-    shift = f"shift {run.schedule.shift}"
-    weights = ", ".join(f"{escaped(name)} (weight {w:g})" for name, w in t.rewards.items())
-    return [
-        ("trained on", weights),
-        ("what is trained", f"{tuned}; {train.get('trainable_parameters', 0):,} parameters"),
-        ("sampling steps in training", f"{run.method.steps}, {shift}"),
-        ("samples of a group", str(run.method.group_size)),
-        ("image size in training", f"{run.model.height} x {run.model.width} pixels"),
-        ("iterations", f"{train['iterations']} of {t.prompts_per_iteration} prompts"),
-        (
-            "optimizer",
-            f"AdamW, learning rate {learning_rate(run):g}, steps an iteration: {t.updates}",
-        ),
-        ("loss", f"{t.loss}, KL weight {t.kl_weight:g}"),
-        ("network evaluations, sampling", f"{train['nfe_forward']:,}"),
-        ("network evaluations, forward and backward", f"{train['nfe_train']:,}"),
-        ("network evaluations, other weights for the penalties", f"{train['nfe_reference']:,}"),
-        ("seconds of training", f"{train['seconds']:,.0f}"),
-        ("peak memory", f"{train.get('peak_memory_mib', 0):,.0f} MiB"),
-        ("seed", str(run.seed)),
-    ]
-
-
-def plan_of_bundle(run: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """The merge plan in one sentence and its rows; None for a method without one."""
-    if not needs_plan(run):
-        return None
-    plan = load_plan(folder / "plan.json")
-    if plan.threshold is None:
-        how = "a fixed number of grid intervals"
-    elif plan.threshold == 0:
-        how = "one grid interval: nothing is merged"
-    else:
-        how = (
-            f"as many grid intervals as its entropy needs to reach {plan.threshold:g} "
-            f"({plan.measure})"
-        )
-    words = (
-        f"{len(plan.active)} of the {plan.steps} sampling steps explore: from each of them the "
-        f"samples of a group branch by one stochastic step ({plan.dynamics}, noise level "
-        f"{plan.noise_level:g}) that covers {how}. All other steps are deterministic."
-    )
-    return {"words": words, "rows": plan_rows(run.run, plan), "warnings": plan.warnings}
-
-
-def reward_row(run: RunConfig, name: str) -> dict[str, Any]:
+def _reward(run: RunConfig, name: str) -> dict[str, Any]:
     """Name, kind, weights and part in training of one reward."""
     settings = run.rewards[name]
     path = str(getattr(settings, "path", "") or getattr(settings, "function", ""))
     return {
         "name": name,
         "kind": settings.kind,
-        "what": (type(settings).__doc__ or "").strip().splitlines()[0],
+        "what": _first_line(settings),
         "path": without_folder(path),
         "weight": run.train.rewards.get(name),
     }
 
 
-def _prompts(folder: Path) -> int:
-    return len(set(read_table(folder / "scores.parquet", SCORES)["prompt_id"].to_pylist()))
+def _first_line(settings: object) -> str:
+    return (type(settings).__doc__ or "").strip().splitlines()[0]

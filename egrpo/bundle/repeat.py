@@ -15,25 +15,20 @@ from egrpo.train.job import train
 
 
 def repeat(config: Path, plan: Path | None, output: Path) -> None:
-    """Embed the prompts, train, evaluate; started again, it goes on.
+    """Embed the prompts, train, evaluate, all into ``output``; started again, it goes on.
 
-    Args:
-        config: resolved settings of the run, as a bundle or the results hold them.
-        plan: its merge plan, where its method merges steps.
-        output: folder of all that comes of it.
-
-    Raises:
-        UserError: for bad input, or a plan that is missing.
+    ``config`` holds resolved settings of the run, as a bundle or the results do; ``plan`` its merge
+    plan, where its method merges steps.
     """
     run = load_run(config)
     if needs_plan(run) and plan is None:
         raise UserError(f"{config}: method {run.method.name} needs --plan")
-    files, folder = run.prompts, output / "embeddings"
+    files = run.prompts
     sets = {
         "train": train_prompts(files.train, files.limit, files.column),
         "heldout": read_prompts(files.heldout, files.column),
     }
-    paths = {name: folder / f"{name}.safetensors" for name in sets}
+    paths = {name: output / "embeddings" / f"{name}.safetensors" for name in sets}
     for name, prompts in sets.items():
         if not paths[name].exists():
             embed(run, prompts, paths[name])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -16,23 +14,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from egrpo.errors import UserError
-from egrpo.figures.image_grid import (
-    CANVAS_STYLE,
-    GAP,
-    MARGIN,
-    PAGE,
-    Canvas,
-    cell_width,
-    height_of,
-)
-from egrpo.figures.style import FINE, INK, PALETTE, inches, save_figure, wrap
+from egrpo.figures.image_grid import GAP, MARGIN, PAGE, Canvas, cell_width, height_of
+from egrpo.figures.style import FINE, FREE_STYLE, INK, PALETTE, inches, save_figure, wrap
 from egrpo.report.evaluations import decode_png
 from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, read_table
 
 Pair = tuple[int, int]
 """(step, span)."""
-Measured = dict[tuple[int, Pair, str], tuple[float, float]]
-"""(prompt id, pair, reward) -> (spread, yardstick)."""
+Measured = Mapping[tuple[int, Pair, str], tuple[float, float]]
+"""(prompt id, pair, reward) -> std in the group and that of the yardstick; NaN where unknown."""
 YARDSTICK: Pair = (-1, 0)
 SAMPLES = 8
 """Most images of a row."""
@@ -42,21 +32,16 @@ HEAD, PROMPT, TICKS, FOOT = 0.62, 0.24, 0.26, 0.26
 """Inches: title and headings, a prompt, the numbers below a block, the legend."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """Everything of one prompt.
+class Block(NamedTuple):
+    """Everything of one prompt; the last row is the yardstick's, noisy copies of one image.
 
-    Attributes:
-        rows: images of each row, the yardstick's last.
-        spread: reward -> its std in each group, without the yardstick; NaN where scoring failed.
-        yardstick: reward -> its std among the noisy copies of one image.
+    ``rows`` holds images; ``spread`` by reward the std in each row, NaN where scoring failed.
     """
 
     prompt_id: int
     prompt: str
     rows: list[list[bytes]]
     spread: dict[str, list[float]]
-    yardstick: dict[str, float]
 
 
 def branches_figure(
@@ -76,20 +61,15 @@ def branches_figure(
     "above:<reward>:<prompt id>" or "below:…", by the yardstick), whose axis a reward's panels
     share; the dashed line is the yardstick's ("yardstick:…").
 
-    Args:
-        branches: ``branches.parquet``.
-        profile: ``entropy_profile.parquet`` of the same groups.
-        pairs: [step, span] of each row.
-        prompts: most blocks; fewer where fewer are kept (``profile.shown_prompts``).
-        stem: output path without ending.
-        noise_fraction: share of noise of the yardstick, for its label (``profile`` settings).
-        rewards: rewards shown, in this order; None: all of the profile.
+    ``branches.parquet`` and ``entropy_profile.parquet`` are of the same groups; ``pairs`` are
+    [step, span]; of ``prompts`` fewer stand there where fewer are kept (``profile.shown_prompts``).
+    ``noise_fraction`` is the yardstick's; without ``rewards`` all of the profile are shown.
 
     Raises:
         UserError: if a file is missing or damaged, or lacks a pair or a reward.
     """
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise UserError(f"branches: pairs must be [step, span], at least one; got {list(pairs)}")
+    if not pairs:
+        raise UserError("branches: pairs must be [step, span], at least one; got []")
     wanted = [(step, span) for step, span in pairs]
     measured = _measured(profile)
     known = sorted({reward for *_, reward in measured})
@@ -102,53 +82,23 @@ def branches_figure(
     for row in sorted(rows, key=lambda r: (r["prompt_id"], r["sample"])):
         of_prompt = images.setdefault((row["prompt_id"], row["prompt"]), {})
         of_prompt.setdefault((row["step"], row["span"]), []).append(row["png"])
-    found = list(images.items())[: max(0, prompts)]
-    if not found:
-        raise UserError(f"{branches}: no image to show; profile.shown_prompts must be at least 1")
+    files = f"{branches}", f"{profile}"
     blocks = [
-        _block(prompt, wanted, shown, own, measured, (f"{branches}", f"{profile}"))
-        for prompt, own in found
+        _block(prompt, own, measured, wanted, shown, files)
+        for prompt, own in list(images.items())[:prompts]
     ]
+    if not blocks:
+        raise UserError(f"{branches}: no image to show; profile.shown_prompts must be at least 1")
     labels = [
         f"SDE at step {step}" + (f",\n{span} steps merged" if span > 1 else "")
         for step, span in wanted
     ]
     labels.append(f"{noise_fraction:.0%} noise\n(yardstick)")
-    with rc_context(CANVAS_STYLE):
+    with rc_context(FREE_STYLE):
         return save_figure(_draw(blocks, labels, Path(branches)), stem, dpi=FINE)
 
 
-def _block(
-    prompt: tuple[int, str],
-    pairs: Sequence[Pair],
-    rewards: Sequence[str],
-    images: Mapping[Pair, list[bytes]],
-    measured: Measured,
-    files: tuple[str, str],
-) -> Block:
-    """What is shown of a prompt; refuses one that lacks a row of images or the spread beside it."""
-    number, text = prompt
-    for step, span in [*pairs, YARDSTICK]:
-        if (step, span) not in images:
-            what = "the yardstick" if (step, span) == YARDSTICK else f"step {step}, span {span}"
-            raise UserError(
-                f"{files[0]}: holds no image of {what} for prompt {number}; add it to "
-                "profile.shown, within the schedule"
-            )
-    for reward, (step, span) in product(rewards, pairs):
-        if (number, (step, span), reward) not in measured:
-            raise UserError(
-                f"{files[1]}: holds no spread of {reward} at step {step}, span {span} for "
-                f"prompt {number}; add the span to profile.spans"
-            )
-    rows = [images[pair][:SAMPLES] for pair in [*pairs, YARDSTICK]]
-    spread = {r: [measured[number, pair, r][0] for pair in pairs] for r in rewards}
-    yardstick = {r: measured[number, pairs[0], r][1] for r in rewards}
-    return Block(number, text, rows, spread, yardstick)
-
-
 def _measured(path: str | Path) -> Measured:
-    """Std in the group and that of the yardstick, by (prompt id, pair, reward); null is NaN."""
     return {
         (row["prompt_id"], (row["step"], row["span"]), row["quantity"].removeprefix("reward:")): (
             math.nan if row["spread"] is None else row["spread"],
@@ -157,6 +107,34 @@ def _measured(path: str | Path) -> Measured:
         for row in read_table(path, ENTROPY_PROFILE).to_pylist()
         if row["quantity"].startswith("reward:")
     }
+
+
+def _block(
+    prompt: tuple[int, str],
+    images: Mapping[Pair, list[bytes]],
+    measured: Measured,
+    pairs: Sequence[Pair],
+    rewards: Sequence[str],
+    files: tuple[str, str],
+) -> Block:
+    """What is shown of a prompt; refuses one that lacks a row of images or the spread beside it."""
+    number, text = prompt
+    for step, span in (pair for pair in (*pairs, YARDSTICK) if pair not in images):
+        what = "the yardstick" if (step, span) == YARDSTICK else f"step {step}, span {span}"
+        raise UserError(
+            f"{files[0]}: holds no image of {what} for prompt {number}; add it to "
+            "profile.shown, within the schedule"
+        )
+    spread = {}
+    for reward in rewards:
+        for step, span in (pair for pair in pairs if (number, pair, reward) not in measured):
+            raise UserError(
+                f"{files[1]}: holds no spread of {reward} at step {step}, span {span} for "
+                f"prompt {number}; add the span to profile.spans"
+            )
+        own, (yardstick, *_) = zip(*(measured[number, pair, reward] for pair in pairs), strict=True)
+        spread[reward] = [*own, yardstick]
+    return Block(number, text, [images[p][:SAMPLES] for p in (*pairs, YARDSTICK)], spread)
 
 
 def _draw(blocks: Sequence[Block], labels: Sequence[str], path: Path) -> Figure:
@@ -169,28 +147,26 @@ def _draw(blocks: Sequence[Block], labels: Sequence[str], path: Path) -> Figure:
     across = cell_width(first, int(room * FINE))
     width, pitch = across / FINE + GAP, height_of(first, across) / FINE + GAP
     tall = PROMPT + len(labels) * pitch + TICKS
-    canvas = Canvas.of(beside + count * width, HEAD + len(blocks) * tall + FOOT, FINE)
+    canvas = Canvas(beside + count * width, HEAD + len(blocks) * tall + FOOT, FINE)
     head = {"fontsize": 8, "va": "baseline", "linespacing": 1.1}
     canvas.text(MARGIN, 0.24, "What a branch changes", va="bottom", fontsize=10.5, weight="bold")
     canvas.text(MARGIN + LEFT, HEAD - 0.07, "samples of one group", **head)
     for n, reward in enumerate(rewards):
         x = MARGIN + LEFT + count * width + n * (PANEL + BETWEEN) + BETWEEN
-        values = [v for b in blocks for v in [*b.spread[reward], b.yardstick[reward]]]
+        values = [value for block in blocks for value in block.spread[reward]]
         limit = max([0.0, *filter(math.isfinite, values)]) * 1.08 or 1.0
         name = wrap(reward, PANEL + BETWEEN - GAP, measure=inches(8))
         canvas.text(x, HEAD - 0.07, f"std of\n{name}", **head)
         for k, block in enumerate(blocks):
             y = HEAD + k * tall + PROMPT - GAP / 2
             panel = canvas.axes(x, y, PANEL, len(labels) * pitch)
-            _draw_spread(panel, block, reward, limit)
+            _draw_spread(panel, block.spread[reward], f"{reward}:{block.prompt_id}", limit)
     for k, block in enumerate(blocks):
         _draw_images(canvas, block, labels, HEAD + k * tall, across, path)
-    line = {"ls": "--", "color": INK, "lw": 1.1}
-    handles = [
-        Line2D([], [], label="spreads more than the yardstick", **_dot("above")),
-        Line2D([], [], label="does not", **_dot("below")),
-        Line2D([], [], label="yardstick", **(_dot("yardstick") | line)),
-    ]
+    said = {"above": "spreads more than the yardstick", "below": "does not"}
+    handles = [Line2D([], [], label=label, **_dot(kind)) for kind, label in said.items()]
+    line = _dot("yardstick") | {"ls": "--", "color": INK, "lw": 1.1}
+    handles.append(Line2D([], [], label="yardstick", **line))
     look: dict[str, Any] = {"fontsize": 8, "borderaxespad": 0.2, "handlelength": 3.0}
     look |= {"loc": "lower right", "bbox_to_anchor": (1.0, 0.0), "ncols": 3}
     canvas.figure.legend(handles=handles, **look)
@@ -213,26 +189,24 @@ def _draw_images(
         y += height + GAP
 
 
-def _draw_spread(axes: Axes, block: Block, reward: str, limit: float) -> None:
+def _draw_spread(axes: Axes, values: Sequence[float], name: str, limit: float) -> None:
     """A stem and a dot a row, beside the images; the yardstick across all rows."""
-    yardstick, spread = block.yardstick[reward], block.spread[reward]
+    *spread, yardstick = values
     axes.set(xlim=(0.0, limit), ylim=(len(spread) + 0.5, -0.5), yticks=[])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=2))
     axes.tick_params(labelsize=7, pad=1.5, length=2)
-    name = f"{reward}:{block.prompt_id}"
     if math.isfinite(yardstick):
         axes.axvline(yardstick, color=INK, ls="--", lw=1.1, gid=f"yardstick:{name}", clip_on=False)
         axes.plot([yardstick], [len(spread)], **_dot("yardstick"))
     groups: Mapping[str, list[int]] = {
         "above": [i for i, v in enumerate(spread) if v > yardstick],
         "below": [i for i, v in enumerate(spread) if v <= yardstick],
-        "alone": [i for i, v in enumerate(spread) if math.isfinite(v) and yardstick != yardstick],
+        "alone": [i for i, v in enumerate(spread) if math.isfinite(v) and math.isnan(yardstick)],
     }
     for kind, at in groups.items():
-        values = [spread[i] for i in at]
-        axes.hlines(at, 0.0, values, color=PALETTE[0], lw=1.2)
-        axes.plot(values, at, gid=f"{kind}:{name}", **_dot(kind))
-    for i, value in enumerate([*spread, yardstick]):
+        axes.hlines(at, 0.0, [spread[i] for i in at], color=PALETTE[0], lw=1.2)
+        axes.plot([spread[i] for i in at], at, gid=f"{kind}:{name}", **_dot(kind))
+    for i, value in enumerate(values):
         failed = not math.isfinite(value)
         place = 0.0 if failed else value / limit
         # two digits, and all before the point
@@ -251,10 +225,7 @@ def _draw_spread(axes: Axes, block: Block, reward: str, limit: float) -> None:
 def _dot(kind: str) -> dict[str, Any]:
     """Full above the yardstick, hollow below it, grey without it, a diamond for itself."""
     face = {"above": PALETTE[0], "below": "white", "alone": "#BBBBBB", "yardstick": INK}[kind]
-    own = kind == "yardstick"
-    look = {"marker": "D", "ms": 4.5, "mec": INK} if own else {"marker": "o", "ms": 5.5}
-    return (
-        {"ls": "none", "mfc": face, "mec": PALETTE[0], "mew": 1.2, "zorder": 4}
-        | look
-        | {"clip_on": False}
-    )
+    own: dict[str, Any] = {"marker": "o", "ms": 5.5, "mec": PALETTE[0]}
+    if kind == "yardstick":
+        own = {"marker": "D", "ms": 4.5, "mec": INK}
+    return own | {"ls": "none", "mfc": face, "mew": 1.2, "zorder": 4, "clip_on": False}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,79 +16,62 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from egrpo.core.intervals import crossed_interval
 from egrpo.errors import UserError
-from egrpo.figures.style import LINES, STYLE, Real, columns, look, save_figure, wrap
+from egrpo.figures.style import LINES, STYLE, Array, columns, look, save_figure, wrap
 from egrpo.store.tables import TRAIN_METRICS
 
-Columns = Mapping[str, npt.NDArray[Any]]
+Columns = Mapping[str, Array]
 WIDTH = 9.5
 """Inches."""
+WINDOW = 10
+"""Iterations of the trailing mean of training samples."""
 MOST_MARKERS = 8
 """Of one line; more would hide each other and the dashes."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One line of a panel.
-
-    Attributes:
-        name: run or arm.
-        kind: "training" (samples) or "monitor" (fixed held-out prompts).
-        iteration, nfe, value: [n] by iteration, finite.
-        seeds: the values that ``value`` is the mean of, [seeds, n].
-    """
+class Curve(NamedTuple):
+    """One line of a panel, of a run or an arm; [n] by iteration, finite values [seeds, n]; ``kind``
+    is "training" (samples) or "monitor" (fixed held-out prompts)."""
 
     name: str
     kind: str
-    iteration: npt.NDArray[Any]
-    nfe: npt.NDArray[Any]
-    value: Real
-    seeds: Real
-
-    def band(self) -> tuple[Real, Real]:
-        """Ends of the 95% interval of the mean over seeds (Student's t), [n] each."""
-        each = [crossed_interval(self.seeds[None, :, i]) for i in range(len(self.value))]
-        return np.array([i.low for i in each]), np.array([i.high for i in each])
+    iteration: Array
+    nfe: Array
+    seeds: Array
 
 
 def curves_figure(
-    metrics: Sequence[str | Path], rewards: Sequence[str], stem: str | Path, *, window: int = 10
+    metrics: Sequence[str | Path], rewards: Sequence[str], stem: str | Path
 ) -> Figure:
     """Reward against iterations and against network evaluations, one row of panels a reward.
 
-    Thin lines: mean of the training samples, trailing mean of up to ``window`` iterations (gid
+    Thin lines: mean of the training samples over the last WINDOW iterations (gid
     "training:<run>"). Markers: mean on fixed held-out prompts (gid "monitor:<run>").
-
-    Args:
-        metrics: ``train_metrics.parquet`` of each run.
-        rewards: names of the rewards to draw, as in the metrics ``reward/<name>``.
-        stem: output path without ending.
-        window: iterations of the trailing mean, at least 1.
 
     Raises:
         UserError: if a file is missing or damaged, or no run has any of the rewards.
     """
     tables = [columns(path, TRAIN_METRICS) for path in metrics]
-    curves = {r: [c for table in tables for c in _run_curves(table, r, window)] for r in rewards}
+    curves = {r: [c for table in tables for c in _run_curves(table, r)] for r in rewards}
     if not any(curves.values()):
         raise UserError(
             f"curves: no run has the metric reward/<name> of {', '.join(rewards) or 'any reward'}"
         )
     title = (
         "Reward during training (markers: fixed held-out prompts; thin lines: "
-        f"training samples, mean of last {window} iterations)"
+        f"training samples, mean of last {WINDOW} iterations)"
     )
     return _draw(curves, title, stem)
 
 
-def _run_curves(table: Columns, reward: str, window: int) -> Iterator[Curve]:
+def _run_curves(table: Columns, reward: str) -> Iterator[Curve]:
     """Training and monitor curve of each run in a table."""
     for run in dict.fromkeys(table["run"]):
         part = {name: column[table["run"] == run] for name, column in table.items()}
-        for kind, prefix in (("training", ""), ("monitor", "monitor/")):
-            iteration, nfe, value = _series(part, f"{prefix}reward/{reward}")
+        for kind, metric in (("training", "reward/"), ("monitor", "monitor/reward/")):
+            iteration, nfe, value = _series(part, f"{metric}{reward}")
             if len(value):
-                mean = trailing_mean(value, window) if kind == "training" else value
-                yield Curve(run, kind, iteration, nfe, mean, mean[None])
+                shown = trailing_mean(value, WINDOW) if kind == "training" else value
+                yield Curve(run, kind, iteration, nfe, shown[None])
 
 
 def arm_curves_figure(
@@ -98,24 +79,18 @@ def arm_curves_figure(
 ) -> Figure:
     """Fig. 1c and 4 of the paper: reward on fixed held-out prompts, arm by arm, over seeds.
 
-    Lines (gid "monitor:<arm>") are means over the seeds of an arm, bands (gid "band:<arm>") the
-    95% intervals of these means over seeds (Student's t) on the same prompts; an arm with one seed
-    has none. The axes show every seed; with few seeds bands may leave them. Points are the
-    iterations at which every seed of the arm was measured. Left against iterations, right against
-    the mean network evaluations of the seeds; one row of panels a reward.
-
-    Args:
-        groups: ``train_metrics.parquet`` of each seed, by arm.
-        rewards: names of the rewards to draw, as in the metrics ``monitor/reward/<name>``.
-        stem: output path without ending.
+    Lines (gid "monitor:<arm>") are means over the seeds of an arm, where every seed was measured;
+    bands (gid "band:<arm>") the 95% intervals of these means over seeds (Student's t), which an arm
+    with one seed lacks. The axes show every seed; with few seeds bands may leave them. Left against
+    iterations, right against the mean network evaluations of the seeds; a row of panels a reward.
 
     Raises:
-        UserError: if a file is missing or damaged, holds more than one run or one that its arm
-            already has, or if an arm lacks a reward.
+        UserError: if a file is missing or damaged, or if an arm lacks a reward.
     """
-    if not groups or not rewards:
-        raise UserError("curves: at least one arm and one reward are needed")
-    tables = {arm: _seeds(arm, paths) for arm, paths in groups.items()}
+    tables = {
+        arm: {f"{path}": columns(path, TRAIN_METRICS) for path in paths}
+        for arm, paths in groups.items()
+    }
     curves = {r: [_arm_curve(arm, seeds, r) for arm, seeds in tables.items()] for r in rewards}
     counts = sorted({len(seeds) for seeds in tables.values()})
     title = "Reward on fixed held-out prompts during training"
@@ -125,26 +100,8 @@ def arm_curves_figure(
     return _draw(curves, title, stem)
 
 
-def _seeds(arm: str, paths: Sequence[str | Path]) -> dict[str | Path, Columns]:
-    """Tables of an arm's runs, by path."""
-    if not paths:
-        raise UserError(f"curves: arm {arm!r} has no run")
-    tables: dict[str | Path, Columns] = {}
-    seen: set[str] = set()
-    for path in paths:
-        table = columns(path, TRAIN_METRICS)
-        runs = set(table["run"])
-        if len(runs) != 1:
-            raise UserError(f"{path}: holds {len(runs)} runs, expected one seed of arm {arm!r}")
-        if runs & seen:
-            raise UserError(f"{path}: arm {arm!r} has run {runs.pop()!r} twice")
-        seen |= runs
-        tables[path] = table
-    return tables
-
-
-def _arm_curve(arm: str, tables: Mapping[str | Path, Columns], reward: str) -> Curve:
-    """Mean over the seeds of an arm, where all of them were measured."""
+def _arm_curve(arm: str, tables: Mapping[str, Columns], reward: str) -> Curve:
+    """The seeds of an arm, where all of them were measured."""
     seeds = {path: _series(table, f"monitor/reward/{reward}") for path, table in tables.items()}
     for path, (_, _, value) in seeds.items():
         if not len(value):
@@ -156,12 +113,13 @@ def _arm_curve(arm: str, tables: Mapping[str | Path, Columns], reward: str) -> C
     if not len(shared):
         raise UserError(f"curves: seeds of arm {arm!r} were monitored at no common iteration")
     at = [np.searchsorted(iteration, shared) for iteration, *_ in seeds.values()]
-    nfe = np.array([s[1][i] for s, i in zip(seeds.values(), at, strict=True)], dtype=float)
-    value = np.array([s[2][i] for s, i in zip(seeds.values(), at, strict=True)])
-    return Curve(arm, "monitor", shared, nfe.mean(0), value.mean(0), value)
+    nfe, value = (
+        np.array([s[k][i] for s, i in zip(seeds.values(), at, strict=True)], float) for k in (1, 2)
+    )
+    return Curve(arm, "monitor", shared, nfe.mean(0), value)
 
 
-def _series(table: Columns, metric: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any], Real]:
+def _series(table: Columns, metric: str) -> tuple[Array, Array, Array]:
     """Iterations, network evaluations and finite values of one metric, by iteration."""
     at = (table["metric"] == metric) & np.isfinite(table["value"])
     order = np.argsort(table["iteration"][at], kind="stable")
@@ -169,14 +127,8 @@ def _series(table: Columns, metric: str) -> tuple[npt.NDArray[Any], npt.NDArray[
     return iteration, nfe, value
 
 
-def trailing_mean(values: Real, window: int) -> Real:
-    """Mean of each value and up to ``window`` - 1 before it, [n]; fewer at the start.
-
-    Raises:
-        ValueError: if ``window`` is less than 1.
-    """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+def trailing_mean(values: Array, window: int) -> Array:
+    """Mean of each value and up to ``window`` - 1 before it, [n]; fewer at the start."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(stop - window, 0)
@@ -191,9 +143,8 @@ def _draw(curves: Mapping[str, Sequence[Curve]], title: str, stem: str | Path) -
         grid = figure.subplots(len(curves), 2, squeeze=False, sharey="row", sharex="col")
         for (left, right), (reward, found) in zip(grid, curves.items(), strict=True):
             for curve in found:
-                at = names.index(curve.name)
-                _draw_curve(left, curve.iteration, curve, at)
-                _draw_curve(right, curve.nfe, curve, at)
+                _draw_curve(left, curve.iteration, curve, names.index(curve.name))
+                _draw_curve(right, curve.nfe, curve, names.index(curve.name))
             left.set_ylabel(f"reward: {reward}")
             if found:  # every seed, with a margin
                 low = min(float(curve.seeds.min()) for curve in found)
@@ -212,7 +163,8 @@ def _draw(curves: Mapping[str, Sequence[Curve]], title: str, stem: str | Path) -
         return save_figure(figure, stem)
 
 
-def _draw_curve(axes: Axes, x: npt.NDArray[Any], curve: Curve, at: int) -> None:
+def _draw_curve(axes: Axes, x: Array, curve: Curve, at: int) -> None:
+    """A line, and over several seeds the 95% interval of their mean (Student's t)."""
     style = _look(at) | {"gid": f"{curve.kind}:{curve.name}", "zorder": 3}
     if curve.kind == "training":
         style |= {"ls": "-", "marker": None, "lw": 0.9, "alpha": 0.5, "zorder": 2}
@@ -220,11 +172,11 @@ def _draw_curve(axes: Axes, x: npt.NDArray[Any], curve: Curve, at: int) -> None:
         every = -(-len(x) // MOST_MARKERS)
         # each series begins with another point, so that markers of near curves stand apart
         style["markevery"] = at % every, every
-    axes.plot(x, curve.value, **style)
+    axes.plot(x, curve.seeds.mean(0), **style)
     if len(curve.seeds) > 1:
-        low, high = curve.band()
+        ends = [crossed_interval(values[None]) for values in curve.seeds.T]
         band = {"color": style["color"], "alpha": 0.13, "lw": 0, "gid": f"band:{curve.name}"}
-        axes.fill_between(x, low, high, **band)
+        axes.fill_between(x, [i.low for i in ends], [i.high for i in ends], **band)
 
 
 def _look(at: int) -> dict[str, Any]:

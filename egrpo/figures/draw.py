@@ -11,8 +11,7 @@ from egrpo.errors import UserError
 from egrpo.figures.branches import branches_figure
 from egrpo.figures.curves import arm_curves_figure, curves_figure
 from egrpo.figures.image_grid import images_figure
-from egrpo.figures.profile import entropy_figure, spread_figure
-from egrpo.figures.threshold import threshold_figure
+from egrpo.figures.profile import entropy_figure, spread_figure, threshold_figure
 from egrpo.planning.plan import load_plan, measured_spread
 from egrpo.planning.trees import needs_plan
 from egrpo.study.layout import Layout
@@ -47,31 +46,27 @@ def _trained(runs: Iterable[RunConfig]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.train.rewards))
 
 
-# -- the figures of a study, by kind -----------------------------------------------------------
+# -- the figures of a study, by kind; `run` is the first seed of the first arm --------------------
 
 
-def _branches(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    run = _first(spec, at)
+def _branches(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
     files, shown = (at.branches(run.run), at.profile(run.run)), (spec.pairs, spec.prompts)
     fraction, rewards = run.profile.noise_fraction, spec.rewards or None
     branches_figure(*files, *shown, stem, fraction, rewards=rewards)
 
 
-def _entropy(spec: FigureSpec, at: Layout, stem: Path) -> None:
+def _entropy(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
     plans = {arm: at.run(at.arm(arm)[0]) / "plan.json" for arm in spec.arms}
-    entropy_figure(at.profile(_first(spec, at).run), plans, stem, spans=spec.spans)
+    entropy_figure(at.profile(run.run), plans, stem, spans=spec.spans)
 
 
-def _spread(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    run = _first(spec, at)
+def _spread(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
     spread_figure(at.profile(run.run), stem, noise_fraction=run.profile.noise_fraction)
 
 
-def _threshold(spec: FigureSpec, at: Layout, stem: Path) -> None:
-    run = _first(spec, at)
+def _threshold(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
     automatic, rewards = run.method.automatic, run.train.rewards
-    if automatic is None:
-        raise UserError(f"run {run.run}: method.threshold: its figure needs auto")
+    assert automatic is not None, "check_figure refuses others"
     spreads = measured_spread(at.profile(run.run), rewards)
     try:
         choice = choose_threshold(spreads, *automatic)
@@ -81,24 +76,18 @@ def _threshold(spec: FigureSpec, at: Layout, stem: Path) -> None:
     threshold_figure(spreads, choice, plan, automatic.factor, ", ".join(rewards), stem)
 
 
-def _curves(spec: FigureSpec, at: Layout, stem: Path) -> None:
+def _curves(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
     groups = {arm: _metrics(at, at.arm(arm)) for arm in spec.arms}
     runs = (at.study.runs[run] for arm in spec.arms for run in at.arm(arm))
     arm_curves_figure(groups, spec.rewards or _trained(runs), stem)
 
 
-def _images(spec: FigureSpec, at: Layout, stem: Path) -> None:
+def _images(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
     columns = [(arm, at.run(at.arm(arm)[0]) / "images.parquet") for arm in spec.arms]
-    base = at.base(_first(spec, at).run) / "images.parquet"
-    images_figure(base, columns, spec.prompts, stem)
+    images_figure(at.base(run.run) / "images.parquet", columns, spec.prompts, stem)
 
 
-def _first(spec: FigureSpec, at: Layout) -> RunConfig:
-    """The first seed of the first arm."""
-    return at.study.runs[at.arm(spec.arms[0])[0]]
-
-
-KINDS: dict[str, Callable[[FigureSpec, Layout, Path], None]] = {
+KINDS: dict[str, Callable[[FigureSpec, RunConfig, Layout, Path], None]] = {
     "branches": _branches,
     "entropy": _entropy,
     "spread": _spread,
@@ -115,4 +104,5 @@ def draw_figure(name: str, spec: FigureSpec, at: Layout) -> None:
     Raises:
         UserError: if an input is missing or damaged, or the arms cannot be shown so.
     """
-    KINDS[spec.kind](spec, at, at.figure(name).with_suffix(""))
+    first = at.study.runs[at.arm(spec.arms[0])[0]]
+    KINDS[spec.kind](spec, first, at, at.figure(name).with_suffix(""))

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from egrpo.store.files import replacing
 from egrpo.store.tables import Table, read_table
 
-Real = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
 
 # Okabe and Ito, "Color Universal Design" (2008); yellow is left out, too pale for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -49,6 +49,8 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "svg.hashsalt": "egrpo",
 }
+FREE_STYLE = STYLE | {"figure.constrained_layout.use": False}
+"""For figures laid out by hand."""
 ENTROPY = {
     "exp_per_dim": ("$e^{h/d}$", "entropy $e^{h/d}$ (latent units)"),
     "nats_per_dim": ("$h/d$", "entropy $h/d$ (nats per dimension)"),
@@ -59,10 +61,7 @@ ENTROPY = {
 
 def look(series: int) -> dict[str, Any]:
     """Colour and marker of the n-th series, as arguments of ``Axes.plot``."""
-    return {
-        "color": PALETTE[series % len(PALETTE)],
-        "marker": MARKERS[series % len(MARKERS)],
-    }
+    return {"color": PALETTE[series % len(PALETTE)], "marker": MARKERS[series % len(MARKERS)]}
 
 
 def by_span(spans: Iterable[Any]) -> list[tuple[int, dict[str, Any]]]:
@@ -81,16 +80,14 @@ def entropy_axis(axes: Axes, measure: str, steps: str) -> None:
         axes.set_ylim(bottom=0)
 
 
-def numbered(
-    axes: Axes, x: Iterable[float], y: Iterable[float], numbers: Iterable[int], **style: Any
-) -> None:
+def numbered(axes: Axes, x: Array, y: Iterable[float], numbers: Iterable[int], **own: Any) -> None:
     """Markers that hold a number; those drawn later hide numbers below them, which read as one."""
-    at, values = list(x), list(y)
-    size, order = style["ms"] - 3.0, style.setdefault("zorder", 4.0)
-    axes.plot(at, values, **{"ls": "none", "mfc": "white", "mec": "black"} | style)
-    middle = {"ha": "center", "va": "center_baseline", "fontsize": size, "zorder": order + 0.05}
-    for across, up, number in zip(at, values, numbers, strict=True):
-        axes.text(across, up, str(number), **middle)
+    order = own.setdefault("zorder", 4.0)
+    heights = list(y)
+    axes.plot(x, heights, **{"ls": "none", "mfc": "white", "mec": "black"} | own)
+    middle = {"ha": "center", "va": "center_baseline", "zorder": order + 0.05}
+    for across, up, number in zip(x, heights, numbers, strict=True):
+        axes.text(across, up, str(number), fontsize=own["ms"] - 3.0, **middle)
 
 
 def shared_legend(figure: Figure, ncols: int) -> None:
@@ -102,41 +99,28 @@ def shared_legend(figure: Figure, ncols: int) -> None:
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=ncols)
 
 
-def columns(path: str | Path, table: Table) -> dict[str, npt.NDArray[Any]]:
-    """Columns as arrays; null numbers become NaN.
-
-    Raises:
-        UserError: if the file is missing, damaged, or holds another table.
-    """
+def columns(path: str | Path, table: Table) -> dict[str, Array]:
+    """Columns as arrays, null numbers as NaN; UserError if the file is no such table."""
     data = read_table(path, table)
     return {name: data[name].to_numpy() for name in data.column_names}
 
 
 def inches(size: float, **font: Any) -> Callable[[str], float]:
     """How wide a text is printed; ``font`` as in ``FontProperties``."""
-    properties = FontProperties(size=size, **font)
+    font_of_size = FontProperties(size=size, **font)
 
     def width(text: str) -> float:
-        points, _, _ = text_to_path.get_text_width_height_descent(text, properties, ismath=False)
+        points, *_ = text_to_path.get_text_width_height_descent(text, font_of_size, ismath=False)
         return float(points) / 72.0
 
     return width
 
 
 def wrap(
-    text: str,
-    width: float,
-    lines: int | None = None,
-    measure: Callable[[str], float] = len,
+    text: str, width: float, lines: int | None = None, measure: Callable[[str], float] = len
 ) -> str:
-    """Text in lines of ``width``; names break after ``_ - .`` before within a word.
-
-    Args:
-        text: a name or a prompt.
-        width: most that a line may measure.
-        lines: most lines, at least 1; an ellipsis stands for the rest. None: all lines.
-        measure: width of a line; by default its characters.
-    """
+    """Text in lines that measure at most ``width``, by default in characters; names break after
+    ``_ - .`` before within a word. After so many ``lines`` an ellipsis stands for the rest."""
     done = [""]
     for part in re.findall(r"\s+|[^\s_.-]*[_.-]+|[^\s_.-]+", text.strip()):
         piece = " " if part.isspace() else part

@@ -6,12 +6,10 @@ difference between two of them is what training made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from egrpo.config.keys import digest
 from egrpo.config.models import RunConfig
@@ -36,165 +34,54 @@ Grids = dict[int, Path]
 """Files of a run by iteration."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """One model of the gallery; lists are by position of the slider.
+def make_gallery(at: Layout, arms: Sequence[str]) -> dict[str, Any] | None:
+    """What the template shows of the first run of each arm; None where none was monitored.
 
-    Attributes:
-        name, method: of the run; the base model has no method.
-        at: the iteration shown.
-        values: its mean monitored rewards as text, by reward.
-        frames: index of the image, by prompt and sample.
-    """
-
-    name: str
-    method: str
-    at: list[int]
-    values: list[list[str]]
-    frames: list[list[list[int]]]
-
-
-@dataclass
-class Gallery:
-    """What the template shows.
-
-    Attributes:
-        iterations: positions of the slider.
-        prompts, samples: rows, and how many images each has of a model.
-        monitored: prompts, and samples of each, that the mean rewards are over.
-        rewards: names of the monitored rewards that are shown.
-        width, height: of the image elements in pixels.
-        small: whether images are kept pixel by pixel.
-        columns: the base model, then the runs.
-        images: data URIs, each once.
-        left_out: sentences on what is not shown.
-    """
-
-    iterations: list[int]
-    prompts: list[str]
-    samples: int
-    monitored: tuple[int, int]
-    rewards: list[str]
-    width: int
-    height: int
-    small: bool
-    columns: list[Column] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    @property
-    def over(self) -> str:
-        """What the mean rewards are over, in words."""
-        prompts, samples = self.monitored
-        return counted(prompts, "monitored prompt", samples)
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the page's script needs."""
-        columns = [{"at": c.at, "values": c.values, "frames": c.frames} for c in self.columns]
-        return {"iterations": self.iterations, "images": self.images, "columns": columns}
-
-
-def make_gallery(at: Layout, arms: Sequence[str]) -> Gallery | None:
-    """The gallery of the first run of each arm; None where none was monitored.
-
-    Args:
-        at: the study and where its results lie.
-        arms: in the order of the columns.
+    Beside :func:`_frame` the base model and the runs as ``columns``, ``images`` as data URIs, each
+    once, sentences on what is ``left_out``, and ``data`` for the page's script.
 
     Raises:
         UserError: if a grid, the metrics or the prompt file is missing or damaged.
     """
     firsts = [at.study.runs[at.arm(arm)[0]] for arm in arms]
-    found = {run.run: grids_of(at.run(run.run) / "monitor") for run in firsts}
-    monitored = [run for run in firsts if found[run.run]]
+    grids = {run.run: grids_of(at.run(run.run) / "monitor") for run in firsts}
+    monitored = [run for run in firsts if grids[run.run]]
     if not monitored:
         return None
-    alike: dict[str, list[RunConfig]] = {}
-    for run in monitored:
-        alike.setdefault(_comparable(run), []).append(run)
-    comparable = max(alike.values(), key=len)
+    kinds = [_comparable(run) for run in monitored]
+    most = max(kinds, key=kinds.count)
+    comparable = [run for run, kind in zip(monitored, kinds, strict=True) if kind == most]
     runs = comparable[:MOST_ARMS]
-    grids = {run.run: found[run.run] for run in runs}
     files, train = runs[0].prompts, runs[0].train
-    prompts = read_prompts(files.heldout, files.column)[: train.monitor_prompts]
-    gallery = _empty(runs, grids, [prompt.text for prompt in prompts])
-    _fill(gallery, at, runs, grids, len(prompts))
-    iterations = {iteration for own in grids.values() for iteration in own}
-    unseen = [run.run for run in firsts if run not in monitored]
-    others = [run.run for run in monitored if run not in comparable]
+    read = read_prompts(files.heldout, files.column)[: train.monitor_prompts]
+    iterations = sorted({iteration for run in runs for iteration in grids[run.run]})
+    frame = _frame(runs, iterations, [prompt.text for prompt in read])
+    images: dict[str, int] = {}
+    columns = _columns(frame, at, runs, grids, len(read), images)
+    positions = [{k: c[k] for k in ("at", "values", "frames")} for c in columns]
+    unseen = ", ".join(run.run for run in firsts if run not in monitored)
+    others = ", ".join(run.run for run in monitored if run not in comparable)
     apart = "because base model, image size or monitors differ from these runs'"
     several = any(len(at.arm(run.arm)) > 1 for run in runs)
-    fewer = len(runs) < len(comparable)
     said: list[tuple[object, str]] = [
-        (unseen, f"Not monitored (train.monitor_every): {', '.join(unseen)}."),
-        (others, f"Not shown, {apart}: {', '.join(others)}."),
-        (fewer, f"Shown are the first {len(runs)} of {len(comparable)} arms."),
+        (unseen, f"Not monitored (train.monitor_every): {unseen}."),
+        (others, f"Not shown, {apart}: {others}."),
+        (comparable[MOST_ARMS:], f"Shown are the first {len(runs)} of {len(comparable)} arms."),
         (several, "Of an arm with several seeds the first is shown."),
     ]
     for what, shown, there in (
-        ("prompts", len(gallery.prompts), gallery.monitored[0]),
-        ("samples of each prompt", gallery.samples, gallery.monitored[1]),
-        ("iterations", len(gallery.iterations), len(iterations)),
+        ("prompts", len(frame["prompts"]), len(read)),
+        ("samples of each prompt", frame["samples"], train.monitor_samples),
+        ("iterations", len(frame["iterations"]), len(iterations)),
     ):
         said.append((shown < there, f"Shown are {shown} of {there} monitored {what}."))
-    gallery.left_out = [text for holds, text in said if holds]
-    return gallery
-
-
-def _empty(
-    runs: Sequence[RunConfig], grids: Mapping[str, Grids], prompts: Sequence[str]
-) -> Gallery:
-    """What is shown, as far as a page bears it, still without images."""
-    train, width, height = runs[0].train, runs[0].model.width, runs[0].model.height
-    every = sorted({iteration for own in grids.values() for iteration in own})
-    small = max(width, height) <= SMALL
-    rows = min(len(prompts), MOST_PROMPTS)
-    most = (MOST_SMALL if small else MOST_LARGE) // (rows * len(runs))
-    samples = min(max(most // min(len(every), POSITIONS), 1), train.monitor_samples)
-    scale = max(1, ENLARGED // width) if small else min(1.0, THUMBNAIL / max(width, height))
-    rewards = list(dict.fromkeys(name for run in runs for name in run.train.rewards))
-    return Gallery(
-        iterations=_spread(every, max(most // samples, 2)),
-        prompts=list(prompts[:rows]),
-        samples=samples,
-        monitored=(len(prompts), train.monitor_samples),
-        rewards=rewards[:MOST_REWARDS],
-        width=round(width * scale),
-        height=round(height * scale),
-        small=small,
-    )
-
-
-def _fill(
-    gallery: Gallery,
-    at: Layout,
-    runs: Sequence[RunConfig],
-    grids: Mapping[str, Grids],
-    prompts: int,
-) -> None:
-    """Add the columns; ``prompts`` are those that were monitored."""
-    cutter = _Cutter(runs[0], prompts, gallery)
-    shown = {run.run: _shown(grids[run.run], gallery.iterations) for run in runs}
-    texts = _texts(at, shown, gallery.rewards)
-    first, start = runs[0].run, min(grids[runs[0].run])  # 0, before anything was trained
-    columns = [("base", "", first, [start])]
-    columns += [(run.run, run.method.name, run.run, shown[run.run]) for run in runs]
-    for name, method, source, iterations in columns:
-        cut = {i: cutter.cut(grids[source][i]) for i in dict.fromkeys(iterations)}
-        values = [texts[source][i] for i in iterations]
-        gallery.columns.append(
-            Column(name, method, iterations, values, [cut[i] for i in iterations])
-        )
-    gallery.images = list(cutter.images)
+    data = {"iterations": frame["iterations"], "images": list(images), "columns": positions}
+    left_out = [text for holds, text in said if holds]
+    return frame | {"columns": columns, "images": list(images), "left_out": left_out, "data": data}
 
 
 def grids_of(folder: Path) -> Grids:
-    """The monitors' images of a run by iteration; nothing where it was not monitored.
-
-    Raises:
-        UserError: if there is no such folder.
-    """
+    """The monitors' images of a run by iteration; nothing where it was not monitored."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; `{command((), folder)}` makes it")
     found = {path.stem.removeprefix("iteration-"): path for path in folder.glob("iteration-*.png")}
@@ -203,15 +90,38 @@ def grids_of(folder: Path) -> Grids:
 
 def _comparable(run: RunConfig) -> str:
     """Equal for runs whose monitors started from the same model and noise."""
-    monitors = {"monitor_prompts", "monitor_samples"}
     settings = {
         "model": run.model.model_dump(exclude=set(TUNED)),
         "schedule": run.schedule.model_dump(),
         "steps": run.evaluate.steps,
         "prompts": [run.prompts.heldout, run.prompts.column],
-        "monitors": run.train.model_dump(include=monitors),
+        "monitors": run.train.model_dump(include={"monitor_prompts", "monitor_samples"}),
     }
     return digest(settings)
+
+
+def _frame(
+    runs: Sequence[RunConfig], every: Sequence[int], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """What is shown of these iterations, as far as a page bears it: ``iterations``, the positions
+    of the slider; ``prompts`` and ``samples``; ``rewards``, and what their means are ``over``;
+    ``width`` and ``height`` of an image, kept pixel by pixel if ``small``."""
+    train, width, height = runs[0].train, runs[0].model.width, runs[0].model.height
+    small = max(width, height) <= SMALL
+    rows = min(len(prompts), MOST_PROMPTS)
+    most = (MOST_SMALL if small else MOST_LARGE) // (rows * len(runs))
+    samples = min(max(most // min(len(every), POSITIONS), 1), train.monitor_samples)
+    scale = max(1, ENLARGED // width) if small else min(1.0, THUMBNAIL / max(width, height))
+    return {
+        "iterations": _spread(every, max(most // samples, 2)),
+        "prompts": list(prompts[:rows]),
+        "samples": samples,
+        "over": counted(len(prompts), "monitored prompt", train.monitor_samples),
+        "rewards": list(dict.fromkeys(r for run in runs for r in run.train.rewards))[:MOST_REWARDS],
+        "width": round(width * scale),
+        "height": round(height * scale),
+        "small": small,
+    }
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:
@@ -222,41 +132,57 @@ def _spread(values: Sequence[int], count: int) -> list[int]:
     return [values[round(i * last / (count - 1))] for i in range(count)]
 
 
-def _shown(grids: Iterable[int], iterations: Iterable[int]) -> list[int]:
-    """The run's latest iteration at or before each of ``iterations``; its first where none is."""
-    own = sorted(grids)
-    return [max((i for i in own if i <= wanted), default=own[0]) for wanted in iterations]
+def _columns(
+    frame: Mapping[str, Any],
+    at: Layout,
+    runs: Sequence[RunConfig],
+    grids: Mapping[str, Grids],
+    monitored: int,
+    images: dict[str, int],
+) -> list[dict[str, Any]]:
+    """The base model, which has no method, and the runs: by position of the slider the iteration
+    shown, texts of the mean rewards, and by prompt and sample the indices of ``images``."""
+    shown = {run.run: [_latest(grids[run.run], i) for i in frame["iterations"]] for run in runs}
+    texts = _texts(at, shown, frame["rewards"])
+    base = runs[0].run
+    models = [("base", "", base, [min(grids[base])])]  # 0, before anything was trained
+    models += [(run.run, run.method.name, run.run, shown[run.run]) for run in runs]
+    columns = []
+    for name, method, source, own in models:
+        files = {i: grids[source][i] for i in own}
+        cut = {i: _cut(path, runs[0], monitored, frame, images) for i, path in files.items()}
+        values, frames = [texts[source][i] for i in own], [cut[i] for i in own]
+        column = {"name": name, "method": method, "at": own, "values": values, "frames": frames}
+        columns.append(column)
+    return columns
 
 
-class _Cutter:
-    """Cuts grids into the images that are shown; equal ones are kept once."""
+def _latest(grids: Grids, wanted: int) -> int:
+    """The latest iteration until ``wanted``, or the first."""
+    return max((i for i in grids if i <= wanted), default=min(grids))
 
-    def __init__(self, run: RunConfig, prompts: int, gallery: Gallery):
-        self.width, self.height, self.gallery = run.model.width, run.model.height, gallery
-        self.size = prompts * self.width, run.train.monitor_samples * self.height
-        self.images: dict[str, int] = {}
 
-    def cut(self, path: Path) -> list[list[int]]:
-        """Indices of a grid's images by prompt and sample.
+def _cut(
+    path: Path, run: RunConfig, monitored: int, frame: Mapping[str, Any], images: dict[str, int]
+) -> list[list[int]]:
+    """Indices of a grid's images by prompt and sample; new ones are added to ``images``."""
+    width, height = run.model.width, run.model.height
+    size = monitored * width, run.train.monitor_samples * height
+    grid = open_grid(path)
+    if grid.size != size:
+        raise UserError(
+            f"{path}: is {grid.width} x {grid.height} pixels, and the run's settings make "
+            f"{size[0]} x {size[1]}; delete it and run again"
+        )
 
-        Raises:
-            UserError: if it is damaged or of another size than the settings say.
-        """
-        grid = open_grid(path)
-        if grid.size != self.size:
-            raise UserError(
-                f"{path}: is {grid.width} x {grid.height} pixels, and the run's settings make "
-                f"{self.size[0]} x {self.size[1]}; delete it and run again"
-            )
-        rows, samples = range(len(self.gallery.prompts)), range(self.gallery.samples)
-        return [[self._index(grid, prompt, sample) for sample in samples] for prompt in rows]
-
-    def _index(self, grid: Image.Image, prompt: int, sample: int) -> int:
-        left, top = prompt * self.width, sample * self.height
-        tile = grid.crop((left, top, left + self.width, top + self.height))
-        small = self.gallery.small
+    def index(left: int, top: int) -> int:
+        tile = grid.crop((left, top, left + width, top + height))
+        small = frame["small"]
         uri = data_uri(tile, "PNG", optimize=True) if small else thumbnail(tile, THUMBNAIL)
-        return self.images.setdefault(uri, len(self.images))
+        return images.setdefault(uri, len(images))
+
+    rows, samples = range(len(frame["prompts"])), range(frame["samples"])
+    return [[index(row * width, sample * height) for sample in samples] for row in rows]
 
 
 def _texts(
@@ -264,16 +190,17 @@ def _texts(
 ) -> dict[str, dict[int, list[str]]]:
     """By run and iteration the mean monitored rewards as text: three digits of what a reward spans
     over all that is shown, a dash where there is none."""
-    found: dict[str, dict[tuple[int, str], float]] = {}
+    out: dict[str, dict[int, list[str]]] = {run: {i: [] for i in own} for run, own in shown.items()}
+    found: dict[tuple[str, int, str], float] = {}
     for run in shown:
         rows = read_table(at.run(run) / "metrics.parquet", TRAIN_METRICS).to_pylist()
-        found[run] = {(r["iteration"], r["metric"]): r["value"] for r in rows}
-    out: dict[str, dict[int, list[str]]] = {run: {i: [] for i in own} for run, own in shown.items()}
+        values = {(run, r["iteration"], r["metric"]): r["value"] for r in rows}
+        found |= {key: v for key, v in values.items() if v is not None and not math.isnan(v)}
     for reward in rewards:
         name = f"monitor/reward/{reward}"
-        values = {(run, i): found[run].get((i, name)) for run, own in out.items() for i in own}
-        finite = [v for v in values.values() if v is not None and v == v]
+        cells = {(run, i): found.get((run, i, name)) for run, own in out.items() for i in own}
+        finite = [v for v in cells.values() if v is not None]
         digits = decimals(min(finite), max(finite)) + 1 if finite else 0
-        for (run, i), v in values.items():
-            out[run][i].append("-" if v is None or v != v else f"{v:.{digits}f}")
+        for (run, i), v in cells.items():
+            out[run][i].append("-" if v is None else f"{v:.{digits}f}")
     return out

@@ -29,7 +29,7 @@ def open_grid(path: Path) -> Image.Image:
 
 
 def thumbnail(image: Image.Image, most: int) -> str:
-    """An image as WebP, at most so many pixels across or down."""
+    """An image as WebP, at most so many pixels across or down, as the source of an element."""
     small = image.copy()
     small.thumbnail((most, most), Image.Resampling.LANCZOS)
     return data_uri(small, "WEBP", quality=82)

@@ -5,9 +5,8 @@ are part of it. It works without the script, which only moves the gallery's slid
 
 ``results/index.html`` is the way in for everybody: with one page below it, its script leads there
 at once, but leaves those who come from that page's link to ``#list``; with several it lists them.
-It is no declared output of the workflow. Several studies share it, and a declared file would be out
-of date for each of them whenever another one had made it; so whoever makes a page writes it anew
-from the pages that are there. A lost one comes back with the next page.
+It is no declared output of the workflow, for several studies share it: whoever makes a page writes
+it anew from the pages that are there. A lost one comes back with the next page.
 """
 
 from __future__ import annotations
@@ -17,21 +16,12 @@ from collections.abc import Iterator, Mapping
 from datetime import date
 from html import unescape
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from egrpo import __version__
 from egrpo.config.models import FigureSpec, TableSpec
+from egrpo.page import parts
 from egrpo.page.gallery import make_gallery
-from egrpo.page.parts import (
-    Picture,
-    comparison,
-    picture,
-    plan_views,
-    result_view,
-    settings_rows,
-    verdict_views,
-)
 from egrpo.planning.trees import needs_plan
 from egrpo.report.provenance import versions
 from egrpo.report.render import render
@@ -53,73 +43,59 @@ META = re.compile(r'<meta name="([^"]*)" content="([^"]*)">')
 
 
 def make_page(
-    name: str,
-    at: Layout,
-    tables: Mapping[str, TableSpec],
-    figures: Mapping[str, FigureSpec],
+    name: str, at: Layout, tables: Mapping[str, TableSpec], figures: Mapping[str, FigureSpec]
 ) -> None:
-    """Write one page of a study, and the first page of the results folder.
-
-    Args:
-        name: one of :data:`egrpo.study.layout.PAGES`.
-        at: the runs that it tells of, and where their results lie.
-        tables, figures: what of the study stands on it beside the comparison.
+    """Write one page of a study, of :data:`egrpo.study.layout.PAGES`, and the first page of the
+    results folder. Beside the comparison of the runs these tables and figures stand on it.
 
     Raises:
         UserError: if a result is missing or damaged.
     """
-    write_text(at.page(name), render("page.html.j2", **_content(name, at, tables, figures)))
-    write_root(at.root.parent)
-
-
-def _content(
-    name: str, at: Layout, tables: Mapping[str, TableSpec], figures: Mapping[str, FigureSpec]
-) -> dict[str, Any]:
-    """What the template of a page is filled with."""
     table = at.table(PAGES[name])
     rows = read_rows(table)
-    groups = comparison(rows)
+    groups = parts.comparison(rows)
     left = dict(figures)
     lead = {kind: _lead(kind, name, at, left) for kind in ("entropy", "curves")}
     images = [spec.arms for spec in figures.values() if spec.kind == "images"]
     arms = images[0] if images else [run.arm for run in at.study.runs.values()]
-    return {
+    content = {
         "study": at.study.name,
         "name": name,
         "shown": SHOWN[name],
         "runs": at.study.runs,
         "date": date.fromtimestamp(table.stat().st_mtime),
-        "verdicts": verdict_views(groups, at),
+        "verdicts": parts.verdict_views(groups, at),
         "warnings": warning_lines(rows),
         "lead": lead,
-        "plans": plan_views(at),
+        "plans": parts.plan_views(at),
         "comparison": groups,
-        "tables": [result_view(key, spec, at) for key, spec in tables.items()],
-        "figures": [
-            (key, picture(at.figure(key).with_suffix(""), spec.kind, spec.caption))
-            for key, spec in left.items()
-        ],
+        "tables": [parts.result_view(key, spec, at) for key, spec in tables.items()],
+        "figures": [(key, _picture(key, spec, at)) for key, spec in left.items()],
         "gallery": make_gallery(at, list(dict.fromkeys(arms))),
-        "settings": settings_rows(at),
+        "settings": parts.settings_rows(at),
         "how_to_read": HOW_TO_READ,
         "cost_heads": list(COSTS.values()),
         "head": metadata_of(read_table(table, RESULTS)),
         "version": __version__,
         "versions": versions(),
     }
+    write_text(at.page(name), render("page.html.j2", **content))
+    write_root(at.root.parent)
 
 
-def _lead(kind: str, name: str, at: Layout, figures: dict[str, FigureSpec]) -> Picture | None:
+def _picture(key: str, spec: FigureSpec, at: Layout) -> parts.Picture:
+    return parts.picture(at.figure(key).with_suffix(""), spec.kind, spec.caption)
+
+
+def _lead(kind: str, name: str, at: Layout, figures: dict[str, FigureSpec]) -> parts.Picture | None:
     """The figure of the story: the study's first of its kind, which leaves ``figures``, or the one
     of the default runs, which the paper's runs may not be."""
-    for key, spec in figures.items():
-        if spec.kind == kind:
-            del figures[key]
-            return picture(at.figure(key).with_suffix(""), spec.kind, spec.caption)
+    for key in (key for key, spec in figures.items() if spec.kind == kind):
+        return _picture(key, figures.pop(key), at)
     stem = at.figures / kind
     wanted = kind == "curves" or any(needs_plan(run) for run in at.study.runs.values())
     there = name == "index" or (name == "everything" and stem.with_suffix(".png").exists())
-    return picture(stem, kind) if wanted and there else None
+    return parts.picture(stem, kind) if wanted and there else None
 
 
 # --- the first page of all studies ----------------------------------------------------------------

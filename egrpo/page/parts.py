@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from egrpo.config.models import TableSpec
 from egrpo.core.plan import Plan
@@ -13,9 +12,9 @@ from egrpo.errors import UserError, command
 from egrpo.page.images import open_grid, thumbnail, uri
 from egrpo.planning.plan import load_plan
 from egrpo.planning.trees import needs_plan
+from egrpo.report import text
 from egrpo.report.evaluations import MEASURED, Row, train_record
 from egrpo.report.provenance import facts
-from egrpo.report.text import by_run, counted, how_to_read, outcome, parts, readable, verdict
 from egrpo.store.tables import MERGE_PLAN, RESULTS, metadata_of, read_table
 from egrpo.study.layout import Layout
 
@@ -29,10 +28,11 @@ MEASURES = {
     "variance": "(std/a)²",
 }
 """Units of entropy in words."""
+MARKS = {"base": "base", "best": "Bold", "second": "underlined", "trained": "*"}
+"""Words of :func:`egrpo.report.text.how_to_read` where the page's style gives their look."""
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure: its data URI, what it shows, and whether it is drawn of lines alone."""
 
     uri: str
@@ -41,29 +41,21 @@ class Picture:
 
 
 def picture(stem: Path, kind: str, caption: str = "") -> Picture:
-    """The smaller of a figure's SVG and PNG; one with large images as WebP.
-
-    Args:
-        stem: path without ending.
-        kind: as in ``FigureSpec``.
-        caption: what it shows; empty where the template says it.
+    """The smaller of a figure's SVG and PNG, by its path without ending; one with large images as
+    WebP. ``kind`` as in ``FigureSpec``; without ``caption`` the template says what it shows.
 
     Raises:
         UserError: if there is neither.
     """
-    files = [path for ending in (".svg", ".png") if (path := stem.with_suffix(ending)).is_file()]
-    if not files:
-        wanted = f"{stem}.png"
-        raise UserError(f"{wanted}: no such figure; `{command((), wanted)}` makes it")
-    file = min(files, key=lambda path: path.stat().st_size)
     png, lines = stem.with_suffix(".png"), kind not in ("branches", "images")
+    files = [path for path in (stem.with_suffix(".svg"), png) if path.is_file()]
+    if not files:
+        raise UserError(f"{png}: no such figure; `{command((), png)}` makes it")
+    file = min(files, key=lambda path: path.stat().st_size)
     if file.stat().st_size > LARGE and png in files:
         return Picture(thumbnail(open_grid(png), WIDE), caption, lines)
     content = "image/svg+xml" if file.suffix == ".svg" else "image/png"
     return Picture(uri(file.read_bytes(), content), caption, lines)
-
-
-# --- against the base model -----------------------------------------------------------------------
 
 
 def comparison(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -79,10 +71,10 @@ def comparison(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
         if row["low"] is not None and whole > 0:
             ends = (row["low"], row["high"], row["difference"])
             bar = [round(50 + 48 * value / whole, 2) for value in ends]
-        result = "measured" if row["reward"] in MEASURED else outcome(row)
-        return {**row, "text": readable(row), "outcome": result, "bar": bar}
+        result = "measured" if row["reward"] in MEASURED else text.outcome(row)
+        return {**row, "text": text.readable(row), "outcome": result, "bar": bar}
 
-    return [(heading, [view(row) for row in part]) for heading, part in by_run(rows)]
+    return [(heading, [view(row) for row in part]) for heading, part in text.by_run(rows)]
 
 
 def verdict_views(groups: Sequence[tuple[str, list[Row]]], at: Layout) -> list[Row]:
@@ -91,43 +83,30 @@ def verdict_views(groups: Sequence[tuple[str, list[Row]]], at: Layout) -> list[R
     out = []
     for row in (row for _, part in groups for row in part if row["trained_on"]):
         samples = at.study.runs[row["run"]].evaluate.samples
-        over = counted((row["pairs"] + row["invalid"]) // samples, "held-out prompt", samples)
-        out.append({**row, "says": verdict(row), "over": over})
+        prompts = (row["pairs"] + row["invalid"]) // samples
+        over = text.counted(prompts, "held-out prompt", samples)
+        out.append({**row, "says": text.verdict(row), "over": over})
     return out
 
 
-# --- plans ----------------------------------------------------------------------------------------
-
-
 def plan_views(at: Layout) -> list[dict[str, Any]]:
-    """Each plan once, with the runs that have it.
-
-    Raises:
-        UserError: if a plan or its table is missing or damaged.
-    """
+    """Each plan once, with the arms that have it; a run whose arm has no other goes by its own
+    name. UserError if a plan or its table is missing or damaged."""
     runs: dict[Plan, list[str]] = {}
     for name, run in at.study.runs.items():
         if needs_plan(run):
             runs.setdefault(load_plan(at.run(name) / "plan.json"), []).append(name)
     views = []
     for plan, names in runs.items():
+        arms = {name: at.study.runs[name].arm for name in names}
+        named = [arm if len(at.arm(arm)) > 1 else name for name, arm in arms.items()]
         rows = read_table(at.run(names[0]) / "merge_plan.parquet", MERGE_PLAN).to_pylist()
         view = {name: getattr(plan, name) for name in ("steps", "threshold", "warnings")}
-        view |= {"names": _arms(names, at), "measure": MEASURES[plan.measure]}
+        view |= {"names": list(dict.fromkeys(named)), "measure": MEASURES[plan.measure]}
         view["rows"] = sorted(rows, key=lambda row: row["step"])
         view["samples"] = dict(zip(plan.active, plan.samples or (), strict=False))
         views.append(view)
     return views
-
-
-def _arms(runs: Sequence[str], at: Layout) -> list[str]:
-    """Arms of runs; a run whose arm has no other goes by its own name."""
-    arms = [at.study.runs[run].arm for run in runs]
-    named = [arm if len(at.arm(arm)) > 1 else run for arm, run in zip(arms, runs, strict=True)]
-    return list(dict.fromkeys(named))
-
-
-# --- tables ---------------------------------------------------------------------------------------
 
 
 def result_view(name: str, spec: TableSpec, at: Layout) -> dict[str, Any]:
@@ -139,27 +118,19 @@ def result_view(name: str, spec: TableSpec, at: Layout) -> dict[str, Any]:
     path = at.table(name)
     data = read_table(path, RESULTS)
     rows, head = data.to_pylist(), metadata_of(data)
-    words = {"base": "base", "best": "Bold", "second": "underlined", "trained": "*"}
     return {
         "name": name,
         "caption": spec.caption,
-        "how": how_to_read(rows, **words),
+        "how": text.how_to_read(rows, MARKS),
         "rewards": spec.rewards,
-        "parts": parts(path, spec, rows),
+        "parts": text.parts(path, spec, rows),
         "commit": head.get("git_commit", ""),
         "config_hash": head.get("config_hash", ""),
     }
 
 
-# --- settings -------------------------------------------------------------------------------------
-
-
 def settings_rows(at: Layout) -> list[dict[str, Any]]:
-    """``facts`` of each run, and in ``stopped`` what bound ended its training.
-
-    Raises:
-        UserError: if a run's ``train.json`` is missing or damaged.
-    """
+    """``facts`` of each run, and in ``stopped`` what bound ended its training."""
     rows = []
     for name, run in at.study.runs.items():
         train = train_record(at.run(name) / "train.json")

@@ -16,7 +16,7 @@ from egrpo.planning.grids import learning_rate
 from egrpo.report.evaluations import evaluations, train_record
 from egrpo.report.render import render
 from egrpo.store.files import write_text
-from egrpo.store.tables import SCORES, Table, git_commit, metadata_of, read_table
+from egrpo.store.tables import SCORES, git_commit, metadata_of, read_table
 from egrpo.study.layout import Layout
 from egrpo.study.sharing import shareable
 
@@ -39,23 +39,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def made_at(path: str | Path, table: Table) -> str:
-    """The commit that a table was written at, else the version.
-
-    Raises:
-        UserError: if the file is missing, damaged, or holds another table.
-    """
-    head = metadata_of(read_table(path, table))
+def scored_at(at: Layout, run: str) -> str:
+    """The commit that a run's scores were written at, else the version."""
+    head = metadata_of(read_table(at.run(run) / "scores.parquet", SCORES))
     return head.get("git_commit") or f"egrpo {head.get('egrpo_version', '?')}"
 
 
 def facts(run: RunConfig, train: Mapping[str, Any]) -> dict[str, str]:
-    """What matters of a run's settings, and what its training cost, by heading.
-
-    Args:
-        run: its settings.
-        train: its ``train.json``.
-    """
+    """What matters of a run's settings, and what its training (``train.json``) cost, by heading."""
     weights, model, memory = run.train.rewards, run.model, train.get("peak_memory_mib")
     wanted = "" if train["iterations"] == run.train.iterations else f" of {run.train.iterations}"
     return {
@@ -75,17 +66,14 @@ def facts(run: RunConfig, train: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write_about(at: Layout, output: str | Path) -> None:
-    """Write one HTML page: versions, runs with their commits, and all their settings.
-
-    Raises:
-        UserError: if a result of a run is missing or damaged.
-    """
-    rows, settings = [], dict[str, str]()
+    """Write one HTML page: versions, runs with their commits, and all settings of each arm."""
+    rows, settings, arms = [], {}, set()
     for name, run in at.study.runs.items():
         row = facts(run, train_record(at.run(name) / "train.json"))
-        rows.append({**row, "scored at": made_at(at.run(name) / "scores.parquet", SCORES)})
-        if run.arm not in {at.study.runs[shown].arm for shown in settings}:
+        rows.append({**row, "scored at": scored_at(at, name)})
+        if run.arm not in arms:
             settings[name] = yaml_of(shareable(run)[0])
+        arms.add(run.arm)
     title = f"Study {at.study.name}: versions and settings"
     page = render("about.html.j2", title=title, versions=versions(), runs=rows, settings=settings)
     write_text(output, page)

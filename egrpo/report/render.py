@@ -24,6 +24,11 @@ def escaped(text: str) -> str:
     return PUNCTUATION.sub(r"\\\1", " ".join(text.split()))
 
 
+def line(text: str) -> str:
+    """Text as one line that may stand in a pipe table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def pipes(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
     """Lines of a pipe table in Markdown; numbers stand right of the first ``left`` columns."""
     ruler = "|" + "---|" * left + "--:|" * (len(head) - left)
@@ -41,7 +46,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["escaped"] = escaped
+    environment.filters |= {"escaped": escaped, "line": line}
     return environment
 
 
@@ -53,28 +58,17 @@ def render(template: str, **values: Any) -> str:
     return _templates().get_template(template).render(**values)
 
 
-def html_of(markdown: str) -> Markup:
-    """CommonMark with pipe tables as HTML; of tags in it only ``<u>`` stays, our tables use it."""
-    made = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    for tag in ("<u>", "</u>"):
-        made = made.replace(tag.replace("<", "&lt;").replace(">", "&gt;"), tag)
-    return Markup(made)
-
-
-def html_page(markdown: str) -> str:
-    """A whole page; its title is the first heading.
-
-    Snakemake's report and MLflow show HTML where they would only offer Markdown for download.
-    """
-    title = next((ln.lstrip("# ") for ln in markdown.splitlines() if ln.startswith("#")), "")
-    return render("document.html.j2", title=title, body=html_of(markdown))
-
-
 def write_texts(
     path: str | Path, table: Table, rows: Sequence[Mapping[str, Any]], text: str
 ) -> None:
-    """Beside a table's Parquet file: its rows as CSV, and what people read as Markdown and HTML."""
-    target = Path(path)
-    write_text(target.with_suffix(".csv"), csv_text(table, rows))
-    write_text(target.with_suffix(".md"), text)
-    write_text(target.with_suffix(".html"), html_page(text))
+    """Beside a table's Parquet file: its rows as CSV, and what people read as Markdown and HTML.
+
+    Snakemake's report and MLflow show HTML where they would only offer Markdown for download. Of
+    tags in the Markdown only ``<u>`` stays, which our tables use.
+    """
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = re.sub(r"&lt;(/?u)&gt;", r"<\1>", body)
+    title = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
+    page = render("document.html.j2", title=title, body=Markup(body))
+    for ending, content in ((".csv", csv_text(table, rows)), (".md", text), (".html", page)):
+        write_text(Path(path).with_suffix(ending), content)

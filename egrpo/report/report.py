@@ -18,17 +18,7 @@ OPEN_UI = "Curves, images and settings of every run: `make ui` opens MLflow."
 
 
 def short_table(comparison: str | Path) -> str:
-    """The comparison as plain aligned text, followed by its verdicts and warnings.
-
-    Args:
-        comparison: ``comparison.parquet``.
-
-    Returns:
-        Text that ends with a line break.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
+    """``comparison.parquet`` as plain aligned lines, followed by its verdicts and warnings."""
     rows = read_rows(comparison)
     widths = _widths(rows)
 
@@ -43,25 +33,26 @@ def short_table(comparison: str | Path) -> str:
 
 
 def print_report(comparison: str | Path, console: Console | None = None) -> None:
-    """Print the comparison: rich tables on a terminal, :func:`short_table` elsewhere.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
+    """Print the comparison: rich tables on a terminal, :func:`short_table` elsewhere."""
     console = console or Console()
     if not console.is_terminal:
         console.file.write(short_table(comparison))
         return
     rows = read_rows(comparison)
-    look = {"title_justify": "left", "title_style": "bold", "padding": (0, 1, 0, 0)}
     for heading, part in by_run(rows):
-        table = Table(title=Text(heading), box=SIMPLE_HEAD, **look)  # type: ignore[arg-type]
+        table = Table(
+            title=Text(heading),
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         for name, width in zip(HEADER, _widths(rows), strict=True):
             left = name == HEADER[0]
             table.add_column(name, justify="left" if left else "right", min_width=width)
         for row in part:
             style = "bold" if row["trained_on"] else "dim" if row["reward"] in MEASURED else ""
-            table.add_row(*(Text(cell) for cell in cells(row)), style=style)
+            table.add_row(*map(Text, cells(row)), style=style)
         console.print(table)
     for line in filter(None, _said(rows)):
         console.print(Text(line))
@@ -72,5 +63,4 @@ def _said(rows: Sequence[Row]) -> list[str]:
 
 
 def _widths(rows: Sequence[Row]) -> list[int]:
-    columns = zip(HEADER, *map(cells, rows), strict=True)
-    return [max(map(len, column)) for column in columns]
+    return [max(map(len, column)) for column in zip(HEADER, *map(cells, rows), strict=True)]

@@ -4,8 +4,7 @@ A row is one reward of one run (the comparisons) or of one arm, trained once per
 training or at equal network evaluations (the tables of a study). An image counts where it and the
 base model's image of the same prompt and noise have a score: mean, base and difference are over the
 same pairs. Intervals are over seeds and prompts (:mod:`egrpo.core.intervals`); of one run over
-prompts alone. The best and the second of a section are marked only where paired differences support
-it (:func:`marks`). Every reward is better when higher.
+prompts alone. Every reward is better when higher.
 """
 
 from __future__ import annotations
@@ -25,23 +24,14 @@ from egrpo.config.keys import digest, run_key
 from egrpo.config.models import RunConfig, TableSpec
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
-from egrpo.report.evaluations import (
-    MEASURED,
-    Row,
-    Scores,
-    evaluations,
-    measured,
-    read_scores,
-    same_keys,
-    scores_of,
-    train_record,
-)
-from egrpo.report.provenance import made_at
+from egrpo.report import evaluations as inputs
+from egrpo.report.evaluations import MEASURED, Row, Scores
+from egrpo.report.provenance import scored_at
 from egrpo.report.render import write_texts
 from egrpo.report.text import COSTS, comparison_text, table_text
-from egrpo.store.tables import RESULTS, SCORES, SNAPSHOTS, read_table, write_table
+from egrpo.store.tables import RESULTS, SNAPSHOTS, read_table, write_table
 from egrpo.study.layout import Layout
-from egrpo.study.targets import BASE, check_table
+from egrpo.study.targets import BASE
 from egrpo.train.warnings import warnings_in
 
 LEVEL = 0.95
@@ -51,13 +41,8 @@ Cells = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Model:
-    """Scores of one model and what its training cost, nothing for the base model.
-
-    Attributes:
-        path: file of the scores, for messages.
-        costs: of training until these weights, by the names of COSTS; peak memory is that of the
-            whole training.
-    """
+    """Scores of one model, their file, and by COSTS what training until these weights cost, but
+    peak memory of the whole training; nothing for the base model."""
 
     path: Path
     scores: Scores
@@ -66,10 +51,6 @@ class Model:
 
 def make_comparison(at: Layout, output: str | Path) -> None:
     """Write runs against their base model as Parquet, and CSV, Markdown and HTML beside it.
-
-    Args:
-        at: the runs, in the order of CSV and Markdown, and where their results lie.
-        output: the Parquet file; its folder is made if missing.
 
     Raises:
         UserError: if a file is missing or damaged, or if trained and base results are not of the
@@ -98,8 +79,7 @@ def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
 def _origin(runs: Iterable[str], at: Layout) -> dict[str, str]:
     """Where numbers come from: digest of the settings, and a sentence for the end of a table."""
     known = {run: run_key(at.study.runs[run]) for run in runs}
-    commits = sorted({made_at(at.run(run) / "scores.parquet", SCORES) for run in known})
-    key = digest(known)
+    commits, key = sorted({scored_at(at, run) for run in known}), digest(known)
     text = f"Study {at.study.name}, scored at {', '.join(commits)}, settings {key}."
     return {"config_hash": key, "origin": text}
 
@@ -114,19 +94,17 @@ def _write(path: Path, rows: Sequence[Row], text: str, metadata: Mapping[str, st
 
 def compare_run(run: str, at: Layout) -> list[Row]:
     """Rows of one run without ``table``: trained rewards, other rewards, then what is measured."""
-    config, folder, base_folder = at.study.runs[run], at.run(run), at.base(run)
-    base = Model(base_folder / "scores.parquet", read_scores(base_folder / "scores.parquet"))
-    model = _at_end(run, at)
+    config, base, model = at.study.runs[run], _base(run, at), _at_end(run, at)
     if set(base.scores) != set(model.scores):
         raise UserError(
             f"{model.path}: rewards {', '.join(sorted(model.scores))}, but {base.path} has "
             f"{', '.join(sorted(base.scores))}; evaluate both again with the same rewards"
         )
-    before, after = measured(base_folder / "images.parquet", folder / "images.parquet")
-    base.scores.update({name: found for name, found in before.items() if found})
-    model.scores.update({name: found for name, found in after.items() if found})
+    images = [side.path.with_name("images.parquet") for side in (base, model)]
+    for side, scores in zip((base, model), inputs.measured(*images), strict=True):
+        side.scores.update({name: found for name, found in scores.items() if found})
     on = config.train.rewards
-    wrong = warnings_in(folder / "metrics.parquet", config).values()
+    wrong = warnings_in(at.run(run) / "metrics.parquet", config).values()
     head = {"section": "", "run": run, "at": "end", "mark": None}
     head["warnings"] = "; ".join(wrong) or None
     order = sorted(model.scores, key=lambda name: (name in MEASURED, name not in on, name))
@@ -139,33 +117,22 @@ def compare_run(run: str, at: Layout) -> list[Row]:
 def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:
     """Rows of one table: by time of the comparison, section, arm (the base first) and reward.
 
-    Args:
-        name: of the table, for messages and the rows.
-        spec: its sections, rewards and equal evaluations.
-        at: the study and where its results lie.
-
     Raises:
-        UserError: one line, for an arm or reward that the study lacks, a missing or damaged file,
-            weights not kept at ``spec.evaluations``, or scores of different prompts.
+        UserError: for a missing or damaged file, weights not kept at ``spec.evaluations``, or
+            scores of different prompts.
     """
-    check_table(name, spec, at.study.runs)
-    ends = {arm: {run: _at_end(run, at) for run in at.arm(arm)} for arm in spec.arms}
-    times = {"end": ends}
+    times = {"end": {arm: {run: _at_end(run, at) for run in at.arm(arm)} for arm in spec.arms}}
     if spec.evaluations is not None:
         budget = int(spec.evaluations)
         times["evaluations"] = {
             arm: {run: _at_budget(name, budget, at.run(run), end) for run, end in models.items()}
-            for arm, models in ends.items()
+            for arm, models in times["end"].items()
         }
-    paths = {
-        heading: at.base(at.arm(arms[0])[0]) / "scores.parquet"
-        for heading, arms in spec.sections.items()
-    }
-    bases = {path: Model(path, read_scores(path)) for path in paths.values()}
+    bases = {heading: _base(at.arm(arms[0])[0], at) for heading, arms in spec.sections.items()}
     rows = []
     for when, trained in times.items():
-        for heading, path in paths.items():
-            arms = {BASE: [bases[path]]}
+        for heading, base in bases.items():
+            arms = {BASE: [base]}
             arms |= {arm: list(trained[arm].values()) for arm in spec.sections[heading]}
             head = {"table": name, "section": heading, "at": when, "run": "", "warnings": None}
             rows += [head | row for row in _section(arms, spec.rewards, at)]
@@ -190,15 +157,15 @@ def _section(arms: Mapping[str, Sequence[Model]], rewards: Sequence[str], at: La
 
 def _arm_row(arm: str, config: RunConfig | None, models: Sequence[Model], reward: str) -> Row:
     """What was trained on what, and what that cost."""
-    costs = {key: [m.costs[key] for m in models if m.costs.get(key) is not None] for key in COSTS}
+    costs = {key: [v for m in models if (v := m.costs.get(key)) is not None] for key in COSTS}
     peaks = costs.pop("peak_memory_mib")
     return {
         "arm": arm,
         "method": config.method.name if config else "",
         "reward": reward,
         "trained_on": config is not None and reward in config.train.rewards,
-        **{key: math.fsum(v) / len(v) if v else None for key, v in costs.items()},  # type: ignore[arg-type]
-        "peak_memory_mib": max(peaks, default=None),  # type: ignore[type-var]
+        **{key: math.fsum(v) / len(v) if v else None for key, v in costs.items()},
+        "peak_memory_mib": max(peaks, default=None),
     }
 
 
@@ -207,29 +174,26 @@ def _numbers(models: Sequence[Model], base: Model, reward: str) -> tuple[Row, Ce
     seeds = [_by_prompt(model, base, reward) for model in models]
     before, after, change, valid = np.stack(seeds, axis=1)
     own, gain = (crossed_interval(cells, level=LEVEL) for cells in (after, change))
-    used = int(valid[:, np.isfinite(after).all(axis=0)].sum())
     numbers = {
         "base": crossed_interval(before).mean,
         **{"mean": own.mean, "mean_low": own.low, "mean_high": own.high},
         **{"difference": gain.mean, "low": gain.low, "high": gain.high},
     }
     row: dict[str, Any] = {k: None if math.isnan(v) else v for k, v in numbers.items()}
+    used = int(valid[:, np.isfinite(after).all(axis=0)].sum())
     count = len(models) * len(base.scores[reward])
     return row | {"seeds": own.seeds, "pairs": used, "invalid": count - used}, after
 
 
 def _by_prompt(model: Model, base: Model, reward: str) -> Cells:
-    """Of each prompt the means of base, model and their difference, and of how many pairs they are.
-
-    Returns:
-        [4, prompts]; the means are NaN without a pair of two scores.
-    """
+    """Of each prompt the means of base, model and their difference, NaN without a pair of two
+    scores, and of how many pairs they are, [4, prompts]."""
     for side in (base, model):
         if reward not in side.scores:
             raise UserError(f"{side.path}: has no reward {reward!r}; delete it and evaluate again")
     before, after = base.scores[reward], model.scores[reward]
     pairs: dict[int, list[tuple[float, float, float]]] = {}
-    for key in same_keys(before, after, base.path, model.path):
+    for key in inputs.same_keys(before, after, base.path, model.path):
         found = pairs.setdefault(key[0], [])
         if math.isfinite(before[key]) and math.isfinite(after[key]):
             found.append((before[key], after[key], after[key] - before[key]))
@@ -245,26 +209,17 @@ def _by_prompt(model: Model, base: Model, reward: str) -> Cells:
 def marks(cells: Mapping[str, Cells], level: float = LEVEL) -> dict[str, str]:
     """Which arms are ``best`` or ``second`` as far as the data show it.
 
-    ``best`` is an arm that is shown to be better than every other one, ``second`` an arm that is
-    shown to be better than every other but one. If the first two cannot be told apart but stand
-    above the rest, both are ``second`` and none is ``best``. Of two arms none is ``second``.
-
-    Better is shown by an interval of the difference above 0
-    (:func:`egrpo.core.intervals.difference_interval`), at a level that Bonferroni's correction
-    raises to ``1 - (1 - level) / (arms - 1)``. A wrong ``best`` has beaten the truly best arm in
-    one of ``arms - 1`` comparisons, so its chance is at most ``1 - level`` as far as the intervals
-    keep theirs, and so is that of a wrong ``second``. Simulated with 3 seeds: at most 3% in
+    ``best`` is shown to be better than every other arm, ``second`` than every other but one; two
+    that cannot be told apart but stand above the rest are both ``second``, and of two arms none is.
+    Shown is what an interval of the difference above 0 shows, at a level that Bonferroni's
+    correction raises to ``1 - (1 - level) / (arms - 1)``: a wrong ``best`` has beaten the truly
+    best arm in one of ``arms - 1`` comparisons, so its chance is at most ``1 - level`` as far as
+    the intervals keep theirs, and so is a wrong ``second``'s. Simulated with 3 seeds: at most 3% in
     sections of six rows, 6% where one arm faces the base model alone.
 
-    Args:
-        cells: by arm, [seeds, prompts] with the same prompts; NaN without a valid score. An arm
-            whose interval has no mean takes no part.
-        level: of the whole section, in (0, 1).
-
-    Returns:
-        Mark by arm. None where an arm but the base model was trained once: how much another seed
-        would differ is not known, and two arms that are equal in expectation would get a ``best``
-        in up to 71% of such tables.
+    ``cells`` by arm, [seeds, prompts], are of the same prompts; an arm whose interval has no mean
+    takes no part. No marks where an arm but the base model was trained once: how much another seed
+    would differ is not known, and two equal arms would get a ``best`` in up to 71% of tables.
     """
     if any(len(c) == 1 for arm, c in cells.items() if arm != BASE):
         return {}
@@ -284,13 +239,17 @@ def marks(cells: Mapping[str, Cells], level: float = LEVEL) -> dict[str, str]:
 # --- reading --------------------------------------------------------------------------------------
 
 
+def _base(run: str, at: Layout) -> Model:
+    """The base model that a run is compared with."""
+    path = at.base(run) / "scores.parquet"
+    return Model(path, inputs.read_scores(path))
+
+
 def _at_end(run: str, at: Layout) -> Model:
     """The model at the end of its training."""
-    folder = at.run(run)
-    train = train_record(folder / "train.json")
-    costs = {key: train.get(key) for key in COSTS} | {"nfe": evaluations(train)}
-    path = folder / "scores.parquet"
-    return Model(path, read_scores(path), costs)
+    path, train = at.run(run) / "scores.parquet", inputs.train_record(at.run(run) / "train.json")
+    costs = {key: train.get(key) for key in COSTS} | {"nfe": inputs.evaluations(train)}
+    return Model(path, inputs.read_scores(path), costs)
 
 
 def _at_budget(name: str, budget: int, folder: Path, end: Model) -> Model:
@@ -309,4 +268,4 @@ def _at_budget(name: str, budget: int, folder: Path, end: Model) -> Model:
             f"{path}: {budget} evaluations stand for different weights; delete it and run again"
         )
     costs = dict(zip(COSTS, spent.pop(), strict=False))
-    return Model(path, scores_of(rows, path), {**end.costs, **costs})
+    return Model(path, inputs.scores_of(rows, path), {**end.costs, **costs})

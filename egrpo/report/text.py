@@ -14,7 +14,7 @@ from typing import Any
 from egrpo.config.models import TableSpec
 from egrpo.errors import UserError
 from egrpo.report.evaluations import MEASURED, Row
-from egrpo.report.render import escaped, pipes
+from egrpo.report.render import render
 from egrpo.store.tables import RESULTS, read_table
 from egrpo.study.targets import BASE
 
@@ -50,12 +50,11 @@ def decimals(low: float | None, high: float | None) -> int:
 
 
 def readable(row: Row) -> dict[str, str]:
-    """Text of a row's numbers.
+    """Text of a row's numbers, a dash where one is missing.
 
-    Returns:
-        ``base``, ``mean``, ``difference`` and its ``interval``, by the width of that interval;
-        ``own`` and ``own_interval``, the mean and its interval by the latter's width; what training
-        cost by the names of COSTS. A dash where a number is missing; ``own_interval`` is empty.
+    ``base``, ``mean``, ``difference`` and its ``interval``, by the width of that interval; ``own``
+    and ``own_interval`` (may be empty), the mean and its interval by the latter's width; what
+    training cost by the names of COSTS.
     """
     digits, own = decimals(row["low"], row["high"]), decimals(row["mean_low"], row["mean_high"])
     return {
@@ -79,32 +78,27 @@ def _interval(low: float | None, high: float | None, digits: int, sign: str = ""
 
 def counted(prompts: int, what: str, samples: int) -> str:
     """Prompts and samples in words."""
-    return (
-        f"{prompts} {what}{'' if prompts == 1 else 's'}, "
-        f"{samples} sample{'' if samples == 1 else 's'} each"
-    )
+    several = ["" if number == 1 else "s" for number in (prompts, samples)]
+    return f"{prompts} {what}{several[0]}, {samples} sample{several[1]} each"
 
 
 # --- runs against their base model ----------------------------------------------------------------
 
 
 def read_rows(comparison: str | Path) -> list[Row]:
-    """Rows of a comparison in the order of :func:`in_order`.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
+    """Rows of a comparison in the order of :func:`in_order`; UserError if the file is none."""
     return in_order(read_table(comparison, RESULTS).to_pylist())
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """By run: trained rewards first, then the others, then what images measure."""
-    order = list(dict.fromkeys(row["run"] for row in rows))
-    place = [
-        (order.index(row["run"]), row["reward"] in MEASURED, not row["trained_on"], row["reward"])
-        for row in rows
-    ]
-    return [row for _, row in sorted(zip(place, rows, strict=True), key=lambda pair: pair[0])]
+    place = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
+
+    def order(row: Row) -> tuple[int, bool, bool, str]:
+        name = row["reward"]
+        return place[row["run"]], name in MEASURED, not row["trained_on"], name
+
+    return sorted(rows, key=order)
 
 
 def by_run(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -126,8 +120,15 @@ def cells(row: Row) -> tuple[str, ...]:
     return name, t["base"], t["mean"], t["difference"], t["interval"]
 
 
+VERDICTS = {
+    "better": "lies above 0: better than the base model.",
+    "worse": "lies below 0: worse than the base model.",
+    "open": "contains 0: no difference from the base is shown.",
+}
+
+
 def outcome(row: Row) -> str:
-    """``better``, ``worse`` or ``open``: which side of 0 the interval of a difference lies on."""
+    """Which side of 0 the interval of a difference lies on, as a key of VERDICTS."""
     low, high = row["low"], row["high"]
     if low is None or low <= 0 <= high:
         return "open"
@@ -135,18 +136,10 @@ def outcome(row: Row) -> str:
 
 
 def verdict(row: Row) -> str:
-    """On which side of 0 the interval of a row lies, in words."""
-    if row["low"] is None:
-        text = "has no interval (fewer than two prompts with valid scores)."
-    else:
-        text = (
-            f"95% interval over prompts {readable(row)['interval']} "
-            + {
-                "better": "lies above 0: better than the base model.",
-                "worse": "lies below 0: worse than the base model.",
-                "open": "contains 0: no difference from the base is shown.",
-            }[outcome(row)]
-        )
+    """The same in words."""
+    text = "has no interval (fewer than two prompts with valid scores)."
+    if row["low"] is not None:
+        text = f"95% interval over prompts {readable(row)['interval']} {VERDICTS[outcome(row)]}"
     left = f" {row['invalid']} pairs without a score are left out." if row["invalid"] else ""
     return text + left
 
@@ -164,19 +157,14 @@ def warning_lines(rows: Iterable[Row]) -> list[str]:
 
 def comparison_text(rows: Sequence[Row], origin: str) -> str:
     """A comparison of runs in Markdown, a row each reward; ``origin`` is its last sentence."""
-    lines = ["# Trained runs against their base model", "", HOW_TO_READ, ""]
-    if warned := [f"- {escaped(line)}" for line in warning_lines(rows)]:
-        lines += [*warned, ""]
-    table = []
-    for row in rows:
-        reward, t = _line(row["reward"]), readable(row)
-        reward = f"**{reward}**" if row["trained_on"] else reward
-        counts = str(row["pairs"]), str(row["invalid"])
-        shown = [t[key] for key in ("base", "mean", "difference", "interval")]
-        spent = [t[key] for key in ("iterations", "nfe", "seconds")]
-        table.append([row["run"], row["method"], reward, *shown, *counts, *spent])
-    head = ["run", "method", *HEADER, "pairs", "failed", *list(COSTS.values())[:3]]
-    return "\n".join([*lines, *pipes(head, table, left=3), "", origin]) + "\n"
+    return render(
+        "comparison.md.j2",
+        how_to_read=HOW_TO_READ,
+        warnings=warning_lines(rows),
+        header=HEADER,
+        rows=[row | {"text": readable(row)} for row in rows],
+        origin=origin,
+    )
 
 
 # --- tables of a study ----------------------------------------------------------------------------
@@ -184,19 +172,16 @@ def comparison_text(rows: Sequence[Row], origin: str) -> str:
 
 def table_text(name: str, spec: TableSpec, rows: Sequence[Row], origin: str) -> str:
     """A table of a study in Markdown, below its caption; ``origin`` is its last sentence."""
-    lines = [f"# {name}", "", _line(spec.caption), "", how_to_read(rows)]
-    heads = ["arm", "method", *map(_line, spec.rewards), *COSTS.values()]
-    for part in parts(name, spec, rows):
-        lines += ["", f"## {part['title']}"]
-        lines += ["", part["note"]] if part["note"] else []
-        for section in part["sections"]:
-            body = [
-                [arm["arm"], arm["method"] or "-", *map(_cell, arm["cells"]), *arm["costs"]]
-                for arm in section["arms"]
-            ]
-            lines += ["", f"### {_line(section['heading'])}", "", *pipes(heads, body, left=2)]
-            lines += ["", _line(section["failures"])] if section["failures"] else []
-    return "\n".join([*lines, "", origin]) + "\n"
+    return render(
+        "table.md.j2",
+        name=name,
+        spec=spec,
+        how_to_read=how_to_read(rows),
+        parts=parts(name, spec, rows),
+        cost_heads=list(COSTS.values()),
+        marks={"best": "**%s**", "second": "<u>%s</u>", None: "%s"},
+        origin=origin,
+    )
 
 
 def parts(source: str | Path, spec: TableSpec, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -207,17 +192,19 @@ def parts(source: str | Path, spec: TableSpec, rows: Sequence[Row]) -> list[dict
     Raises:
         UserError: naming ``source`` if an arm or reward is missing.
     """
-    out: list[dict[str, Any]] = [{"title": "At the end of training", "note": "", "at": "end"}]
+    times = [("end", "At the end of training", "")]
     if spec.evaluations is not None:
-        title = f"At equal network evaluations ({spec.evaluations:,})"
+        budget = f"{spec.evaluations:,}"
         note = (
-            f"The last weights within {spec.evaluations:,} network evaluations of training; "
+            f"The last weights within {budget} network evaluations of training; "
             "an arm whose training ended before shows its own, smaller cost."
         )
-        out.append({"title": title, "note": note, "at": "evaluations"})
-    for part in out:
-        own = [row for row in rows if row["at"] == part["at"]]
-        part["sections"] = [_section(source, h, spec, own) for h in spec.sections]
+        times.append(("evaluations", f"At equal network evaluations ({budget})", note))
+    out = []
+    for at, title, note in times:
+        own = [row for row in rows if row["at"] == at]
+        sections = [_section(source, heading, spec, own) for heading in spec.sections]
+        out.append({"title": title, "note": note, "sections": sections})
     return out
 
 
@@ -228,10 +215,10 @@ def _section(
     found = {(row["arm"], row["reward"]): row | {"text": readable(row)} for row in rows}
     arms = []
     for arm in (BASE, *spec.sections[heading]):
-        lacking = [reward for reward in spec.rewards if (arm, reward) not in found]
-        if lacking:
-            what = f"section {heading!r} has no {lacking[0]} of {arm}"
-            raise UserError(f"{source}: {what}; delete it and run again")
+        for reward in spec.rewards:
+            if (arm, reward) not in found:
+                what = f"section {heading!r} has no {reward} of {arm}"
+                raise UserError(f"{source}: {what}; delete it and run again")
         own = [found[arm, reward] for reward in spec.rewards]
         costs = [own[0]["text"][key] for key in COSTS]
         arms.append({"arm": arm, "method": own[0]["method"], "cells": own, "costs": costs})
@@ -240,53 +227,16 @@ def _section(
     return {"heading": heading, "arms": arms, "failures": said}
 
 
-def how_to_read(
-    rows: Sequence[Row],
-    *,
-    base: str = f"`{BASE}`",
-    best: str = "**Bold**",
-    second: str = "<u>underlined</u>",
-    trained: str = "\\*",
-) -> str:
-    """What a reader must know; the words in the look of what they stand for."""
-    counts = sorted({row["seeds"] for row in rows if row["arm"] != BASE})
-    number = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    over, marked = (
-        "training seeds and held-out prompts",
-        (
-            f"{best}: shown to be better than every other row of its section; {second}: than every "
-            "other row but one (differences paired by prompt, 95% for all rows together, "
-            "Bonferroni). Without a mark, the data do not show it. "
-        ),
-    )
-    seeds = f"Training seeds of an arm: {number}."
-    if counts[-1] == 1:
-        over, marked = "held-out prompts", ""
-        seeds = (
-            "Each arm was trained once: intervals hold for these trained models; how much another "
-            "training seed would differ is not known, so no arm is marked."
-        )
-    elif counts[0] == 1:
-        seeds += (
-            " Where it is 1, the interval covers other prompts, not other seeds, and the "
-            "section has no marks."
-        )
-    return (
-        f"Mean reward over {over}, higher is better; in brackets its 95% interval over {over}. "
-        f"{seeds} {base} is the untrained model. {marked}"
-        "Rows share their prompts: a difference may be clear where intervals overlap. "
-        f"{trained}: the arm was trained on this reward. Iterations, network evaluations and "
-        "seconds of training are means over seeds, peak memory is the largest."
-    )
+MARKDOWN = {
+    "base": f"`{BASE}`",
+    "best": "**Bold**",
+    "second": "<u>underlined</u>",
+    "trained": "\\*",
+}
 
 
-def _cell(row: Mapping[str, Any]) -> str:
-    """``mean [low, high]`` with its marks."""
-    text = row["text"]
-    mean = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[row["mark"]].format(text["own"])
-    return f"{mean} {text['own_interval']}".rstrip() + ("\\*" if row["trained_on"] else "")
-
-
-def _line(text: str) -> str:
-    """Text as one line that may stand in a pipe table."""
-    return " ".join(text.split()).replace("|", "\\|")
+def how_to_read(rows: Sequence[Row], look: Mapping[str, str] = MARKDOWN) -> str:
+    """What a reader must know; ``look`` holds its words in the look of what they stand for."""
+    seeds = [row["seeds"] for row in rows if row["arm"] != BASE]
+    text = render("how_to_read.txt.j2", least=min(seeds), most=max(seeds), **look)
+    return " ".join(text.split())
