@@ -16,7 +16,8 @@ import yaml
 from mlflow_pages import CHROMIUM, chromium
 
 from egrpo.config.load import Row, overlay, read_yaml
-from egrpo.config.models import RunConfig, StudyConfig
+from egrpo.config.models import RunConfig
+from egrpo.config.study import StudyConfig
 from egrpo.core.rollout import Rollout, TrainBatch
 from egrpo.core.tree import Tree
 from egrpo.models.conditioning import Embeddings

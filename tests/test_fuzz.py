@@ -24,7 +24,8 @@ from pydantic.fields import FieldInfo
 from docs.generate.settings import section
 from egrpo.cli import main
 from egrpo.config.load import load_run, numbers
-from egrpo.config.models import RunConfig, StudyConfig
+from egrpo.config.models import RunConfig
+from egrpo.config.study import StudyConfig
 from egrpo.errors import UserError
 from egrpo.methods import METHOD_MODELS
 from egrpo.planning.trees import check_trees

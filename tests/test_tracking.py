@@ -42,7 +42,8 @@ from tracked import (
 
 from egrpo.config.keys import tracking_key
 from egrpo.config.load import Row, load_run
-from egrpo.config.models import Model, RunConfig, Tracking
+from egrpo.config.measuring import Tracking
+from egrpo.config.models import Model, RunConfig
 from egrpo.config.rewards import Custom, Remote, Verifier
 from egrpo.errors import UserError
 from egrpo.ops import doctor

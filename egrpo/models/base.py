@@ -119,11 +119,7 @@ class FlowModel(ABC):
         if not local and not is_hub_id(source):
             raise UserError(f"model.path: {source}: no such folder, and not a hub id (owner/name)")
         cls = getattr(diffusers, class_name)
-        where = {
-            "subfolder": part,
-            "revision": self.settings.revision,
-            "local_files_only": local,
-        }
+        where = {"subfolder": part, "revision": self.settings.revision, "local_files_only": local}
         try:
             self._check_class(cls.load_config(source, **where), class_name, f"{source}/{part}")
             module, report = cls.from_pretrained(

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from egrpo import __version__
-from egrpo.config.models import FigureSpec, TableSpec
+from egrpo.config.study import FigureSpec, TableSpec
 from egrpo.page.gallery import make_gallery
 from egrpo.page.parts import (
     Picture,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from egrpo.config.models import TableSpec
+from egrpo.config.study import TableSpec
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError, command
 from egrpo.page.images import open_grid, thumbnail, uri

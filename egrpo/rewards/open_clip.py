@@ -11,15 +11,7 @@ from torch import Tensor
 from egrpo.config.rewards import Hps as HpsSettings
 from egrpo.config.rewards import OpenClip as OpenClipSettings
 from egrpo.errors import UserError
-from egrpo.rewards.network import (
-    MEAN,
-    STD,
-    Cosine,
-    load_strictly,
-    pictures,
-    read_state,
-    refusing,
-)
+from egrpo.rewards.network import MEAN, STD, Cosine, load_strictly, pictures, read_state, refusing
 from egrpo.store.files import read_json
 
 
@@ -35,9 +27,7 @@ class OpenClip(Cosine):
         with refusing(f"{self.name}: architecture: {settings.architecture}"):
             architecture = self.architecture()
             model, _, self.preprocess = open_clip.create_model_and_transforms(
-                architecture,
-                pretrained_text=False,
-                **self.published_preprocessing(),
+                architecture, pretrained_text=False, **self.published_preprocessing()
             )
             self.tokenizer = open_clip.get_tokenizer(architecture)
         state = unwrapped(read_state(self.file(settings.path, settings.revision), self.name))

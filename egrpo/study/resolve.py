@@ -29,7 +29,8 @@ from egrpo.config.load import (
     read_yaml,
     without_nulls,
 )
-from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
+from egrpo.config.models import RunConfig
+from egrpo.config.study import FigureSpec, StudyConfig, TableSpec
 from egrpo.errors import UserError
 from egrpo.methods import METHOD_MODELS
 from egrpo.study.targets import check_targets, resolve_budgets, with_snapshots
