@@ -13,6 +13,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -519,7 +520,7 @@ def test_torchscript_whose_pickle_calls_functions(tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "good.pt") as old, zipfile.ZipFile(path, "w") as new:
             for entry in old.namelist():
                 new.writestr(entry, content if entry == "good/data.pkl" else old.read(entry))
-        assert "cannot be read" in str(refusal(lambda: read_state(str(path), "x"), path))  # noqa: B023
+        assert "cannot be read" in str(refusal(lambda: read_state(str(path)), path))  # noqa: B023
     assert not (tmp_path / "went-off").exists()
     assert not Path("went-off").exists()
 
@@ -716,7 +717,7 @@ def test_text_encoders_run_nothing_of_the_folder(pipeline: Path, tmp_path: Path)
 def test_processors_and_tokenizers_run_nothing_of_the_folder(tmp_path: Path) -> None:
     from transformers import AutoProcessor, CLIPModel
 
-    from egrpo.rewards.pickscore import PickScore
+    from egrpo.rewards.pickscore import loaded
 
     bomb = tmp_path / "went-off"
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(bomb)!r})\nclass Evil: pass\n")
@@ -724,15 +725,14 @@ def test_processors_and_tokenizers_run_nothing_of_the_folder(tmp_path: Path) -> 
     for name in ("config", "processor_config", "tokenizer_config", "preprocessor_config"):
         text = {"auto_map": remote, "model_type": "evil", "processor_class": "Evil"}
         (tmp_path / f"{name}.json").write_text(json.dumps(text))
-    made = PickScore.__new__(PickScore)
-    made.settings = REWARD_MODELS["pickscore"].model_validate({"kind": "pickscore", "path": "x"})
     folder = str(tmp_path)
-    for key, cls in (("processor", AutoProcessor), ("path", CLIPModel)):
-        assert refusal(lambda: made._from(cls, key, folder, None), folder) is not None  # noqa: B023
+    for cls in (AutoProcessor, CLIPModel):
+        load = partial(loaded, cls, "key", folder, None, trust_remote_code=False)
+        assert refusal(load, folder) is not None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "auto_map": remote}))
     for content in bombs(bomb):
         (tmp_path / "pytorch_model.bin").write_bytes(content)
-        assert refusal(lambda: made._from(CLIPModel, "path", folder, None), folder) is not None
+        assert refusal(load, folder) is not None
     assert not bomb.exists()
 
 
@@ -745,7 +745,7 @@ def test_full_weights_that_do_not_fit(tmp_path: Path) -> None:
     tensors, whole = load_file(path), path.read_bytes()
     tensors.pop(min(tensors))
     save_file(tensors, path)
-    assert "is missing" in str(refusal(lambda: model.load(tmp_path), tmp_path))
+    assert "weights are missing" in str(refusal(lambda: model.load(tmp_path), tmp_path))
     for content in [*damaged(whole, 4), *bombs(tmp_path / "went-off")]:
         path.write_bytes(content)
         refusal(lambda: model.load(tmp_path), tmp_path)

@@ -531,7 +531,7 @@ def prompt_of(request: dict[str, Any]) -> str:
 
 @pytest.fixture
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egrpo.rewards.unifiedreward.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("egrpo.rewards.http.LONGEST_WAIT", 0.01)
 
 
 def test_http_scores_arrive_in_order(tmp_path: Path) -> None:

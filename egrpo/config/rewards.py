@@ -288,25 +288,13 @@ class Custom(RewardSettings):
     """Further arguments."""
 
 
-AnyReward = Annotated[
-    Verifier
-    | VerifierExact
-    | Jpeg
-    | Preference
-    | Clip
-    | OpenClip
-    | Hps
-    | PickScore
-    | ImageReward
-    | Aesthetic
-    | UnifiedReward
-    | Remote
-    | Custom,
-    Field(discriminator="kind"),
-]
+_Reward = (
+    Verifier | VerifierExact | Jpeg | Preference | Clip | OpenClip | Hps | PickScore
+    | ImageReward | Aesthetic | UnifiedReward | Remote | Custom
+)  # fmt: skip
+AnyReward = Annotated[_Reward, Field(discriminator="kind")]
 
 REWARD_MODELS: dict[str, type[RewardSettings]] = {
-    get_args(model.model_fields["kind"].annotation)[0]: model
-    for model in get_args(get_args(AnyReward)[0])
+    get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(_Reward)
 }
 """Settings model of each reward, by kind."""

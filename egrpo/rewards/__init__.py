@@ -35,16 +35,15 @@ def load_reward(settings: RewardSettings, device: str) -> RewardModel:
         UserError: naming the file or setting that is missing or wrong.
     """
     module = importlib.import_module(f"egrpo.rewards.{settings.module}")  # some take seconds
-    made = getattr(module, type(settings).__name__)
-    return cast(RewardModel, made(settings, device))
+    kind = settings.model_dump()["kind"]
+    try:
+        return cast(RewardModel, getattr(module, type(settings).__name__)(settings, device))
+    except UserError as error:
+        raise UserError(f"rewards, kind {kind}: {error}") from None
 
 
 def load_rewards(settings: Mapping[str, RewardSettings], device: str) -> dict[str, RewardModel]:
-    """All configured reward models, by name.
-
-    Raises:
-        UserError: naming the file that is missing or wrong.
-    """
+    """All configured reward models, by name; see :func:`load_reward`."""
     return {name: load_reward(reward, device) for name, reward in settings.items()}
 
 
@@ -57,7 +56,6 @@ def score_all(
     its own: one that writes into them changes nothing that others see.
 
     Args:
-        models: by name.
         images: as decoded, or uint8 [n, 3, h, w] of which none is in doubt.
         prompts: n texts.
 

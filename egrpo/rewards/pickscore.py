@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from egrpo.config.rewards import PickScore as Settings
-from egrpo.rewards.network import Cosine, pictures, refusing
+from egrpo.errors import refusing
+from egrpo.rewards.network import Cosine, pictures, place
 
 
 class PickScore(Cosine):
@@ -20,30 +21,14 @@ class PickScore(Cosine):
         from transformers import AutoProcessor, CLIPModel
 
         super().__init__(settings, device)
-        self.model: Any = self.place(
-            self._from(CLIPModel, "path", settings.path, settings.revision)
-        )
-        processor = settings.processor or settings.path
-        revision = settings.processor_revision if settings.processor else settings.revision
-        self.processor: Any = self._from(AutoProcessor, "processor", processor, revision)
+        source, revision = settings.path, settings.revision
+        model = loaded(CLIPModel, "path", source, revision, output_loading_info=True)
+        self.model: Any = place(model, self.device)
+        if settings.processor:
+            source, revision = settings.processor, settings.processor_revision
+        never = {"trust_remote_code": False}  # else it asks, and waits
+        self.processor: Any = loaded(AutoProcessor, "processor", source, revision, **never)
         self.scale = float(self.model.logit_scale.exp())
-
-    def _from(self, cls: Any, key: str, source: str, revision: str | None) -> Any:
-        local = Path(source).is_dir()
-        with refusing(f"{self.name}: {key}: {source}: cannot be loaded"):
-            if key == "path":
-                loaded, report = cls.from_pretrained(
-                    source, revision=revision, local_files_only=local, output_loading_info=True
-                )
-                if report["missing_keys"]:
-                    raise ValueError(f"{min(report['missing_keys'])} is missing")
-                return loaded
-            return cls.from_pretrained(
-                source,
-                revision=revision,
-                local_files_only=local,
-                trust_remote_code=False,  # else it asks, and waits
-            )
 
     def image_features(self, images: Tensor) -> Tensor:
         """See :class:`Cosine`."""
@@ -65,3 +50,16 @@ class PickScore(Cosine):
 def pooled(output: Any) -> Tensor:
     """The projected features, whatever the version of transformers wraps them in."""
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def loaded(cls: Any, key: str, source: str, revision: str | None, **more: Any) -> Any:
+    """What the folder or hub id under a setting holds, in transformers' format."""
+    local = Path(source).is_dir()
+    with refusing(f"{key}: {source}: cannot be loaded"):
+        found = cls.from_pretrained(source, revision=revision, local_files_only=local, **more)
+        if "output_loading_info" not in more:
+            return found
+        model, report = found
+        if report["missing_keys"]:
+            raise ValueError(f"{min(report['missing_keys'])} is missing")
+        return model

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx2
 import numpy as np
 import numpy.typing as npt
+from tenacity import RetryCallState, stop_after_attempt, stop_after_delay
 from torch import Tensor
 
 from egrpo.config.rewards import Remote as Settings
 from egrpo.errors import UserError
-from egrpo.rewards.http import LONGEST_WAIT, bearer, text_of
+from egrpo.rewards import http
+from egrpo.rewards.http import client_of, retrying, text_of
 from egrpo.rewards.network import png_of
 
 TRIES = 3
@@ -41,16 +44,9 @@ class Remote:
     """Scores images by asking the service, some requests at once."""
 
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
-        import httpx2
-
         self.settings = settings
         self.name = f"rewards, kind remote: {settings.url}"
-        self.client = httpx2.Client(
-            base_url=settings.url.rstrip("/"),
-            headers=bearer(settings.token_file, self.name),
-            timeout=settings.seconds,
-            limits=httpx2.Limits(max_connections=settings.concurrency),
-        )
+        self.client = client_of(settings)
         self.told = 0.0
         self.batch = settings.batch
 
@@ -97,36 +93,16 @@ class Remote:
 
     def _patiently(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float64]:
         """One request, again and again while the service is away."""
-        from tenacity import (
-            RetryCallState,
-            Retrying,
-            retry_if_exception_type,
-            stop_after_attempt,
-            stop_after_delay,
-            wait_random_exponential,
-        )
 
         def say(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
-            if time.monotonic() - self.told > LONGEST_WAIT:  # once for all requests
+            if time.monotonic() - self.told > http.LONGEST_WAIT:  # once for all requests
                 self.told = time.monotonic()
                 self._say(f"{error}; waiting, up to {self.settings.patience:g} s in all")
 
         patient = stop_after_delay(self.settings.patience)
-        wait = wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)
-        away = Retrying(
-            stop=patient,
-            wait=wait,
-            retry=retry_if_exception_type(AwayError),
-            before_sleep=say,
-            reraise=True,
-        )
-        failed = Retrying(
-            stop=patient | stop_after_attempt(TRIES),
-            wait=wait,
-            retry=retry_if_exception_type(FailedError),
-            reraise=True,
-        )
+        away = retrying(patient, AwayError, before_sleep=say)
+        failed = retrying(patient | stop_after_attempt(TRIES), FailedError)
         request = self._request(images, prompts)
         try:
             return away(lambda: failed(self._ask, request, len(images)))
@@ -154,8 +130,6 @@ class Remote:
             TooLargeError: if less at once may be answered.
             UserError: if the answer will not change.
         """
-        import httpx2
-
         try:
             response = self.client.post("/score", json=request)
         except httpx2.TransportError as error:
