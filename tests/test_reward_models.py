@@ -97,8 +97,9 @@ def hps_file(open_clip_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return str(path)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("container", ["pt", "safetensors", "module"])
+@pytest.mark.parametrize(
+    ("container", "size"), zip(["pt", "safetensors", "module"], SIZES, strict=True)
+)
 def test_open_clip(
     open_clip_model: Any, architecture: str, tmp_path: Path, container: str, size: tuple[int, int]
 ) -> None:
@@ -533,7 +534,7 @@ OUTSIDE = "is outside the scale"
 OWN_SCALE = {"pattern": r"Mark: (\d+)", "least": 0.0, "most": 100.0}
 FINAL: dict[float | str, list[str]] = {  # after `Final Score:`
     2: [" 9? No. Final Score: 2"],  # the last one counts: a judge may think aloud
-    3: ["** 3", "** **3**", "**:\n\n__3__"],
+    3: ["** 3", " 3**"],
     4: [" 4", " **4**/5", " *4 out of 5*", " 4 - a good image", " 4\n\n1. Alignment is good"],
     4.5: [" 4.5."],
     5: [" 5.0"],
@@ -543,7 +544,7 @@ FINAL: dict[float | str, list[str]] = {  # after `Final Score:`
 }
 ANSWERS: list[tuple[str, dict[str, Any], float | str]] = [
     *((f"Good. Final Score:{end}", {}, score) for score, ends in FINAL.items() for end in ends),
-    ("**final score:** 3", {}, 3),
+    ("**final score**:\n\n__3__", {}, 3),
     ("assign a score from 1 to 5 after 'Final Score:'.\nFinal Score: 2", {}, 2),
     ("", {}, NO_SCORE),
     ("Final Score: 7", {"most": 10.0}, 7),

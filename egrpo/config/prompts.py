@@ -35,11 +35,9 @@ class Prompt:
 def read_prompts(path: str | Path, column: str = COLUMN) -> list[Prompt]:
     """The prompts of a file, which is read as what its suffix says; empty ones are left out.
 
-    Args:
-        path: .txt, a prompt a line; .jsonl, an object a line; .json, a list of texts or of objects,
-            or an object of lists; .csv and .tsv, with a header, quoted as in RFC 4180. What is not
-            .txt may hold ``negative_prompt`` too. UTF-8, with or without a byte-order mark.
-        column: column or key of the prompts in all but .txt, in small letters or capitals.
+    UTF-8, with or without a byte-order mark. .txt: a prompt a line; .jsonl: an object a line;
+    .json: a list of texts or of objects, or an object of lists; .csv and .tsv: with a header,
+    quoted as in RFC 4180. What is not .txt may hold ``negative_prompt`` beside ``column``.
 
     Raises:
         UserError: if the file is missing, holds no prompt, or cannot be read.

@@ -55,6 +55,7 @@ class NetworkReward(RewardSettings):
 class FileReward(NetworkReward):
     """What every reward has whose weights are one file."""
 
+    sources: ClassVar[tuple[str, ...]] = ("path",)
     hub: ClassVar[dict[str, str]] = {"path": "revision"}
     hub_files: ClassVar[tuple[str, ...]] = ("path",)
 
@@ -98,7 +99,6 @@ class Clip(FileReward):
     """Raw cosine of image and text by one of OpenAI's CLIP models (clip-anytorch)."""
 
     module = "clip"
-    sources = ("path",)
 
     kind: Literal["clip"]
     path: str = setting(...)
@@ -109,7 +109,6 @@ class OpenClip(FileReward):
     """Raw cosine of image and text by a model of open_clip."""
 
     module = "open_clip"
-    sources = ("path",)
 
     kind: Literal["open_clip"]
     path: str = setting(...)
@@ -127,7 +126,6 @@ class Hps(FileReward):
     """HPSv2.1: raw cosine, about 0.31 for FLUX.1-dev; images are padded, not cropped."""
 
     module = "open_clip"
-    sources = ("path",)
 
     kind: Literal["hpsv2"]
     path: str = setting(...)

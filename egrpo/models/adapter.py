@@ -28,7 +28,6 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str
     each number rounded once to float32, and alpha is the rank.
 
     Args:
-        path: file to write.
         tensors: ``transformer.<layer>.lora_A.weight`` [rank, in] and ``.lora_B.weight``
             [out, rank] of each layer.
         config: peft's settings that hold for them, each key below ``transformer.``; without alpha

@@ -32,17 +32,11 @@ FAR = 0.1
 
 
 def kernel(capability: tuple[int, int], dtype: torch.dtype, head: int, *, masked: bool) -> Kernel:
-    """What ``auto`` takes on a CUDA device.
+    """What ``auto`` takes on a CUDA device for heads of this size (torch, ``sdp_utils.cpp``).
 
     Flash attention where it can: 16 bit, heads of at most 256, no mask (prompts of different
     lengths need one), compute capability 8.0 or later. Else the memory-efficient kernel, whose
-    rows must be aligned to 16 bytes; else the plain formula. (torch, ``sdp_utils.cpp``.)
-
-    Args:
-        capability: of the device, such as (9, 0).
-        dtype: of queries, keys and values.
-        head: size of one head.
-        masked: whether the call has a mask.
+    rows must be aligned to 16 bytes; else the plain formula.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if half and head <= 256 and not masked and capability >= (8, 0):
@@ -142,13 +136,10 @@ def check_attention(model: FlowModel, prompts: Conditioning) -> None:
         )
 
 
-Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-
-
 @torch.no_grad()
-def _first_calls(model: FlowModel, prompts: Conditioning) -> dict[str, Call]:
+def _first_calls(model: FlowModel, prompts: Conditioning) -> dict[str, tuple[Any, ...]]:
     """By kind of block, its first attention and what an evaluation [B] at half noise gives it."""
-    found: dict[str, Call] = {}
+    found: dict[str, tuple[Any, ...]] = {}
     hooks = []
     for block in repeated_blocks(model.transformer).values():
 

@@ -167,14 +167,12 @@ class FlowModel(Trainable):
         module: nn.Module | None = None,
         paths: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Velocity [B, C, h, w] at flow time ``sigma``, guidance inside.
+        """Velocity [B, C, h, w] of ``x`` at flow time ``sigma``, guidance inside.
 
         Args:
-            x: [B, C, h, w].
             conditioning: embeddings of B prompts, row by row.
             module: the transformer to use; None takes ``self.transformer``.
-            paths: names the batch for features kept from the step before, see
-                :meth:`keep_features`.
+            paths: names the batch for kept features, see :meth:`keep_features`.
         """
         module = module or self.transformer
         x = x.to(self.dtype)

@@ -52,16 +52,12 @@ def score_all(
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Every reward of every image: name -> [n] float64.
 
-    What is no image is shown to no reward and scored NaN. Each reward gets images and prompts of
-    its own: one that writes into them changes nothing that others see.
-
-    Args:
-        images: as decoded, or uint8 [n, 3, h, w] of which none is in doubt.
-        prompts: n texts.
+    What is no image is shown to no reward and scored NaN; of uint8 [n, 3, h, w] all are. Each
+    reward gets images and prompts of its own: one that writes into them changes nothing that others
+    see. A crash is not caught: no reward may turn into a number because its model failed.
 
     Raises:
-        UserError: if a reward returns the wrong number of scores. A crash is not caught: no reward
-            may turn into a number because its model failed.
+        UserError: if a reward returns the wrong number of scores.
     """
     if not isinstance(images, Images):
         images = Images.whole(images)

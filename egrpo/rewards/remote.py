@@ -57,13 +57,10 @@ class Remote:
             UserError: if the service refuses the request or one image alone, answers nonsense,
                 fails again and again, or stays away longer than ``patience``.
         """
-        size = self.batch
-        pixels = images.cpu()
-        starts = range(0, len(pixels), size)
+        size, pixels = self.batch, images.cpu()
+        some = [slice(begin, begin + size) for begin in range(0, len(pixels), size)]
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            parts = list(
-                pool.map(lambda b: self._part(pixels[b : b + size], prompts[b : b + size]), starts)
-            )
+            parts = list(pool.map(lambda s: self._part(pixels[s], prompts[s]), some))
         with np.errstate(over="ignore"):  # infinite: NaN where rewards are gathered
             return np.concatenate(parts).astype(np.float32)
 
@@ -122,14 +119,7 @@ class Remote:
         return request | {"raw": text_of(raw), "shape": list(images.shape)}
 
     def _ask(self, request: dict[str, Any], count: int) -> npt.NDArray[np.float64]:
-        """One try.
-
-        Raises:
-            AwayError: if nobody answers, or answers that there is too much to do.
-            FailedError: if the service or its reward failed.
-            TooLargeError: if less at once may be answered.
-            UserError: if the answer will not change.
-        """
+        """One try; a UserError where the answer will not change."""
         try:
             response = self.client.post("/score", json=request)
         except httpx2.TransportError as error:
@@ -146,9 +136,8 @@ class Remote:
             raise UserError(f"{self.name}: {reason}")
         try:
             scores = response.json()["scores"]
-            if not isinstance(scores, list) or any(
-                type(s) not in (int, float, type(None)) for s in scores
-            ):  # neither text nor truth is a score
+            # neither text nor truth is a score
+            if not isinstance(scores, list) or {*map(type, scores)} - {int, float, type(None)}:
                 raise TypeError
             values = np.array([np.nan if s is None else s for s in scores], dtype=np.float64)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError):

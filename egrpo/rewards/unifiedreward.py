@@ -52,12 +52,8 @@ class UnifiedReward:
             found = list(pool.map(self._one, images, prompts))
         failed = [reason for _, reason in found if reason]
         if failed:
-            print(
-                f"rewards, kind unifiedreward: {len(failed)} of {len(found)} images got no score "
-                f"(NaN): {failed[0]}",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"{len(failed)} of {len(found)} images got no score (NaN): {failed[0]}"
+            print(f"rewards, kind unifiedreward: {text}", file=sys.stderr, flush=True)
         return np.array([score for score, _ in found], dtype=np.float32)
 
     def _one(self, image: Tensor, prompt: str) -> tuple[float, str]:
@@ -80,12 +76,7 @@ class UnifiedReward:
         return {"model": self.settings.model, "temperature": 0, "messages": messages}
 
     def _ask(self, request: dict[str, Any]) -> float:
-        """One try.
-
-        Raises:
-            UnansweredError: if the service is overloaded, or see :func:`score_in`.
-            httpx2.HTTPError: if it cannot be reached, or refuses the request for good.
-        """
+        """One try; an httpx2.HTTPError where the service is away, or refuses for good."""
         response = self.client.post("/chat/completions", json=request)
         if response.status_code == 429 or response.status_code >= 500:
             raise UnansweredError(f"HTTP {response.status_code}")
