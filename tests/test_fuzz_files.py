@@ -703,7 +703,7 @@ def test_text_encoders_run_nothing_of_the_folder(pipeline: Path, tmp_path: Path)
 def test_processors_and_tokenizers_run_nothing_of_the_folder(tmp_path: Path) -> None:
     from transformers import AutoProcessor, CLIPModel
 
-    from egrpo.rewards.pickscore import loaded
+    from egrpo.rewards.network import loaded
 
     bomb = tmp_path / "went-off"
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(bomb)!r})\nclass Evil: pass\n")

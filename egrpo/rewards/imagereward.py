@@ -15,10 +15,12 @@ from egrpo.config.rewards import ImageReward as Settings
 from egrpo.errors import UserError, refusing
 from egrpo.rewards.network import (
     MEAN,
+    NO_CODE,
     STD,
     Network,
     linear_head,
     load_strictly,
+    loaded,
     pictures,
     place,
     read_state,
@@ -84,23 +86,12 @@ class ImageReward(Network):
         load_strictly(reader, text, path)
         head = linear_head(below(state, "mlp."), path)
         self.eyes, self.reader, self.head = (place(m, self.device) for m in (eyes, reader, head))
-        source = settings.tokenizer
-        with refusing(f"tokenizer: {source}"):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                source,
-                revision=settings.tokenizer_revision,
-                local_files_only=Path(source).is_dir(),
-                trust_remote_code=False,  # else it asks, and waits
-            )
+        source, revision = settings.tokenizer, settings.tokenizer_revision
+        self.tokenizer: Any = loaded(AutoTokenizer, "tokenizer", source, revision, **NO_CODE)
         side = eyes.config.image_size
-        self.preprocess = t.Compose(
-            [
-                t.Resize(side, interpolation=t.InterpolationMode.BICUBIC),
-                t.CenterCrop(side),
-                t.ToTensor(),
-                t.Normalize(MEAN, STD),
-            ]
-        )
+        resize = t.Resize(side, interpolation=t.InterpolationMode.BICUBIC)
+        rest = t.CenterCrop(side), t.ToTensor(), t.Normalize(MEAN, STD)
+        self.preprocess = t.Compose([resize, *rest])
 
     def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[n] normalised scores."""

@@ -149,6 +149,23 @@ def _state(path: str) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+NO_CODE = {"trust_remote_code": False}
+"""What else transformers would ask about, and wait."""
+
+
+def loaded(cls: Any, key: str, source: str, revision: str | None, **more: Any) -> Any:
+    """What the folder or hub id under a setting holds, in transformers' format."""
+    local = Path(source).is_dir()
+    with refusing(f"{key}: {source}: cannot be loaded"):
+        found = cls.from_pretrained(source, revision=revision, local_files_only=local, **more)
+        if "output_loading_info" not in more:
+            return found
+        model, report = found
+        if report["missing_keys"]:
+            raise ValueError(f"{min(report['missing_keys'])} is missing")
+        return model
+
+
 def load_strictly(module: Any, state: Mapping[str, Tensor], path: str) -> None:
     """Fill a network; every weight must be there and fit.
 

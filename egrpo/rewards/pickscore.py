@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from egrpo.config.rewards import PickScore as Settings
-from egrpo.errors import refusing
-from egrpo.rewards.network import Cosine, pictures, place
+from egrpo.rewards.network import NO_CODE, Cosine, loaded, pictures, place
 
 
 class PickScore(Cosine):
@@ -26,8 +24,7 @@ class PickScore(Cosine):
         self.model: Any = place(model, self.device)
         if settings.processor:
             source, revision = settings.processor, settings.processor_revision
-        never = {"trust_remote_code": False}  # else it asks, and waits
-        self.processor: Any = loaded(AutoProcessor, "processor", source, revision, **never)
+        self.processor: Any = loaded(AutoProcessor, "processor", source, revision, **NO_CODE)
         self.scale = float(self.model.logit_scale.exp())
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -50,16 +47,3 @@ class PickScore(Cosine):
 def pooled(output: Any) -> Tensor:
     """The projected features, whatever the version of transformers wraps them in."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def loaded(cls: Any, key: str, source: str, revision: str | None, **more: Any) -> Any:
-    """What the folder or hub id under a setting holds, in transformers' format."""
-    local = Path(source).is_dir()
-    with refusing(f"{key}: {source}: cannot be loaded"):
-        found = cls.from_pretrained(source, revision=revision, local_files_only=local, **more)
-        if "output_loading_info" not in more:
-            return found
-        model, report = found
-        if report["missing_keys"]:
-            raise ValueError(f"{min(report['missing_keys'])} is missing")
-        return model
