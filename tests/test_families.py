@@ -60,6 +60,7 @@ FOLDERS: dict[str, Path] = {}
 def _folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("families")
     FOLDERS.update({name: tiny_models.save(name, root / name) for name in FAMILIES})
+    (root / "prompts.txt").write_text("a red fox\na small cat\na blue bird\na dog in the snow\n")
 
 
 def settings(family: str, **more: Any) -> Model:
@@ -183,6 +184,8 @@ def family_run(family: str, **more: Any) -> RunConfig:
     model = {"family": family, "path": str(FOLDERS[family]), "height": 16, "width": 16}
     model |= {"max_sequence_length": None, "lora.rank": 4}
     train = {"train.rewards": {"jpeg": 1.0}, "train.learning_rate_lora": 3e-3}
+    few = str(FOLDERS[family].with_name("prompts.txt"))  # all of the toy's take minutes to encode
+    train |= {"prompts.train": few, "prompts.heldout": few}
     return small_run("egrpo", **{f"model.{k}": v for k, v in model.items()}, **train, **more)
 
 
