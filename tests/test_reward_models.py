@@ -98,7 +98,7 @@ def hps_file(open_clip_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize(
-    ("container", "size"), zip(["pt", "safetensors", "module"], SIZES, strict=True)
+    ("container", "size"), [*zip(["pt", "safetensors", "module"], SIZES, strict=True)]
 )
 def test_open_clip(
     open_clip_model: Any, architecture: str, tmp_path: Path, container: str, size: tuple[int, int]
