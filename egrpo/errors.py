@@ -43,6 +43,22 @@ def during(what: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a file or a setting into one line after ``what``.
+
+    What it raises where memory is short stays as it is.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, and all mean: not usable
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this room does not import
+            raise
+        raise UserError(f"{what}: {one_line(error) or type(error).__name__}") from None
+
+
 DEFAULT = Path("config/config.yaml")
 """The study of whoever names none."""
 

@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
 import os
 import re
+import sys
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import unquote
 
+from annotated_types import Ge, Gt, Lt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PAPER = "E-GRPO, arXiv 2601.00423"
+EXPERIMENTS = f"{PAPER}, experiments"
 CHOICE = "this project's choice"
+
+Count = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Gt(0.0), Lt(1.0)]
 
 MOST = 2**53
 """No setting's whole number is larger: JSON and Parquet keep these exactly."""
 
 
-def setting(default: Any, text: str, source: str = CHOICE, *, unit: str = "", **bounds: Any) -> Any:
+@cache
+def _sentences(path: str) -> dict[int, str]:
+    """Docstrings below the settings of a source file, by the line on which a value begins."""
+    found = {}
+    tree = ast.parse("".join(linecache.getlines(path)))
+    for model in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for field, below in pairwise(model.body):
+            if isinstance(field, ast.AnnAssign) and field.value and isinstance(below, ast.Expr):
+                found[field.value.lineno] = " ".join(ast.literal_eval(below.value).split())
+    return found
+
+
+def setting(
+    default: Any, text: str = "", source: str = CHOICE, *, unit: str | None = None, **bounds: Any
+) -> Any:
     """A field with its sentence, the source of its default, its unit, and its bounds.
 
-    Every number but a seed has a unit; ``1`` is that of a plain number.
+    Args:
+        default: ``...`` where there is none.
+        text: the sentence; without it, that is the docstring below the field.
+        unit: every number but a seed has one; null is ``1``, a plain number's, where the default is
+            a number.
     """
+    if not text:
+        caller = sys._getframe(1)
+        text = _sentences(caller.f_code.co_filename)[caller.f_lineno]
+    if unit is None:
+        unit = "1" if type(default) in (int, float) else ""
     extra: dict[str, Any] = {"source": source, **({"unit": unit} if unit else {})}
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
@@ -31,12 +64,17 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
+    sources: ClassVar[tuple[str, ...]] = ()
+    """Names of the settings that name a file or folder."""
+
     @model_validator(mode="after")
     def _can_be_kept(self) -> Self:
         for name in type(self).model_fields:
             wrong = unfit(getattr(self, name), name)
             if wrong:
                 raise ValueError(wrong)
+        for name in self.sources:
+            check_path(name, getattr(self, name) or "")
         return self
 
 

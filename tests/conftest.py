@@ -15,8 +15,10 @@ import torch
 import yaml
 from mlflow_pages import CHROMIUM, chromium
 
-from egrpo.config.load import Row, overlay, read_yaml
-from egrpo.config.models import RunConfig, StudyConfig
+from egrpo.config.load import overlay, read_yaml
+from egrpo.config.models import RunConfig
+from egrpo.config.study import StudyConfig
+from egrpo.config.table import Row
 from egrpo.core.rollout import Rollout, TrainBatch
 from egrpo.core.tree import Tree
 from egrpo.models.conditioning import Embeddings

@@ -24,8 +24,9 @@ from docs.generate.methods import ENTRIES, drawings, example
 from docs.generate.settings import extra, named, possible, section
 from docs.generate.tables import FILES
 from egrpo.cli import main
-from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
+from egrpo.config.models import RunConfig
 from egrpo.config.rewards import REWARD_MODELS
+from egrpo.config.study import FigureSpec, StudyConfig, TableSpec
 from egrpo.methods import METHOD_MODELS
 from egrpo.store.tables import TABLES
 from egrpo.study.layout import OUTPUTS, PAGES

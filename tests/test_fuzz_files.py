@@ -13,6 +13,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.errors import UserError
 from egrpo.models import load_model
+from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning, load_conditioning, save_conditioning
 from egrpo.planning.plan import grid_of, load_plan, measured_spread, plan
 from egrpo.rewards import load_reward
@@ -145,37 +147,24 @@ def _embeddings(folder: Path) -> Loader:
     return path, load, True
 
 
-def _jsonl(folder: Path) -> Loader:
-    path = folder / "p.jsonl"
-    lines = [json.dumps({"prompt": f"a cat {n}", "negative_prompt": "dog"}) for n in range(5)]
-    path.write_text("\n".join(lines))
+PROMPT_FILES = {
+    "p.jsonl": "\n".join(f'{{"prompt": "a cat {n}", "negative_prompt": "dog"}}' for n in range(5)),
+    "p.json": '{"prompt": ["a cat", "ein Bär"], "negative_prompt": ["dog", null]}',
+    "p.csv": 'id,prompt,negative_prompt\n1,"a cat, ""small""",dog\n2,狐狸,\n',
+    "p.txt": "a cat\nein Bär\n狐狸\n",
+}
+
+
+def _prompts(name: str, folder: Path) -> Loader:
+    path = folder / name
+    path.write_text(PROMPT_FILES[name])
     return path, lambda: read_prompts(path), False
-
-
-def _json(folder: Path) -> Loader:
-    path = folder / "p.json"
-    path.write_text(json.dumps({"prompt": ["a cat", "ein Bär"], "negative_prompt": ["dog", None]}))
-    return path, lambda: read_prompts(path), False
-
-
-def _csv(folder: Path) -> Loader:
-    path = folder / "p.csv"
-    path.write_text('id,prompt,negative_prompt\n1,"a cat, ""small""",dog\n2,狐狸,\n')
-    return path, lambda: read_prompts(path), False
-
-
-def _txt(folder: Path) -> Loader:
-    path = folder / "p.txt"
-    path.write_text("a cat\nein Bär\n狐狸\n")
-    return path, lambda: read_prompts(str(path)), False
 
 
 def _table(folder: Path) -> Loader:
     path = folder / "t.parquet"
-    rows = [
-        {"run": f"a{n}", "iteration": n, "nfe": 2 * n, "metric": "loss", "value": n / 7}
-        for n in range(300)
-    ]
+    rest = {"metric": "loss", "value": 1 / 7}
+    rows = [{"run": f"a{n}", "iteration": n, "nfe": 2 * n, **rest} for n in range(300)]
     write_table(path, TRAIN_METRICS, rows, metadata={"config_hash": "x"})
 
     def load() -> Any:
@@ -229,43 +218,42 @@ def _plan(folder: Path) -> Loader:
 def _preference(folder: Path) -> Loader:
     path = folder / "preference.safetensors"
     shutil.copy(TOY / "preference.safetensors", path)
-    reward = small_run().rewards["preference"].model_copy(update={"path": str(path)})
-    return path, lambda: load_reward(reward, "cpu"), False
+    return path, lambda: reward("preference", path=path), False
+
+
+def reward(kind: str, **given: Any) -> Any:
+    """A reward, made."""
+    given = {key: str(value) for key, value in given.items()}
+    return load_reward(REWARD_MODELS[kind].model_validate({"kind": kind, **given}), "cpu")
 
 
 def _clip(folder: Path) -> Loader:
     """A plain table of weights in torch's format."""
     path = folder / "clip.pt"
     torch.save(tiny_clip().state_dict(), path)
-    reward = REWARD_MODELS["clip"].model_validate({"kind": "clip", "path": str(path)})
-    return path, lambda: load_reward(reward, "cpu").clip.model.state_dict(), True  # type: ignore[attr-defined]
+    return path, lambda: reward("clip", path=path).clip.model.state_dict(), True
 
 
 def _torchscript(folder: Path) -> Loader:
     """The container of OpenAI's weights."""
     path = folder / "script.pt"
     traced(tiny_clip()).save(path)
-    reward = REWARD_MODELS["clip"].model_validate({"kind": "clip", "path": str(path)})
-    return path, lambda: load_reward(reward, "cpu").clip.model.state_dict(), True  # type: ignore[attr-defined]
+    return path, lambda: reward("clip", path=path).clip.model.state_dict(), True
 
 
 def _head(folder: Path) -> Loader:
     path = folder / "head.pth"
     head = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 1))
     torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, path)
-    given = {"kind": "aesthetic", "path": str(path), "clip": str(TOY / "clip.pt")}
-    reward = REWARD_MODELS["aesthetic"].model_validate(given)
-    return path, lambda: load_reward(reward, "cpu").head.state_dict(), True  # type: ignore[attr-defined]
+    given = {"path": path, "clip": TOY / "clip.pt"}
+    return path, lambda: reward("aesthetic", **given).head.state_dict(), True
 
 
 LOADERS: dict[str, Callable[[Path], Loader]] = {
     "adapter": _adapter,
     "safetensors header": _header,
     "embeddings": _embeddings,
-    "jsonl prompts": _jsonl,
-    "json prompts": _json,
-    "csv prompts": _csv,
-    "txt prompts": _txt,
+    **{name: partial(_prompts, name) for name in PROMPT_FILES},
     "table": _table,
     "entropy profile": _profile,
     "plan": _plan,
@@ -274,6 +262,10 @@ LOADERS: dict[str, Callable[[Path], Loader]] = {
     "torchscript": _torchscript,
     "aesthetic head": _head,
 }
+
+
+SLOW = {"aesthetic head": 6, "adapter": 12}
+"""Loaders that take long, and how often their files are damaged."""
 
 
 def tiny_clip() -> Any:
@@ -306,7 +298,7 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
     path, load, exact = LOADERS[name](tmp_path)
     good = load()
     whole, refused = path.read_bytes(), 0
-    for content in damaged(whole, 6 if name == "aesthetic head" else 40):
+    for content in damaged(whole, SLOW.get(name, 40)):
         path.write_bytes(content)
         found: list[Any] = []
         message = refusal(lambda: found.append(load()), path.name, tmp_path)  # noqa: B023
@@ -317,7 +309,7 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
     for content in bombs(tmp_path / "went-off"):
         path.write_bytes(content)
         message = refusal(load, path.name, tmp_path)
-        assert message is not None or name == "txt prompts"
+        assert message is not None or name == "p.txt"
     assert not (tmp_path / "went-off").exists()
 
 
@@ -498,10 +490,9 @@ def test_torchscript_is_read_as_torch_reads_it_and_its_code_never_runs(
         torch.jit.script(Setter()).save(tmp_path / "evil.pt")
         torch.jit.load(tmp_path / "evil.pt")
     (tmp_path / "WENT-OFF").unlink()  # it does go off where it is read by torch
-    for kind, more in (("clip", {}), ("hpsv2", {"architecture": str(architecture(tmp_path))})):
-        given = {"kind": kind, "path": str(tmp_path / "evil.pt"), **more}
-        reward = REWARD_MODELS[kind].model_validate(given)
-        assert refusal(lambda: load_reward(reward, "cpu"), "evil.pt") is not None  # noqa: B023
+    for kind, more in (("clip", {}), ("hpsv2", {"architecture": architecture(tmp_path)})):
+        load = partial(reward, kind, path=tmp_path / "evil.pt", **more)
+        assert refusal(load, "evil.pt") is not None
     assert not (tmp_path / "WENT-OFF").exists()
 
 
@@ -519,9 +510,8 @@ def test_torchscript_whose_pickle_calls_functions(tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "good.pt") as old, zipfile.ZipFile(path, "w") as new:
             for entry in old.namelist():
                 new.writestr(entry, content if entry == "good/data.pkl" else old.read(entry))
-        assert "cannot be read" in str(refusal(lambda: read_state(str(path), "x"), path))  # noqa: B023
-    assert not (tmp_path / "went-off").exists()
-    assert not Path("went-off").exists()
+        assert "cannot be read" in str(refusal(lambda: read_state(str(path)), path))  # noqa: B023
+    assert not any((folder / "went-off").exists() for folder in (tmp_path, Path()))
 
 
 def architecture(folder: Path) -> Path:
@@ -564,20 +554,18 @@ STRANGE: dict[str, Any] = {
 @pytest.mark.parametrize("kind", ["clip", "hpsv2", "aesthetic", "imagereward"])
 def test_weights_of_strange_content(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
-    arch = {"architecture": str(architecture(tmp_path))}
-    more: dict[str, dict[str, Any]] = {
-        "hpsv2": arch,
-        "aesthetic": {"clip": str(TOY / "clip.pt")},
-        "imagereward": {"tokenizer": str(TOY / "pipeline/tokenizer")},
+    more = {
+        "hpsv2": {"architecture": architecture(tmp_path)},
+        "aesthetic": {"clip": TOY / "clip.pt"},
+        "imagereward": {"tokenizer": TOY / "pipeline/tokenizer"},
     }
-    given = {"kind": kind, "path": str(path), **more.get(kind, {})}
-    reward = REWARD_MODELS[kind].model_validate(given)
+    load = partial(reward, kind, path=path, **more.get(kind, {}))
     for name, content in STRANGE.items():
         torch.save(content, path)
-        assert refusal(lambda: load_reward(reward, "cpu"), path), name
+        assert refusal(load, path), name
     for content in bombs(tmp_path / "went-off"):
         path.write_bytes(content)
-        assert refusal(lambda: load_reward(reward, "cpu"), path)
+        assert refusal(load, path)
     assert not (tmp_path / "went-off").exists()
 
 
@@ -594,9 +582,8 @@ def test_architectures_and_text_configs(text: str, tmp_path: Path) -> None:
     weights, path = tmp_path / "w.pt", tmp_path / "fuzz-odd.json"
     torch.save({"a": torch.ones(2)}, weights)
     path.write_text(text)
-    given = {"kind": "hpsv2", "path": str(weights), "architecture": str(path)}
-    reward = REWARD_MODELS["hpsv2"].model_validate(given)
-    assert "fuzz-odd" in str(refusal(lambda: load_reward(reward, "cpu"), "architecture"))
+    load = partial(reward, "hpsv2", path=weights, architecture=path)
+    assert "fuzz-odd" in str(refusal(load, "architecture"))
 
 
 def test_hostile_safetensors_headers(tmp_path: Path) -> None:
@@ -622,6 +609,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def of(pipeline: Path) -> Callable[[], FlowModel]:
+    """What loads the toy's model from another folder."""
+    return partial(load_model, small_run().model.model_copy(update={"path": str(pipeline)}))
+
+
 def edits(text: str) -> Iterator[str]:
     """A JSON file with values of other kinds in every place, without each key, and damaged."""
     config = json.loads(text)
@@ -635,13 +627,13 @@ def edits(text: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_damaged_configs_of_a_model(part: str, pipeline: Path) -> None:
-    settings = small_run().model.model_copy(update={"path": str(pipeline)})
+    load = of(pipeline)
     path = pipeline / part / "config.json"
     good, refused = path.read_text(), 0
     try:
         for text in edits(good):
             path.write_text(text)
-            refused += refusal(lambda: load_model(settings), pipeline, "model.") is not None
+            refused += refusal(load, pipeline, "model.") is not None
             refusal(lambda: read_part(pipeline, part), path)
     finally:
         path.write_text(good)
@@ -649,24 +641,24 @@ def test_damaged_configs_of_a_model(part: str, pipeline: Path) -> None:
 
 
 def test_damaged_weights_and_index_of_a_model(pipeline: Path) -> None:
-    settings = small_run().model.model_copy(update={"path": str(pipeline)})
+    load = of(pipeline)
     path = pipeline / "vae/diffusion_pytorch_model.safetensors"
     good, bomb = path.read_bytes(), pipeline / "went-off"
     try:
         for content in [*damaged(good, 6), *bombs(bomb)]:
             path.write_bytes(content)
-            refusal(lambda: load_model(settings), f"{pipeline}/vae")
+            refusal(load, f"{pipeline}/vae")
         path.unlink()
         for content in bombs(bomb):  # in the place of the weights that are used
             (pipeline / "vae/diffusion_pytorch_model.bin").write_bytes(content)
-            assert refusal(lambda: load_model(settings), f"{pipeline}/vae") is not None
+            assert refusal(load, f"{pipeline}/vae") is not None
         path.write_bytes(good)
         index = path.with_name("diffusion_pytorch_model.safetensors.index.json")
         for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../../x"}}',
                      '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "\\u0000"}}'):  # fmt: skip
             index.write_text(text)
             assert refusal(lambda: read_part(pipeline, "vae"), index) is not None, text
-            refusal(lambda: load_model(settings), f"{pipeline}/vae")
+            refusal(load, f"{pipeline}/vae")
         index.unlink()
     finally:
         path.write_bytes(good)
@@ -677,12 +669,11 @@ def test_text_encoders_run_nothing_of_the_folder(pipeline: Path, tmp_path: Path)
     """Pickled weights, code beside them, and damage."""
     folder = tmp_path / "pipeline"
     shutil.copytree(pipeline, folder)
-    settings = small_run().model.model_copy(update={"path": str(folder)})
     bomb = tmp_path / "went-off"
     code = f"import os\nos.mkdir({str(bomb)!r})\n"
 
     def encode() -> object:
-        return load_model(settings).encode([Prompt("a red circle")], negative=False)
+        return of(folder)().encode([Prompt("a red circle")], negative=False)
 
     encode()
     index = folder / "model_index.json"
@@ -716,7 +707,7 @@ def test_text_encoders_run_nothing_of_the_folder(pipeline: Path, tmp_path: Path)
 def test_processors_and_tokenizers_run_nothing_of_the_folder(tmp_path: Path) -> None:
     from transformers import AutoProcessor, CLIPModel
 
-    from egrpo.rewards.pickscore import PickScore
+    from egrpo.rewards.network import loaded
 
     bomb = tmp_path / "went-off"
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(bomb)!r})\nclass Evil: pass\n")
@@ -724,15 +715,14 @@ def test_processors_and_tokenizers_run_nothing_of_the_folder(tmp_path: Path) -> 
     for name in ("config", "processor_config", "tokenizer_config", "preprocessor_config"):
         text = {"auto_map": remote, "model_type": "evil", "processor_class": "Evil"}
         (tmp_path / f"{name}.json").write_text(json.dumps(text))
-    made = PickScore.__new__(PickScore)
-    made.settings = REWARD_MODELS["pickscore"].model_validate({"kind": "pickscore", "path": "x"})
     folder = str(tmp_path)
-    for key, cls in (("processor", AutoProcessor), ("path", CLIPModel)):
-        assert refusal(lambda: made._from(cls, key, folder, None), folder) is not None  # noqa: B023
+    for cls in (AutoProcessor, CLIPModel):
+        load = partial(loaded, cls, "key", folder, None, trust_remote_code=False)
+        assert refusal(load, folder) is not None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "auto_map": remote}))
     for content in bombs(bomb):
         (tmp_path / "pytorch_model.bin").write_bytes(content)
-        assert refusal(lambda: made._from(CLIPModel, "path", folder, None), folder) is not None
+        assert refusal(load, folder) is not None
     assert not bomb.exists()
 
 
@@ -745,7 +735,7 @@ def test_full_weights_that_do_not_fit(tmp_path: Path) -> None:
     tensors, whole = load_file(path), path.read_bytes()
     tensors.pop(min(tensors))
     save_file(tensors, path)
-    assert "is missing" in str(refusal(lambda: model.load(tmp_path), tmp_path))
+    assert "weights are missing" in str(refusal(lambda: model.load(tmp_path), tmp_path))
     for content in [*damaged(whole, 4), *bombs(tmp_path / "went-off")]:
         path.write_bytes(content)
         refusal(lambda: model.load(tmp_path), tmp_path)

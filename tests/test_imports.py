@@ -6,32 +6,18 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 
 from conftest import ROOT
 
 from egrpo.methods import METHOD_MODELS
 
 HEAVY = {"torch", "mlflow", "snakemake", "diffusers", "transformers"}
-LIGHT_CORE = [
-    "egrpo.core.schedule",
-    "egrpo.core.noise",
-    "egrpo.core.entropy",
-    "egrpo.core.plan",
-    "egrpo.core.tree",
-    "egrpo.core.advantage",
-    "egrpo.core.seeds",
-    "egrpo.core.intervals",
-    "egrpo.core.spread",
-]
-TORCH_CORE = [
-    "egrpo.core.transitions",
-    "egrpo.core.executor",
-    "egrpo.core.loss",
-    "egrpo.core.rollout",
-]
+TORCH_CORE = {f"egrpo.core.{name}" for name in ("transitions", "executor", "loss", "rollout")}
+CORE = {f"egrpo.core.{p.stem}" for p in ROOT.glob("egrpo/core/[a-z]*.py")}
 
 
-def loaded_by(modules: list[str]) -> set[str]:
+def loaded_by(modules: Iterable[str]) -> set[str]:
     """Names in ``sys.modules`` after importing ``modules`` in a fresh interpreter."""
     code = f"import json, sys, {', '.join(modules)}; print(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -39,24 +25,26 @@ def loaded_by(modules: list[str]) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+def rooms(loaded: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in loaded if name.startswith("egrpo.")}
+
+
 def test_planning_and_configuration_import_no_heavy_package():
-    loaded = loaded_by([*LIGHT_CORE, "egrpo.config.load", "egrpo.planning.trees"])
+    loaded = loaded_by([*CORE - TORCH_CORE, "egrpo.config.load", "egrpo.planning.trees"])
     assert {"egrpo.core.plan", "egrpo.config.load", "egrpo.methods.awm", "numpy"} <= loaded
     assert not loaded & HEAVY
 
 
 def test_core_imports_no_other_room_and_no_tracker():
-    loaded = loaded_by(LIGHT_CORE + TORCH_CORE)
+    loaded = loaded_by(CORE)
     assert "torch" in loaded
-    ours = {name.split(".")[1] for name in loaded if name.startswith("egrpo.")}
-    assert ours == {"core"}
+    assert rooms(loaded) == {"core"}
     assert not loaded & (HEAVY - {"torch"})
 
 
 def test_methods_import_the_core_and_nothing_above():
     loaded = loaded_by(["egrpo.methods"])
-    ours = {name.split(".")[1] for name in loaded if name.startswith("egrpo.")}
-    assert ours == {"core", "methods", "settings"}
+    assert rooms(loaded) == {"core", "methods", "settings"}
     assert not loaded & HEAVY
 
 

@@ -21,7 +21,8 @@ from PIL import Image
 from small_results import GRID, layout, profile_rows, refused, write_metrics, write_results
 from small_results import config as config_of
 
-from egrpo.config.models import RunConfig, TableSpec
+from egrpo.config.models import RunConfig
+from egrpo.config.study import TableSpec
 from egrpo.core.plan import make_plan
 from egrpo.figures.curves import curves_figure
 from egrpo.figures.profile import entropy_figure

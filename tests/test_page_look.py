@@ -15,7 +15,7 @@ from PIL import Image
 from small_results import GRID, layout
 from test_page import config, image_of, opened, write_all
 
-from egrpo.config.models import FigureSpec
+from egrpo.config.study import FigureSpec
 from egrpo.core.plan import make_plan
 from egrpo.page.page import make_page, write_root
 from egrpo.page.parts import LARGE, WIDE

@@ -21,7 +21,7 @@ from scipy import stats
 from small_results import PROMPTS as TEXTS
 from small_results import Edit, Rows, config, layout, refused, write_metrics, write_results
 
-from egrpo.config.models import TableSpec
+from egrpo.config.study import TableSpec
 from egrpo.core.distance import diversity, rms
 from egrpo.core.intervals import crossed_interval
 from egrpo.report import report

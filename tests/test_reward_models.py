@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import TINY_OPEN_CLIP
+from tiny_models import TINY_OPEN_CLIP, sizes, special
 from torch import Tensor, nn
 
 from egrpo.config import rewards as settings
@@ -28,6 +29,8 @@ from egrpo.errors import UserError
 from egrpo.rewards import load_reward, score_all
 
 PROMPTS = ["a red fox", "", "狐狸 in 雪 — ünïcode", "very long " * 100, "a red fox"]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's images."""
 SIZES = [(32, 32), (48, 20), (20, 48)]
 """Height and width: square at the model's resolution, tall, wide."""
 
@@ -94,8 +97,9 @@ def hps_file(open_clip_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return str(path)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("container", ["pt", "safetensors", "module"])
+@pytest.mark.parametrize(
+    ("container", "size"), [*zip(["pt", "safetensors", "module"], SIZES, strict=True)]
+)
 def test_open_clip(
     open_clip_model: Any, architecture: str, tmp_path: Path, container: str, size: tuple[int, int]
 ) -> None:
@@ -144,7 +148,6 @@ def test_hps_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
     from torchvision.transforms import Normalize, ToTensor
     from torchvision.transforms import functional as f
 
-    from egrpo.rewards.network import MEAN, STD
     from egrpo.rewards.open_clip import padded_square
 
     images = pictures(*size)
@@ -201,33 +204,24 @@ def test_hps_from_a_hub_id_at_its_commit(
 
 
 def test_hps_wrong_files(architecture: str, hps_file: str, tmp_path: Path) -> None:
-    refused("no-such.pt: no such file", "hpsv2", path="no-such.pt", architecture=architecture)
     half = tmp_path / "half.pt"
+
+    def of(path: object) -> dict[str, str]:
+        return {"path": str(path), "architecture": architecture}
+
+    refused("no-such.pt: no such file", "hpsv2", **of("no-such.pt"))
     half.write_bytes(Path(hps_file).read_bytes()[:5000])
-    refused(
-        "half.pt: cannot be read as weights", "hpsv2", path=str(half), architecture=architecture
-    )
+    refused("half.pt: cannot be read as weights", "hpsv2", **of(half))
     state = torch.load(hps_file, weights_only=True)
     del state["state_dict"]["visual.proj"]
     torch.save(state, half)
-    refused("visual.proj is missing", "hpsv2", path=str(half), architecture=architecture)
+    refused("visual.proj is missing", "hpsv2", **of(half))
     state["state_dict"]["visual.proj"] = torch.zeros(2, 2)
     torch.save(state, half)
-    refused(r"visual.proj has shape \(2, 2\)", "hpsv2", path=str(half), architecture=architecture)
-    refused("open_clip knows no 'ViT-H-41'; such as ViT-H-14", "hpsv2", path=hps_file,
-            architecture="ViT-H-41")  # fmt: skip
+    refused(r"visual.proj has shape \(2, 2\)", "hpsv2", **of(half))
+    unknown = {"path": hps_file, "architecture": "ViT-H-41"}
+    refused("open_clip knows no 'ViT-H-41'; such as ViT-H-14", "hpsv2", **unknown)
     refused("has no 'nope'", "open_clip", path=hps_file, architecture=architecture, tag="nope")
-
-
-class _Evil:
-    def __reduce__(self) -> Any:
-        return (print, ("code from a checkpoint runs",))
-
-
-def test_no_code_from_a_checkpoint(tmp_path: Path, architecture: str, capsys: Any) -> None:
-    torch.save({"state_dict": _Evil()}, tmp_path / "evil.pt")
-    refused("cannot be read", "hpsv2", path=str(tmp_path / "evil.pt"), architecture=architecture)
-    assert "code" not in capsys.readouterr().out
 
 
 # -- CLIP and the aesthetic head ------------------------------------------------------------------
@@ -237,16 +231,8 @@ def test_no_code_from_a_checkpoint(tmp_path: Path, architecture: str, capsys: An
 def head_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module]:
     """The head in the layout that LAION and ImageReward publish, for 64 features."""
     torch.manual_seed(1)
-    layers = nn.Sequential(
-        nn.Linear(64, 32),
-        nn.Dropout(0.2),
-        nn.Linear(32, 16),
-        nn.Dropout(0.2),
-        nn.Linear(16, 8),
-        nn.Dropout(0.1),
-        nn.Linear(8, 4),
-        nn.Linear(4, 1),
-    )
+    dropped = [m for n in (64, 32, 16) for m in (nn.Linear(n, n // 2), nn.Dropout(0.2))]
+    layers = nn.Sequential(*dropped, nn.Linear(8, 4), nn.Linear(4, 1))
     path = tmp_path_factory.mktemp("head") / "sac+logos+ava1-l14-linearMSE.pth"
     torch.save({f"layers.{k}": v for k, v in layers.state_dict().items()}, path)
     return str(path), layers.eval()
@@ -292,25 +278,8 @@ def pickscore(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
     torch.manual_seed(2)
     tokenizer = CLIPTokenizer.from_pretrained("assets/toy/pipeline/tokenizer")
     tokenizer.model_max_length = 77
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 77,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {
-        "image_size": 32,
-        "patch_size": 16,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
+    text = {**sizes(layers=1), "max_position_embeddings": 77, **special(tokenizer)}
+    vision = {**sizes(layers=1), "image_size": 32, "patch_size": 16}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = CLIPProcessor(images, tokenizer)
@@ -346,6 +315,23 @@ def test_pickscore_wrong_folders(pickscore: tuple[str, Any, Any], tmp_path: Path
 
 # -- ImageReward ---------------------------------------------------------------------------------
 
+OUTER = """
+embeddings.class_embedding cls_token
+embeddings.position_embedding pos_embed
+embeddings.patch_embedding.weight patch_embed.proj.weight
+embeddings.patch_embedding.bias patch_embed.proj.bias
+post_layernorm.weight norm.weight
+post_layernorm.bias norm.bias
+"""
+INNER = """
+layer_norm1 norm1
+layer_norm2 norm2
+self_attn.qkv attn.qkv
+self_attn.projection attn.proj
+mlp.fc1 mlp.fc1
+mlp.fc2 mlp.fc2
+"""
+
 
 @pytest.fixture(scope="module")
 def imagereward(
@@ -363,93 +349,40 @@ def imagereward(
     tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(words)})
     tokenizer.save_pretrained(folder / "tokenizer")
     torch.manual_seed(3)
-    eyes = BlipVisionModel(
-        BlipVisionConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            image_size=32,
-            patch_size=16,
-            layer_norm_eps=1e-6,
-        )
-    ).eval()
-    med = {
-        "hidden_size": 64,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "intermediate_size": 96,
-        "max_position_embeddings": 64,
-        "vocab_size": len(words),
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-    }
-    reader = BlipTextModel(
-        BlipTextConfig(**med, encoder_hidden_size=64, is_decoder=True), add_pooling_layer=False
-    ).eval()
+    given = {"image_size": 32, "patch_size": 16, "layer_norm_eps": 1e-6}
+    eyes = BlipVisionModel(BlipVisionConfig(**sizes(64, 96, heads=1), **given)).eval()
+    med = {"max_position_embeddings": 64, "vocab_size": len(words), "hidden_act": "gelu"}
+    med = {**sizes(64, 96), **med, "layer_norm_eps": 1e-12}
+    config = BlipTextConfig(**med, encoder_hidden_size=64, is_decoder=True)
+    reader = BlipTextModel(config, add_pooling_layer=False).eval()
     (folder / "med_config.json").write_text(json.dumps({**med, "encoder_width": 64, "type": "x"}))
     state: dict[str, Tensor] = {}
-    names = {  # transformers -> BLIP, written out here apart from the package's own table
-        "embeddings.class_embedding": "cls_token",
-        "embeddings.position_embedding": "pos_embed",
-        "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
-        "embeddings.patch_embedding.bias": "patch_embed.proj.bias",
-        "post_layernorm.weight": "norm.weight",
-        "post_layernorm.bias": "norm.bias",
-    }
-    inner = {
-        "layer_norm1": "norm1",
-        "layer_norm2": "norm2",
-        "self_attn.qkv": "attn.qkv",
-        "self_attn.projection": "attn.proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    }
-    for layer in range(2):
-        for ours, theirs in inner.items():
-            for kind in ("weight", "bias"):
-                names[f"encoder.layers.{layer}.{ours}.{kind}"] = f"blocks.{layer}.{theirs}.{kind}"
-    for key, value in eyes.state_dict().items():
-        state[f"blip.visual_encoder.{names[key]}"] = value
-    for key, value in reader.state_dict().items():
-        state[f"blip.text_encoder.{key}"] = value
+    # transformers -> BLIP, written out here apart from the package's own table
+    names = dict(line.split() for line in OUTER.strip().splitlines())
+    inner = dict(line.split() for line in INNER.strip().splitlines())
+    for layer, (ours, theirs), kind in product(range(2), inner.items(), ("weight", "bias")):
+        names[f"encoder.layers.{layer}.{ours}.{kind}"] = f"blocks.{layer}.{theirs}.{kind}"
+    state |= {f"blip.visual_encoder.{names[k]}": v for k, v in eyes.state_dict().items()}
+    state |= {f"blip.text_encoder.{k}": v for k, v in reader.state_dict().items()}
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
     state["blip.text_encoder.pooler.dense.weight"] = torch.zeros(64, 64)
     state["blip.vision_proj.weight"] = torch.zeros(4, 64)
-    for key, value in torch.load(head_file[0], weights_only=True).items():
-        state[f"mlp.{key}"] = value
+    state |= {f"mlp.{k}": v for k, v in torch.load(head_file[0], weights_only=True).items()}
     torch.save(state, folder / "ImageReward.pt")
-    given = {
-        "path": str(folder / "ImageReward.pt"),
-        "tokenizer": str(folder / "tokenizer"),
-        "med_config": str(folder / "med_config.json"),
-    }
-    return given, eyes, reader, head_file[1]
+    files = {"path": "ImageReward.pt", "tokenizer": "tokenizer", "med_config": "med_config.json"}
+    return {key: str(folder / name) for key, name in files.items()}, eyes, reader, head_file[1]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_imagereward(imagereward: tuple[dict[str, Any], Any, Any, Any], size: Any) -> None:
-    from torchvision.transforms import (
-        CenterCrop,
-        Compose,
-        InterpolationMode,
-        Normalize,
-        Resize,
-        ToTensor,
-    )
+    from torchvision import transforms as t
     from transformers import AutoTokenizer
 
     given, eyes, reader, head = imagereward
     images = pictures(*size)
     found = reward("imagereward", **given).score(images, PROMPTS)
-    preprocess = Compose(
-        [
-            Resize(32, interpolation=InterpolationMode.BICUBIC),
-            CenterCrop(32),
-            ToTensor(),
-            Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-        ]
-    )
+    resize = t.Resize(32, interpolation=t.InterpolationMode.BICUBIC)
+    preprocess = t.Compose([resize, t.CenterCrop(32), t.ToTensor(), t.Normalize(MEAN, STD)])
     tokenizer = AutoTokenizer.from_pretrained(given["tokenizer"])
     expected = []
     for image, prompt in zip(pil(images), PROMPTS, strict=True):  # as ImageReward.score does it
@@ -531,7 +464,7 @@ def prompt_of(request: dict[str, Any]) -> str:
 
 @pytest.fixture
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egrpo.rewards.unifiedreward.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("egrpo.rewards.http.LONGEST_WAIT", 0.01)
 
 
 def test_http_scores_arrive_in_order(tmp_path: Path) -> None:
@@ -599,36 +532,21 @@ NO_SCORE = "no score in the answer"
 PART = "is not one number"
 OUTSIDE = "is outside the scale"
 OWN_SCALE = {"pattern": r"Mark: (\d+)", "least": 0.0, "most": 100.0}
+FINAL: dict[float | str, list[str]] = {  # after `Final Score:`
+    2: [" 9? No. Final Score: 2"],  # the last one counts: a judge may think aloud
+    3: ["** 3", " 3**"],
+    4: [" 4", " **4**/5", " *4 out of 5*", " 4 - a good image", " 4\n\n1. Alignment is good"],
+    4.5: [" 4.5."],
+    5: [" 5.0"],
+    NO_SCORE: ["", "'.", " four", " \u22123"],
+    OUTSIDE: [" 10", " 0", " 5.1", " -3", " 8/10", " 4/10", " **4** out of **10**"],
+    PART: [" 1e9", " 4,5", " 4.5.2", " 3-4", " 3 to 4"],
+}
 ANSWERS: list[tuple[str, dict[str, Any], float | str]] = [
-    ("The cat is there. Final Score: 4", {}, 4),
-    ("Final Score: 4.5.", {}, 4.5),
-    ("**Final Score:** 3", {}, 3),
-    ("**Final Score: 3**", {}, 3),
-    ("**Final Score**:\n\n__3__", {}, 3),
-    ("Final Score: **4**/5", {}, 4),
-    ("final score: *4 out of 5*", {}, 4),
-    ("Final Score: 4 - a good image", {}, 4),
-    ("Final Score: 4\n\n1. Alignment is good", {}, 4),
-    ("Final Score: 5.0", {}, 5),
-    # the last one counts: the question may be repeated, and a judge may think aloud
+    *((f"Good. Final Score:{end}", {}, score) for score, ends in FINAL.items() for end in ends),
+    ("**final score**:\n\n__3__", {}, 3),
     ("assign a score from 1 to 5 after 'Final Score:'.\nFinal Score: 2", {}, 2),
-    ("Final Score: 3? No, it has no tail.\nFinal Score: 1", {}, 1),
-    ("assign a score from 1 to 5 after 'Final Score:'.", {}, NO_SCORE),
-    ("Final Score: four", {}, NO_SCORE),
-    ("Final Score: \u22123", {}, NO_SCORE),
     ("", {}, NO_SCORE),
-    ("Final Score: 10", {}, OUTSIDE),
-    ("Final Score: 0", {}, OUTSIDE),
-    ("Final Score: 5.1", {}, OUTSIDE),
-    ("Final Score: -3", {}, OUTSIDE),
-    ("Final Score: 8/10", {}, OUTSIDE),
-    ("Final Score: 4/10", {}, OUTSIDE),
-    ("Final Score: **4** out of **10**", {}, OUTSIDE),
-    ("Final Score: 1e9", {}, PART),
-    ("Final Score: 4,5", {}, PART),
-    ("Final Score: 4.5.2", {}, PART),
-    ("Final Score: 3-4", {}, PART),
-    ("Final Score: 3 to 4", {}, PART),
     ("Final Score: 7", {"most": 10.0}, 7),
     ("Final Score: 7/10", {"most": 10.0}, 7),
     ("Final Score: 0.5", {"least": 0.0}, 0.5),
@@ -642,12 +560,9 @@ ANSWERS: list[tuple[str, dict[str, Any], float | str]] = [
     ("Mark: 10", {"pattern": r"Mark: (\d)"}, PART),
     ("Mark: -3", {"pattern": r"Mark:.*?(\d)"}, PART),
     ("Mark: 0.3", {"pattern": r"Mark: .*(\d)"}, PART),
-    ("Mark: four", {"pattern": r"Mark: (\w+)"}, PART),
-    ("Mark: 1_0", {"pattern": r"Mark: (\w+)"}, PART),
-    ("Mark: nan", {"pattern": r"Mark: (\w+)"}, PART),
+    *((f"Mark: {text}", {"pattern": r"Mark: (\w+)"}, PART) for text in ("four", "1_0", "nan")),
     ("Mark: ", {"pattern": r"Mark: (\d)?"}, NO_SCORE),
-    ("Mark: 9e300", {"pattern": r"Mark: (\S+)"}, "is too large"),
-    ("Mark: 9e999", {"pattern": r"Mark: (\S+)"}, "is too large"),
+    *((f"Mark: {n}", {"pattern": r"Mark: (\S+)"}, "is too large") for n in ("9e300", "9e999")),
 ]
 
 
@@ -683,15 +598,13 @@ def test_http_nobody_there(capsys: Any) -> None:
 
 
 def test_http_bad_settings(tmp_path: Path) -> None:
-    for wrong in ({"pattern": "("}, {"pattern": "x"}, {"question": "?"}, {"url": "ftp://x"},
-                  {"pattern": "(a)(b)"}, {"least": 5.0}, {"most": 1.0},
-                  {"pattern": "(.)", "least": 1.0, "most": 0.0}):  # fmt: skip
+    given = {"kind": "unifiedreward", "url": "http://127.0.0.1:9/v1"}
+    patterns = [{"pattern": pattern} for pattern in ("(", "x", "(a)(b)")]
+    scales = {"least": 5.0}, {"most": 1.0}, {"pattern": "(.)", "least": 1.0, "most": 0.0}
+    for wrong in (*patterns, *scales, {"question": "?"}, {"url": "ftp://x"}):
         with pytest.raises(ValueError):
-            settings.UnifiedReward.model_validate(
-                {"kind": "unifiedreward", "url": "http://127.0.0.1/v1", **wrong}
-            )
-    refused("token_file: nothing: No such file", "unifiedreward", url="http://127.0.0.1:9/v1",
-            token_file="nothing")  # fmt: skip
+            settings.UnifiedReward.model_validate({**given, **wrong})
+    refused("token_file: nothing: No such file", **given, token_file="nothing")
 
 
 # -- a function of one's own ---------------------------------------------------------------------
@@ -727,31 +640,21 @@ def test_custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NAN = float("nan")
-RETURNED: list[tuple[str, list[float] | None]] = [
-    ("[1, 2.5]", [1, 2.5]),
-    ("[True, False]", [1, 0]),
-    ("np.array([True, False])", [1, 0]),
-    ("[None, 2]", [NAN, 2]),
-    ("[1e39, 2]", [NAN, 2]),
-    ("np.array([1, 2], dtype=object)", [1, 2]),
-    ("torch.tensor([1, 2], dtype=torch.bfloat16)", [1, 2]),
-    ("torch.tensor([1.0, 2.0], requires_grad=True)", [1, 2]),
-    ("[torch.tensor(1.0), torch.tensor(2.0)]", [1, 2]),
-    ("['1', '2']", None),
-    ("[1, '2']", None),
-    ("[b'1', b'2']", None),
-    ("np.array(['1', 2], dtype=object)", None),
-    ("[1 + 2j, 2]", None),
-    ("torch.tensor([1 + 2j, 2])", None),
-    ("np.array(['2020', '2021'], dtype='datetime64[Y]')", None),
-    ("[10**400, 1]", None),
-    ("[[1], [2, 3]]", None),
-    ("[[1], [2]]", None),
-    ("{'a': 1, 'b': 2}", None),
-    ("(n for n in [1, 2])", None),
-    ("None", None),
-    ("3.0", None),
-]
+RETURNED = {
+    (1, 2.5): ["[1, 2.5]"],
+    (1, 0): ["[True, False]", "np.array([True, False])"],
+    (NAN, 2): ["[None, 2]", "[1e39, 2]"],
+    (1, 2): [
+        *("np.array([1, 2], dtype=object)", "torch.tensor([1, 2], dtype=torch.bfloat16)"),
+        *("torch.tensor([1.0, 2.0], requires_grad=True)", "[torch.tensor(1.), torch.tensor(2)]"),
+    ],
+    None: [
+        *("['1', '2']", "[1, '2']", "[b'1', b'2']", "np.array(['1', 2], dtype=object)"),
+        *("[1 + 2j, 2]", "torch.tensor([1 + 2j, 2])", "[10**400, 1]", "[[1], [2, 3]]"),
+        *("[[1], [2]]", "{'a': 1, 'b': 2}", "(n for n in [1, 2])", "None", "3.0"),
+        "np.array(['2020', '2021'], dtype='datetime64[Y]')",
+    ],
+}
 
 
 def test_what_a_custom_reward_returns_are_numbers(
@@ -763,7 +666,7 @@ def test_what_a_custom_reward_returns_are_numbers(
         "def give(images, prompts, what):\n    return eval(what)\n"
     )
     monkeypatch.chdir(tmp_path)
-    for what, right in RETURNED:
+    for right, what in ((right, what) for right, these in RETURNED.items() for what in these):
         model = {"mine": reward("custom", function="giving:give", options={"what": what})}
         if right is None:
             with pytest.raises(UserError, match=r"mine: returned|giving:give: returned"):

@@ -532,7 +532,7 @@ def test_abandoned_requests_wait_within_the_limit_and_are_not_scored() -> None:
 
 @pytest.fixture
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egrpo.rewards.remote.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("egrpo.rewards.http.LONGEST_WAIT", 0.01)
 
 
 @pytest.mark.usefixtures("_no_waiting")

@@ -41,9 +41,11 @@ from tracked import (
 )
 
 from egrpo.config.keys import tracking_key
-from egrpo.config.load import Row, load_run
-from egrpo.config.models import Model, RunConfig, Tracking
+from egrpo.config.load import load_run
+from egrpo.config.measuring import Tracking
+from egrpo.config.models import Model, RunConfig
 from egrpo.config.rewards import Custom, Remote, Verifier
+from egrpo.config.table import Row
 from egrpo.errors import UserError
 from egrpo.ops import doctor
 from egrpo.settings import without_password

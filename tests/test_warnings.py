@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import Jobs, small_run
 
-from egrpo.config.models import Bound
+from egrpo.config.training import Bound
 from egrpo.train.warnings import crossed, training_warnings, warnings_in
 
 

@@ -10,24 +10,29 @@ import torch
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;!?'\"-"
 
 
+def sizes(hidden: int = 32, inner: int = 64, layers: int = 2, heads: int = 2) -> dict[str, int]:
+    """Those that transformers' configs share."""
+    return {
+        **{"hidden_size": hidden, "intermediate_size": inner},
+        **{"num_hidden_layers": layers, "num_attention_heads": heads},
+    }
+
+
+def special(tokenizer: Any) -> dict[str, int]:
+    """The size of a vocabulary and its special tokens, as transformers' configs name them."""
+    kinds = ("bos", "eos", "pad")
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
+    return {"vocab_size": len(tokenizer), **ids}
+
+
 def clip_parts(width: int = 32) -> tuple[Any, Any]:
     """A tokenizer (the toy's, real format) and a text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained("assets/toy/pipeline/tokenizer")
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     tokenizer.model_max_length = 77
+    given = {"projection_dim": width, "max_position_embeddings": 77, **special(tokenizer)}
+    config = CLIPTextConfig(**sizes(width, 2 * width), **given)
     return tokenizer, CLIPTextModelWithProjection(config)
 
 
@@ -62,18 +67,12 @@ def vae(channels: int) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
+        **{"in_channels": 3, "out_channels": 3, "latent_channels": channels},
+        **{"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+        **{"scaling_factor": 1.5, "shift_factor": 0.06},
+        **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), False),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=4,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
     )
 
 
@@ -83,12 +82,21 @@ def scheduler(**more: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**more)
 
 
+def dynamic(most: float, tokens: int, **more: Any) -> Any:
+    """A scheduler whose shift grows with the size of images."""
+    mu = {"base_shift": 0.5, "max_shift": most, "max_image_seq_len": tokens}
+    return scheduler(use_dynamic_shifting=True, **mu, **more)
+
+
+BLOCKS = {"attention_head_dim": 16, "num_attention_heads": 2}
+
+
 def sd3() -> Any:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    tokenizer, encoder = clip_parts()
-    tokenizer_2, encoder_2 = clip_parts()
-    tokenizer_3, encoder_3 = t5_parts(64)
+    parts = {}
+    for n, made in (("", clip_parts()), ("_2", clip_parts()), ("_3", t5_parts(64))):
+        parts[f"tokenizer{n}"], parts[f"text_encoder{n}"] = made
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
@@ -96,8 +104,7 @@ def sd3() -> Any:
             in_channels=4,
             out_channels=4,
             num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
+            **BLOCKS,
             joint_attention_dim=64,
             caption_projection_dim=32,
             pooled_projection_dim=64,
@@ -106,12 +113,7 @@ def sd3() -> Any:
         ),
         vae=vae(4),
         scheduler=scheduler(shift=3.0),
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        tokenizer_2=tokenizer_2,
-        text_encoder_2=encoder_2,
-        tokenizer_3=tokenizer_3,
-        text_encoder_3=encoder_3,
+        **parts,
     )
 
 
@@ -127,17 +129,14 @@ def flux() -> Any:
             in_channels=16,
             num_layers=1,
             num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
+            **BLOCKS,
             joint_attention_dim=32,
             pooled_projection_dim=32,
             guidance_embeds=True,
             axes_dims_rope=(4, 6, 6),
         ),
         vae=vae(4),
-        scheduler=scheduler(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
-        ),
+        scheduler=dynamic(1.15, 4096),
         tokenizer=tokenizer,
         text_encoder=CLIPTextModel(projected.config),
         tokenizer_2=tokenizer_2,
@@ -146,66 +145,36 @@ def flux() -> Any:
 
 
 def qwen_image() -> Any:
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = qwen_tokenizer()
+    rope = {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"}
     text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_parameters": {
-            "mrope_section": [2, 3, 3],
-            "rope_type": "default",
-            "type": "default",
-            "rope_theta": 1e6,
-        },
+        **{"vocab_size": len(tokenizer), "num_key_value_heads": 2, **sizes()},
+        "rope_parameters": {**rope, "rope_theta": 1e6},
     }
-    vision = {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-    }
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    encoder = Qwen2_5_VLConfig(text_config=text, vision_config={"depth": 1, **vision})
     return QwenImagePipeline(
         transformer=QwenImageTransformer2DModel(
             patch_size=2,
             in_channels=16,
             out_channels=4,
             num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
+            **BLOCKS,
             joint_attention_dim=32,
             axes_dims_rope=(4, 6, 6),
         ),
         vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 1],
-            num_res_blocks=1,
+            **{"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1},
             temperal_downsample=[False],
             latents_mean=[0.1, -0.2, 0.3, 0.0],
             latents_std=[1.5, 2.0, 0.7, 1.0],
         ),
-        scheduler=scheduler(
-            use_dynamic_shifting=True,
-            base_shift=0.5,
-            max_shift=0.9,
-            max_image_seq_len=8192,
-            shift_terminal=0.02,
-        ),
+        scheduler=dynamic(0.9, 8192, shift_terminal=0.02),
         tokenizer=tokenizer,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(encoder),
     )
 
 
@@ -214,25 +183,12 @@ def z_image() -> Any:
     from transformers import Qwen3Config, Qwen3Model
 
     tokenizer = qwen_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
+    given = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 16}
+    config = Qwen3Config(**sizes(layers=3), **given)
     transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=32,
-        axes_dims=[4, 6, 6],
-        axes_lens=[1024, 32, 32],
+        **{"in_channels": 4, "dim": 32, "cap_feat_dim": 32},
+        **{"n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
+        **{"axes_dims": [4, 6, 6], "axes_lens": [1024, 32, 32]},
     )
     torch.nn.init.normal_(transformer.x_pad_token)
     torch.nn.init.normal_(transformer.cap_pad_token)

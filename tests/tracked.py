@@ -9,8 +9,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from egrpo.config.models import Model, Prompts, RunConfig, Tracking, Train
+from egrpo.config.measuring import Tracking
+from egrpo.config.models import Model, Prompts, RunConfig
 from egrpo.config.rewards import Verifier
+from egrpo.config.training import Train
 from egrpo.methods.egrpo import Egrpo
 from egrpo.planning.trees import needs_plan
 from egrpo.store import tables

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from docs.generate.text import cell, rows
-from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
+from egrpo.config.models import RunConfig
 from egrpo.config.rewards import REWARD_MODELS
+from egrpo.config.study import FigureSpec, StudyConfig, TableSpec
 from egrpo.methods import METHOD_MODELS
 from egrpo.methods.base import Method
 from egrpo.settings import PAPER

@@ -8,8 +8,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from egrpo.config.models import RunConfig, StudyConfig
+from egrpo.config.models import RunConfig
 from egrpo.config.rewards import REWARD_MODELS
+from egrpo.config.study import StudyConfig
 from egrpo.methods import METHOD_MODELS
 
 _UNION_MEMBERS = ("int", "float", "list[int]", "constrained-int", "constrained-float")

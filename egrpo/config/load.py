@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,8 @@ _ANCIENT = re.compile(r"[+-]?0[0-7_]+|.*:.*")
 """Numbers that YAML 1.1 reads as others: 010 as 8, 1:30 as 90."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the runs table."""
-
-    run: str
-    overrides: dict[str, Any]
+def _at(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 class Loader(yaml.SafeLoader):
@@ -41,24 +36,18 @@ class Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if name in seen and key.value != "<<":
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            if name is not None:
-                seen.add(name)
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if (key.tag, key.value) in seen:
+                    raise _at(key, f"{key.value!r} is given twice")
+                seen.add((key.tag, key.value))
         return node
 
     def number(self, node: yaml.ScalarNode) -> float:
         """A number; refused where its digits say another to people."""
         if _ANCIENT.fullmatch(node.value):
-            raise yaml.MarkedYAMLError(
-                problem=f"{node.value} would be read as another number; write it plainly",
-                problem_mark=node.start_mark,
-            )
-        kind = node.tag.rsplit(":", 1)[1]
-        return self.construct_yaml_int(node) if kind == "int" else self.construct_yaml_float(node)
+            raise _at(node, f"{node.value} would be read as another number; write it plainly")
+        whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
 
 for _kind in ("int", "float"):
@@ -143,57 +132,6 @@ def at(tree: Any, dotted: str) -> Any:
     return tree
 
 
-def read_runs(path: str | Path) -> list[Row]:
-    """The runs table: tab-separated, column ``run`` and one column per overridden dotted key.
-
-    An empty cell overrides nothing; lines that start with # are comments.
-
-    Raises:
-        UserError: naming the line and what is wrong with it.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file
-        raise UserError(f"{path}: runs table cannot be read: {error}") from None
-    lines = [ln for ln in text.split("\n") if ln.strip() and not ln.startswith("#")]
-    if not lines:
-        raise UserError(f"{path}: the runs table is empty; its first line must name the columns")
-    header, *body = (line.split("\t") for line in lines)
-    if header[0] != "run":
-        raise UserError(f"{path}: the first column must be `run` (columns are split by tabs)")
-    if not all(name.strip() for name in header):
-        raise UserError(f"{path}: a column has no name (is there a tab at the end of the header?)")
-    if len(set(header)) != len(header):
-        raise UserError(f"{path}: a column is named twice")
-    for key in header:
-        section = next((name for name in header if key.startswith(f"{name}.")), None)
-        if section is not None:
-            raise UserError(f"{path}: column {section} holds column {key}; keep one of them")
-    if not body:
-        raise UserError(f"{path}: the runs table has no run")
-    rows: dict[str, Row] = {}
-    for cells in body:
-        if len(cells) > len(header):
-            raise UserError(
-                f"{path}: run {cells[0]!r} has {len(cells)} cells, the header {len(header)}"
-            )
-        run = cells[0].strip()
-        if run in rows:
-            raise UserError(f"{path}: run id {run!r} occurs twice; ids must be unique")
-        overrides = {}
-        for key, cell in zip(header[1:], cells[1:], strict=False):
-            if not cell.strip():
-                continue
-            try:
-                overrides[key] = numbers(parse(cell))
-            except ValueError as error:
-                raise UserError(
-                    f"{path}: run {run!r}, column {key}: cannot read {shown(cell)}: {error}"
-                ) from None
-        rows[run] = Row(run, overrides)
-    return list(rows.values())
-
-
 def options_of(given: Mapping[str, Any]) -> Tree:
     """Snakemake's ``--config`` with its values as the same words in a file mean them.
 
@@ -264,7 +202,6 @@ def overlay(base: Tree, top: Mapping[str, Any], where: tuple[str, ...] = ()) -> 
 
 def kept(below: Tree, top: Mapping[str, Any], where: tuple[str, ...]) -> Tree:
     """What of a section stays where ``top`` is laid over it."""
-
     others = {key for key, value in below.items() if top.get(key, value) != value}
     match where:
         case ("train", "rewards") | ("tables", _, "sections"):  # one choice

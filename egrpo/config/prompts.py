@@ -35,11 +35,9 @@ class Prompt:
 def read_prompts(path: str | Path, column: str = COLUMN) -> list[Prompt]:
     """The prompts of a file, which is read as what its suffix says; empty ones are left out.
 
-    Args:
-        path: .txt, a prompt a line; .jsonl, an object a line; .json, a list of texts or of objects,
-            or an object of lists; .csv and .tsv, with a header, quoted as in RFC 4180. What is not
-            .txt may hold ``negative_prompt`` too. UTF-8, with or without a byte-order mark.
-        column: column or key of the prompts in all but .txt, in small letters or capitals.
+    UTF-8, with or without a byte-order mark. .txt: a prompt a line; .jsonl: an object a line;
+    .json: a list of texts or of objects, or an object of lists; .csv and .tsv: with a header,
+    quoted as in RFC 4180. What is not .txt may hold ``negative_prompt`` beside ``column``.
 
     Raises:
         UserError: if the file is missing, holds no prompt, or cannot be read.
@@ -66,11 +64,7 @@ def read_prompts(path: str | Path, column: str = COLUMN) -> list[Prompt]:
 
 
 def _prompt(record: Any, column: str, where: str) -> Prompt:
-    """The prompt of a record.
-
-    Raises:
-        UserError: if it holds none.
-    """
+    """The prompt of a record, which is refused if it holds none."""
     text, negative = record, None
     if isinstance(record, Prompt):
         text = record.text
@@ -95,11 +89,7 @@ def _unexpected(where: str, column: str) -> UserError:
 
 
 def _found(names: Collection[str], wanted: str, where: str) -> str | None:
-    """The name that is meant: spelt so, or else with other capitals; None where there is none.
-
-    Raises:
-        UserError: if several could be meant.
-    """
+    """The name that is meant: spelt so, or else with other capitals; one of several is refused."""
     found = [name for name in names if name == wanted] or [
         name for name in names if name.casefold() == wanted.casefold()
     ]
@@ -109,11 +99,7 @@ def _found(names: Collection[str], wanted: str, where: str) -> str | None:
 
 
 def _column(names: Collection[str], column: str, where: str) -> str:
-    """The name of the prompts' column among those of a file.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The name of the prompts' column among those of a file, which must have one."""
     name = _found(names, column, where)
     if name is None:
         there = ", ".join(map(repr, names)) or "none"
@@ -156,9 +142,7 @@ def _json(text: str, path: str | Path, column: str) -> Records:
         lengths = {len(v) if isinstance(v, list) else None for v in lists.values()}
         if None in lengths or len(lengths) > 1:
             raise UserError(f"{path}: {', '.join(lists)}: expected lists, of one length")
-        data = [
-            dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)
-        ]
+        data = [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
     if not isinstance(data, list):
         raise UserError(f"{path}: expected a list of texts or of objects, or an object of lists")
     for number, record in enumerate(data, start=1):

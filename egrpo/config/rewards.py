@@ -6,9 +6,9 @@ import math
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from egrpo.settings import Settings, check_path, setting
+from egrpo.settings import Count, Settings, setting
 
 HPS = "HPSv2, arXiv 2306.09341 and its public code"
 PICK = "PickScore, arXiv 2305.01569 and its model card"
@@ -29,10 +29,8 @@ class RewardSettings(Settings):
     """Module of ``egrpo.rewards`` that computes it, by a class of the same name."""
     unscored: ClassVar[frozenset[str]] = frozenset({"device", "batch", "token_file"})
     """Settings that change no score."""
-    sources: ClassVar[tuple[str, ...]] = ()
-    """Names of the settings that name a file or folder."""
     hub: ClassVar[dict[str, str]] = {}
-    """Those of them that may be a hub id -> the setting of its commit."""
+    """Those of `sources` that may be a hub id -> the setting of its commit."""
     hub_files: ClassVar[tuple[str, ...]] = ()
     """Those of them that are one file of it: owner/name/file."""
 
@@ -42,34 +40,27 @@ class RewardSettings(Settings):
         named = {name: getattr(self, name) for name in self.sources}
         return {name: path for name, path in named.items() if path is not None}
 
-    @model_validator(mode="after")
-    def _paths(self) -> Self:
-        for name in self.sources:
-            check_path(name, getattr(self, name) or "")
-        return self
-
 
 class NetworkReward(RewardSettings):
     """What every reward has that is a network."""
 
-    device: str | None = setting(
-        None, "torch device (cpu, cuda:1); null: the model's.", pattern=r"^[a-z]+(:\d+)?$"
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "Type of the network's matrix products; weights and scores stay float32."
-    )
-    batch: int = setting(64, "Most images scored at once.", unit="images", ge=1)
+    device: str | None = setting(None, pattern=r"^[a-z]+(:\d+)?$")
+    """torch device (cpu, cuda:1); null: the model's."""
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32")
+    """Type of the network's matrix products; weights and scores stay float32."""
+    batch: Count = setting(64, unit="images")
+    """Most images scored at once."""
 
 
 class FileReward(NetworkReward):
     """What every reward has whose weights are one file."""
 
+    sources: ClassVar[tuple[str, ...]] = ("path",)
     hub: ClassVar[dict[str, str]] = {"path": "revision"}
     hub_files: ClassVar[tuple[str, ...]] = ("path",)
 
-    revision: str | None = setting(
-        None, "Commit, where `path` is a file of a hub id: owner/name/file."
-    )
+    revision: str | None = setting(None)
+    """Commit, where `path` is a file of a hub id: owner/name/file."""
 
 
 class Verifier(RewardSettings):
@@ -100,53 +91,47 @@ class Preference(RewardSettings):
     sources = ("path",)
 
     kind: Literal["preference"]
-    path: str = setting(..., "File of its weights, safetensors.")
+    path: str = setting(...)
+    """File of its weights, safetensors."""
 
 
 class Clip(FileReward):
     """Raw cosine of image and text by one of OpenAI's CLIP models (clip-anytorch)."""
 
     module = "clip"
-    sources = ("path",)
 
     kind: Literal["clip"]
-    path: str = setting(..., "File of its weights in OpenAI's format, such as ViT-L-14.pt.")
+    path: str = setting(...)
+    """File of its weights in OpenAI's format, such as ViT-L-14.pt."""
 
 
 class OpenClip(FileReward):
     """Raw cosine of image and text by a model of open_clip."""
 
     module = "open_clip"
-    sources = ("path",)
 
     kind: Literal["open_clip"]
-    path: str = setting(..., "File of its weights, such as open_clip_pytorch_model.bin.")
+    path: str = setting(...)
+    """File of its weights, such as open_clip_pytorch_model.bin."""
     architecture: str = setting(
-        "ViT-H-14-378-quickgelu",
-        "Name of the architecture in open_clip, or a .json file of open_clip's format.",
-        "the E-GRPO paper's CLIP is DFN5B ViT-H",
+        "ViT-H-14-378-quickgelu", source="the E-GRPO paper's CLIP is DFN5B ViT-H"
     )
-    tag: str | None = setting(
-        "dfn5b",
-        "open_clip's name of the weights, which decides the preprocessing; null: the "
-        "architecture's own.",
-        "open_clip",
-    )
+    """Name of the architecture in open_clip, or a .json file of open_clip's format."""
+    tag: str | None = setting("dfn5b", source="open_clip")
+    """open_clip's name of the weights, which decides the preprocessing; null: the architecture's
+    own."""
 
 
 class Hps(FileReward):
     """HPSv2.1: raw cosine, about 0.31 for FLUX.1-dev; images are padded, not cropped."""
 
     module = "open_clip"
-    sources = ("path",)
 
     kind: Literal["hpsv2"]
-    path: str = setting(..., "HPS_v2.1_compressed.pt (hub: xswu/HPSv2).")
-    architecture: str = setting(
-        "ViT-H-14",
-        "Name of the architecture in open_clip, or a .json file of open_clip's format.",
-        HPS,
-    )
+    path: str = setting(...)
+    """HPS_v2.1_compressed.pt (hub: xswu/HPSv2)."""
+    architecture: str = setting("ViT-H-14", source=HPS)
+    """Name of the architecture in open_clip, or a .json file of open_clip's format."""
 
 
 class PickScore(NetworkReward):
@@ -157,17 +142,16 @@ class PickScore(NetworkReward):
     hub: ClassVar[dict[str, str]] = {"path": "revision", "processor": "processor_revision"}
 
     kind: Literal["pickscore"]
-    path: str = setting(..., "Folder of the model, or a hub id (yuvalkirstain/PickScore_v1).")
-    revision: str | None = setting(None, "Commit of the hub id.")
-    processor: str | None = setting(
-        None,
-        "Folder or hub id of the processor (laion/CLIP-ViT-H-14-laion2B-s32B-b79K); null: `path`.",
-        PICK,
-    )
-    processor_revision: str | None = setting(None, "Commit of the processor's hub id.")
-    divide_by: float = setting(
-        1.0, "The score is divided by this; the paper's tables: 100.", unit="1", gt=0
-    )
+    path: str = setting(...)
+    """Folder of the model, or a hub id (yuvalkirstain/PickScore_v1)."""
+    revision: str | None = setting(None)
+    """Commit of the hub id."""
+    processor: str | None = setting(None, source=PICK)
+    """Folder or hub id of the processor (laion/CLIP-ViT-H-14-laion2B-s32B-b79K); null: `path`."""
+    processor_revision: str | None = setting(None)
+    """Commit of the processor's hub id."""
+    divide_by: PositiveFloat = setting(1.0)
+    """The score is divided by this; the paper's tables: 100."""
 
 
 class ImageReward(FileReward):
@@ -178,12 +162,14 @@ class ImageReward(FileReward):
     hub: ClassVar[dict[str, str]] = {"path": "revision", "tokenizer": "tokenizer_revision"}
 
     kind: Literal["imagereward"]
-    path: str = setting(..., "ImageReward.pt (hub: THUDM/ImageReward).")
-    tokenizer: str = setting(..., "Folder of the tokenizer, or a hub id (bert-base-uncased).")
-    tokenizer_revision: str | None = setting(None, "Commit of the tokenizer's hub id.")
-    med_config: str | None = setting(
-        None, "med_config.json beside the weights; null: the published values.", IMAGE_REWARD
-    )
+    path: str = setting(...)
+    """ImageReward.pt (hub: THUDM/ImageReward)."""
+    tokenizer: str = setting(...)
+    """Folder of the tokenizer, or a hub id (bert-base-uncased)."""
+    tokenizer_revision: str | None = setting(None)
+    """Commit of the tokenizer's hub id."""
+    med_config: str | None = setting(None, source=IMAGE_REWARD)
+    """med_config.json beside the weights; null: the published values."""
 
 
 class Aesthetic(FileReward):
@@ -195,9 +181,12 @@ class Aesthetic(FileReward):
     hub_files: ClassVar[tuple[str, ...]] = ("path", "clip")
 
     kind: Literal["aesthetic"]
-    path: str = setting(..., "sac+logos+ava1-l14-linearMSE.pth.", LAION)
-    clip: str = setting(..., "ViT-L-14.pt in OpenAI's format.", LAION)
-    clip_revision: str | None = setting(None, "Commit, where `clip` is a file of a hub id.")
+    path: str = setting(..., source=LAION)
+    """sac+logos+ava1-l14-linearMSE.pth."""
+    clip: str = setting(..., source=LAION)
+    """ViT-L-14.pt in OpenAI's format."""
+    clip_revision: str | None = setting(None)
+    """Commit, where `clip` is a file of a hub id."""
 
 
 class UnifiedReward(RewardSettings):
@@ -207,35 +196,33 @@ class UnifiedReward(RewardSettings):
     unscored = RewardSettings.unscored | {"seconds", "attempts", "concurrency"}
 
     kind: Literal["unifiedreward"]
-    url: str = setting(
-        ..., "Address of the endpoint, such as http://127.0.0.1:17140/v1.", pattern=r"^https?://.+"
-    )
-    model: str = setting("UnifiedReward-7b-v1.5", "Name of the model there.", UNIFIED)
-    question: str | None = setting(
-        None, "What is asked, with {prompt}; null: UnifiedReward's published question.", UNIFIED
-    )
+    url: str = setting(..., pattern=r"^https?://.+")
+    """Address of the endpoint, such as http://127.0.0.1:17140/v1."""
+    model: str = setting("UnifiedReward-7b-v1.5", source=UNIFIED)
+    """Name of the model there."""
+    question: str | None = setting(None, source=UNIFIED)
+    """What is asked, with {prompt}; null: UnifiedReward's published question."""
     pattern: str = setting(
-        FINAL_SCORE,
-        "Where the answer has the score: a number within the scale, else the score is NaN. The "
-        "default takes the last one.",
-        "this project's choice; Flow-GRPO's public code takes the first",
+        FINAL_SCORE, source="this project's choice; Flow-GRPO's public code takes the first"
     )
-    least: float | None = setting(
-        None, "Least score of the scale; null: 1 with the default `pattern`, else none.", unit="1"
-    )
-    most: float | None = setting(
-        None, "Largest score of the scale; null: 5 with the default `pattern`, else none.", unit="1"
-    )
-    divide_by: float = setting(5.0, "The score is divided by this.", UNIFIED, unit="1", gt=0.0)
-    side: int = setting(
-        512, "Images are resized to this many pixels square.", UNIFIED, unit="pixels", ge=16
-    )
-    seconds: float = setting(120.0, "Time-out of one request, seconds.", UNIFIED, unit="s", gt=0.0)
-    attempts: int = setting(
-        5, "Tries of one image; after them its score is NaN.", unit="tries", ge=1
-    )
-    concurrency: int = setting(16, "Requests at once.", unit="requests", ge=1)
-    token_file: str | None = setting(None, "File with the token of the service.")
+    """Where the answer has the score: a number within the scale, else the score is NaN. The default
+    takes the last one."""
+    least: float | None = setting(None, unit="1")
+    """Least score of the scale; null: 1 with the default `pattern`, else none."""
+    most: float | None = setting(None, unit="1")
+    """Largest score of the scale; null: 5 with the default `pattern`, else none."""
+    divide_by: PositiveFloat = setting(5.0, source=UNIFIED)
+    """The score is divided by this."""
+    side: int = setting(512, source=UNIFIED, unit="pixels", ge=16)
+    """Images are resized to this many pixels square."""
+    seconds: PositiveFloat = setting(120.0, source=UNIFIED, unit="s")
+    """Time-out of one request, seconds."""
+    attempts: Count = setting(5, unit="tries")
+    """Tries of one image; after them its score is NaN."""
+    concurrency: Count = setting(16, unit="requests")
+    """Requests at once."""
+    token_file: str | None = setting(None)
+    """File with the token of the service."""
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
@@ -269,23 +256,22 @@ class Remote(RewardSettings):
     unscored = RewardSettings.unscored | {"seconds", "patience", "concurrency", "encoding"}
 
     kind: Literal["remote"]
-    url: str = setting(
-        ..., "Address of the service, such as http://127.0.0.1:8800.", pattern=r"^https?://.+"
-    )
-    reward: str = setting(..., "Name of the reward there.")
-    encoding: Literal["png", "raw"] = setting(
-        "png", "How images travel: compressed without loss, or as bytes with their shape."
-    )
-    batch: int = setting(32, "Most images in one request.", unit="images", ge=1)
-    concurrency: int = setting(2, "Requests at once.", unit="requests", ge=1)
-    seconds: float = setting(300.0, "Time-out of one request, seconds.", unit="s", gt=0.0)
-    patience: float = setting(
-        1800.0,
-        "How long a run waits for a service that is away, seconds; then it ends.",
-        unit="s",
-        ge=0.0,
-    )
-    token_file: str | None = setting(None, "File with the token of the service.")
+    url: str = setting(..., pattern=r"^https?://.+")
+    """Address of the service, such as http://127.0.0.1:8800."""
+    reward: str = setting(...)
+    """Name of the reward there."""
+    encoding: Literal["png", "raw"] = setting("png")
+    """How images travel: compressed without loss, or as bytes with their shape."""
+    batch: Count = setting(32, unit="images")
+    """Most images in one request."""
+    concurrency: Count = setting(2, unit="requests")
+    """Requests at once."""
+    seconds: PositiveFloat = setting(300.0, unit="s")
+    """Time-out of one request, seconds."""
+    patience: NonNegativeFloat = setting(1800.0, unit="s")
+    """How long a run waits for a service that is away, seconds; then it ends."""
+    token_file: str | None = setting(None)
+    """File with the token of the service."""
 
 
 class Custom(RewardSettings):
@@ -293,34 +279,20 @@ class Custom(RewardSettings):
 
     module = "custom"
     kind: Literal["custom"]
-    function: str = setting(
-        ...,
-        "module:function; images are uint8 [n, 3, height, width]. A class is made once with the "
-        "options and then called.",
-        pattern=r"^[\w.]+:\w+$",
-    )
-    options: dict[str, Any] = setting({}, "Further arguments.")
+    function: str = setting(..., pattern=r"^[\w.]+:\w+$")
+    """module:function; images are uint8 [n, 3, height, width]. A class is made once with the
+    options and then called."""
+    options: dict[str, Any] = setting({})
+    """Further arguments."""
 
 
-AnyReward = Annotated[
-    Verifier
-    | VerifierExact
-    | Jpeg
-    | Preference
-    | Clip
-    | OpenClip
-    | Hps
-    | PickScore
-    | ImageReward
-    | Aesthetic
-    | UnifiedReward
-    | Remote
-    | Custom,
-    Field(discriminator="kind"),
-]
+_Reward = (
+    Verifier | VerifierExact | Jpeg | Preference | Clip | OpenClip | Hps | PickScore
+    | ImageReward | Aesthetic | UnifiedReward | Remote | Custom
+)  # fmt: skip
+AnyReward = Annotated[_Reward, Field(discriminator="kind")]
 
 REWARD_MODELS: dict[str, type[RewardSettings]] = {
-    get_args(model.model_fields["kind"].annotation)[0]: model
-    for model in get_args(get_args(AnyReward)[0])
+    get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(_Reward)
 }
 """Settings model of each reward, by kind."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from egrpo.config.models import FigureSpec, RunConfig
+from egrpo.config.models import RunConfig
+from egrpo.config.study import FigureSpec
 from egrpo.core.spread import choose_threshold
 from egrpo.errors import UserError
 from egrpo.figures.branches import branches_figure

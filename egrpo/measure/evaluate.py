@@ -21,8 +21,9 @@ from egrpo.images import Images, check
 from egrpo.measure.kept import Kept
 from egrpo.measure.monitors import score_monitors
 from egrpo.models import load_model
-from egrpo.models.base import FlowModel, resolve_device
+from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Embeddings, load_conditioning
+from egrpo.models.loading import resolve_device
 from egrpo.planning.grids import evaluation_sigmas
 from egrpo.progress import Progress
 from egrpo.rewards import RewardModel, load_reward, score_all

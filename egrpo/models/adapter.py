@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from egrpo.errors import UserError, one_line
-from egrpo.store.checkpoint import checksum
+from egrpo.errors import UserError, refusing
+from egrpo.store.checkpoint import checksum, read_tensors
 from egrpo.store.files import replacing
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -28,9 +28,8 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str
     each number rounded once to float32, and alpha is the rank.
 
     Args:
-        path: file to write.
         tensors: ``transformer.<layer>.lora_A.weight`` [rank, in] and ``.lora_B.weight``
-            [out, rank] of each layer; they stay as they are.
+            [out, rank] of each layer.
         config: peft's settings that hold for them, each key below ``transformer.``; without alpha
             it is the rank.
     """
@@ -55,15 +54,10 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: if it cannot be read, or its checksum does not match.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as handle:
-            config = json.loads((handle.metadata() or {}).get(CONFIG, "{}"))
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    with refusing(f"{path}: cannot be loaded"):
+        tensors, metadata = read_tensors(path)
+        config = json.loads(metadata.get(CONFIG, "{}"))
         known = config.pop(SUM, None)
-    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be loaded: {one_line(error)}") from None
     if known and known != checksum(tensors, json.dumps(config, sort_keys=True)):
         raise UserError(f"{path}: damaged, its checksum does not match; train the run again")
     return tensors, config

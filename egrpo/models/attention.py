@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from egrpo.errors import UserError, one_line
+from egrpo.errors import UserError, one_line, refusing
+from egrpo.models.modules import repeated_blocks
 
 if TYPE_CHECKING:
     from egrpo.models.base import FlowModel
@@ -31,17 +32,11 @@ FAR = 0.1
 
 
 def kernel(capability: tuple[int, int], dtype: torch.dtype, head: int, *, masked: bool) -> Kernel:
-    """What ``auto`` takes on a CUDA device.
+    """What ``auto`` takes on a CUDA device for heads of this size (torch, ``sdp_utils.cpp``).
 
     Flash attention where it can: 16 bit, heads of at most 256, no mask (prompts of different
     lengths need one), compute capability 8.0 or later. Else the memory-efficient kernel, whose
-    rows must be aligned to 16 bytes; else the plain formula. (torch, ``sdp_utils.cpp``.)
-
-    Args:
-        capability: of the device, such as (9, 0).
-        dtype: of queries, keys and values.
-        head: size of one head.
-        masked: whether the call has a mask.
+    rows must be aligned to 16 bytes; else the plain formula.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if half and head <= 256 and not masked and capability >= (8, 0):
@@ -74,10 +69,8 @@ def use_attention(transformer: Any, backend: str) -> None:
             f"model.attention_backend: {backend}: the layers of {type(transformer).__name__} in "
             "diffusers take no backend; set it to auto or native"
         )
-    try:
+    with refusing(f"model.attention_backend: {backend}"):  # no such name, package or GPU
         transformer.set_attention_backend(backend)
-    except Exception as error:  # unknown name, missing package, or too old a GPU
-        raise UserError(f"model.attention_backend: {backend}: {one_line(error)}") from None
 
 
 def takes_backend(network: nn.Module) -> bool:
@@ -135,37 +128,27 @@ def check_attention(model: FlowModel, prompts: Conditioning) -> None:
     if wrong:
         backend = model.settings.attention_backend
         other = "_native_math" if takes_backend(model.transformer) else "native"
+        cuda = model.device.type == "cuda"
+        card = torch.cuda.get_device_name(model.device) if cuda else "cpu"
         raise UserError(
-            f"model.attention_backend: {backend}: attention is wrong on {_name(model.device)}: "
+            f"model.attention_backend: {backend}: attention is wrong on {card}: "
             f"{wrong}; set it to {other if backend == 'auto' else 'auto'}"
         )
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-
-
 @torch.no_grad()
-def _first_calls(model: FlowModel, prompts: Conditioning) -> dict[str, Call]:
+def _first_calls(model: FlowModel, prompts: Conditioning) -> dict[str, tuple[Any, ...]]:
     """By kind of block, its first attention and what an evaluation [B] at half noise gives it."""
-    from egrpo.models.base import repeated_blocks
-
-    found: dict[str, Call] = {}
+    found: dict[str, tuple[Any, ...]] = {}
     hooks = []
-    for block in repeated_blocks(model.transformer):
-        module = next((m for m in block.modules() if hasattr(m, "processor")), None)
-        if module is None:  # a network may name other modules among its blocks
-            continue
+    for block in repeated_blocks(model.transformer).values():
 
-        def keep(
-            attention: nn.Module, args: Any, kwargs: Any, kind: str = type(block).__name__
-        ) -> None:
-            found.setdefault(kind, (attention, args, kwargs))
+        def keep(module: nn.Module, *given: Any, kind: str = type(block).__name__) -> None:
+            found.setdefault(kind, (module, *given))
 
-        hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+        # a network may name other modules among its blocks
+        for attention in [m for m in block.modules() if hasattr(m, "processor")][:1]:
+            hooks.append(attention.register_forward_pre_hook(keep, with_kwargs=True))
     unit = model.latents.factor * model.latents.patch
     most = CHECKED // unit * unit
     height, width = (min(s, most) for s in (model.settings.height, model.settings.width))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from egrpo.errors import UserError
-from egrpo.store.checkpoint import checksum
+from egrpo.errors import UserError, one_line
+from egrpo.store.checkpoint import checksum, read_tensors
 from egrpo.store.files import replacing
 
 if TYPE_CHECKING:
@@ -50,16 +50,9 @@ class Conditioning:
 
         All prompts together stay on the CPU: FLUX.1's embeddings take 4 MiB each.
         """
-        index = torch.tensor(list(ids))
-        return Conditioning(
-            *(
-                {
-                    k: v.to(device)
-                    for k, v in trimmed({k: v[index] for k, v in group.items()}).items()
-                }
-                for group in (self.tensors, self.negative)
-            )
-        )
+        rows = self.rows(torch.tensor(list(ids)))
+        groups = trimmed(rows.tensors), trimmed(rows.negative)
+        return Conditioning(*({k: v.to(device) for k, v in group.items()} for group in groups))
 
 
 def padded(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -109,13 +102,11 @@ def load_conditioning(path: str | Path) -> tuple[list[str], Conditioning]:
     Raises:
         UserError: if the file is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     try:
-        with safe_open(str(path), framework="pt") as handle:
-            head = handle.metadata() or {}
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        tensors, head = read_tensors(path)
         for key, tensor in tensors.items():
             kind, name = key.split("/")
             groups[kind][name] = tensor
@@ -126,8 +117,9 @@ def load_conditioning(path: str | Path) -> tuple[list[str], Conditioning]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the `embed` rule makes it") from None
     except (SafetensorError, OSError, ValueError, LookupError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: damaged embeddings ({reason}); delete it and run again") from None
+        raise UserError(
+            f"{path}: damaged embeddings ({one_line(error)}); delete it and run again"
+        ) from None
     return texts, Conditioning(groups["prompt"], groups["negative"])
 
 

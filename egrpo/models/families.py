@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from egrpo.models.base import ATTENTION, FlowModel, Tensors
+from egrpo.models.base import FlowModel, Tensors
 from egrpo.models.packing import packed, token_positions, unpacked
 
 if TYPE_CHECKING:
     from egrpo.config.models import Model
+
+ATTENTION = (
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
+)
+"""Linear layers of joint attention, as diffusers names them."""
 
 
 class SD3(FlowModel):
@@ -29,7 +35,7 @@ class SD3(FlowModel):
     lora_targets = ATTENTION
     tokens = 256
 
-    def encode_prompt(self, pipe: Any, text: str) -> dict[str, Tensor]:
+    def encode_prompt(self, pipe: Any, text: str) -> Tensors:
         """``embeds`` [1, L, D], ``pooled`` [1, P]."""
         embeds, _, pooled, _ = pipe.encode_prompt(
             text,
@@ -64,10 +70,7 @@ class Flux(FlowModel):
     transformer_class = "FluxTransformer2DModel"
     lora_targets = (
         *ATTENTION,
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     tokens = 512
 
@@ -79,7 +82,7 @@ class Flux(FlowModel):
             "true_cfg_scale": settings.guidance_scale,
         }
 
-    def encode_prompt(self, pipe: Any, text: str) -> dict[str, Tensor]:
+    def encode_prompt(self, pipe: Any, text: str) -> Tensors:
         """``embeds`` [1, L, D], ``pooled`` [1, P]."""
         embeds, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=self.sequence_length)
         return {"embeds": embeds, "pooled": pooled}
@@ -114,14 +117,11 @@ class QwenImage(FlowModel):
     vae_class = "AutoencoderKLQwenImage"
     lora_targets = (
         *ATTENTION,
-        "img_mlp.net.0.proj",
-        "img_mlp.net.2",
-        "txt_mlp.net.0.proj",
-        "txt_mlp.net.2",
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
     tokens = 512
 
-    def encode_prompt(self, pipe: Any, text: str) -> dict[str, Tensor]:
+    def encode_prompt(self, pipe: Any, text: str) -> Tensors:
         """``embeds`` [1, L, D], ``lengths`` [1]."""
         embeds, _ = pipe.encode_prompt(text, max_sequence_length=self.sequence_length)
         return {"embeds": embeds, "lengths": torch.tensor([embeds.shape[1]])}
@@ -179,13 +179,8 @@ class ZImage(FlowModel):
     pipeline = "ZImagePipeline"
     transformer_class = "ZImageTransformer2DModel"
     lora_targets = (
-        "attention.to_k",
-        "attention.to_out.0",
-        "attention.to_q",
-        "attention.to_v",
-        "feed_forward.w1",
-        "feed_forward.w2",
-        "feed_forward.w3",
+        *("attention.to_k", "attention.to_out.0", "attention.to_q", "attention.to_v"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
     tokens = 512
 
@@ -194,7 +189,7 @@ class ZImage(FlowModel):
         """See :class:`FlowModel`; the pipeline counts from 0."""
         return {"guidance_scale": settings.guidance_scale - 1.0}
 
-    def encode_prompt(self, pipe: Any, text: str) -> dict[str, Tensor]:
+    def encode_prompt(self, pipe: Any, text: str) -> Tensors:
         """``embeds`` [1, L, D], ``lengths`` [1]."""
         (embeds,), _ = pipe.encode_prompt(
             text, do_classifier_free_guidance=False, max_sequence_length=self.sequence_length

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from egrpo.models.modules import repeated_blocks
+
 if TYPE_CHECKING:
     from egrpo.config.models import FeatureCache
 
@@ -25,12 +27,8 @@ def skippable(network: Any) -> list[str]:
     A block without text output returns None there, which the hooks cannot stand in for (SD3's last
     one; so diffusers' own lite mode fails). It runs, on zeros.
     """
-    names = set(network._no_split_modules)
-    return [
-        name
-        for name, module in network.named_modules()
-        if type(module).__name__ in names and not getattr(module, "context_pre_only", False)
-    ]
+    blocks = repeated_blocks(network).items()
+    return [name for name, block in blocks if not getattr(block, "context_pre_only", False)]
 
 
 class KeptFeatures:

@@ -56,11 +56,7 @@ class Latents:
 
 def _sd3(config: Config) -> dict[str, Any]:
     most = config["pos_embed_max_size"] or math.inf
-    return {
-        "channels": config["in_channels"],
-        "patch": config["patch_size"],
-        "most": (most, most),
-    }
+    return {"channels": config["in_channels"], "patch": config["patch_size"], "most": (most, most)}
 
 
 def _packed(config: Config) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _prompts(study: Study) -> Iterator[Finding]:
 def _device(study: Study) -> Iterator[Finding]:
     import torch
 
-    from egrpo.models.base import resolve_device
+    from egrpo.models.loading import resolve_device
 
     names = {run.model.device for run in study.runs.values()}
     names |= {d for run in study.runs.values() for r in run.rewards.values() if (d := _where(r))}
@@ -187,7 +187,7 @@ def available(name: str) -> float:
     import psutil
     import torch
 
-    from egrpo.models.base import resolve_device
+    from egrpo.models.loading import resolve_device
 
     device = resolve_device(name)
     if device.type == "cuda":
@@ -272,7 +272,7 @@ def _attention(model: Model, part: Part) -> Iterator[Finding]:
     import torch
 
     from egrpo.models.attention import kernel
-    from egrpo.models.base import resolve_device
+    from egrpo.models.loading import resolve_device
 
     try:
         device = resolve_device(model.device)

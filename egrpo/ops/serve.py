@@ -163,7 +163,7 @@ def serve(
     """
     import uvicorn
 
-    from egrpo.models.base import resolve_device
+    from egrpo.models.loading import resolve_device
     from egrpo.rewards import load_rewards
     from egrpo.study.resolve import load_study
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from egrpo import __version__
-from egrpo.config.models import FigureSpec, TableSpec
+from egrpo.config.study import FigureSpec, TableSpec
 from egrpo.page import parts
 from egrpo.page.gallery import make_gallery
 from egrpo.planning.trees import needs_plan

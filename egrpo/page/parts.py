@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from egrpo.config.models import TableSpec
+from egrpo.config.study import TableSpec
 from egrpo.core.plan import Plan
 from egrpo.errors import UserError, command
 from egrpo.page.images import open_grid, thumbnail, uri

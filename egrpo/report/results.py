@@ -21,7 +21,8 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from egrpo.config.keys import digest, run_key
-from egrpo.config.models import RunConfig, TableSpec
+from egrpo.config.models import RunConfig
+from egrpo.config.study import TableSpec
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
 from egrpo.report import evaluations as inputs

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from egrpo.config.models import TableSpec
+from egrpo.config.study import TableSpec
 from egrpo.errors import UserError
 from egrpo.report.evaluations import MEASURED, Row
 from egrpo.report.render import render

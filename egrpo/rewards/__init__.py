@@ -35,16 +35,15 @@ def load_reward(settings: RewardSettings, device: str) -> RewardModel:
         UserError: naming the file or setting that is missing or wrong.
     """
     module = importlib.import_module(f"egrpo.rewards.{settings.module}")  # some take seconds
-    made = getattr(module, type(settings).__name__)
-    return cast(RewardModel, made(settings, device))
+    kind = settings.model_dump()["kind"]
+    try:
+        return cast(RewardModel, getattr(module, type(settings).__name__)(settings, device))
+    except UserError as error:
+        raise UserError(f"rewards, kind {kind}: {error}") from None
 
 
 def load_rewards(settings: Mapping[str, RewardSettings], device: str) -> dict[str, RewardModel]:
-    """All configured reward models, by name.
-
-    Raises:
-        UserError: naming the file that is missing or wrong.
-    """
+    """All configured reward models, by name; see :func:`load_reward`."""
     return {name: load_reward(reward, device) for name, reward in settings.items()}
 
 
@@ -53,17 +52,12 @@ def score_all(
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Every reward of every image: name -> [n] float64.
 
-    What is no image is shown to no reward and scored NaN. Each reward gets images and prompts of
-    its own: one that writes into them changes nothing that others see.
-
-    Args:
-        models: by name.
-        images: as decoded, or uint8 [n, 3, h, w] of which none is in doubt.
-        prompts: n texts.
+    What is no image is shown to no reward and scored NaN; of uint8 [n, 3, h, w] all are. Each
+    reward gets images and prompts of its own: one that writes into them changes nothing that others
+    see. A crash is not caught: no reward may turn into a number because its model failed.
 
     Raises:
-        UserError: if a reward returns the wrong number of scores. A crash is not caught: no reward
-            may turn into a number because its model failed.
+        UserError: if a reward returns the wrong number of scores.
     """
     if not isinstance(images, Images):
         images = Images.whole(images)

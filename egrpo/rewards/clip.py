@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from egrpo.config.rewards import Aesthetic as AestheticSettings
 from egrpo.config.rewards import Clip as ClipSettings
-from egrpo.errors import UserError
+from egrpo.errors import UserError, refusing
 from egrpo.rewards.network import (
     Cosine,
     Network,
@@ -18,7 +16,6 @@ from egrpo.rewards.network import (
     pictures,
     place,
     read_state,
-    refusing,
 )
 
 
@@ -27,27 +24,22 @@ class OpenAIClip:
 
     clip-anytorch rounds weights to float16 and builds width/64 heads: right for OpenAI's ViTs,
     wrong for ViT-H, so never load HPS or PickScore weights here.
-
-    Raises:
-        UserError: if the file is missing or holds something else.
     """
 
-    def __init__(self, path: str, device: torch.device, name: str) -> None:
+    def __init__(self, path: str, revision: str | None, device: torch.device) -> None:
         try:
             from clip.clip import _transform
             from clip.model import build_model
         except ImportError as error:
             raise UserError(
-                f"{name}: clip-anytorch cannot be imported ({error}); it needs setuptools below "
+                f"clip-anytorch cannot be imported ({error}); it needs setuptools below "
                 "82: pip install 'setuptools>=77.0.3,<82'"
             ) from None
 
-        state = read_state(path, name)
-        with refusing(f"{name}: {path}: not CLIP weights"):
-            self.model = build_model(state)  # as clip.load does, which runs code of the file
-        if device.type == "cpu":
-            self.model.float()
-        self.model = place(self.model, device, name)
+        state = read_state(path, revision)
+        with refusing(f"{path}: not CLIP weights"):
+            model = build_model(state)  # as clip.load does, which runs code of the file
+        self.model = place(model.float() if device.type == "cpu" else model, device)
         self.preprocess = _transform(self.model.visual.input_resolution)
         self.device = device
 
@@ -75,7 +67,7 @@ class Clip(Cosine):
 
     def __init__(self, settings: ClipSettings, device: str) -> None:
         super().__init__(settings, device)
-        self.clip = OpenAIClip(self.file(settings.path, settings.revision), self.device, self.name)
+        self.clip = OpenAIClip(settings.path, settings.revision, self.device)
 
     def image_features(self, images: Tensor) -> Tensor:
         """See :class:`Cosine`."""
@@ -91,15 +83,13 @@ class Aesthetic(Network):
 
     def __init__(self, settings: AestheticSettings, device: str) -> None:
         super().__init__(settings, device)
-        self.clip = OpenAIClip(
-            self.file(settings.clip, settings.clip_revision), self.device, self.name
-        )
-        state: dict[str, Any] = read_state(self.file(settings.path, settings.revision), self.name)
-        self.head = self.place(linear_head(state, settings.path, self.name))
+        self.clip = OpenAIClip(settings.clip, settings.clip_revision, self.device)
+        state = read_state(settings.path, settings.revision)
+        self.head = place(linear_head(state, settings.path), self.device)
         width = self.clip.model.visual.output_dim
         if self.head[0].in_features != width:
             raise UserError(
-                f"{self.name}: {settings.path} takes {self.head[0].in_features} features, but "
+                f"{settings.path} takes {self.head[0].in_features} features, but "
                 f"{settings.clip} gives {width}; the published head belongs to ViT-L-14.pt"
             )
 

@@ -36,8 +36,7 @@ class Custom:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(
-                f"rewards, kind custom: {settings.function}: cannot be loaded from {where}: "
-                f"{reason}"
+                f"{settings.function}: cannot be loaded from {where}: {reason}"
             ) from None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:

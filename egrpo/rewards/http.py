@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
 
 from egrpo.errors import UserError
+
+if TYPE_CHECKING:
+    from egrpo.config.rewards import Remote, UnifiedReward
 
 LONGEST_WAIT = 10.0
 """Seconds between two tries, at most."""
 
 
-def bearer(token_file: str | None, name: str) -> dict[str, str]:
-    """The header with the token that a file holds; none without a file.
+def client_of(settings: Remote | UnifiedReward) -> httpx2.Client:
+    """What asks the service at ``url``, with the token that ``token_file`` holds.
 
     Raises:
         UserError: see :func:`token_of`.
     """
-    if token_file is None:
-        return {}
-    return {"Authorization": f"Bearer {token_of(token_file, f'{name}: token_file')}"}
+    path = settings.token_file
+    token = {} if path is None else {"Authorization": f"Bearer {token_of(path, 'token_file')}"}
+    return httpx2.Client(
+        base_url=settings.url.rstrip("/"),
+        headers=token,
+        timeout=settings.seconds,
+        limits=httpx2.Limits(max_connections=settings.concurrency),
+    )
+
+
+def retrying(stop: Any, *errors: type[Exception], **more: Any) -> Retrying:
+    """Tries again after these errors, which it raises in the end, with longer and longer waits."""
+    wait = wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)
+    retry = retry_if_exception_type(errors)
+    return Retrying(stop=stop, wait=wait, retry=retry, reraise=True, **more)
 
 
 def token_of(path: str | Path, what: str) -> str:

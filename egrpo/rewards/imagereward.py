@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from egrpo.config.rewards import ImageReward as Settings
-from egrpo.errors import UserError
+from egrpo.errors import UserError, refusing
 from egrpo.rewards.network import (
     MEAN,
+    NO_CODE,
     STD,
     Network,
     linear_head,
     load_strictly,
+    loaded,
     pictures,
+    place,
     read_state,
-    refusing,
 )
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
@@ -54,23 +56,8 @@ VISION_NAMES = (
 )
 """BLIP's names of the vision transformer -> transformers' names."""
 
-UNUSED = (
-    "text_encoder.pooler",
-    "text_encoder.embeddings.position_ids",
-    "text_encoder.cls",
-    "vision_proj",
-    "text_proj",
-    "itm_head",
-    "text_decoder",
-    "visual_encoder_m",
-    "text_encoder_m",
-    "temp",
-    "queue",
-    "image_queue",
-    "text_queue",
-    "queue_ptr",
-)
-"""Parts of BLIP's pre-training that its checkpoint may hold and the score does not use."""
+UNUSED = ("pooler", "embeddings.position_ids", "cls")
+"""Parts of the text encoder that a checkpoint may hold and the score does not use."""
 
 
 class ImageReward(Network):
@@ -83,43 +70,28 @@ class ImageReward(Network):
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         super().__init__(settings, device)
-        state = read_state(self.file(settings.path, settings.revision), self.name)
+        path = settings.path
+        state = read_state(path, settings.revision)
         vision = {renamed(k): v for k, v in below(state, "blip.visual_encoder.").items()}
-        text = {
-            k: v
-            for k, v in below(state, "blip.text_encoder.").items()
-            if not f"text_encoder.{k}".startswith(UNUSED)
-        }
+        text = below(state, "blip.text_encoder.")
+        text = {k: v for k, v in text.items() if not k.startswith(UNUSED)}
         if not vision or not text:
-            raise UserError(f"{self.name}: {settings.path}: holds no blip.* weights of ImageReward")
-        with refusing(f"{self.name}: {settings.path}: does not fit"):
-            eyes = BlipVisionModel(vision_config(vision, self.name, settings.path))
-        with refusing(f"{self.name}: med_config: {settings.med_config}"):
-            reader = BlipTextModel(
-                text_config(settings.med_config, vision, self.name), add_pooling_layer=False
-            )
-        load_strictly(eyes, vision, settings.path, self.name)
-        load_strictly(reader, text, settings.path, self.name)
-        self.eyes, self.reader = self.place(eyes), self.place(reader)
-        head = linear_head(below(state, "mlp."), settings.path, self.name)
-        self.head = self.place(head)
-        source = settings.tokenizer
-        with refusing(f"{self.name}: tokenizer: {source}"):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                source,
-                revision=settings.tokenizer_revision,
-                local_files_only=Path(source).is_dir(),
-                trust_remote_code=False,  # else it asks, and waits
-            )
+            raise UserError(f"{path}: holds no blip.* weights of ImageReward")
+        with refusing(f"{path}: does not fit"):
+            eyes = BlipVisionModel(vision_config(vision))
+        with refusing(f"med_config: {settings.med_config}"):
+            config = text_config(settings.med_config, eyes.config.hidden_size)
+            reader = BlipTextModel(config, add_pooling_layer=False)
+        load_strictly(eyes, vision, path)
+        load_strictly(reader, text, path)
+        head = linear_head(below(state, "mlp."), path)
+        self.eyes, self.reader, self.head = (place(m, self.device) for m in (eyes, reader, head))
+        source, revision = settings.tokenizer, settings.tokenizer_revision
+        self.tokenizer: Any = loaded(AutoTokenizer, "tokenizer", source, revision, **NO_CODE)
         side = eyes.config.image_size
-        self.preprocess = t.Compose(
-            [
-                t.Resize(side, interpolation=t.InterpolationMode.BICUBIC),
-                t.CenterCrop(side),
-                t.ToTensor(),
-                t.Normalize(MEAN, STD),
-            ]
-        )
+        resize = t.Resize(side, interpolation=t.InterpolationMode.BICUBIC)
+        rest = t.CenterCrop(side), t.ToTensor(), t.Normalize(MEAN, STD)
+        self.preprocess = t.Compose([resize, *rest])
 
     def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[n] normalised scores."""
@@ -151,23 +123,26 @@ def renamed(key: str) -> str:
     return key
 
 
-def vision_config(state: dict[str, Tensor], name: str, path: str) -> Any:
+def vision_config(state: dict[str, Tensor]) -> Any:
     """The vision transformer's sizes, read from its weights; heads are 64 wide (ViT-L: 16)."""
     from transformers import BlipVisionConfig
 
-    try:
-        patch = state["embeddings.patch_embedding.weight"]
-        width, size = patch.shape[0], patch.shape[-1]
-        grid = math.isqrt(state["embeddings.position_embedding"].shape[1] - 1)
-        inner = state["encoder.layers.0.mlp.fc1.weight"].shape[0]
-    except KeyError as error:
-        raise UserError(f"{name}: {path}: does not fit: {error.args[0]} is missing") from None
+    sizes = (
+        "embeddings.patch_embedding.weight",
+        "embeddings.position_embedding",
+        "encoder.layers.0.mlp.fc1.weight",
+    )
+    for key in sizes:
+        if key not in state:
+            raise ValueError(f"{key} is missing")
+    patch, positions, inner = (state[key].shape for key in sizes)
+    grid, size = math.isqrt(positions[1] - 1), patch[-1]
     layers = {int(k.split(".")[2]) for k in state if k.startswith("encoder.layers.")}
     return BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=inner,
+        hidden_size=patch[0],
+        intermediate_size=inner[0],
         num_hidden_layers=len(layers),
-        num_attention_heads=max(width // 64, 1),
+        num_attention_heads=max(patch[0] // 64, 1),
         image_size=grid * size,
         patch_size=size,
         hidden_act="gelu",
@@ -175,19 +150,17 @@ def vision_config(state: dict[str, Tensor], name: str, path: str) -> Any:
     )
 
 
-def text_config(path: str | None, vision: dict[str, Tensor], name: str) -> Any:
-    """The text encoder's sizes, from med_config.json or as published."""
+def text_config(path: str | None, seen: int) -> Any:
+    """The text encoder's sizes, from med_config.json or as published; ``seen``: image features."""
     from transformers import BlipTextConfig
 
     given = dict(MED_CONFIG)
     if path is not None:
-        with refusing(f"{name}: med_config: {path}"):
-            read = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        read = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         given |= {k: read[k] for k in given if k in read}
-    width = vision["embeddings.patch_embedding.weight"].shape[0]
     return BlipTextConfig(
         **given,
-        encoder_hidden_size=width,
+        encoder_hidden_size=seen,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         is_decoder=True,  # gives the layers cross-attention; they are called bidirectionally

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from egrpo.config.rewards import NetworkReward
-from egrpo.errors import UserError, during
+from egrpo.errors import UserError, during, refusing
 from egrpo.rewards.torchscript import is_torchscript, read_torchscript
+from egrpo.settings import is_hub_id
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -39,32 +39,13 @@ class Network(ABC):
     @during("scoring")
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[n] float32 scores of images uint8 [n, 3, h, w]."""
-        size = self.settings.batch
-        parts = []
-        with torch.no_grad(), self.autocast():
+        size, dtype, parts = self.settings.batch, getattr(torch, self.settings.dtype), []
+        reduced = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        with torch.no_grad(), reduced:
             for begin in range(0, len(images), size):
-                end = begin + size
-                found = self.scores(images[begin:end], list(prompts[begin:end]))
-                parts.append(found.float().cpu())
+                some = slice(begin, begin + size)
+                parts.append(self.scores(images[some], list(prompts[some])).float().cpu())
         return torch.cat(parts).numpy()
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Matrix products in ``dtype``."""
-        dtype = getattr(torch, self.settings.dtype)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-    def place(self, module: Any) -> Any:
-        """See :func:`place`."""
-        return place(module, self.device, self.name)
-
-    def file(self, path: str, revision: str | None) -> str:
-        """See :func:`local_file`."""
-        return local_file(path, revision, self.name)
-
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-        return f"rewards, kind {self.settings.model_dump()['kind']}"
 
 
 class Cosine(Network):
@@ -92,13 +73,9 @@ class Cosine(Network):
         return (normalised(self.image_features(images)) * text).sum(-1)
 
 
-def place(module: Any, device: torch.device, name: str) -> Any:
-    """A network on its device, for inference.
-
-    Raises:
-        UserError: if the device cannot be used.
-    """
-    with refusing(f"{name}: device {device} cannot be used"):
+def place(module: Any, device: torch.device) -> Any:
+    """A network on its device, for inference."""
+    with refusing(f"device {device} cannot be used"):
         return module.to(device).eval().requires_grad_(False)
 
 
@@ -120,59 +97,37 @@ def normalised(features: Tensor) -> Tensor:
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
-def local_file(path: str, revision: str | None, name: str) -> str:
-    """The file itself, or that of a hub id ``owner/name/file``, fetched at its commit.
-
-    Raises:
-        UserError: if there is no such file, here or there.
-    """
-    from egrpo.settings import is_hub_id
-
-    if Path(path).is_file():
-        return path
-    if not is_hub_id(path, file=True):
-        raise UserError(f"{name}: {path}: no such file, and not one of a hub id (owner/name/file)")
-    from huggingface_hub import hf_hub_download
-
-    owner, repository, file = path.split("/", 2)
-    try:
-        return hf_hub_download(f"{owner}/{repository}", file, revision=revision)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: {path} at {revision}: cannot be fetched: {reason}") from None
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turn whatever a library raises about a file into one line that begins with ``what``."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of many kinds, and all mean: not usable
-        reason = " ".join(f"{error or type(error).__name__}".split())[:200]
-        raise UserError(f"{what}: {reason}") from None
-
-
-def read_state(path: str, name: str) -> dict[str, Tensor]:
+def read_state(path: str, revision: str | None = None) -> dict[str, Tensor]:
     """Tensors of a checkpoint: safetensors, torch's format, TorchScript; none of its code runs.
 
     Where the checkpoint holds them under ``state_dict``, beside other things, those.
 
+    Args:
+        path: a file, or ``owner/name/file`` of a hub id, which is fetched.
+        revision: the hub id's commit.
+
     Raises:
-        UserError: if the file is missing, damaged, or holds more than tensors.
+        UserError: if there is no such file, or it is damaged or holds more than tensors.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{name}: {path}: no such file")
-    with refusing(f"{name}: {path}: cannot be read as weights"):
-        state = _state(path)
+    if Path(path).is_file():
+        file = path
+    elif is_hub_id(path, file=True):
+        from huggingface_hub import hf_hub_download
+
+        owner, repository, name = path.split("/", 2)
+        with refusing(f"{path} at {revision}: cannot be fetched"):
+            file = hf_hub_download(f"{owner}/{repository}", name, revision=revision)
+    else:
+        raise UserError(f"{path}: no such file, and not one of a hub id (owner/name/file)")
+    with refusing(f"{path}: cannot be read as weights"):
+        state = _state(file)
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping):
-        raise UserError(f"{name}: {path}: holds a {type(state).__name__}, not a table of weights")
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a table of weights")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"{name}: {path}: {key!r:.60} is a {type(value).__name__}, not weights")
+            raise UserError(f"{path}: {key!r:.60} is a {type(value).__name__}, not weights")
     return dict(state)
 
 
@@ -194,30 +149,48 @@ def _state(path: str) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_strictly(module: Any, state: Mapping[str, Tensor], path: str, name: str) -> None:
+NO_CODE = {"trust_remote_code": False}
+"""What else transformers would ask about, and wait."""
+
+
+def loaded(cls: Any, key: str, source: str, revision: str | None, **more: Any) -> Any:
+    """What the folder or hub id under a setting holds, in transformers' format."""
+    local = Path(source).is_dir()
+    with refusing(f"{key}: {source}: cannot be loaded"):
+        found = cls.from_pretrained(source, revision=revision, local_files_only=local, **more)
+        if "output_loading_info" not in more:
+            return found
+        model, report = found
+        if report["missing_keys"]:
+            raise ValueError(f"{min(report['missing_keys'])} is missing")
+        return model
+
+
+def load_strictly(module: Any, state: Mapping[str, Tensor], path: str) -> None:
     """Fill a network; every weight must be there and fit.
 
     Raises:
         UserError: naming a weight that is missing, unknown or of another shape.
     """
     expected = module.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in expected.items()}
     wrong = [
         *(f"{key} is missing" for key in expected if key not in state),
         *(f"{key} is not a weight of this network" for key in state if key not in expected),
         *(
-            f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
-            for key, value in expected.items()
-            if key in state and state[key].shape != value.shape
+            f"{key} has shape {tuple(state[key].shape)}, not {shape}"
+            for key, shape in shapes.items()
+            if key in state and state[key].shape != shape
         ),
     ]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise UserError(f"{name}: {path}: does not fit: {wrong[0]}{more}")
-    with refusing(f"{name}: {path}: does not fit"):
+        raise UserError(f"{path}: does not fit: {wrong[0]}{more}")
+    with refusing(f"{path}: does not fit"):
         module.load_state_dict(state)
 
 
-def linear_head(state: Mapping[str, Tensor], path: str, name: str) -> torch.nn.Sequential:
+def linear_head(state: Mapping[str, Tensor], path: str) -> torch.nn.Sequential:
     """The chain of linear layers ``layers.<n>.weight`` that LAION and ImageReward publish.
 
     Nothing stands between the layers: the dropouts there are for training.
@@ -226,7 +199,7 @@ def linear_head(state: Mapping[str, Tensor], path: str, name: str) -> torch.nn.S
         UserError: if there is no such chain.
     """
     layers: list[torch.nn.Linear] = []
-    with refusing(f"{name}: {path}: the head does not fit"):
+    with refusing(f"{path}: the head does not fit"):
         numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("layers.")})
         for n in numbers:
             weight, bias = state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]
@@ -236,5 +209,5 @@ def linear_head(state: Mapping[str, Tensor], path: str, name: str) -> torch.nn.S
                 raise ValueError(f"layers.{n} does not take what the layer before it gives")
             layers.append(layer)
     if not layers or layers[-1].out_features != 1:
-        raise UserError(f"{name}: {path}: no head `layers.<n>.weight` that ends in one number")
+        raise UserError(f"{path}: no head `layers.<n>.weight` that ends in one number")
     return torch.nn.Sequential(*layers)

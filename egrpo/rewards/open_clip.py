@@ -10,16 +10,8 @@ from torch import Tensor
 
 from egrpo.config.rewards import Hps as HpsSettings
 from egrpo.config.rewards import OpenClip as OpenClipSettings
-from egrpo.errors import UserError
-from egrpo.rewards.network import (
-    MEAN,
-    STD,
-    Cosine,
-    load_strictly,
-    pictures,
-    read_state,
-    refusing,
-)
+from egrpo.errors import UserError, refusing
+from egrpo.rewards.network import MEAN, STD, Cosine, load_strictly, pictures, place, read_state
 from egrpo.store.files import read_json
 
 
@@ -32,17 +24,16 @@ class OpenClip(Cosine):
         import open_clip
 
         super().__init__(settings, device)
-        with refusing(f"{self.name}: architecture: {settings.architecture}"):
+        with refusing(f"architecture: {settings.architecture}"):
             architecture = self.architecture()
             model, _, self.preprocess = open_clip.create_model_and_transforms(
-                architecture,
-                pretrained_text=False,
-                **self.published_preprocessing(),
+                architecture, pretrained_text=False, **self.published_preprocessing()
             )
             self.tokenizer = open_clip.get_tokenizer(architecture)
-        state = unwrapped(read_state(self.file(settings.path, settings.revision), self.name))
-        load_strictly(model, state, settings.path, self.name)
-        self.model = self.place(model)
+        state = read_state(settings.path, settings.revision)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        load_strictly(model, state, settings.path)
+        self.model = place(model, self.device)
 
     def architecture(self) -> str:
         """open_clip's name of the architecture; one in a file is made known to it."""
@@ -51,16 +42,16 @@ class OpenClip(Cosine):
         name = self.settings.architecture
         if name.endswith(".json"):
             if not Path(name).is_file():
-                raise UserError(f"{self.name}: architecture: {name}: no such file")
+                raise UserError(f"architecture: {name}: no such file")
             # open_clip keeps the path of a file that it cannot read, and then reads no other
             if not isinstance(read_json(name), dict):
-                raise UserError(f"{self.name}: architecture: {name}: not a JSON object")
+                raise UserError(f"architecture: {name}: not a JSON object")
             open_clip.add_model_config(name)
             return Path(name).stem
         known = open_clip.list_models()
         if name not in known:
             raise UserError(
-                f"{self.name}: architecture: open_clip knows no {name!r}; such as "
+                f"architecture: open_clip knows no {name!r}; such as "
                 f"{', '.join(n for n in known if n.startswith('ViT-H'))}"
             )
         return name
@@ -76,7 +67,7 @@ class OpenClip(Cosine):
         if not published:
             tags = open_clip.list_pretrained_tags_by_model(architecture)
             raise UserError(
-                f"{self.name}: tag: {architecture} has no {tag!r}, but "
+                f"tag: {architecture} has no {tag!r}, but "
                 f"{', '.join(tags) or 'none'}; null takes the architecture's own preprocessing"
             )
         keys = ("mean", "std", "interpolation", "resize_mode")
@@ -119,8 +110,3 @@ def padded_square(images: Tensor, side: int) -> Tensor:
     down, right = side - height, side - width
     x = f.pad(x, [right // 2, down // 2, right - right // 2, down - down // 2], fill=0)
     return f.normalize(x, MEAN, STD)
-
-
-def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a checkpoint that may hold them as ``module.*``."""
-    return {key.removeprefix("module."): value for key, value in state.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from egrpo.config.rewards import PickScore as Settings
-from egrpo.rewards.network import Cosine, pictures, refusing
+from egrpo.rewards.network import NO_CODE, Cosine, loaded, pictures, place
 
 
 class PickScore(Cosine):
@@ -20,30 +19,13 @@ class PickScore(Cosine):
         from transformers import AutoProcessor, CLIPModel
 
         super().__init__(settings, device)
-        self.model: Any = self.place(
-            self._from(CLIPModel, "path", settings.path, settings.revision)
-        )
-        processor = settings.processor or settings.path
-        revision = settings.processor_revision if settings.processor else settings.revision
-        self.processor: Any = self._from(AutoProcessor, "processor", processor, revision)
+        source, revision = settings.path, settings.revision
+        model = loaded(CLIPModel, "path", source, revision, output_loading_info=True)
+        self.model: Any = place(model, self.device)
+        if settings.processor:
+            source, revision = settings.processor, settings.processor_revision
+        self.processor: Any = loaded(AutoProcessor, "processor", source, revision, **NO_CODE)
         self.scale = float(self.model.logit_scale.exp())
-
-    def _from(self, cls: Any, key: str, source: str, revision: str | None) -> Any:
-        local = Path(source).is_dir()
-        with refusing(f"{self.name}: {key}: {source}: cannot be loaded"):
-            if key == "path":
-                loaded, report = cls.from_pretrained(
-                    source, revision=revision, local_files_only=local, output_loading_info=True
-                )
-                if report["missing_keys"]:
-                    raise ValueError(f"{min(report['missing_keys'])} is missing")
-                return loaded
-            return cls.from_pretrained(
-                source,
-                revision=revision,
-                local_files_only=local,
-                trust_remote_code=False,  # else it asks, and waits
-            )
 
     def image_features(self, images: Tensor) -> Tensor:
         """See :class:`Cosine`."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from egrpo.config.rewards import Preference as Settings
-from egrpo.errors import UserError
+from egrpo.errors import UserError, refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,11 +24,9 @@ class Preference:
 
         path = settings.path
         if not Path(path).is_file():
-            raise UserError(f"rewards, kind preference: {path}: no such file")
-        try:
+            raise UserError(f"{path}: no such file")
+        with refusing(path):
             self.model = load_preference(path).to(device)
-        except ValueError as error:
-            raise UserError(f"rewards, kind preference: {path}: {error}") from None
         self.device = device
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx2
 import numpy as np
 import numpy.typing as npt
+from tenacity import RetryCallState, stop_after_attempt, stop_after_delay
 from torch import Tensor
 
 from egrpo.config.rewards import Remote as Settings
 from egrpo.errors import UserError
-from egrpo.rewards.http import LONGEST_WAIT, bearer, text_of
+from egrpo.rewards import http
+from egrpo.rewards.http import client_of, retrying, text_of
 from egrpo.rewards.network import png_of
 
 TRIES = 3
@@ -41,16 +44,9 @@ class Remote:
     """Scores images by asking the service, some requests at once."""
 
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
-        import httpx2
-
         self.settings = settings
         self.name = f"rewards, kind remote: {settings.url}"
-        self.client = httpx2.Client(
-            base_url=settings.url.rstrip("/"),
-            headers=bearer(settings.token_file, self.name),
-            timeout=settings.seconds,
-            limits=httpx2.Limits(max_connections=settings.concurrency),
-        )
+        self.client = client_of(settings)
         self.told = 0.0
         self.batch = settings.batch
 
@@ -61,13 +57,10 @@ class Remote:
             UserError: if the service refuses the request or one image alone, answers nonsense,
                 fails again and again, or stays away longer than ``patience``.
         """
-        size = self.batch
-        pixels = images.cpu()
-        starts = range(0, len(pixels), size)
+        size, pixels = self.batch, images.cpu()
+        some = [slice(begin, begin + size) for begin in range(0, len(pixels), size)]
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            parts = list(
-                pool.map(lambda b: self._part(pixels[b : b + size], prompts[b : b + size]), starts)
-            )
+            parts = list(pool.map(lambda s: self._part(pixels[s], prompts[s]), some))
         with np.errstate(over="ignore"):  # infinite: NaN where rewards are gathered
             return np.concatenate(parts).astype(np.float32)
 
@@ -97,36 +90,16 @@ class Remote:
 
     def _patiently(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float64]:
         """One request, again and again while the service is away."""
-        from tenacity import (
-            RetryCallState,
-            Retrying,
-            retry_if_exception_type,
-            stop_after_attempt,
-            stop_after_delay,
-            wait_random_exponential,
-        )
 
         def say(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
-            if time.monotonic() - self.told > LONGEST_WAIT:  # once for all requests
+            if time.monotonic() - self.told > http.LONGEST_WAIT:  # once for all requests
                 self.told = time.monotonic()
                 self._say(f"{error}; waiting, up to {self.settings.patience:g} s in all")
 
         patient = stop_after_delay(self.settings.patience)
-        wait = wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT)
-        away = Retrying(
-            stop=patient,
-            wait=wait,
-            retry=retry_if_exception_type(AwayError),
-            before_sleep=say,
-            reraise=True,
-        )
-        failed = Retrying(
-            stop=patient | stop_after_attempt(TRIES),
-            wait=wait,
-            retry=retry_if_exception_type(FailedError),
-            reraise=True,
-        )
+        away = retrying(patient, AwayError, before_sleep=say)
+        failed = retrying(patient | stop_after_attempt(TRIES), FailedError)
         request = self._request(images, prompts)
         try:
             return away(lambda: failed(self._ask, request, len(images)))
@@ -146,16 +119,7 @@ class Remote:
         return request | {"raw": text_of(raw), "shape": list(images.shape)}
 
     def _ask(self, request: dict[str, Any], count: int) -> npt.NDArray[np.float64]:
-        """One try.
-
-        Raises:
-            AwayError: if nobody answers, or answers that there is too much to do.
-            FailedError: if the service or its reward failed.
-            TooLargeError: if less at once may be answered.
-            UserError: if the answer will not change.
-        """
-        import httpx2
-
+        """One try; a UserError where the answer will not change."""
         try:
             response = self.client.post("/score", json=request)
         except httpx2.TransportError as error:
@@ -172,9 +136,8 @@ class Remote:
             raise UserError(f"{self.name}: {reason}")
         try:
             scores = response.json()["scores"]
-            if not isinstance(scores, list) or any(
-                type(s) not in (int, float, type(None)) for s in scores
-            ):  # neither text nor truth is a score
+            # neither text nor truth is a score
+            if not isinstance(scores, list) or {*map(type, scores)} - {int, float, type(None)}:
                 raise TypeError
             values = np.array([np.nan if s is None else s for s in scores], dtype=np.float64)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError):

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx2
 import numpy as np
 import numpy.typing as npt
+from tenacity import stop_after_attempt
 from torch import Tensor
 
 from egrpo.config.rewards import UnifiedReward as Settings
-from egrpo.rewards.http import LONGEST_WAIT, bearer, text_of
+from egrpo.rewards.http import client_of, retrying, text_of
 from egrpo.rewards.network import png_of
 
 QUESTION = (
@@ -42,16 +44,7 @@ class UnifiedReward:
     """Scores images by asking; one that gets no score after all tries is NaN, never 0."""
 
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
-        import httpx2
-
-        self.settings = settings
-        headers = bearer(settings.token_file, "rewards, kind unifiedreward")
-        self.client = httpx2.Client(
-            base_url=settings.url.rstrip("/"),
-            headers=headers,
-            timeout=settings.seconds,
-            limits=httpx2.Limits(max_connections=settings.concurrency),
-        )
+        self.settings, self.client = settings, client_of(settings)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[n] float32 scores, divided by ``divide_by``; NaN where none was given."""
@@ -59,62 +52,31 @@ class UnifiedReward:
             found = list(pool.map(self._one, images, prompts))
         failed = [reason for _, reason in found if reason]
         if failed:
-            print(
-                f"rewards, kind unifiedreward: {len(failed)} of {len(found)} images got no score "
-                f"(NaN): {failed[0]}",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"{len(failed)} of {len(found)} images got no score (NaN): {failed[0]}"
+            print(f"rewards, kind unifiedreward: {text}", file=sys.stderr, flush=True)
         return np.array([score for score, _ in found], dtype=np.float32)
 
     def _one(self, image: Tensor, prompt: str) -> tuple[float, str]:
         """The score of one image, or NaN and why."""
-        import httpx2
-        from tenacity import (
-            Retrying,
-            retry_if_exception_type,
-            stop_after_attempt,
-            wait_random_exponential,
-        )
-
-        retrying = Retrying(
-            stop=stop_after_attempt(self.settings.attempts),
-            wait=wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT),
-            retry=retry_if_exception_type((UnansweredError, httpx2.TransportError)),
-            reraise=True,
-        )
+        again = UnansweredError, httpx2.TransportError
+        tries = retrying(stop_after_attempt(self.settings.attempts), *again)
         try:
-            return retrying(self._ask, self._request(image, prompt)), ""
+            return tries(self._ask, self._request(image, prompt)), ""
         except (UnansweredError, httpx2.HTTPError) as error:
             return np.nan, " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
     def _request(self, image: Tensor, prompt: str) -> dict[str, Any]:
         picture = text_of(png_of(image, self.settings.side))
         question = (self.settings.question or QUESTION).replace("{prompt}", prompt)
-        return {
-            "model": self.settings.model,
-            "temperature": 0,
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {
-                            "type": "image_url",
-                            "image_url": {"url": f"data:image/png;base64,{picture}"},
-                        },
-                        {"type": "text", "text": question},
-                    ],
-                }
-            ],
-        }
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+            {"type": "text", "text": question},
+        ]
+        messages = [{"role": "user", "content": content}]
+        return {"model": self.settings.model, "temperature": 0, "messages": messages}
 
     def _ask(self, request: dict[str, Any]) -> float:
-        """One try.
-
-        Raises:
-            UnansweredError: if the service is overloaded, or see :func:`score_in`.
-            httpx2.HTTPError: if it cannot be reached, or refuses the request for good.
-        """
+        """One try; an httpx2.HTTPError where the service is away, or refuses for good."""
         response = self.client.post("/chat/completions", json=request)
         if response.status_code == 429 or response.status_code >= 500:
             raise UnansweredError(f"HTTP {response.status_code}")

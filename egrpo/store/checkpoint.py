@@ -142,12 +142,17 @@ def read_snapshot(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _read(path: Path) -> Checkpoint:
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, as they are."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as handle:
-        metadata = handle.metadata() or {}
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        return tensors, handle.metadata() or {}
+
+
+def _read(path: Path) -> Checkpoint:
+    tensors, metadata = read_tensors(path)
     head = metadata["head"]
     if checksum(tensors, head) != metadata["sha256"]:
         raise ValueError("checksum does not match")

@@ -16,7 +16,8 @@ from typing import Any
 
 from egrpo.config.keys import digest
 from egrpo.config.load import load_run_settings
-from egrpo.config.models import FigureSpec, RunConfig, TableSpec
+from egrpo.config.models import RunConfig
+from egrpo.config.study import FigureSpec, TableSpec
 from egrpo.errors import UserError
 from egrpo.planning.trees import needs_plan
 from egrpo.store.files import read_json, write_once

@@ -17,19 +17,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from egrpo.config.explain import explain, first_problem
-from egrpo.config.load import (
-    Row,
-    Tree,
-    at,
-    numbers,
-    options_of,
-    overlay,
-    put,
-    read_runs,
-    read_yaml,
-    without_nulls,
-)
-from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
+from egrpo.config.load import Tree, at, numbers, options_of, overlay, put, read_yaml, without_nulls
+from egrpo.config.models import RunConfig
+from egrpo.config.study import FigureSpec, StudyConfig, TableSpec
+from egrpo.config.table import Row, read_runs
 from egrpo.errors import UserError
 from egrpo.methods import METHOD_MODELS
 from egrpo.study.targets import check_targets, resolve_budgets, with_snapshots

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from egrpo.config.keys import evaluation_key
-from egrpo.config.models import FigureSpec, RunConfig, StudyConfig, TableSpec
+from egrpo.config.models import RunConfig
+from egrpo.config.study import FigureSpec, StudyConfig, TableSpec
 from egrpo.errors import UserError
 from egrpo.planning.trees import closed_form_plan, cost_of, reads_profile, tree_of
 

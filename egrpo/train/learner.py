@@ -20,8 +20,9 @@ from egrpo.core.schedule import Sigmas
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
 from egrpo.models.attention import check_attention
-from egrpo.models.base import FlowModel, shard_like, whole
+from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
+from egrpo.models.modules import shard_like, whole
 from egrpo.planning.grids import learning_rate
 from egrpo.planning.trees import references
 from egrpo.sampling.processes import Processes

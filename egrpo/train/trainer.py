@@ -26,8 +26,8 @@ from egrpo.core.tree import Tree
 from egrpo.errors import UserError
 from egrpo.images import check
 from egrpo.models import load_model
-from egrpo.models.base import resolve_device
 from egrpo.models.conditioning import Embeddings, load_conditioning
+from egrpo.models.loading import resolve_device
 from egrpo.planning.grids import training_sigmas
 from egrpo.planning.trees import RunCost, iteration_cost, prompt_ids, tree_of
 from egrpo.rewards import load_rewards, score_all

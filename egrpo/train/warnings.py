@@ -12,7 +12,8 @@ from pathlib import Path
 
 from scipy.special import stdtrit
 
-from egrpo.config.models import Bound, RunConfig
+from egrpo.config.models import RunConfig
+from egrpo.config.training import Bound
 from egrpo.store.tables import TRAIN_METRICS, read_table
 
 Metrics = Mapping[str, float | None]

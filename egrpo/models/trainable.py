@@ -1,0 +1,254 @@
+"""What is trained of a model: a LoRA or all weights, how it is saved and brought in again."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from egrpo.core.seeds import normal
+from egrpo.errors import UserError, refusing
+from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter
+from egrpo.models.conditioning import Conditioning
+from egrpo.models.features import KeptFeatures
+from egrpo.models.loading import from_pretrained
+from egrpo.models.modules import compile_blocks, repeated_blocks, whole
+from egrpo.store.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from egrpo.config.models import Model
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+class Trainable(ABC):
+    """A transformer, what training adds to it, and the copy of it that samples.
+
+    Attributes:
+        lora_targets: layers adapted by default.
+    """
+
+    lora_targets: ClassVar[tuple[str, ...]]
+    settings: Model
+    device: torch.device
+    dtype: torch.dtype
+    transformer: Any
+
+    def __init__(self) -> None:
+        self._copy: Any = None  # of the transformer, see `sampling`
+        self.features: KeptFeatures | None = None
+        self.reference: Any = None
+
+    @abstractmethod
+    def velocity(
+        self, x: Tensor, sigma: float, conditioning: Conditioning, module: nn.Module | None = None
+    ) -> Tensor:
+        """Velocity [B, C, h, w] at flow time ``sigma``."""
+
+    def prepare_training(self, seed: int, *, reference: bool = False) -> list[nn.Parameter]:
+        """Add the LoRA, or unfreeze everything; returns the trainable parameters.
+
+        A LoRA is float32 and starts as the base model: its second factor is zero, its first
+        Gaussian of standard deviation 1/rank, a function of ``seed`` and the layer's name.
+        ``reference``: :meth:`reference_velocity` will be asked for.
+        """
+        if self.settings.tuning == "full":
+            self.reference = copy.deepcopy(self.transformer) if reference else None
+            self.transformer.requires_grad_(True)
+            self.keep_features()
+            return list(self.transformer.parameters())
+        from peft import LoraConfig
+
+        if self.settings.merge_lora_for_sampling:
+            self._copy = copy.deepcopy(self.transformer)
+            if self.settings.compile:
+                compile_blocks(self._copy)  # a copy has none of it
+        lora = self.settings.lora
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=lora.targets or list(self.lora_targets),
+            init_lora_weights="gaussian",
+        )
+        with refusing("model.lora.targets"):
+            self.transformer.add_adapter(config)
+        parameters = self._trained()
+        for p in parameters:  # updates of 1e-5 vanish in bfloat16
+            p.data = p.data.float()
+        for name, layer in self.lora_layers():  # peft's start, drawn as all noise is
+            first = layer.lora_A["default"].weight
+            first.data.copy_(normal(tuple(first.shape), seed, "lora", name) / lora.rank)
+        self.keep_features()
+        return parameters
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.transformer.parameters() if p.requires_grad]
+
+    def lora_layers(self) -> Iterator[tuple[str, Any]]:
+        """(name, layer) of every adapted layer."""
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, LoraLayer):
+                yield name, module
+
+    @torch.no_grad()
+    def reference_velocity(self, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        """Velocity of the model before training: LoRA switched off, or a frozen copy."""
+        if self.reference is not None:
+            return self.velocity(x, sigma, conditioning, self.reference)
+        self.transformer.disable_adapters()
+        try:
+            return self.velocity(x, sigma, conditioning)
+        finally:
+            self.transformer.enable_adapters()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        self.transformer.train()  # diffusers checkpoints in train mode only; it has no dropout
+        self.transformer.enable_gradient_checkpointing()
+
+    def shard(self) -> list[nn.Parameter]:
+        """Cut the transformer's weights up among all processes (FSDP2), block by block.
+
+        Returns:
+            The trainable parameters, of which this process now holds its part.
+
+        Raises:
+            UserError: if there is a copy for sampling, which could not follow.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        if self._copy is not None:
+            key = "feature_cache" if self.settings.feature_cache else "merge_lora_for_sampling"
+            raise UserError(f"model.{key}: makes a copy of the weights; switch it off for FSDP")
+        for block in repeated_blocks(self.transformer).values():
+            fully_shard(block)
+        fully_shard(self.transformer)
+        return self._trained()
+
+    @contextmanager
+    def sampling(self, *, exact: bool = False) -> Iterator[Any]:
+        """The network that samples, with the weights of this moment; what it keeps is freed after.
+
+        It is the transformer, or a copy of it: one that has the LoRA merged into its weights, that
+        keeps features from step to step (unless ``exact``), or both.
+        """
+        copied = self._copy is not None and not (exact and self.features is not None)
+        if copied and self.settings.merge_lora_for_sampling:
+            with torch.no_grad():
+                for name, layer in self.lora_layers():
+                    merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
+                    self._copy.get_submodule(name).weight.copy_(merged)
+        try:
+            yield self._copy if copied else self.transformer
+        finally:
+            if self.features is not None:
+                self.features.forget()
+
+    def keep_features(self) -> None:
+        """Make what samples keep features from step to step, where the settings say so.
+
+        Without a merged copy that is a twin that shares all weights with the transformer, which
+        itself stays exact.
+        """
+        if self.settings.feature_cache is None:
+            return
+        if self._copy is None:
+            shared = [*self.transformer.parameters(), *self.transformer.buffers()]
+            self._copy = copy.deepcopy(self.transformer, {id(t): t for t in shared})
+        self.features = KeptFeatures(self._copy, self.settings.feature_cache, self.dtype)
+
+    def features_of(
+        self, module: nn.Module, paths: tuple[int, ...] | None, sigma: float
+    ) -> AbstractContextManager[None]:
+        """The kept features of one batch; of none where the module keeps nothing."""
+        if self.features is None or module is not self._copy:
+            return nullcontext()
+        if paths is None:
+            raise ValueError("a network that keeps features needs the paths of its batch")
+        return self.features.of(paths, sigma)
+
+    def save(self, folder: Path, *, write: bool = True) -> None:
+        """Write what was trained so that stock diffusers loads it.
+
+        Where several processes share the weights all must call it, and one of them writes. LoRA:
+        ``pipe.load_lora_weights(folder)``, its scale in its weights; full: a transformer's
+        ``from_pretrained(folder)``.
+        """
+        from peft.utils import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        lora = self.settings.tuning == "lora"
+        state = (
+            get_peft_model_state_dict(self.transformer) if lora else self.transformer.state_dict()
+        )
+        state = {k: whole(v).contiguous() for k, v in state.items()}
+        if not write:
+            return
+        if not lora:
+            write_text(folder / "config.json", self.transformer.to_json_string())
+            with replacing(folder / WEIGHTS_FILE) as temporary:
+                save_file(state, temporary, metadata={"format": "pt"})
+            return
+        config = self.transformer.peft_config["default"].to_dict()
+        plain = {
+            f"transformer.{k}": sorted(v) if isinstance(v, set) else v
+            for k, v in config.items()
+            if k in ("r", "lora_alpha", "target_modules", "init_lora_weights", "lora_dropout")
+        }
+        tensors = {f"transformer.{k}": v for k, v in state.items()}
+        write_adapter(folder / ADAPTER_FILE, tensors, plain)
+
+    def load(self, folder: Path) -> None:
+        """Bring in what :meth:`save` wrote, LoRA merged into the weights.
+
+        Raises:
+            UserError: if the folder does not hold what ``model.tuning`` says.
+        """
+        if self.settings.tuning == "lora":
+            self._load_adapter(folder)
+            return
+        module = from_pretrained(
+            type(self.transformer),
+            folder,
+            f"{folder}: cannot be loaded",
+            "train the run again",
+            dtype=self.dtype,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        self.transformer = module.to(self.device)
+
+    def _load_adapter(self, folder: Path) -> None:
+        path, rank = folder / ADAPTER_FILE, self.settings.lora.rank
+        if not path.exists():
+            raise UserError(f"{path}: no such file; training writes it")
+        tensors, _ = read_adapter(path)
+        ranks = {len(t) for name, t in tensors.items() if "lora_A" in name and t.ndim}
+        if ranks and ranks != {rank}:
+            raise UserError(
+                f"{path}: rank {min(ranks)}, but model.lora.rank is {rank}; train the run again"
+            )
+        with refusing(f"{path}: cannot be loaded"):
+            self.transformer.load_lora_adapter(
+                folder, weight_name=ADAPTER_FILE, prefix="transformer", use_safetensors=True
+            )
+        expected = {
+            f"transformer.{name}.{part}.weight"
+            for name, _ in self.lora_layers()
+            for part in ("lora_A", "lora_B")
+        }
+        differing = expected ^ set(tensors)
+        if differing:
+            raise UserError(
+                f"{path}: does not fit this model: {min(differing)} is in one and not in the other "
+                f"(and {len(differing) - 1} more); train the run again"
+            )
+        self.transformer.fuse_lora()
