@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import linecache
 import os
 import re
-import sys
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import unquote
@@ -27,42 +22,32 @@ MOST = 2**53
 """No setting's whole number is larger: JSON and Parquet keep these exactly."""
 
 
-@cache
-def _sentences(path: str) -> dict[int, str]:
-    """Docstrings below the settings of a source file, by the line on which a value begins."""
-    found = {}
-    tree = ast.parse("".join(linecache.getlines(path)))
-    for model in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for field, below in pairwise(model.body):
-            if isinstance(field, ast.AnnAssign) and field.value and isinstance(below, ast.Expr):
-                found[field.value.lineno] = " ".join(ast.literal_eval(below.value).split())
-    return found
+def setting(default: Any, source: str = CHOICE, *, unit: str | None = None, **bounds: Any) -> Any:
+    """A field with the source of its default, its unit, and its bounds.
 
-
-def setting(
-    default: Any, text: str = "", source: str = CHOICE, *, unit: str | None = None, **bounds: Any
-) -> Any:
-    """A field with its sentence, the source of its default, its unit, and its bounds.
+    Its sentence is the docstring below it.
 
     Args:
         default: ``...`` where there is none.
-        text: the sentence; without it, that is the docstring below the field.
         unit: every number but a seed has one; null is ``1``, a plain number's, where the default is
             a number.
     """
-    if not text:
-        caller = sys._getframe(1)
-        text = _sentences(caller.f_code.co_filename)[caller.f_lineno]
     if unit is None:
         unit = "1" if type(default) in (int, float) else ""
     extra: dict[str, Any] = {"source": source, **({"unit": unit} if unit else {})}
-    return Field(default, description=text, json_schema_extra=extra, **bounds)
+    return Field(default, json_schema_extra=extra, **bounds)
 
 
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown keys, no silent conversion of types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        strict=True,
+        use_attribute_docstrings=True,
+    )
 
     sources: ClassVar[tuple[str, ...]] = ()
     """Names of the settings that name a file or folder."""

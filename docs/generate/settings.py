@@ -61,12 +61,17 @@ def allowed(field: FieldInfo) -> str:
     return ", ".join([*bounds(field), *(f"`{word}`" for word in choices(field.annotation))])
 
 
+def sentence(field: FieldInfo) -> str:
+    """What a setting says of itself, on one line."""
+    return " ".join((field.description or "").split())
+
+
 def about(field: FieldInfo, source: str | None = None) -> str:
     """A setting's sentence with its unit, bounds and the source of its default.
 
     ``source`` takes the place of the field's own: a method's, for what it inherits.
     """
-    text = field.description or ""
+    text = sentence(field)
     unit = extra(field, "unit")
     marks = [*([unit] if unit not in ("", "1") else []), *bounds(field)]
     if marks:
@@ -169,7 +174,8 @@ def reference_yaml() -> str:
 
 def schema() -> str:
     """JSON schema of one resolved run; no unknown keys at any level."""
-    return json.dumps(RunConfig.model_json_schema(), indent=1) + "\n"
+    text = json.dumps(RunConfig.model_json_schema(), indent=1)
+    return text.replace("\\n", " ") + "\n"
 
 
 # -- the page ----------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ def table(model: type[BaseModel], prefix: str = "", skip: tuple[str, ...] = ()) 
         if not field.is_required():
             default = f"`{scalar(field.default)}`"
             source = inherited(model, name) or extra(field, "source")
-        limits, text = cell(allowed(field)), cell(field.description or "")
+        limits, text = cell(allowed(field)), cell(sentence(field))
         shown = (f"`{prefix}{name}`", default, extra(field, "unit"), limits, text, cell(source))
         body.append(shown)
     head = ("setting", "default", "unit", "allowed", "what it is", "source of the default")

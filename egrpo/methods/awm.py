@@ -42,22 +42,15 @@ class Awm(ForwardProcess):
         {"times_per_sample": 3},
     )
 
-    name: Literal["awm"] = setting("awm", "Name of the method.")
-    weight: float = setting(
-        0.2, "Factor of the loss: advantages, clamped at 5, count within 1.", AWM, unit="1", gt=0.0
-    )
-    power: float = setting(
-        0.25,
-        "Power p of the matching error e in the log-probability -(e^p - c) / p (generalised "
-        "Huber); 1: the error itself.",
-        AWM,
-        unit="1",
-        gt=0.0,
-        le=1.0,
-    )
-    time_weight: bool = setting(
-        True, "Multiply the log-probability by the flow time of the noised sample.", AWM
-    )
+    name: Literal["awm"] = setting("awm")
+    """Name of the method."""
+    weight: float = setting(0.2, source=AWM, unit="1", gt=0.0)
+    """Factor of the loss: advantages, clamped at 5, count within 1."""
+    power: float = setting(0.25, source=AWM, unit="1", gt=0.0, le=1.0)
+    """Power p of the matching error e in the log-probability -(e^p - c) / p (generalised Huber); 1:
+    the error itself."""
+    time_weight: bool = setting(True, source=AWM)
+    """Multiply the log-probability by the flow time of the noised sample."""
 
     @property
     def edge_weight(self) -> float:

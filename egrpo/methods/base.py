@@ -140,12 +140,10 @@ class Method(Settings):
         def noise_level(self) -> float:
             """Noise level a or eta."""
 
-    steps: int = setting(
-        16, "Sampling steps T in training.", f"{PAPER}, experiments", unit="steps", ge=3, le=1000
-    )
-    group_size: int = setting(
-        12, "Samples G that share a group.", f"{PAPER}, experiments", unit="samples", ge=2, le=1024
-    )
+    steps: int = setting(16, source=f"{PAPER}, experiments", unit="steps", ge=3, le=1000)
+    """Sampling steps T in training."""
+    group_size: int = setting(12, source=f"{PAPER}, experiments", unit="samples", ge=2, le=1024)
+    """Samples G that share a group."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Declare the fields that :attr:`defaults` names, as if the class body had them in full."""
@@ -159,7 +157,8 @@ class Method(Settings):
             text, source = changed.text or old.description or "", changed.source or cls.source
             bounded = (old.annotation, *old.metadata)
             cls.__annotations__[key] = Annotated[bounded] if old.metadata else old.annotation
-            setattr(cls, key, setting(changed.value, text, source, unit=noted.get("unit", "")))
+            unit = noted.get("unit", "")
+            setattr(cls, key, setting(changed.value, source, unit=unit, description=text))
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:
@@ -251,10 +250,10 @@ class Method(Settings):
 class Stochastic(Method):
     """What the methods with stochastic steps share."""
 
-    dynamics: Dynamics = setting("flow_sde", "Transition of the stochastic steps.", PAPER)
-    noise_level: float = setting(
-        0.7, "Noise level a (flow_sde, cps) or eta (dance_sde).", PAPER, unit="1", gt=0.0, le=5.0
-    )
+    dynamics: Dynamics = setting("flow_sde", source=PAPER)
+    """Transition of the stochastic steps."""
+    noise_level: float = setting(0.7, source=PAPER, unit="1", gt=0.0, le=5.0)
+    """Noise level a (flow_sde, cps) or eta (dance_sde)."""
 
     def _faults(self) -> Iterator[str]:
         if self.dynamics == "cps" and self.noise_level > 1:

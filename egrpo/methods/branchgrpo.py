@@ -46,31 +46,19 @@ class BranchGrpo(Stochastic):
         {"splits": [0, 2, 4], "group_size": 8},
     )
 
-    name: Literal["branchgrpo"] = setting("branchgrpo", "Name of the method.")
-    splits: list[int] = setting(
-        [0, 3, 6, 9], "Grid indices at which latents split.", BRANCH, unit="grid index"
-    )
-    width_share: float = setting(
-        1.0,
-        "Width pruning: after the last split only this best part of the leaves trains; 1 prunes "
-        "nothing.",
-        BRANCH,
-        unit="1",
-        gt=0.0,
-        le=1.0,
-    )
-    depth_pruning: list[int] = setting(
-        [],
-        "Depth pruning: consecutive grid indices; edges that arrive there do not train.",
-        BRANCH,
-        unit="grid index",
-    )
-    depth_every: int = setting(
-        30, "Iterations until those indices move forward by one.", BRANCH, unit="iterations", ge=1
-    )
-    depth_stop: int = setting(
-        9, "Index at which the first of them stops.", BRANCH, unit="grid index", ge=1
-    )
+    name: Literal["branchgrpo"] = setting("branchgrpo")
+    """Name of the method."""
+    splits: list[int] = setting([0, 3, 6, 9], source=BRANCH, unit="grid index")
+    """Grid indices at which latents split."""
+    width_share: float = setting(1.0, source=BRANCH, unit="1", gt=0.0, le=1.0)
+    """Width pruning: after the last split only this best part of the leaves trains; 1 prunes
+    nothing."""
+    depth_pruning: list[int] = setting([], source=BRANCH, unit="grid index")
+    """Depth pruning: consecutive grid indices; edges that arrive there do not train."""
+    depth_every: int = setting(30, source=BRANCH, unit="iterations", ge=1)
+    """Iterations until those indices move forward by one."""
+    depth_stop: int = setting(9, source=BRANCH, unit="grid index", ge=1)
+    """Index at which the first of them stops."""
 
     def untrained(self, iteration: int) -> tuple[int, ...]:
         """Starts of the edges that depth pruning takes out, in an iteration counted from 1.

@@ -34,15 +34,10 @@ class DanceGrpo(Chained):
         "of a process.",
     )
 
-    name: Literal["dancegrpo"] = setting("dancegrpo", "Name of the method.")
-    trained_fraction: float = setting(
-        0.6,
-        "Part of all steps but the last that trains, drawn per sample.",
-        DANCE,
-        unit="1",
-        gt=0.0,
-        le=1.0,
-    )
+    name: Literal["dancegrpo"] = setting("dancegrpo")
+    """Name of the method."""
+    trained_fraction: float = setting(0.6, source=DANCE, unit="1", gt=0.0, le=1.0)
+    """Part of all steps but the last that trains, drawn per sample."""
 
     def tree(self, context: Context) -> Tree:
         """SDE on all steps but the last, of which each sample trains some of its own.

@@ -42,8 +42,10 @@ class DiffusionNft(ForwardProcess):
         {"times_per_sample": 3},
     )
 
-    name: Literal["diffusion_nft"] = setting("diffusion_nft", "Name of the method.")
-    beta: float = setting(1.0, "Mixing of the implicit policies.", NFT, unit="1", gt=0.0)
+    name: Literal["diffusion_nft"] = setting("diffusion_nft")
+    """Name of the method."""
+    beta: float = setting(1.0, source=NFT, unit="1", gt=0.0)
+    """Mixing of the implicit policies."""
 
     def objective(
         self,

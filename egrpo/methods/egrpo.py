@@ -34,39 +34,22 @@ class Merging(Branching):
     needs_plan: ClassVar[bool] = True
 
     threshold: float | Literal["auto"] = setting(
-        2.2,
-        "Entropy threshold tau in `measure`; 0 merges nothing; auto takes the least entropy at "
-        "which the profile shows enough spread of the trained rewards (`spread_factor`).",
-        f"{PAPER}, Table 4",
-        unit="of `measure`",
+        2.2, source=f"{PAPER}, Table 4", unit="of `measure`"
     )
-    spread_factor: float = setting(
-        1.0,
-        "threshold auto: spread of rewards in a group, over that of the noisy yardstick, which is "
-        "enough.",
-        f"{PAPER}, Fig. 1a",
-        unit="1",
-        gt=0.0,
-    )
-    span: int | None = setting(
-        None,
-        "Fixed number of steps merged at every active step, in the place of the threshold.",
-        f"{PAPER}, Table 2",
-        unit="grid intervals",
-        ge=1,
-    )
-    measure: Literal["exp_per_dim", "nats_per_dim", "variance"] = setting(
-        "exp_per_dim", "Unit of entropy and threshold."
-    )
-    on_unreachable: Literal["cap", "drop", "error"] = setting(
-        "cap", "A step that cannot reach the threshold: longest span, left out, or refused."
-    )
-    allocation: Literal["uniform", "profile"] = setting(
-        "uniform",
-        "Samples of the active steps: group_size each, or as many in all, shared out in "
-        "proportion to the profile's spread of the trained rewards (at least 2 each).",
-        PAPER,
-    )
+    """Entropy threshold tau in `measure`; 0 merges nothing; auto takes the least entropy at which
+    the profile shows enough spread of the trained rewards (`spread_factor`)."""
+    spread_factor: float = setting(1.0, source=f"{PAPER}, Fig. 1a", unit="1", gt=0.0)
+    """threshold auto: spread of rewards in a group, over that of the noisy yardstick, which is
+    enough."""
+    span: int | None = setting(None, source=f"{PAPER}, Table 2", unit="grid intervals", ge=1)
+    """Fixed number of steps merged at every active step, in the place of the threshold."""
+    measure: Literal["exp_per_dim", "nats_per_dim", "variance"] = setting("exp_per_dim")
+    """Unit of entropy and threshold."""
+    on_unreachable: Literal["cap", "drop", "error"] = setting("cap")
+    """A step that cannot reach the threshold: longest span, left out, or refused."""
+    allocation: Literal["uniform", "profile"] = setting("uniform", source=PAPER)
+    """Samples of the active steps: group_size each, or as many in all, shared out in proportion to
+    the profile's spread of the trained rewards (at least 2 each)."""
 
     @property
     def automatic(self) -> Automatic | None:
@@ -131,7 +114,8 @@ class Egrpo(Merging):
         {"active": 5, "threshold": 2.4},
     )
 
-    name: Literal["egrpo"] = setting("egrpo", "Name of the method.")
+    name: Literal["egrpo"] = setting("egrpo")
+    """Name of the method."""
 
 
 class EgrpoEfficient(Merging):
@@ -154,4 +138,5 @@ class EgrpoEfficient(Merging):
         {"active": 5, "threshold": 2.4},
     )
 
-    name: Literal["egrpo_efficient"] = setting("egrpo_efficient", "Name of the method.")
+    name: Literal["egrpo_efficient"] = setting("egrpo_efficient")
+    """Name of the method."""

@@ -38,10 +38,10 @@ class FlowGrpo(Chained):
         "have zero advantage but stay in the penalty.",
     )
 
-    name: Literal["flow_grpo"] = setting("flow_grpo", "Name of the method.")
-    trained_fraction: float = setting(
-        0.99, "First part of the steps that trains.", FLOW, unit="1", gt=0.0, le=1.0
-    )
+    name: Literal["flow_grpo"] = setting("flow_grpo")
+    """Name of the method."""
+    trained_fraction: float = setting(0.99, source=FLOW, unit="1", gt=0.0, le=1.0)
+    """First part of the steps that trains."""
 
     def tree(self, context: Context) -> Tree:
         """SDE on all steps; the first ``trained_fraction`` train.
@@ -78,10 +78,10 @@ class FlowGrpoFast(Windowed):
         "weights are averaged as for Flow-GRPO.",
     )
 
-    name: Literal["flow_grpo_fast"] = setting("flow_grpo_fast", "Name of the method.")
-    window_part: float = setting(
-        0.5, "The window lies in this first part of the schedule.", FLOW, unit="1", gt=0.0, le=1.0
-    )
+    name: Literal["flow_grpo_fast"] = setting("flow_grpo_fast")
+    """Name of the method."""
+    window_part: float = setting(0.5, source=FLOW, unit="1", gt=0.0, le=1.0)
+    """The window lies in this first part of the schedule."""
 
     @property
     def window_starts(self) -> range:

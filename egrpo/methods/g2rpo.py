@@ -37,4 +37,5 @@ class G2rpo(Branching):
         {"active": 3, "group_size": 2},
     )
 
-    name: Literal["g2rpo"] = setting("g2rpo", "Name of the method.")
+    name: Literal["g2rpo"] = setting("g2rpo")
+    """Name of the method."""

@@ -26,13 +26,12 @@ class MixGrpo(Windowed):
         iteration=51,
     )
 
-    name: Literal["mixgrpo"] = setting("mixgrpo", "Name of the method.")
-    window_every: int = setting(
-        25, "Iterations between two moves of the window.", MIX, unit="iterations", ge=1
-    )
-    window_stride: int = setting(
-        1, "Steps of one move; 0 keeps the window at 0.", MIX, unit="grid intervals", ge=0
-    )
+    name: Literal["mixgrpo"] = setting("mixgrpo")
+    """Name of the method."""
+    window_every: int = setting(25, source=MIX, unit="iterations", ge=1)
+    """Iterations between two moves of the window."""
+    window_stride: int = setting(1, source=MIX, unit="grid intervals", ge=0)
+    """Steps of one move; 0 keeps the window at 0."""
 
     def window_start(self, iteration: int) -> int:
         """Grid index of the window in an iteration counted from 1; back to 0 from the end."""
@@ -62,13 +61,12 @@ class MixGrpoFlash(MixGrpo):
         41,
     )
 
-    name: Literal["mixgrpo_flash"] = setting("mixgrpo_flash", "Name of the method.")  # type: ignore[assignment]
-    suffix: Solver = setting(
-        "dpm2", "Solver of the deterministic suffix: Euler, or second-order DPM-Solver++.", MIX
-    )
-    suffix_ratio: float = setting(
-        0.4, "Part of the steps after the window that is kept.", MIX, unit="1", gt=0.0, le=1.0
-    )
+    name: Literal["mixgrpo_flash"] = setting("mixgrpo_flash")  # type: ignore[assignment]
+    """Name of the method."""
+    suffix: Solver = setting("dpm2", source=MIX)
+    """Solver of the deterministic suffix: Euler, or second-order DPM-Solver++."""
+    suffix_ratio: float = setting(0.4, source=MIX, unit="1", gt=0.0, le=1.0)
+    """Part of the steps after the window that is kept."""
 
     def tree(self, context: Context) -> Tree:
         """MixGRPO's, whose suffix goes over ``suffix_ratio`` of the grid."""

@@ -18,35 +18,16 @@ class Branching(Stochastic):
 
     shape: ClassVar[Shape] = "branches"
 
-    active: int | list[int] = setting(
-        8,
-        "Number of first steps that branch, or the list of their grid indices.",
-        f"{PAPER}, Table 3",
-        unit="steps, or grid indices",
-    )
-    active_per_iteration: int | None = setting(
-        None,
-        "Random number of these that branch in one iteration and prompt; null for all.",
-        unit="steps",
-        ge=1,
-    )
-    anchors: int = setting(
-        1,
-        "Initial noises per prompt; each has its anchor and its groups.",
-        PAPER,
-        unit="anchors",
-        ge=1,
-        le=1024,
-    )
-    granularities: list[int] = setting(
-        [1],
-        "Strides of the suffix after a branch; several give a leaf each.",
-        PAPER,
-        unit="grid intervals",
-    )
-    suffix: Solver = setting(
-        "ode", "Solver of the deterministic suffix: Euler, or second-order DPM-Solver++.", PAPER
-    )
+    active: int | list[int] = setting(8, source=f"{PAPER}, Table 3", unit="steps, or grid indices")
+    """Number of first steps that branch, or the list of their grid indices."""
+    active_per_iteration: int | None = setting(None, unit="steps", ge=1)
+    """Random number of these that branch in one iteration and prompt; null for all."""
+    anchors: int = setting(1, source=PAPER, unit="anchors", ge=1, le=1024)
+    """Initial noises per prompt; each has its anchor and its groups."""
+    granularities: list[int] = setting([1], source=PAPER, unit="grid intervals")
+    """Strides of the suffix after a branch; several give a leaf each."""
+    suffix: Solver = setting("ode", source=PAPER)
+    """Solver of the deterministic suffix: Euler, or second-order DPM-Solver++."""
 
     @property
     def active_steps(self) -> list[int]:
@@ -103,12 +84,9 @@ class Chained(Stochastic):
 
     defaults = {"group_size": Changed(24, SAMPLES, FLOW)}
 
-    initial_noise: Literal["own", "same", "shared"] = setting(
-        "own",
-        "Initial noise of a prompt's samples: own; same, evaluated apart; shared: the same, "
-        "evaluated once while the samples agree.",
-        FLOW,
-    )
+    initial_noise: Literal["own", "same", "shared"] = setting("own", source=FLOW)
+    """Initial noise of a prompt's samples: own; same, evaluated apart; shared: the same, evaluated
+    once while the samples agree."""
 
     def chains(self, trained: Iterable[Steps], **how: Any) -> Tree:
         """Trajectories of whose steps these train; more as :func:`~egrpo.methods.shapes.chains`."""
@@ -122,7 +100,8 @@ class Windowed(Chained):
     source = MIX
     defaults = {"group_size": 12, "initial_noise": "same"}
 
-    window_size: int = setting(4, "Stochastic steps, all of them trained.", MIX, unit="steps", ge=1)
+    window_size: int = setting(4, source=MIX, unit="steps", ge=1)
+    """Stochastic steps, all of them trained."""
 
     def window(self, start: int, suffix: str = "ode", ratio: float = 1.0) -> Tree:
         """ODE, the trained window from ``start``, a suffix over ``ratio`` of the grid."""
@@ -149,17 +128,12 @@ class ForwardProcess(Method):
     defaults = {"group_size": Changed(24, SAMPLES, NFT)}
     shape: ClassVar[Shape] = "noised"
 
-    times_per_sample: int = setting(
-        9,
-        "Grid indices that each sample is noised to, drawn per sample.",
-        NFT,
-        unit="grid indices",
-        ge=1,
-    )
-    times_part: float = setting(
-        1.0, "They are drawn from this first part of the schedule.", NFT, unit="1", gt=0.0, le=1.0
-    )
-    solver: Solver = setting("dpm2", "Solver of the samples: Euler, or DPM-Solver++.", NFT)
+    times_per_sample: int = setting(9, source=NFT, unit="grid indices", ge=1)
+    """Grid indices that each sample is noised to, drawn per sample."""
+    times_part: float = setting(1.0, source=NFT, unit="1", gt=0.0, le=1.0)
+    """They are drawn from this first part of the schedule."""
+    solver: Solver = setting("dpm2", source=NFT)
+    """Solver of the samples: Euler, or DPM-Solver++."""
 
     @property
     def times(self) -> range:

@@ -44,7 +44,8 @@ class TempflowGrpo(Branching):
         {"group_size": 2, "anchors": 1},
     )
 
-    name: Literal["tempflow_grpo"] = setting("tempflow_grpo", "Name of the method.")
+    name: Literal["tempflow_grpo"] = setting("tempflow_grpo")
+    """Name of the method."""
 
     def tree(self, context: Context) -> Tree:
         """Branches whose loss weight is a step's standard deviation over the mean of all.
