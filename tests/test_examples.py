@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STAGES, small_run, stage_words, train_words
+from conftest import ROOT, job_words, result_of, small_run
 
 from egrpo.models.conditioning import Embeddings
 from egrpo.rewards import load_rewards, score_all
@@ -91,9 +91,9 @@ def test_a_run_trains_on_colourfulness(embeddings: Embeddings, tmp_path: Path) -
     words = {"kind": "custom", "function": "examples.colourfulness:colourfulness"}
     change = {"rewards.colour": words, "train.rewards": {"verifier": None, "colour": 1.0}}
     made = small_run("x", **change, **{"train.iterations": 2})
-    run(sys.executable, STAGES, *stage_words("profile", made, embeddings, tmp_path), folder=ROOT)
-    run(sys.executable, STAGES, *train_words(made, embeddings, tmp_path), folder=ROOT)
-    table = read_table(tmp_path / "out/rollouts.parquet", ROLLOUTS)
+    for stage in ("profile", "train"):
+        run(sys.executable, *job_words(stage, made, embeddings, tmp_path), folder=ROOT)
+    table = read_table(result_of(tmp_path) / "rollouts.parquet", ROLLOUTS)
     assert set(table["reward"].to_pylist()) == {"colour"}
     assert len(set(table["value"].to_pylist())) > 10
     assert any(table["advantage"].to_pylist())

@@ -8,31 +8,28 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from egrpo.config.models import RunConfig
+from egrpo.config.models import Train
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
 from egrpo.sampling.processes import Processes
 
 
 class AveragedWeights:
-    """The average of a run's weights, beside the weights themselves.
+    """The average of a run's weights, one tensor for each of ``parameters``.
 
-    Attributes:
-        weights: one tensor for each of ``parameters``; None where ``train.ema_decay`` is null,
-            and everything here goes by the weights themselves.
+    ``weights`` is None without ``train.ema_decay``: all here goes by the weights themselves.
     """
 
     def __init__(
         self,
-        run: RunConfig,
+        settings: Train,
         model: FlowModel,
         parameters: list[nn.Parameter],
         processes: Processes,
     ) -> None:
-        self.settings, self.model, self.parameters = run.train, model, parameters
-        self.processes = processes
-        averaged = self.settings.ema_decay
-        self.weights = [p.detach().clone() for p in parameters] if averaged else None
+        self.settings, self.model = settings, model
+        self.parameters, self.processes = parameters, processes
+        self.weights = [p.detach().clone() for p in parameters] if settings.ema_decay else None
 
     @torch.no_grad()
     def follow(self, step: int, iteration: int) -> None:

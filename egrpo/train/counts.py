@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -18,8 +18,7 @@ from egrpo.sampling.processes import Processes
 class Counts(dict[str, int]):
     """Network evaluations so far: ``forward``, ``train``, ``reference`` and ``monitor``.
 
-    Attributes:
-        spent: what this process has done in this iteration and :meth:`settle` will add.
+    ``spent`` is what this process has done in this iteration and :meth:`settle` will add.
     """
 
     def __init__(self, run: RunConfig, processes: Processes) -> None:
@@ -28,17 +27,11 @@ class Counts(dict[str, int]):
         self.spent: Counter[str] = Counter()
 
     def settle(
-        self,
-        iteration: int,
-        trees: Sequence[Tree],
-        rollout: Rollout,
-        kept: Collection[int] | None,
+        self, iteration: int, trees: Sequence[Tree], rollout: Rollout, kept: Collection[int] | None
     ) -> None:
-        """Add up what all processes spent in an iteration.
+        """Add up what all processes spent in an iteration; RuntimeError if the trees predict else.
 
-        Raises:
-            RuntimeError: if it is not what the trees predict. Of pruned edges the sources need no
-                evaluation for training.
+        Of pruned edges the sources need no evaluation for training.
         """
         predicted = cost_of(self.run, trees)
         if kept is not None:
@@ -56,6 +49,11 @@ class Counts(dict[str, int]):
                     f"{iteration}, predicted {wanted}"
                 )
         self.spent = Counter()
+
+
+def spent_on_training(counts: Mapping[str, int]) -> int:
+    """Network evaluations so far, without those of monitors."""
+    return sum(counts[name] for name in ("forward", "train", "reference"))
 
 
 def peak_memory_mib() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,20 +11,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from egrpo.config.models import RunConfig
-from egrpo.core.loss import (
-    Objective,
-    velocity_distance,
-)
+from egrpo.core.loss import Objective, velocity_distance
 from egrpo.core.rollout import Rollout, TrainBatch, UpdateSize, update_sizes
-from egrpo.core.schedule import Sigmas
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
 from egrpo.models.attention import check_attention
-from egrpo.models.base import FlowModel, shard_like, whole
+from egrpo.models.base import shard_like, whole
 from egrpo.models.conditioning import Conditioning
 from egrpo.planning.grids import learning_rate
 from egrpo.planning.trees import references
-from egrpo.sampling.processes import Processes
 from egrpo.train.average import AveragedWeights
 from egrpo.train.counts import Counts
 from egrpo.train.records import Metrics
@@ -32,40 +27,31 @@ from egrpo.train.rollouts import Rollouts
 
 
 class Learner:
-    """The weights that are trained, with their optimizer and their average.
+    """The weights that are trained, with their optimizer, its ``steps`` so far and their average.
 
     Makes the model ready for training.
-
-    Attributes:
-        steps: optimizer steps so far.
     """
 
-    def __init__(
-        self,
-        run: RunConfig,
-        model: FlowModel,
-        sigmas: Sigmas,
-        conditioning: Conditioning,
-        processes: Processes,
-        counts: Counts,
-    ) -> None:
-        self.run, self.model, self.sigmas = run, model, sigmas
-        self.conditioning, self.processes, self.counts = conditioning, processes, counts
-        self.parameters = model.prepare_training(run.seed, reference=run.train.kl_weight > 0)
-        if run.train.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        check_attention(model, conditioning)
-        if processes.sharded:
-            self.parameters = model.shard()
+    def __init__(self, run: RunConfig, rollouts: Rollouts, counts: Counts) -> None:
+        self.run, self.rollouts, self.counts = run, rollouts, counts
+        sampler, self.processes = rollouts.sampler, rollouts.processes
+        self.model, self.sigmas = sampler.model, sampler.sigmas
+        self.conditioning = sampler.conditioning
+        t = run.train
+        self.parameters = self.model.prepare_training(run.seed, reference=t.kl_weight > 0)
+        if t.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        check_attention(self.model, self.conditioning)
+        if self.processes.sharded:
+            self.parameters = self.model.shard()
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=learning_rate(run),
-            betas=(run.train.adam_beta1, run.train.adam_beta2),
-            eps=run.train.adam_eps,
-            weight_decay=run.train.weight_decay,
+            betas=(t.adam_beta1, t.adam_beta2),
+            eps=t.adam_eps,
+            weight_decay=t.weight_decay,
         )
-        self.average = AveragedWeights(run, model, self.parameters, processes)
-        self.rollouts = Rollouts(run, model, sigmas, conditioning, processes)
+        self.average = AveragedWeights(t, self.model, self.parameters, self.processes)
         self.steps = 0
 
     @during("training")
@@ -80,14 +66,8 @@ class Learner:
     ) -> Metrics:
         """Forward and backward through every source, and the optimizer step(s).
 
-        Args:
-            iteration: counted from 1.
-            rollout, ids, trees: what was sampled, of which prompts.
-            advantages: of the E edges of all processes.
-            kept: the edges that train; None: all.
-
-        Raises:
-            UserError: if a gradient is not finite.
+        ``advantages`` are of the E edges of all processes; ``kept`` are those that train, None:
+        all. Raises UserError if a gradient is not finite.
         """
         device = self.model.device
         prompts = self.conditioning.batch(ids[self.processes.share(len(ids))], device)
@@ -107,9 +87,11 @@ class Learner:
                 self._idle(self.rollouts.most_batches(part, kept) - len(batches))
             grad_norm += self._step(iteration) / len(sizes)
         everyone = self.processes.gather((sums, deviation))
-        means = {name: sum(s[name] for s, _ in everyone) / len(sizes) for name in sums}
-        worst = max(d for _, d in everyone)
-        return {**means, "grad_norm": grad_norm, "on_policy_ratio_deviation": worst}
+        return {
+            **{name: sum(s[name] for s, _ in everyone) / len(sizes) for name in sums},
+            "grad_norm": grad_norm,
+            "on_policy_ratio_deviation": max(d for _, d in everyone),
+        }
 
     def _step(self, iteration: int) -> float:
         """One optimizer step with the gradients that were added up; returns their norm."""
@@ -207,17 +189,16 @@ class Learner:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Go on from what :meth:`state` gave after ``steps`` optimizer steps.
-
-        Raises:
-            UserError: if it does not fit this run's parameters.
-        """
+        """Go on from what :meth:`state` gave after ``steps``; UserError if it does not fit."""
+        kinds: dict[str, Sequence[Tensor]] = {
+            "weight": self.parameters,
+            "ema": self.average.weights or [],
+        }
         try:
             with torch.no_grad():
-                for n, p in enumerate(self.parameters):
-                    p.copy_(shard_like(tensors[f"weight/{n}"], p))
-                    if self.average.weights is not None:
-                        self.average.weights[n].copy_(shard_like(tensors[f"ema/{n}"], p))
+                for kind, values in kinds.items():
+                    for n, value in enumerate(values):
+                        value.copy_(shard_like(tensors[f"{kind}/{n}"], self.parameters[n]))
         except (KeyError, RuntimeError) as error:
             raise UserError(f"run {self.run.run}: the checkpoint does not fit: {error}") from None
         state: dict[int, dict[str, Tensor]] = {}

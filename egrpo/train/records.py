@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from egrpo.config.models import RunConfig
 from egrpo.core.advantage import Advantages, comparison_units, edge_values
 from egrpo.core.rollout import Rollout
 from egrpo.core.tree import Tree
@@ -20,8 +21,8 @@ Metrics = dict[str, float]
 def reward_metrics(
     scores: dict[str, Any], advantage: Advantages, rollout: Rollout, trees: list[Tree]
 ) -> Metrics:
-    """Means of the rewards over images with a valid score and how many these are, their mean std
-    within groups, and what hygiene removed.
+    """Of each reward the mean over images with a valid score, how many these are, and the mean std
+    within groups; and what hygiene removed.
     """
     metrics: Metrics = {
         "groups": advantage.groups,
@@ -33,14 +34,14 @@ def reward_metrics(
     groups = [(t, trees[t].nodes[node].group) for t, node in units]
     for name, values in scores.items():
         valid = values[~np.isnan(values)]
-        metrics[f"reward/{name}"] = float(valid.mean()) if valid.size else float("nan")
-        metrics[f"reward_valid/{name}"] = valid.size
         within: dict[tuple[int, int], list[float]] = {}
         for group, value in zip(groups, edge_values(values, trees, units), strict=True):
             if not np.isnan(value):
                 within.setdefault(group, []).append(value)
         spreads = [np.std(x, ddof=1) for x in within.values() if len(x) > 1]
-        metrics[f"reward_std/{name}"] = float(np.mean(spreads)) if spreads else float("nan")
+        metrics[f"reward/{name}"] = float(valid.mean()) if valid.size else np.nan
+        metrics[f"reward_valid/{name}"] = valid.size
+        metrics[f"reward_std/{name}"] = float(np.mean(spreads)) if spreads else np.nan
     return metrics
 
 
@@ -73,19 +74,30 @@ def rollout_rows(
     return columns
 
 
-def metric_rows(run: str, log: Path) -> list[dict[str, Any]]:
-    """Rows of TRAIN_METRICS from a run's journal."""
-    return [
-        {
-            "run": run,
-            "iteration": line["iteration"],
-            "nfe": line["nfe"],
-            "metric": name,
-            "value": value,
-        }
-        for line in journal.read(log)
-        for name, value in line["metrics"].items()
-    ]
+def metric_rows(run: RunConfig, log: Path, looked: Collection[int]) -> list[dict[str, Any]]:
+    """Rows of TRAIN_METRICS from a run's journal, with the monitors of the iterations ``looked``.
+
+    What rewards that neither train nor stop the run say of the monitored images is left out: it is
+    computed where they are evaluated.
+    """
+    own = {f"reward/{name}" for name in run.train.rewards}
+    own |= {name for name, bound in run.bounds.items() if bound.action == "stop"}
+
+    def told(metric: str, iteration: int) -> bool:
+        what, _, name = metric.partition("/")
+        if not what.startswith("monitor"):
+            return True
+        return iteration in looked and (not name.startswith("reward/") or name in own)
+
+    rows = []
+    for line in journal.read(log):
+        head = {"run": run.run, "iteration": line["iteration"], "nfe": line["nfe"]}
+        rows += [
+            {**head, "metric": metric, "value": value}
+            for metric, value in line["metrics"].items()
+            if told(metric, line["iteration"])
+        ]
+    return rows
 
 
 def rollout_columns(run: str, log: Path) -> dict[str, list[Any]]:
@@ -93,13 +105,12 @@ def rollout_columns(run: str, log: Path) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name, *_ in ROLLOUTS.columns}
     for line in journal.read(log):
         rows = line["rollouts"]
-        count = len(rows.get("step", []))
         for reward in (name for name in rows if name.startswith("reward/")):
-            columns["run"] += [run] * count
-            columns["iteration"] += [line["iteration"]] * count
-            columns["nfe"] += [line["nfe"]] * count
-            columns["reward"] += [reward.removeprefix("reward/")] * count
-            columns["value"] += rows[reward]
-            for name in ("prompt_id", "step", "span", "sample", "advantage", "log_prob"):
-                columns[name] += rows[name]
+            same = {"run": run, "iteration": line["iteration"], "nfe": line["nfe"]}
+            same["reward"] = reward.removeprefix("reward/")
+            for name, column in columns.items():
+                if name in same:
+                    column += [same[name]] * len(rows["step"])
+                else:
+                    column += rows[reward if name == "value" else name]
     return columns

@@ -33,11 +33,10 @@ low turn over by chance."""
 
 
 def training_warnings(run: RunConfig, history: History) -> dict[str, str]:
-    """What is wrong with a run so far: kind -> one sentence; empty for a healthy one.
+    """What is wrong with a run so far: kind -> one sentence.
 
     Kinds: ``equal_rewards`` (with several trained rewards also ``equal_rewards/<name>``),
-    ``no_gradient``, ``unmoved``, and ``bound/<monitor>`` for each bound that the last monitor
-    crosses.
+    ``no_gradient``, ``unmoved``, and ``bound/<monitor>`` where the last monitor crosses a bound.
     """
     steps = [m for _, m in history if "groups" in m]
     equal = [_number(m, "groups_masked") >= _number(m, "groups") for m in steps]
@@ -61,14 +60,7 @@ def training_warnings(run: RunConfig, history: History) -> dict[str, str]:
 
 
 def warnings_in(metrics: Path, run: RunConfig) -> dict[str, str]:
-    """The same of a finished run.
-
-    Args:
-        metrics: its ``train_metrics.parquet``.
-
-    Raises:
-        UserError: if that is missing or damaged.
-    """
+    """The same of a finished run by its ``train_metrics.parquet``; UserError if that is damaged."""
     history: dict[int, dict[str, float | None]] = {}
     for row in read_table(metrics, TRAIN_METRICS).to_pylist():
         history.setdefault(row["iteration"], {})[row["metric"]] = row["value"]
@@ -86,15 +78,14 @@ def beyond_bounds(run: RunConfig, history: History) -> dict[str, str]:
 def crossed(bounds: Mapping[str, Bound], now: Metrics, start: Metrics) -> dict[str, str]:
     """Monitors beyond their bound: name -> what happened, in words.
 
-    A monitor that is NaN, because all its scores failed, is beyond any bound, but cannot fall from
-    what was NaN before.
+    One that is NaN, as all its scores failed, is beyond any bound, but cannot fall from NaN.
     """
     out = {}
     for name, bound in bounds.items():
         if f"monitor/{name}" not in now:
             continue
         value, base = (_number(m, f"monitor/{name}") for m in (now, start))
-        limits = {"least": bound.least, "fall": None, "collapse": None}
+        limits = {"least": bound.least}
         if bound.fall is not None:
             limits["fall"] = base - bound.fall
         if bound.collapse is not None:
@@ -116,10 +107,8 @@ def crossed(bounds: Mapping[str, Bound], now: Metrics, start: Metrics) -> dict[s
 def _honest_fall(collapse: float, name: str, now: Metrics, start: Metrics) -> float:
     """How far a monitor may fall: by ``collapse`` stds of its scores (Cohen's d), and by what noise
     does to means of so few (Student's t); infinite where they are too few, NaN where unknown."""
-    (s0, n0), (s1, n1) = (
-        (_number(m, f"monitor_std/{name}"), _number(m, f"monitor_count/{name}"))
-        for m in (start, now)
-    )
+    s0, s1 = (_number(m, f"monitor_std/{name}") for m in (start, now))
+    n0, n1 = (_number(m, f"monitor_count/{name}") for m in (start, now))
     if min(n0, n1) < FEWEST:
         return math.inf
     noise = float(stdtrit(n0 + n1 - 2, 1 - CHANCE)) * math.sqrt(s0**2 / n0 + s1**2 / n1)
