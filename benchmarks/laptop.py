@@ -31,7 +31,7 @@ from egrpo.planning.grids import training_sigmas
 from egrpo.planning.trees import plan_of
 from egrpo.rewards import score_all
 from egrpo.study.resolve import load_study
-from egrpo.train.counts import peak_memory_mib
+from egrpo.train.records import peak_memory_mib
 from egrpo.train.trainer import Trainer
 
 

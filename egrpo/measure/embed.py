@@ -12,10 +12,6 @@ from egrpo.models.conditioning import save_conditioning
 
 
 def embed(run: RunConfig, prompts: Sequence[Prompt], output: Path) -> None:
-    """Encode prompts with the run's model.
-
-    Raises:
-        UserError: if the model is missing or wrong.
-    """
+    """Encode prompts with the run's model; UserError if that is missing or wrong."""
     encoded = load_model(run.model).encode(prompts, negative=run.guided)
     save_conditioning(output, prompts, encoded)

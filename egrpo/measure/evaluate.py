@@ -7,18 +7,23 @@ prompt its images.
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 
 from egrpo.config.keys import run_key
 from egrpo.config.models import RunConfig
+from egrpo.errors import UserError
 from egrpo.images import Images, check
-from egrpo.measure.kept import Kept
 from egrpo.measure.monitors import score_monitors
 from egrpo.models import load_model
 from egrpo.models.base import resolve_device
@@ -30,7 +35,7 @@ from egrpo.rewards.network import png_of
 from egrpo.sampling.processes import Processes
 from egrpo.sampling.sample import Sampler
 from egrpo.store.checkpoint import read_snapshot
-from egrpo.store.tables import TABLES, write_table
+from egrpo.store.tables import TABLES, Table, metadata_of, read_table, write_table
 from egrpo.study.sources import Sources
 
 PROMPTS_AT_ONCE = 32
@@ -39,6 +44,59 @@ PROMPTS_AT_ONCE = 32
 Row = dict[str, Any]
 Sample = Callable[[list[int]], Images]
 """From prompt ids to images, all samples of each."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Images [samples] by prompt id, and scores [samples] by reward and prompt id."""
+
+    images: dict[int, Images] = field(default_factory=dict)
+    scores: dict[str, dict[int, npt.NDArray[np.float64]]] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        folder: Path,
+        tables: tuple[Table, Table],
+        sources: Sources,
+        samples: int,
+        limit: int | None = None,
+    ) -> Kept:
+        """Of an earlier evaluation in a folder what was made from the same; nothing if damaged.
+
+        ``tables`` hold its scores and its images, of snapshots those of one ``limit``.
+        """
+        try:
+            found = [read_table(folder / f"{table.name}.parquet", table) for table in tables]
+            heads = [metadata_of(table) for table in found]
+            prompts, rewards = (json.loads(heads[0][k]) for k in ("prompts_of", "rewards_of"))
+            if any(head["images_of"] != sources.images for head in heads):
+                return cls()
+        except (UserError, KeyError, ValueError):
+            return cls()
+        shared = {
+            i for i, (a, b) in enumerate(zip(prompts, sources.prompts, strict=False)) if a == b
+        }
+        rows, shown = (
+            [r for r in t.to_pylist() if r["prompt_id"] in shared and r.get("evaluations") == limit]
+            for t in found
+        )
+        pictures: dict[int, list[Any]] = {}
+        for row in sorted(shown, key=lambda row: row["sample"]):
+            png = Image.open(io.BytesIO(row["png"])).convert("RGBA")
+            pictures.setdefault(row["prompt_id"], []).append(np.array(png))
+        images = {
+            i: Images.from_rgba(torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2))
+            for i, made in pictures.items()
+            if len(made) == samples
+        }
+        scores: dict[str, dict[int, Any]] = {}
+        for row in rows:
+            name, i = row["reward"], row["prompt_id"]
+            if i in images and rewards.get(name) == sources.rewards.get(name):
+                values = scores.setdefault(name, {}).setdefault(i, np.full(samples, np.nan))
+                values[row["sample"]] = np.nan if row["value"] is None else row["value"]
+        return cls(images, scores)
 
 
 def evaluate(
@@ -54,7 +112,7 @@ def evaluate(
     """Sample the held-out prompts and score them.
 
     Args:
-        run: settings; of the run that the base is compared with where ``adapter`` is None.
+        run: settings; of a run that is compared with the base where ``adapter`` is None.
         adapter: folder that training wrote; None evaluates the base model as run ``base``.
         output: folder for scores.parquet and images.parquet.
         training: folder of the training's results, whose snapshots and monitors are scored too,
@@ -62,8 +120,7 @@ def evaluate(
         sources: what images and scores are made from; None: nothing is taken over.
         before: folders where an earlier evaluation may lie.
 
-    Raises:
-        UserError: for missing or wrong weights or embeddings.
+    Raises UserError for missing or wrong weights or embeddings.
     """
     name = run.run if adapter is not None else "base"
     evaluator = Evaluator(run, embeddings)

@@ -144,12 +144,8 @@ def lock(path: str | Path, *, wait: bool = False) -> int | None:
     Where the file system has no ``flock``, by ``lockf``. That one is the process's: it cannot keep
     out the same process, and is given back when any descriptor of the file is closed.
 
-    Returns:
-        A file descriptor: close it to give the lock back. None if somebody else has it and we do
-        not ``wait``.
-
-    Raises:
-        UserError: if the file system has no locks at all.
+    Returns a file descriptor, to be closed to give the lock back; None if somebody else has it and
+    we do not ``wait``. Raises UserError if the file system has no locks at all.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)

@@ -19,8 +19,7 @@ from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
 from egrpo.store.checkpoint import Checkpoint
 from egrpo.store.files import lock
-from egrpo.train.counts import spent_on_training
-from egrpo.train.records import Metrics
+from egrpo.train.records import Metrics, spent_on_training
 from egrpo.train.trainer import Trainer
 from egrpo.train.warnings import DISTANCE
 

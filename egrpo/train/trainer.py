@@ -33,10 +33,9 @@ from egrpo.rewards import load_rewards, score_all
 from egrpo.sampling.processes import Processes, check_share
 from egrpo.sampling.sample import Sampler
 from egrpo.store.checkpoint import Checkpoint
-from egrpo.train.counts import Counts, peak_memory_mib
 from egrpo.train.learner import Learner
 from egrpo.train.monitor import Monitor
-from egrpo.train.records import Metrics, reward_metrics, rollout_rows
+from egrpo.train.records import Counts, Metrics, peak_memory_mib, reward_metrics, rollout_rows
 from egrpo.train.rollouts import Finish, Rollouts
 
 

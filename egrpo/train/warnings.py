@@ -116,29 +116,26 @@ def _honest_fall(collapse: float, name: str, now: Metrics, start: Metrics) -> fl
 
 
 def _equal_rewards(run: RunConfig, steps: Sequence[Metrics], equal: list[bool]) -> dict[str, str]:
-    n, of = len(steps), "had equal rewards"
+    n, of, kind = len(steps), "had equal rewards", "equal_rewards"
     if any(_number(m, "samples_invalid") > 0 for m in steps):
         of += " or fewer than two valid scores"
     groups, masked = (sum(_number(m, k) for m in steps) for k in ("groups", "groups_masked"))
     out = {}
     if _matters(sum(equal), steps):
-        out["equal_rewards"] = (
-            f"in {sum(equal)} of {n} iterations all groups {of}, so nothing was learned"
-        )
+        out[kind] = f"in {sum(equal)} of {n} iterations all groups {of}, so nothing was learned"
     elif masked > groups / 2:
-        out["equal_rewards"] = f"{masked:.0f} of {groups:.0f} groups {of}, which taught nothing"
+        out[kind] = f"{masked:.0f} of {groups:.0f} groups {of}, which taught nothing"
     for name in run.train.rewards if len(run.train.rewards) > 1 else ():
         applied = [m for m in steps if _number(m, f"reward_valid/{name}") != 0]
         flat = sum(not _number(m, f"reward_std/{name}") > 0 for m in applied)
         if steps and not applied:
-            out[f"equal_rewards/{name}"] = (
-                f"no image of {n} iterations has a valid score of {name}, which taught nothing"
-            )
+            text = f"no image of {n} iterations has a valid score of {name}"
         elif _matters(flat, applied) and flat > sum(equal):
-            out[f"equal_rewards/{name}"] = (
-                f"in {flat} of the {len(applied)} iterations with a valid score of {name} all "
-                f"groups {of} of it, which taught nothing"
-            )
+            text = f"in {flat} of the {len(applied)} iterations with a valid score of {name} all "
+            text += f"groups {of} of it"
+        else:
+            continue
+        out[f"{kind}/{name}"] = f"{text}, which taught nothing"
     return out
 
 
