@@ -21,12 +21,10 @@ import torch
 from common import parser, table, tell, versions
 
 from egrpo.config.models import RunConfig
-from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.core.advantage import Advantages
 from egrpo.core.executor import Rollout
 from egrpo.core.loss import clipped_objective
-from egrpo.measure.embed import embed
-from egrpo.models.conditioning import Embeddings
+from egrpo.measure.embed import embed_files
 from egrpo.planning.grids import training_sigmas
 from egrpo.planning.trees import plan_of
 from egrpo.rewards import score_all
@@ -121,20 +119,11 @@ def machine() -> str:
     return versions(f"{name}; {torch.backends.cpu.get_cpu_capability()}")
 
 
-def embedded(run: RunConfig, folder: Path) -> Embeddings:
-    """Embeddings of both prompt files, by what asks for them."""
-    files = run.prompts
-    train, heldout = folder / "train.safetensors", folder / "heldout.safetensors"
-    embed(run, train_prompts(files.train, files.limit, files.column), train)
-    embed(run, read_prompts(files.heldout, files.column), heldout)
-    return {"train": train, "monitor": heldout}
-
-
 def measure(run: RunConfig, threads: int, repeats: int) -> list[tuple[str, str, str]]:
     """Rows of the table of one E-GRPO run: (what, measured, target)."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(run, plan_of(run, training_sigmas(run)), embedded(run, Path(folder)))
+        trainer = Trainer(run, plan_of(run, training_sigmas(run)), embed_files(run, Path(folder)))
     replay, evaluations = bare_forwards(trainer)
     parts: dict[str, float] = {"time/iteration": float("inf")}
 

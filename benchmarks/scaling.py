@@ -116,13 +116,15 @@ def flux(image_side: int = 720) -> Costs:
 def job(folder: Path, prompts: int) -> list[str]:
     """Words of a training job of the default study, its results below a folder."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import embedded, job_words, small_run
+    from conftest import job_words, small_run
+
+    from egrpo.measure.embed import embed_files
 
     few = {"iterations": 8, "prompts_per_iteration": prompts, "monitor_every": 0}
     of = {f"train.{key}": value for key, value in {**few, "checkpoint_every": 100}.items()}
     run = small_run("egrpo", **{"method.group_size": 12, "method.active": 8, **of})
     folder.mkdir(parents=True, exist_ok=True)
-    return job_words("train", run, embedded(run, folder), folder)
+    return job_words("train", run, embed_files(run, folder), folder)
 
 
 def launched(words: list[str], processes: int = 1) -> list[str]:

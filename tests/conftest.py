@@ -222,15 +222,12 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def embedded(run: RunConfig, folder: Path) -> Embeddings:
-    """Embeddings of both prompt files of a run, by the sets that jobs ask for."""
-    from egrpo.config.prompts import read_prompts, train_prompts
-    from egrpo.measure.embed import embed
+    """Embeddings of both prompt files of a run, by the sets that jobs ask for; made anew."""
+    from egrpo.measure.embed import embed_files
 
-    files = run.prompts
-    train, heldout = folder / "train.safetensors", folder / "heldout.safetensors"
-    embed(run, train_prompts(files.train, files.limit, files.column), train)
-    embed(run, read_prompts(files.heldout, files.column), heldout)
-    return {"train": train, "profile": train, "heldout": heldout, "monitor": heldout}
+    for name in ("train", "heldout"):
+        (folder / f"{name}.safetensors").unlink(missing_ok=True)
+    return embed_files(run, folder)
 
 
 @pytest.fixture(scope="session")

@@ -40,11 +40,6 @@ Pair = tuple[int, int]
 YARDSTICK: Pair = (-1, 0)
 
 
-def candidates(steps: int, spans: list[int]) -> list[Pair]:
-    """All (start, span) that do not land on sigma = 0, by start."""
-    return [(i, span) for i in range(steps - 1) for span in spans if i + span < steps]
-
-
 def spread_of(
     latents: Tensor, images: Images, prompt: str, rewards: dict[str, RewardModel]
 ) -> dict[str, float]:
@@ -95,7 +90,8 @@ def profile(run: RunConfig, embeddings: Embeddings, output: Path, branches_path:
     rewards = load_rewards(run.rewards, str(model.device))
     p, method, sigmas = run.profile, run.method, training_sigmas(run)
     sampler = Sampler(model, conditioning, sigmas, p.micro_batch, noise_level=method.noise_level)
-    pairs = candidates(method.steps, p.spans)
+    starts = range(method.steps - 1)
+    pairs = [(i, n) for i in starts for n in p.spans if i + n < method.steps]  # none ends at 0
     tree = branches(method.steps, tuple(pairs), p.samples, method.dynamics, trained=False)
     rows: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []

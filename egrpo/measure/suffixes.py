@@ -46,13 +46,12 @@ class Variant(NamedTuple):
 
 
 EXACT = Variant()
-Scores = dict[str, npt.NDArray[np.float64]]
 
 
 class Outcome(NamedTuple):
     """One prompt's rewards by name, [active steps, samples], network evaluations, and seconds."""
 
-    scores: Scores
+    scores: dict[str, npt.NDArray[np.float64]]
     forward: int
     seconds: float
 

@@ -9,7 +9,6 @@ before training. The checksum is of the bytes before it; lines of earlier versio
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import zlib
@@ -103,16 +102,6 @@ def _whole(path: str | Path) -> tuple[list[Line], int, int]:
 
 
 def _text(line: Line) -> str:
-    ordered = {"iteration": line["iteration"], **_plain(line)}
-    text = json.dumps(ordered, allow_nan=False)[:-1]
+    plain = json.loads(json.dumps(line), parse_constant=lambda number: None)  # NaN, Infinity
+    text = json.dumps({"iteration": plain["iteration"], **plain})[:-1]
     return f'{text}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

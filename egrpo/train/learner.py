@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from egrpo.config.models import RunConfig, Train
-from egrpo.core.loss import Objective, velocity_distance
+from egrpo.core.loss import velocity_distance
 from egrpo.core.rollout import Rollout, TrainBatch, UpdateSize, update_sizes
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
@@ -188,7 +188,10 @@ class Learner:
         evaluations = len(batch.x) * self.model.evaluations_per_velocity
         self.counts.spent["train"] += evaluations
         self.counts.spent["reference"] += references(self.run) * evaluations
-        objective = self.objective(batch, v, advantage, weight)
+        of, clamp = (batch, v, self.sigmas, advantage, weight), self.run.advantage.clamp
+        objective = self.run.method.objective(
+            *of, loss=t.loss, clip_range=t.clip_range, clamp=clamp
+        )
         loss = objective.loss / size.edges
         if t.kl_weight > 0:
             reference = self.model.reference_velocity(batch.x, sigma, prompts)
@@ -220,22 +223,6 @@ class Learner:
             if t.kl_weight > 0:
                 self.model.reference_velocity(*of)
             (0.0 * v.float().sum()).backward()
-
-    def objective(
-        self, batch: TrainBatch, v: Tensor, advantage: Tensor, weight: Tensor
-    ) -> Objective:
-        """The run's loss, summed over the batch's edges."""
-        t = self.run.train
-        return self.run.method.objective(
-            batch,
-            v,
-            self.sigmas,
-            advantage,
-            weight,
-            loss=t.loss,
-            clip_range=t.clip_range,
-            clamp=self.run.advantage.clamp,
-        )
 
     def state(self) -> dict[str, Tensor]:
         """Weights, optimizer state and averaged weights, whole, by name; by all processes."""
