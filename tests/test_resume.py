@@ -25,6 +25,7 @@ from conftest import (
     run_in_process,
     small_run,
     trainer_for,
+    wait_for,
 )
 
 from egrpo.config.models import RunConfig
@@ -69,18 +70,18 @@ def same_bits(
 
 def kill_after_checkpoint(words: list[str], folder: Path, count: int, delay: float) -> int:
     """Start, wait for the ``count``-th checkpoint, wait ``delay`` seconds, SIGKILL."""
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def reached() -> bool:
+        names = [path.stem for path in folder.rglob("checkpoint-*.safetensors")]
+        return max((int(n.split("-")[1]) for n in names), default=-1) >= count
+
     try:
-        while process.poll() is None:
-            found = [int(p.stem.split("-")[1]) for p in folder.rglob("checkpoint-*.safetensors")]
-            if max(found, default=-1) >= count:
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        return process.wait(timeout=120)
+        wait_for(lambda: job.poll() is not None or reached())
+        time.sleep(delay)
     finally:
-        process.kill()
+        job.kill()
+    return job.wait()
 
 
 @pytest.mark.parametrize("method", ["egrpo", "flow_grpo", "diffusion_nft"])
@@ -106,13 +107,20 @@ def test_killed_and_started_again_ends_bit_identical(
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-@pytest.mark.parametrize("method", ["egrpo", "flow_grpo", "branchgrpo", "awm"])
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("egrpo", {}),
+        ("flow_grpo", {}),
+        ("branchgrpo", {"splits": [0, 2]}),
+        ("awm", {"times_per_sample": 3}),
+    ],
+)
 def test_a_run_continued_to_twice_its_length_is_one_of_that_length(
-    method: str, embeddings: Embeddings, tmp_path: Path
+    method: str, own: dict[str, Any], embeddings: Embeddings, tmp_path: Path
 ) -> None:
     """To the last bit, also where iterations end between monitors and checkpoints."""
-    tiny = {"name": method, "steps": 5, "group_size": 4}
-    tiny |= {"splits": [0, 2]} if method == "branchgrpo" else {}
+    tiny = {"name": method, "steps": 5, "group_size": 4, **own}
     of = {f"method.{key}": value for key, value in tiny.items()}
     of |= {"train.ema_decay": 0.5, "train.checkpoint_every": 2, "train.monitor_every": 2}
 

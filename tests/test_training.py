@@ -210,11 +210,11 @@ def test_average_follows_the_weights_and_is_what_is_saved(jobs: Jobs) -> None:
     assert kept is not None
     lora = trainer.run.model.lora
     names = [n for n, p in trainer.model.transformer.named_parameters() if p.requires_grad]
-    for n, name in enumerate(names):
-        mean, weight = (kept.tensors[f"{kind}/{n}"] for kind in ("ema", "weight"))
+    both = [[kept.tensors[f"{kind}/{n}"] for n in range(len(names))] for kind in ("ema", "weight")]
+    for name, mean in zip(names, both[0], strict=True):
         scale = lora.alpha / lora.rank if "lora_B" in name else 1.0
         assert torch.equal(saved[f"transformer.{name.replace('.default', '')}"], scale * mean)
-        assert not torch.equal(mean, weight)
+    assert not equal(*both)
 
 
 def test_average_of_flow_grpos_lineage_warms_up_and_moves_at_every_eighth_step(
