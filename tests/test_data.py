@@ -154,17 +154,20 @@ def test_a_changed_unit_is_seen(files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def snippets(page: Path) -> Iterator[tuple[str, str, str]]:
-    """(heading, language, code) of each block of code of a page."""
+    """(heading, language, code) of each fenced block of a page."""
     heading, text = "", page.read_text(encoding="utf-8")
     parts = re.findall(r"^#+ ([^\n]+)$|^```(\w+)\n(.*?)^```$", text, re.M | re.S)
     for head, language, code in parts:
         heading = head or heading
-        # a run for others: tests/test_export.py
-        if language in ("python", "sql") and heading != "A run for others":
+        if language:
             yield heading, language, code
 
 
-SNIPPETS = list(snippets(ROOT / "docs/data.md"))
+SNIPPETS = [
+    (heading, language, code)
+    for heading, language, code in snippets(ROOT / "docs/data.md")
+    if language in ("python", "sql") and heading != "A run for others"  # tests/test_export.py
+]
 VALUES = {2: (0.25, 0.75), 6: (1.0, 0.0, None)}
 """Rewards by step: a mean of 0.5 at both."""
 
