@@ -13,23 +13,19 @@ same kind of work.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import diffusers
 import torch
+from common import parser, table, tell, versions
 
+from egrpo.config.models import Model
 from egrpo.core.executor import Executor
 from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
@@ -55,12 +51,6 @@ VAE = {
 }
 """The VAE of FLUX.1; SD3's has the same shape."""
 
-TINY_VAE = VAE | {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "block_out_channels": [32, 32, 32, 32],
-    "layers_per_block": 1,
-}
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -71,93 +61,62 @@ class Architecture:
     text: int
     width: int
     pooled: int
-    guidance: float = 1.0
     vae: dict[str, Any] = field(default_factory=lambda: VAE)
 
+    def tiny(self, **config: Any) -> Architecture:
+        """The same family, small."""
+        few = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32}
+        few |= {"pooled_projection_dim": 32, **config}
+        vae = VAE | {"block_out_channels": [32] * 4, "layers_per_block": 1}
+        return Architecture(self.family, self.config | few, text=8, width=32, pooled=32, vae=vae)
 
+
+SD35_MEDIUM = Architecture(  # stabilityai/stable-diffusion-3.5-medium, transformer/config.json
+    SD3,
+    {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    text=333,  # 77 of CLIP and 256 of T5
+    width=4096,
+    pooled=2048,
+)
+FLUX_DEV = Architecture(  # black-forest-labs/FLUX.1-dev, transformer/config.json
+    Flux,
+    {
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    },
+    text=512,
+    width=4096,
+    pooled=768,
+)
+TINY_SD3 = {"sample_size": 16, "num_layers": 2, "caption_projection_dim": 64}
+TINY_SD3 |= {"pos_embed_max_size": 32, "dual_attention_layers": (0,)}
 ARCHITECTURES = {
-    # stabilityai/stable-diffusion-3.5-medium, transformer/config.json
-    "sd35_medium": Architecture(
-        SD3,
-        {
-            "sample_size": 128,
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 24,
-            "attention_head_dim": 64,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        },
-        text=333,  # 77 of CLIP and 256 of T5
-        width=4096,
-        pooled=2048,
-    ),
-    # black-forest-labs/FLUX.1-dev, transformer/config.json
-    "flux_dev": Architecture(
-        Flux,
-        {
-            "patch_size": 1,
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": True,
-            "axes_dims_rope": (16, 56, 56),
-        },
-        text=512,
-        width=4096,
-        pooled=768,
-    ),
-    "tiny": Architecture(
-        Flux,
-        {
-            "patch_size": 1,
-            "in_channels": 64,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "attention_head_dim": 32,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 32,
-            "pooled_projection_dim": 32,
-            "guidance_embeds": True,
-            "axes_dims_rope": (8, 12, 12),
-        },
-        text=8,
-        width=32,
-        pooled=32,
-        vae=TINY_VAE,
-    ),
-    "tiny_sd3": Architecture(
-        SD3,
-        {
-            "sample_size": 16,
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 2,
-            "attention_head_dim": 32,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 32,
-            "caption_projection_dim": 64,
-            "pooled_projection_dim": 32,
-            "pos_embed_max_size": 32,
-            "dual_attention_layers": (0,),
-            "qk_norm": "rms_norm",
-        },
-        text=8,
-        width=32,
-        pooled=32,
-        vae=TINY_VAE,
-    ),
+    "sd35_medium": SD35_MEDIUM,
+    "flux_dev": FLUX_DEV,
+    "tiny": FLUX_DEV.tiny(num_layers=1, num_single_layers=1, axes_dims_rope=(8, 12, 12)),
+    "tiny_sd3": SD35_MEDIUM.tiny(**TINY_SD3),
 }
 
 
@@ -211,12 +170,19 @@ class Bench:
             work()
         times = []
         for _ in range(self.repeats):
-            self.sync()
-            begun = time.perf_counter()
-            work()
-            self.sync()
-            times.append(time.perf_counter() - begun)
+            with self.timed() as took:
+                work()
+            times.append(took["s"])
         return min(times)
+
+    @contextmanager
+    def timed(self) -> Iterator[dict[str, float]]:
+        """Seconds within."""
+        self.sync()
+        out, begun = {"s": 0.0}, time.perf_counter()
+        yield out
+        self.sync()
+        out["s"] = time.perf_counter() - begun
 
     @contextmanager
     def memory(self) -> Iterator[dict[str, float]]:
@@ -236,43 +202,31 @@ class Bench:
         return 2.0 * n**3 / best / 1e12
 
 
-def build(
-    architecture: Architecture, bench: Bench, height: int, width: int, **more: Any
-) -> FlowModel:
+def build(a: Architecture, bench: Bench, height: int, width: int, **more: Any) -> FlowModel:
     """The adapter around a network and a VAE with random weights."""
-    settings = SimpleNamespace(
-        family=next(name for name, cls in FAMILIES.items() if cls is architecture.family),
-        dtype=str(bench.dtype).removeprefix("torch."),
-        device=str(bench.device),
-        height=height,
-        width=width,
-        guidance_scale=architecture.guidance,
-        embedded_guidance=3.5,
-        max_sequence_length=None,
-        tuning="lora",
-        lora=SimpleNamespace(rank=32, alpha=64, targets=None),
-        merge_lora_for_sampling=False,
-        channels_last=True,
-        vae_tiling=False,
-        vae_slicing=True,
-        attention_backend="auto",
-        compile=False,
-        fp8_weights=False,
-        feature_cache=None,
-    )
-    vars(settings).update(more)
-    family = architecture.family
+    settings: dict[str, Any] = {
+        "path": "random",
+        "family": next(name for name, family in FAMILIES.items() if family is a.family),
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "device": str(bench.device),
+        "height": height,
+        "width": width,
+        "guidance_scale": 1.0,
+        "embedded_guidance": 3.5,
+        "lora": {"rank": 32, "alpha": 64},
+        "vae_slicing": True,
+    }
     before = torch.get_default_dtype()
     torch.set_default_dtype(bench.dtype)  # 12 billion float32 weights would not fit first
     try:
         with torch.device(bench.device):
-            network = getattr(diffusers, family.transformer_class)(**architecture.config)
-            vae = diffusers.AutoencoderKL(**architecture.vae)
+            network = getattr(diffusers, a.family.transformer_class)(**a.config)
+            vae = diffusers.AutoencoderKL(**a.vae)
     finally:
         torch.set_default_dtype(before)
     for module in (network, vae):
         module.eval().requires_grad_(False)
-    return family(settings, parts=(network, vae))  # type: ignore[arg-type]
+    return a.family(Model.model_validate(settings | more), parts=(network, vae))
 
 
 def prompts(architecture: Architecture, bench: Bench, count: int) -> Conditioning:
@@ -295,29 +249,10 @@ def evaluation(model: FlowModel, a: Architecture, bench: Bench, batch: int) -> t
     return seconds / batch, used["gib"]
 
 
-@dataclass
-class Iteration:
-    """One E-GRPO iteration of one prompt: seconds, and evaluations."""
-
-    rollout: float
-    inside: float
-    decode: float
-    train: float
-    forward: int
-    sources: int
-    gib: float
-
-
 @dataclass(frozen=True)
 class Work:
-    """An iteration's size.
-
-    Attributes:
-        steps, active: of the sampler, and those of them that branch.
-        group: samples of a branch.
-        batch: most latents in one evaluation.
-        decode: latents decoded at once.
-    """
+    """An iteration's size: steps of the sampler, how many of them branch, samples of a branch,
+    most latents in one evaluation, latents decoded at once."""
 
     steps: int
     active: int
@@ -326,108 +261,102 @@ class Work:
     decode: int = 4
 
 
+@dataclass
+class Iteration:
+    """What one E-GRPO iteration of one prompt took: seconds by part, evaluations, memory."""
+
+    seconds: dict[str, float]
+    inside: float
+    forward: int
+    sources: int
+    gib: float
+
+
 def iteration(
     model: FlowModel, a: Architecture, bench: Bench, parameters: Any, work: Work
 ) -> Iteration:
     """Rollout, decoding, and one optimizer step, as the trainer does them, for one prompt."""
     sigmas = shifted_sigmas(work.steps, 3.0)
     plan = make_plan(sigmas, list(range(work.active)), threshold=2.2, noise_level=0.7)
-    tree = planned_branches(plan, work.group)
     cond = prompts(a, bench, 1)
-    inside = 0.0
+    inside, seconds = 0.0, {}
 
     def velocity(x: Any, sigma: float, rows: Any) -> Any:
         nonlocal inside
-        bench.sync()
-        begun = time.perf_counter()
-        v = model.velocity(x, sigma, cond.rows(rows))
-        bench.sync()
-        inside += time.perf_counter() - begun
+        with bench.timed() as took:
+            v = model.velocity(x, sigma, cond.rows(rows))
+        inside += took["s"]
         return v
 
     def noise(tree: int, start: int, sample: int) -> Any:
-        return torch.randn(
-            model.image_shape, generator=torch.Generator().manual_seed(1000 * start + sample)
-        )
+        generator = torch.Generator().manual_seed(1000 * start + sample)
+        return torch.randn(model.image_shape, generator=generator)
 
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     with bench.memory() as used:
-        bench.sync()
-        begun = time.perf_counter()
-        rollout = Executor(
-            [tree],
-            sigmas,
-            velocity,
-            noise,
-            noise_level=0.7,
-            micro_batch=work.batch,
-            train_micro_batch=1,
-            dtype=bench.dtype,
-            device=bench.device,
-        ).rollout()
-        bench.sync()
-        sampled = time.perf_counter()
-        model.decode(rollout.leaves, work.decode)
-        bench.sync()
-        decoded = time.perf_counter()
-        sources = 0
-        for part in rollout.batches:
-            v = model.velocity(part.x, sigmas[part.start], cond.rows(part.tree))
-            part.log_ratio(v, sigmas, 0.7).mean().backward()
-            sources += len(part.x)
-        optimizer.step()
-        optimizer.zero_grad()
-        bench.sync()
-        trained = time.perf_counter()
-    return Iteration(
-        sampled - begun,
-        inside,
-        decoded - sampled,
-        trained - decoded,
-        rollout.forward,
-        sources,
-        used["gib"],
-    )
+        with bench.timed() as seconds["rollout"]:
+            rollout = Executor(
+                [planned_branches(plan, work.group)],
+                sigmas,
+                velocity,
+                noise,
+                noise_level=0.7,
+                micro_batch=work.batch,
+                train_micro_batch=1,
+                dtype=bench.dtype,
+                device=bench.device,
+            )
+        with bench.timed() as seconds["decode"]:
+            model.decode(rollout.leaves, work.decode)
+        with bench.timed() as seconds["train"]:
+            for part in rollout.batches:
+                v = model.velocity(part.x, sigmas[part.start], cond.rows(part.tree))
+                part.log_ratio(v, sigmas, 0.7).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    sources = sum(len(part.x) for part in rollout.batches)
+    parts = {name: took["s"] for name, took in seconds.items()}
+    return Iteration(parts, inside, rollout.forward, sources, used["gib"])
+
+
+EVALUATION_HEAD = "model|pixels|mode|batch|ms an evaluation|TFLOP/s|of the ceiling|peak GiB".split(
+    "|"
+)
+ITERATION_HEAD = (
+    "model|pixels|batch|checkpointing|evaluations forward / trained|rollout s|of the ceiling|"
+    "outside the network|decode s|train s|of the ceiling|peak GiB"
+).split("|")
+
+
+def filled(row: list[str], head: list[str]) -> list[str]:
+    """A row that may end early."""
+    return row + [""] * (len(head) - len(row))
 
 
 def measure(
     name: str, bench: Bench, sizes: list[int], batches: list[int], work: Work, *, compiled: bool
 ) -> tuple[list[list[str]], list[list[str]]]:
     """Rows of the two tables of one model: evaluations, and iterations."""
-    a = ARCHITECTURES[name]
-    ceiling = bench.ceiling()
+    a, ceiling = ARCHITECTURES[name], bench.ceiling()
     evaluations, iterations = [], []
     for side in sizes:
         flops = forward_flops(a, side, side)
-        for compile_it in (False, True) if compiled else (False,):
-            model = build(a, bench, side, side, compile=compile_it)
-            best = batches[0]
-            fastest = float("inf")
+        for mode in ("eager", "compiled") if compiled else ("eager",):
+            model = build(a, bench, side, side, compile=mode == "compiled")
+            times: dict[int, float] = {}
             for batch in batches:
+                row = [name, str(side), mode, str(batch)]
                 try:
-                    seconds, gib = evaluation(model, a, bench, batch)
+                    times[batch], gib = evaluation(model, a, bench, batch)
                 except torch.OutOfMemoryError:
-                    head = [name, str(side), _mode(compile_it), str(batch)]
-                    evaluations.append([*head, "out of memory", "", "", ""])
+                    evaluations.append(filled([*row, "out of memory"], EVALUATION_HEAD))
                     break
-                if seconds < fastest:
-                    best, fastest = batch, seconds
-                rate = flops / seconds / 1e12
-                evaluations.append(
-                    [
-                        name,
-                        str(side),
-                        _mode(compile_it),
-                        str(batch),
-                        f"{1000 * seconds:.1f}",
-                        f"{rate:.3g}",
-                        f"{100 * rate / ceiling:.0f} %",
-                        f"{gib:.1f}",
-                    ]
-                )
-            if not compile_it:
-                sized = replace(work, batch=best)
-                iterations += _iterations(model, name, bench, side, sized, flops, ceiling)
+                rate = flops / times[batch] / 1e12
+                row += [f"{1000 * times[batch]:.1f}", f"{rate:.3g}"]
+                evaluations.append([*row, f"{100 * rate / ceiling:.0f} %", f"{gib:.1f}"])
+            if mode == "eager":
+                sized = replace(work, batch=min(times, key=times.__getitem__, default=batches[0]))
+                iterations += _iterations(model, name, bench, side, sized, flops / 1e12 / ceiling)
             del model
             gc.collect()
             if bench.device.type == "cuda":
@@ -435,144 +364,70 @@ def measure(
     return evaluations, iterations
 
 
-def _mode(compiled: bool) -> str:
-    return "compiled" if compiled else "eager"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def _iterations(
-    model: FlowModel,
-    name: str,
-    bench: Bench,
-    side: int,
-    work: Work,
-    flops: float,
-    ceiling: float,
+    model: FlowModel, name: str, bench: Bench, side: int, work: Work, least: float
 ) -> list[list[str]]:
-    """All together; with gradient checkpointing; and one sample at a time, as public code does."""
-    a = ARCHITECTURES[name]
+    """All together; with gradient checkpointing; and one sample at a time, as public code does.
+
+    ``least``: seconds of an evaluation at the ceiling.
+    """
     parameters = model.prepare_training(0)
     rows = []
     alone = replace(work, batch=1, decode=1)
-    for sized, checkpointing in ((work, False), (alone, False), (work, True)):
-        if checkpointing:
+    for sized, checkpointing in ((work, "no"), (alone, "no"), (work, "yes")):
+        if checkpointing == "yes":
             model.enable_gradient_checkpointing()
-        head = [name, str(side), str(sized.batch), _yes(checkpointing)]
+        row = [name, str(side), str(sized.batch), checkpointing]
         try:
-            found = iteration(model, a, bench, parameters, sized)
+            found = iteration(model, ARCHITECTURES[name], bench, parameters, sized)
         except torch.OutOfMemoryError:
-            rows.append([*head, "out of memory"])
-            rows[-1] += [""] * (len(ITERATION_HEAD) - len(rows[-1]))
+            rows.append(filled([*row, "out of memory"], ITERATION_HEAD))
             continue
-        sampling = flops * found.forward / found.rollout / 1e12
+        took = found.seconds
         # frozen weights need no gradient: the backward pass is one forward's FLOPs, not two
-        training = 2.0 * flops * found.sources / found.train / 1e12
-        rows.append(
-            [
-                *head,
-                f"{found.forward} / {found.sources}",
-                f"{found.rollout:.2f}",
-                f"{100 * sampling / ceiling:.0f} %",
-                f"{100 * (1 - found.inside / found.rollout):.1f} %",
-                f"{found.decode:.2f}",
-                f"{found.train:.2f}",
-                f"{100 * training / ceiling:.0f} %",
-                f"{found.gib:.1f}",
-            ]
-        )
+        training = 2.0 * least * found.sources / took["train"]
+        row += [f"{found.forward} / {found.sources}", f"{took['rollout']:.2f}"]
+        row += [f"{100 * least * found.forward / took['rollout']:.0f} %"]
+        row += [f"{100 * (1 - found.inside / took['rollout']):.1f} %", f"{took['decode']:.2f}"]
+        rows.append([*row, f"{took['train']:.2f}", f"{100 * training:.0f} %", f"{found.gib:.1f}"])
     return rows
-
-
-EVALUATION_HEAD = [
-    "model",
-    "pixels",
-    "mode",
-    "batch",
-    "ms an evaluation",
-    "TFLOP/s",
-    "of the ceiling",
-    "peak GiB",
-]
-ITERATION_HEAD = [
-    "model",
-    "pixels",
-    "batch",
-    "checkpointing",
-    "evaluations forward / trained",
-    "rollout s",
-    "of the ceiling",
-    "outside the network",
-    "decode s",
-    "train s",
-    "of the ceiling",
-    "peak GiB",
-]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine(device: torch.device) -> str:
     """Device and versions, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return (
-        f"{name or platform.machine()}; Python {platform.python_version()}, torch "
-        f"{torch.__version__}, diffusers {diffusers.__version__}"
-    )
+    return f"{versions(name or platform.machine())}, diffusers {diffusers.__version__}"
 
 
 def main() -> None:
     """Measure and print, or write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--models", nargs="+", default=["sd35_medium", "flux_dev"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 720, 1024])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 12])
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--active", type=int, default=1)
-    parser.add_argument("--group", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--write", type=Path)
-    given = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    bench = Bench(
-        torch.device("cuda" if cuda else "cpu"),
-        torch.bfloat16 if cuda else torch.float32,
-        given.repeats,
-    )
+    words = parser(__doc__)
+    words.add_argument("--models", nargs="+", default=["sd35_medium", "flux_dev"])
+    words.add_argument("--sizes", nargs="+", type=int, default=[512, 720, 1024])
+    words.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 12])
+    words.add_argument("--steps", type=int, default=16)
+    words.add_argument("--active", type=int, default=1)
+    words.add_argument("--group", type=int, default=12)
+    words.add_argument("--repeats", type=int, default=3)
+    words.add_argument("--compile", action="store_true")
+    given = words.parse_args()
+    kind = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    bench = Bench(torch.device(kind[0]), kind[1], given.repeats)
     work = Work(given.steps, given.active, given.group, 1)
     evaluations, iterations = [], []
     for name in given.models:
         of_one = measure(name, bench, given.sizes, given.batches, work, compiled=given.compile)
         evaluations += of_one[0]
         iterations += of_one[1]
-    text = "\n".join(
-        [
-            "# Full-size models with random weights",
-            "",
-            f"Written by `python benchmarks/gpu.py`. {machine(bench.device)}.",
-            f"Ceiling: {bench.ceiling():.0f} TFLOP/s of a matrix product in {bench.dtype}.",
-            "",
-            "## Network evaluations",
-            "",
-            table(EVALUATION_HEAD, evaluations),
-            "",
-            f"## E-GRPO iterations: one prompt, {given.active} of {given.steps} steps active, "
-            f"groups of {given.group}, LoRA of rank 32",
-            "",
-            table(ITERATION_HEAD, iterations),
-            "",
-        ]
+    tell(
+        "# Full-size models with random weights\n\n"
+        f"Written by `python benchmarks/gpu.py`. {machine(bench.device)}.\n"
+        f"Ceiling: {bench.ceiling():.0f} TFLOP/s of a matrix product in {bench.dtype}.\n\n"
+        f"## Network evaluations\n\n{table(EVALUATION_HEAD, evaluations)}\n\n"
+        f"## E-GRPO iterations: one prompt, {given.active} of {given.steps} steps active, "
+        f"groups of {given.group}, LoRA of rank 32\n\n{table(ITERATION_HEAD, iterations)}\n",
+        given.write,
     )
-    if given.write:
-        given.write.write_text(text, encoding="utf-8")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ moments. Then compares weights, tables and tracked metrics, number by number.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import subprocess
@@ -16,16 +15,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
-import yaml
+from common import ROOT, parser, snakemake, study, table, tell
 
-from egrpo.config.load import overlay, read_yaml
-
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("train", "profile", "evaluate", "publish")
 OFTEN = 0.75
 """Probability that a start of a stage is killed."""
@@ -51,54 +48,36 @@ SMALL: dict[str, Any] = {
 RUNS = "run\tmethod.name\tmethod.group_size\none\tegrpo\t6\ntwo\tflow_grpo\t6\nthree\tawm\t6\n"
 
 
-def study(folder: Path) -> Path:
-    """Settings of the small study, with all results in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "runs.tsv").write_text(RUNS)
-    settings = overlay(read_yaml(ROOT / "config/config.yaml"), SMALL)
-    settings |= {"results": str(folder / "results"), "runs": str(folder / "runs.tsv")}
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
-
-
 def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
     """The workflow, in the background."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(config)]
-    return subprocess.Popen(
-        [*command, "--retries", "3", "--nolock", "--rerun-incomplete"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=log.open("ab"),
-    )
+    words = snakemake(config, "--cores", "2", "--retries", "3", "--rerun-incomplete")
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log.open("ab"))
 
 
-def stages_below(pid: int) -> dict[psutil.Process, str]:
-    """Running stages of a workflow, by process."""
-    found = {}
-    try:
-        children = psutil.Process(pid).children(recursive=True)
-    except psutil.Error:  # it has just ended
-        return {}
-    for process in children:
+def stages_below(job: subprocess.Popen[bytes]) -> Iterator[tuple[psutil.Process, str]]:
+    """Running stages of a workflow until it ends, each again and again."""
+    while job.poll() is None:
         try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        if words[1:4] == ["-m", "egrpo", "make"] and words[4] in STAGES:
-            found[process] = words[4]
-    return found
+            children = psutil.Process(job.pid).children(recursive=True)
+        except psutil.Error:  # it has just ended
+            children = []
+        for process in children:
+            try:
+                words = process.cmdline()
+            except psutil.Error:
+                continue
+            if words[1:4] == ["-m", "egrpo", "make"] and words[4] in STAGES:
+                yield process, words[4]
+        time.sleep(0.2)
 
 
 def watched(job: subprocess.Popen[bytes]) -> dict[str, float]:
     """Wait for an undisturbed workflow; the longest seconds of each stage."""
     begun: dict[psutil.Process, float] = {}
     longest = dict.fromkeys(STAGES, 0.0)
-    while job.poll() is None:
-        for process, name in stages_below(job.pid).items():
-            since = begun.setdefault(process, time.monotonic())
-            longest[name] = max(longest[name], time.monotonic() - since)
-        time.sleep(0.2)
+    for process, name in stages_below(job):
+        since = begun.setdefault(process, time.monotonic())
+        longest[name] = max(longest[name], time.monotonic() - since)
     return longest
 
 
@@ -114,17 +93,14 @@ def disturbed(
     while True:
         job = start(config, log)
         end: dict[psutil.Process, float] = {}
-        while job.poll() is None:
-            for process, name in stages_below(job.pid).items():
-                if process not in end:
-                    dies = rng.random() < OFTEN
-                    wait = rng.uniform(0.0, usual[name]) if dies else math.inf
-                    end[process] = time.monotonic() + wait
-                if time.monotonic() > end[process] and killed.total() < kills:
-                    process.kill()
-                    killed[name] += 1
-                    end[process] = math.inf
-            time.sleep(0.2)
+        for process, name in stages_below(job):
+            if process not in end:
+                wait = rng.uniform(0.0, usual[name]) if rng.random() < OFTEN else math.inf
+                end[process] = time.monotonic() + wait
+            if time.monotonic() > end[process] and killed.total() < kills:
+                process.kill()
+                killed[name] += 1
+                end[process] = math.inf
         if job.returncode == 0:
             return killed
 
@@ -167,36 +143,31 @@ def tracked(results: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
     return out
 
 
-def differences(first: dict[Any, Any], second: dict[Any, Any]) -> list[str]:
-    """Keys whose values differ."""
-    keys = sorted({*first, *second}, key=str)
-    return [str(k) for k in keys if repr(first.get(k)) != repr(second.get(k))]
-
-
 def compare(one: Path, other: Path) -> tuple[dict[str, int], list[str]]:
     """How much was compared, and what differs."""
-    counts, wrong = {}, []
+    counts, more, wrong = {}, {}, []
     for what, read in (("weight files", weights), ("tables", tables), ("metrics", tracked)):
         first, second = read(one / "results"), read(other / "results")
         counts[what] = len(first)
-        wrong += differences(first, second)
-    counts["table rows"] = sum(map(len, tables(one / "results").values()))
-    counts["metric values"] = sum(map(len, tracked(one / "results").values()))
-    return counts, wrong
+        if what != "weight files":
+            more["table rows" if what == "tables" else "metric values"] = sum(
+                map(len, first.values())
+            )
+        keys = sorted({*first, *second}, key=str)
+        wrong += [str(k) for k in keys if repr(first.get(k)) != repr(second.get(k))]
+    return counts | more, wrong
 
 
 def main() -> int:
     """Run both and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--write", type=Path)
-    given = parser.parse_args()
+    words = parser(__doc__)
+    words.add_argument("--kills", type=int, default=50)
+    words.add_argument("--seed", type=int, default=0)
+    words.add_argument("--folder", type=Path)
+    given = words.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="egrpo-kills-"))
-    straight = study(folder / "straight")
     begun = time.monotonic()
-    job = start(straight, folder / "straight.log")
+    job = start(study(folder / "straight", SMALL, RUNS), folder / "straight.log")
     usual = watched(job)
     if job.returncode != 0:
         print(f"the undisturbed run failed, see {folder}/straight.log", file=sys.stderr)
@@ -207,34 +178,24 @@ def main() -> int:
     while killed.total() < given.kills:
         rounds += 1
         where = folder / f"killed-{rounds}"
-        config = study(where)
+        config = study(where, SMALL, RUNS)
         killed += disturbed(config, given.kills - killed.total(), usual, rng, where / "log")
         counts, found = compare(folder / "straight", where)
         wrong += [f"round {rounds}: {name}" for name in found]
     with_kills = (time.monotonic() - begun) / rounds
     by_stage = ", ".join(f"{stage} {killed[stage]}" for stage in STAGES)
-    text = "\n".join(
-        [
-            "# The workflow under SIGKILL",
-            "",
-            f"Written by `python benchmarks/kills.py --kills {given.kills} --seed {given.seed}`.",
-            f"{killed.total()} stages were killed at random moments, in {rounds} runs of the same",
-            f"study: {by_stage}. The undisturbed workflow took {alone:.0f} s, one of the others",
-            f"{with_kills:.0f} s on average.",
-            "",
-            "| compared with the undisturbed workflow | count |",
-            "|---|--:|",
-            *(f"| {what} | {count} |" for what, count in counts.items()),
-            "",
-            f"In all {rounds} runs together {len(wrong)} of them differ.",
-            "",
-        ]
-    )
-    print(text)
     for name in wrong:
         print(f"differs: {name}", file=sys.stderr)
-    if given.write and not wrong:
-        given.write.write_text(text, encoding="utf-8")
+    tell(
+        "# The workflow under SIGKILL\n\n"
+        f"Written by `python benchmarks/kills.py --kills {given.kills} --seed {given.seed}`.\n"
+        f"{killed.total()} stages were killed at random moments, in {rounds} runs of the same\n"
+        f"study: {by_stage}. The undisturbed workflow took {alone:.0f} s, one of the others\n"
+        f"{with_kills:.0f} s on average.\n\n"
+        f"{table(['compared with the undisturbed workflow', 'count'], counts.items())}\n\n"
+        f"In all {rounds} runs together {len(wrong)} of them differ.\n",
+        None if wrong else given.write,
+    )
     return 1 if wrong else 0
 
 

@@ -8,7 +8,6 @@ Only ratios within one run mean much on a noisy machine; each figure is the best
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import tempfile
@@ -19,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import parser, table, tell, versions
 
 from egrpo.config.models import RunConfig
-from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.core.advantage import Advantages
 from egrpo.core.loss import clipped_objective
 from egrpo.core.rollout import Rollout
-from egrpo.measure.embed import embed
-from egrpo.models.conditioning import Embeddings
+from egrpo.measure.embed import embed_files
 from egrpo.planning.grids import training_sigmas
 from egrpo.planning.trees import plan_of
 from egrpo.rewards import score_all
 from egrpo.study.resolve import load_study
-from egrpo.train.counts import peak_memory_mib
+from egrpo.train.records import peak_memory_mib
 from egrpo.train.trainer import Trainer
 
 
@@ -75,9 +73,8 @@ def one_by_one(trainer: Trainer, iteration: int) -> None:
     Every latent is evaluated alone, every image decoded and scored alone, and every sample has a
     forward and backward of its own.
     """
-    rollouts = trainer.learner.rollouts
-    whole = rollouts.sampler
-    rollouts.sampler = replace(whole, micro_batch=1, train_micro_batch=1)
+    whole = trainer.rollouts.sampler
+    trainer.rollouts.sampler = replace(whole, micro_batch=1, train_micro_batch=1)
     ids, trees = trainer.trees(iteration)
     rollout = trainer.rollout(iteration, ids, trees)
     scores: dict[str, list[float]] = {name: [] for name in trainer.rewards}
@@ -87,7 +84,7 @@ def one_by_one(trainer: Trainer, iteration: int) -> None:
             scores[name].append(float(value[0]))
     arrays = {name: torch.tensor(v, dtype=torch.float64).numpy() for name, v in scores.items()}
     separate_backward(trainer, rollout, ids, trainer.advantages(arrays, rollout, trees))
-    rollouts.sampler = whole
+    trainer.rollouts.sampler = whole
 
 
 def separate_backward(
@@ -119,26 +116,14 @@ def machine() -> str:
             if ln.startswith("model name")
         ]
         name = f"{len(models)} x {models[0]}" if models else name
-    return (
-        f"{name}; {torch.backends.cpu.get_cpu_capability()}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}"
-    )
-
-
-def embedded(run: RunConfig, folder: Path) -> Embeddings:
-    """Embeddings of both prompt files, by what asks for them."""
-    files = run.prompts
-    train, heldout = folder / "train.safetensors", folder / "heldout.safetensors"
-    embed(run, train_prompts(files.train, files.limit, files.column), train)
-    embed(run, read_prompts(files.heldout, files.column), heldout)
-    return {"train": train, "monitor": heldout}
+    return versions(f"{name}; {torch.backends.cpu.get_cpu_capability()}")
 
 
 def measure(run: RunConfig, threads: int, repeats: int) -> list[tuple[str, str, str]]:
     """Rows of the table of one E-GRPO run: (what, measured, target)."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(run, plan_of(run, training_sigmas(run)), embedded(run, Path(folder)))
+        trainer = Trainer(run, plan_of(run, training_sigmas(run)), embed_files(run, Path(folder)))
     replay, evaluations = bare_forwards(trainer)
     parts: dict[str, float] = {"time/iteration": float("inf")}
 
@@ -173,28 +158,22 @@ def measure(run: RunConfig, threads: int, repeats: int) -> list[tuple[str, str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--write", type=Path, help="Markdown file to write")
-    args = parser.parse_args()
+    words = parser(__doc__)
+    words.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    words.add_argument("--repeats", type=int, default=12)
+    given = words.parse_args()
+    run = load_study("config/config.yaml").runs["egrpo-s0"]
     text = (
         "# One machine, the toy world\n\n"
         "Written by `python benchmarks/laptop.py --write docs/benchmarks/laptop.md`: 4 prompts, "
         "G = 12, 8 active steps,\nT = 16, threshold 2.2, LoRA. Best of "
-        f"{args.repeats} repeats.\n\nMachine: {machine()}.\n"
+        f"{given.repeats} repeats.\n\nMachine: {machine()}.\n"
     )
-    run = load_study("config/config.yaml").runs["egrpo-s0"]
-    for threads in args.threads:
-        rows = measure(run, threads, args.repeats)
-        text += (
-            f"\n## {threads} thread{'s' if threads > 1 else ''}\n\n| what | measured | target |\n"
-        )
-        text += "|---|---|---|\n" + "".join(f"| {a} | {b} | {c} |\n" for a, b, c in rows)
-    print(text)
-    if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text(text, encoding="utf-8")
+    for threads in given.threads:
+        rows = measure(run, threads, given.repeats)
+        text += f"\n## {threads} thread{'s' if threads > 1 else ''}\n\n"
+        text += table(["what", "measured", "target"], rows, left=3) + "\n"
+    tell(text, given.write)
 
 
 if __name__ == "__main__":

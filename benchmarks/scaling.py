@@ -9,7 +9,6 @@ of one evaluation is an estimate (``flux``) until ``benchmarks/gpu.py`` has meas
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -18,14 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
+from common import ROOT, parser, table, tell
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "config/accelerate/ddp.yaml"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -113,48 +113,33 @@ def flux(image_side: int = 720) -> Costs:
 # -- measured ------------------------------------------------------------------------------------
 
 
-def settings(folder: Path, prompts: int) -> list[str]:
-    """Arguments of a training job of the default study."""
+def job(folder: Path, prompts: int) -> list[str]:
+    """Words of a training job of the default study, its results below a folder."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import STAGES, embedded, small_run, train_words
+    from conftest import job_words, small_run
 
-    run = small_run(
-        "egrpo",
-        **{
-            "method.group_size": 12,
-            "method.active": 8,
-            "train.iterations": 8,
-            "train.prompts_per_iteration": prompts,
-            "train.monitor_every": 0,
-            "train.checkpoint_every": 100,
-        },
-    )
+    from egrpo.measure.embed import embed_files
+
+    few = {"iterations": 8, "prompts_per_iteration": prompts, "monitor_every": 0}
+    of = {f"train.{key}": value for key, value in {**few, "checkpoint_every": 100}.items()}
+    run = small_run("egrpo", **{"method.group_size": 12, "method.active": 8, **of})
     folder.mkdir(parents=True, exist_ok=True)
-    return [STAGES, *train_words(run, embedded(run, folder), folder)]
+    return job_words("train", run, embed_files(run, folder), folder)
 
 
-def placed(words: list[str], state: Path, out: Path) -> list[str]:
-    """The same with a state and results of their own."""
-    found = [*words]
-    for option, path in (("--state", state), ("--output", out)):
-        found[found.index(option) + 1] = str(path)
-    return found
-
-
-def trained(folder: Path, words: list[str], processes: int) -> dict[str, float]:
-    """Median seconds of an iteration and its parts, and the time until the first."""
+def launched(words: list[str], processes: int = 1) -> list[str]:
+    """A command in so many processes."""
     launch = [*LAUNCH, "--num_processes", str(processes)] if processes > 1 else []
-    out = folder / f"out-{processes}"
-    job = placed(words, folder / f"state-{processes}", out)
+    return [sys.executable, *launch, *words]
+
+
+def trained(folder: Path, prompts: int, processes: int) -> dict[str, float]:
+    """Median seconds of an iteration and its parts, and the time until the first."""
+    words = launched(job(folder, prompts), processes)
     begun = time.time()
-    subprocess.run(
-        [sys.executable, *launch, *job],
-        cwd=ROOT,
-        env=ENV,
-        check=True,
-        capture_output=True,
-    )
+    subprocess.run(words, cwd=ROOT, env=ENV, check=True, capture_output=True)
     total = time.time() - begun
+    (out,) = folder.glob("*/runs/*")
     sums = json.loads((out / "train.json").read_text())
     return {**times(out), "start": total - sums["seconds"], **sums}
 
@@ -168,40 +153,34 @@ def times(out: Path) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def side_by_side(folder: Path, words: list[str], jobs: int) -> float:
+def side_by_side(folder: Path, prompts: int, jobs: int) -> float:
     """Median seconds of an iteration of jobs that run at once and know nothing of each other."""
-    running = []
-    for n in range(jobs):
-        command = [sys.executable, *placed(words, folder / f"s-{n}", folder / f"o-{n}")]
-        running.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-        )
-    assert [job.wait() for job in running] == [0] * jobs
-    return statistics.median(times(folder / f"o-{n}")["iteration"] for n in range(jobs))
+    commands = [launched(job(folder / str(n), prompts)) for n in range(jobs)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = [subprocess.Popen(words, cwd=ROOT, env=ENV, **quiet) for words in commands]
+    assert [one.wait() for one in running] == [0] * jobs
+    return statistics.median(times(out)["iteration"] for out in folder.glob("*/*/runs/*"))
 
 
-def worker(words: list[str]) -> None:
+def worker(order: Path) -> None:
     """One of several processes: what talking and saving cost, as a line of JSON."""
     import torch
 
-    from egrpo.config.load import load_run
     from egrpo.planning.trees import closed_form_plan
     from egrpo.store import checkpoint
+    from egrpo.study.orders import read_order
     from egrpo.train.trainer import Trainer
 
     torch.set_num_threads(1)
-    path, folder = (Path(words[words.index(o) + 1]) for o in ("--run-config", "--embeddings"))
-    run = load_run(path)
-    files = {"train": folder / "train.safetensors", "monitor": folder / "heldout.safetensors"}
-    trainer = Trainer(run, closed_form_plan(run), files)
+    told = read_order(order)
+    files = {which: told.at.embeddings(told.run.run, which) for which in ("train", "monitor")}
+    trainer = Trainer(told.run, closed_form_plan(told.run), files)
     processes = trainer.processes
     payload: Any = [(n, n) for n in range(trainer.run.train.prompts_per_iteration * 96)]
     for p in trainer.parameters:
         p.grad = torch.ones_like(p)
 
-    def median(work: Any) -> float:
+    def median(work: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(12):
             processes.wait()
@@ -224,16 +203,11 @@ def worker(words: list[str]) -> None:
     processes.wait()
 
 
-def talking(words: list[str]) -> dict[str, float]:
+def talking(folder: Path, prompts: int) -> dict[str, float]:
     """Costs of talking between two processes, and of a checkpoint."""
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, "--num_processes", "2", __file__, "--worker", json.dumps(words)],
-        cwd=ROOT,
-        env=ENV,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    order = job(folder, prompts)[4]
+    words = launched([__file__, "--worker", order], 2)
+    done = subprocess.run(words, cwd=ROOT, env=ENV, check=True, capture_output=True, text=True)
     (line,) = [x for x in done.stdout.splitlines() if x.startswith("{")]
     return dict(json.loads(line))
 
@@ -262,96 +236,94 @@ def toy(one: dict[str, float], talk: dict[str, float], prompts: int) -> Costs:
 # -- the page ------------------------------------------------------------------------------------
 
 
-def page(folder: Path) -> str:
+def page(folder: Path, prompts: int = 4) -> str:
     """Measure, check, compute."""
-    prompts = 4
-    words = settings(folder, prompts)
-    one, two = (trained(folder, words, n) for n in (1, 2))
-    talk = talking(words)
+    one, two = (trained(folder / f"{n} at once", prompts, n) for n in (1, 2))
+    talk = talking(folder / "talk", prompts)
     costs = toy(one, talk, prompts)
-    half = side_by_side(folder / "half", settings(folder / "half", prompts // 2), 2)
-    lines = [
-        "# Scaling, measured and computed",
-        "",
-        "Written by `python benchmarks/scaling.py --write docs/benchmarks/scaling.md`.",
-        "",
-        "## Measured: the toy on two cores, one thread a process",
-        "",
-        "| what | seconds |",
-        "|---|--:|",
-        f"| one network evaluation | {costs.evaluation:.6f} |",
-        f"| forward and backward of one source | {costs.training:.6f} |",
-        f"| decoding and scoring one image | {costs.image:.5f} |",
-        f"| gathering edges or rewards, 2 processes | {talk['gather']:.5f} |",
-        f"| adding up {talk['bytes'] / 1e6:.1f} MB of gradients, 2 processes | "
-        f"{talk['reduce']:.5f} |",
-        f"| one checkpoint, synced to disk | {talk['checkpoint']:.4f} |",
-        f"| start of a job | {costs.start:.1f} |",
-        "",
-        "| an iteration of 4 prompts | computed | measured | ratio |",
-        "|---|--:|--:|--:|",
+    half = side_by_side(folder / "half", prompts // 2, 2)
+    seconds = [
+        ("one network evaluation", f"{costs.evaluation:.6f}"),
+        ("forward and backward of one source", f"{costs.training:.6f}"),
+        ("decoding and scoring one image", f"{costs.image:.5f}"),
+        ("gathering edges or rewards, 2 processes", f"{talk['gather']:.5f}"),
+        (
+            f"adding up {talk['bytes'] / 1e6:.1f} MB of gradients, 2 processes",
+            f"{talk['reduce']:.5f}",
+        ),
+        ("one checkpoint, synced to disk", f"{talk['checkpoint']:.4f}"),
+        ("start of a job", f"{costs.start:.1f}"),
     ]
-    talked = costs.parts(2)["talking"]
     computed = {
         "1 process": (costs.iteration(1), one),
         "2 processes, half the work each": (costs.iteration(2), two),
-        "2 processes, as two jobs of 2 prompts side by side": (half + talked, two),
+        "2 processes, as two jobs of 2 prompts side by side": (
+            half + costs.parts(2)["talking"],
+            two,
+        ),
     }
-    lines += [
-        f"| {what} | {seconds:.3f} | {found['iteration']:.3f} | "
-        f"{found['iteration'] / seconds:.2f} |"
-        for what, (seconds, found) in computed.items()
+    checked = [
+        (what, f"{least:.3f}", f"{found['iteration']:.3f}", f"{found['iteration'] / least:.2f}")
+        for what, (least, found) in computed.items()
     ]
-    lines += [
-        "",
-        f"A job with 2 of the 4 prompts takes {half:.3f} s an iteration beside another one, "
-        f"{half / one['iteration']:.2f} of the",
-        "time of all 4: its batches are smaller, and the two share caches and memory. What is left",
-        "is the waiting of two processes for each other.",
-        "",
-        "## Computed: FLUX.1-dev, 300 iterations of 8 prompts, E-GRPO, H100",
-        "",
-        "Estimated costs (see `flux` in the script), not measured. One run has work for as many",
-        "processes as an iteration has prompts; more GPUs train more runs of a sweep at once.",
-        "",
-        "| GPUs | a run on | runs at once | hours a run | runs a day | work | waiting | talking |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = ["an iteration of 4 prompts", "computed", "measured", "ratio"]
     big = flux()
-    for gpus in (1, 8, 64, 512):
-        for processes in sorted({1, min(8, gpus)}):
-            seconds = big.start + 300 * big.iteration(processes)
-            parts, at_once = big.parts(processes), gpus // processes
-            whole = big.iteration(processes)
-            lines.append(
-                f"| {gpus} | {processes} | {at_once} | {seconds / 3600:.1f} | "
-                f"{at_once * 86400 / seconds:.1f} | "
-                + " | ".join(
-                    f"{parts[k] / whole:.1%}"
-                    for k in ("work", "waiting for the busiest", "talking")
-                )
-                + " |"
-            )
-    lines += ["", "Costs used:", "", "```yaml", yaml.safe_dump(vars(big), sort_keys=False) + "```"]
-    return "\n".join(lines) + "\n"
+    return f"""# Scaling, measured and computed
+
+Written by `python benchmarks/scaling.py --write docs/benchmarks/scaling.md`.
+
+## Measured: the toy on two cores, one thread a process
+
+{table(["what", "seconds"], seconds)}
+
+{table(head, checked)}
+
+A job with 2 of the 4 prompts takes {half:.3f} s an iteration beside another one, \
+{half / one["iteration"]:.2f} of the
+time of all 4: its batches are smaller, and the two share caches and memory. What is left
+is the waiting of two processes for each other.
+
+## Computed: FLUX.1-dev, 300 iterations of 8 prompts, E-GRPO, H100
+
+Estimated costs (see `flux` in the script), not measured. One run has work for as many
+processes as an iteration has prompts; more GPUs train more runs of a sweep at once.
+
+{table(GPUS_HEAD, gpus(big), left=0)}
+
+Costs used:
+
+```yaml
+{yaml.safe_dump(vars(big), sort_keys=False)}```
+"""
 
 
-def main() -> int:
+GPUS_HEAD = "GPUs|a run on|runs at once|hours a run|runs a day|work|waiting|talking".split("|")
+
+
+def gpus(costs: Costs) -> list[list[Any]]:
+    """Rows: what so many GPUs give, a run on one or on eight of them."""
+    rows = []
+    for count in (1, 8, 64, 512):
+        for processes in sorted({1, min(8, count)}):
+            parts, whole = costs.parts(processes), costs.iteration(processes)
+            seconds, at_once = costs.start + 300 * whole, count // processes
+            row = [count, processes, at_once, f"{seconds / 3600:.1f}"]
+            shares = (parts[k] / whole for k in ("work", "waiting for the busiest", "talking"))
+            rows.append([*row, f"{at_once * 86400 / seconds:.1f}", *(f"{x:.1%}" for x in shares)])
+    return rows
+
+
+def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--worker")
-    given = parser.parse_args()
+    words = parser(__doc__)
+    words.add_argument("--worker", type=Path)
+    given = words.parse_args()
     if given.worker:
-        worker(json.loads(given.worker))
-        return 0
+        worker(given.worker)
+        return
     with tempfile.TemporaryDirectory(prefix="egrpo-scaling-") as folder:
-        text = page(Path(folder))
-    print(text)
-    if given.write:
-        given.write.write_text(text, encoding="utf-8")
-    return 0
+        tell(page(Path(folder)), given.write)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

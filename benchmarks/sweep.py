@@ -8,12 +8,10 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,10 +20,8 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import yaml
+from common import ROOT, parser, snakemake, study, table, tell
 
-from egrpo.config.load import overlay, read_yaml
-
-ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "tests/slurm/cluster.sh"
 NODES = 4
 
@@ -42,7 +38,7 @@ SHORT: dict[str, Any] = {
 }
 
 
-def study(folder: Path, runs: int) -> Path:
+def sweep(folder: Path, runs: int) -> Path:
     """A study of ``runs`` arms: methods, thresholds, learning rate scales and seeds."""
     names = []
     lines = ["run\tmethod.name\tmethod.threshold\ttrain.learning_rate_scale\tseed"]
@@ -51,17 +47,7 @@ def study(folder: Path, runs: int) -> Path:
         tau = str(threshold) if method == "egrpo" else ""
         names.append(f"{method}_{len(names)}")
         lines.append(f"{names[-1]}\t{method}\t{tau}\t{scale}\t{seed}")
-    settings = overlay(read_yaml(ROOT / "config/config.yaml"), SHORT)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "runs.tsv").write_text("\n".join(lines) + "\n")
-    settings |= {
-        "results": str(folder / "results"),
-        "runs": str(folder / "runs.tsv"),
-        "default_runs": names,
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
+    return study(folder, SHORT | {"default_runs": names}, "\n".join(lines) + "\n")
 
 
 def measured(command: list[str], log: Path, env: dict[str, str] | None = None) -> tuple[float, int]:
@@ -80,23 +66,18 @@ def measured(command: list[str], log: Path, env: dict[str, str] | None = None) -
     return time.monotonic() - begun, most
 
 
-def snakemake(config: Path, *words: str) -> list[str]:
-    """Command line of the workflow."""
-    return [sys.executable, "-m", "snakemake", "--nolock", "--configfile", str(config), *words]
-
-
-def dry(folder: Path, runs: int) -> list[str]:
+def dry(folder: Path, runs: int) -> list[Any]:
     """A row of the table: the plan of a sweep."""
-    config = study(folder, runs)
+    config = sweep(folder, runs)
     command = snakemake(config, "--cores", "2", "--dry-run", "--quiet", "rules")
     seconds, memory = measured(command, folder / "dry.log")
     jobs = [x for x in (folder / "dry.log").read_text().splitlines() if x.startswith("total")]
-    return [f"| {runs:,} | {jobs[-1].split()[1]} | {seconds:.1f} | {memory / 2**20:.0f} |"]
+    return [f"{runs:,}", jobs[-1].split()[1], f"{seconds:.1f}", f"{memory / 2**20:.0f}"]
 
 
-def slurm(folder: Path, runs: int) -> list[str]:
+def slurm(folder: Path, runs: int) -> str:
     """Lines about a real sweep."""
-    config = study(folder, runs)
+    config = sweep(folder, runs)
     profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
     profile |= {
         "jobs": 16,
@@ -126,45 +107,31 @@ def slurm(folder: Path, runs: int) -> list[str]:
     )
     log = (folder / "slurm.log").read_text()
     submitted = log.count("has been submitted with SLURM jobid")
-    return [
-        f"{runs} runs over {NODES} nodes: {submitted} jobs in the queue, {seconds / 60:.0f} min on",
-        f"{os.cpu_count()} real cores, {memory / 2**20:.0f} MiB for snakemake itself. {whole} runs",
-        f"are complete, {log.count('Trying to restart')} jobs were started again. Asked once more, "
-        + (
-            "snakemake has nothing to do."
-            if "Nothing to be done" in nothing.stdout + nothing.stderr
-            else "snakemake WOULD DO MORE."
-        ),
-    ]
+    idle = "Nothing to be done" in nothing.stdout + nothing.stderr
+    return (
+        f"{runs} runs over {NODES} nodes: {submitted} jobs in the queue, {seconds / 60:.0f} min "
+        f"on\n{os.cpu_count()} real cores, {memory / 2**20:.0f} MiB for snakemake itself. {whole} "
+        f"runs\nare complete, {log.count('Trying to restart')} jobs were started again. Asked once "
+        f"more, snakemake {'has nothing to do' if idle else 'WOULD DO MORE'}.\n"
+    )
 
 
-def main() -> int:
+def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--dry", type=int, default=1000)
-    parser.add_argument("--slurm", type=int, default=0)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--write", type=Path)
-    given = parser.parse_args()
+    words = parser(__doc__)
+    words.add_argument("--dry", type=int, default=1000)
+    words.add_argument("--slurm", type=int, default=0)
+    words.add_argument("--folder", type=Path)
+    given = words.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="egrpo-sweep-"))
-    lines = [
-        "# Sweeps of many runs",
-        "",
-        f"Written by `python benchmarks/sweep.py --dry {given.dry} --slurm {given.slurm}`.",
-        "",
-        "| runs | jobs | dry run, s | memory, MiB |",
-        "|--:|--:|--:|--:|",
-    ]
-    for runs in sorted({10, 100, given.dry}):
-        lines += dry(folder / f"dry-{runs}", runs)
-    if given.slurm:
-        lines += ["", *slurm(folder / "slurm", given.slurm)]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if given.write:
-        given.write.write_text(text, encoding="utf-8")
-    return 0
+    rows = [dry(folder / f"dry-{runs}", runs) for runs in sorted({10, 100, given.dry})]
+    text = (
+        "# Sweeps of many runs\n\n"
+        f"Written by `python benchmarks/sweep.py --dry {given.dry} --slurm {given.slurm}`.\n\n"
+        f"{table(['runs', 'jobs', 'dry run, s', 'memory, MiB'], rows, left=0)}\n"
+    )
+    tell(text + (f"\n{slurm(folder / 'slurm', given.slurm)}" if given.slurm else ""), given.write)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

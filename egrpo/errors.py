@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ def printable(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST - 500]} … {text[-490:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str) -> None:
+    """One line for whoever watches a job."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -8,7 +8,6 @@ transparent. Below that, for eyes and for readers without transparency, it is a 
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from egrpo.core.distance import Pixels, diversity, mean_distance
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 
 if TYPE_CHECKING:
     from egrpo.config.models import Model
@@ -34,9 +33,8 @@ FINE, LATENT, DECODED = 0, 1, 2
 class Images:
     """Images on their way from the VAE to rewards and files.
 
-    Attributes:
-        pixels: uint8 [n, 3, height, width]; a grey cross where there is no image.
-        faults: int8 [n], FINE for an image.
+    Pixels are uint8 [n, 3, height, width], a grey cross where there is no image; faults int8 [n],
+    FINE for an image.
     """
 
     pixels: Tensor
@@ -56,6 +54,12 @@ class Images:
     def whole(cls, pixels: Tensor) -> Images:
         """Images uint8 [n, 3, height, width] of which none is in doubt."""
         return cls(pixels, np.zeros(len(pixels), np.int8))
+
+    @classmethod
+    def from_rgba(cls, pixels: Tensor) -> Images:
+        """What :meth:`with_opacity` gave, uint8 [n, 4, height, width], read from files."""
+        none = (pixels[:, 3] == 0).flatten(1).all(1).numpy()
+        return cls(pixels[:, :3].contiguous(), np.where(none, DECODED, FINE).astype(np.int8))
 
     @classmethod
     def joined(cls, parts: list[Images]) -> Images:
@@ -95,8 +99,7 @@ class Images:
 
     def with_opacity(self) -> Tensor:
         """uint8 [n, 4, height, width]: transparent where there is no image."""
-        opacity = torch.from_numpy(np.where(self.valid, 255, 0).astype(np.uint8))
-        alpha = opacity.to(self.pixels.device)[:, None, None, None]
+        alpha = torch.from_numpy(self.valid).to(self.pixels)[:, None, None, None] * 255
         return torch.cat([self.pixels, alpha.expand_as(self.pixels[:, :1])], dim=1)
 
     def to_files(self) -> Iterator[Tensor]:
@@ -119,16 +122,14 @@ def _cross(height: int, width: int) -> Tensor:
 
 
 def check(
-    faults: Iterable[int], what: str, model: Model, *, trained: bool, say: bool = True
+    faults: Iterable[int], what: str, model: Model, *, trained: bool, told: bool = True
 ) -> None:
-    """End a job that made no image at all; say where it made some that are none.
+    """End a job that made no image at all; say, if asked, where it made some that are none.
 
     Args:
         faults: of n images, those of all processes of the job, for they must end together.
-        what: whose images, for the line.
-        model: the settings that they were made with.
+        what, model: whose images, for the line, and the settings that they were made with.
         trained: whether training has changed the weights.
-        say: where some are images.
 
     Raises:
         UserError: if there are images and none is one, with the likely cause and what to do.
@@ -138,24 +139,18 @@ def check(
     if not lost:
         return
     ((fault, _),) = found.most_common(1)
-    text = f"{what}: {lost} of {count} images are NaN or infinite: "
-    text += _cause(fault, model.dtype, trained)
-    if lost == count:
-        raise UserError(text)
-    if say:
-        print(f"{text}; they have no score", file=sys.stderr, flush=True)
-
-
-def _cause(fault: int, dtype: str, trained: bool) -> str:
-    """What most likely made a fault, and the remedy."""
-    found, part = {
+    cause, part = {
         LATENT: ("their latents are not finite", "transformer"),
         DECODED: ("their latents are finite, but not what the VAE makes of them", "VAE"),
     }[fault]
-    if trained and (fault == LATENT or dtype != "float16"):
-        return f"{found}: the weights have diverged; train with a lower train.learning_rate_scale"
-    if dtype == "float16":
-        return (
-            f"{found}: the {part} overflows in model.dtype float16; set it to bfloat16 or float32"
-        )
-    return f"{found}: the {part}'s weights (model.path) are damaged; download them again"
+    if trained and (fault == LATENT or model.dtype != "float16"):
+        remedy = "the weights have diverged; train with a lower train.learning_rate_scale"
+    elif model.dtype == "float16":
+        remedy = f"the {part} overflows in model.dtype float16; set it to bfloat16 or float32"
+    else:
+        remedy = f"the {part}'s weights (model.path) are damaged; download them again"
+    text = f"{what}: {lost} of {count} images are NaN or infinite: {cause}: {remedy}"
+    if lost == count:
+        raise UserError(text)
+    if told:
+        say(f"{text}; they have no score")

@@ -10,10 +10,11 @@ import os
 import sys
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
+
+from egrpo.errors import say
 
 SHARED_EVERY = 10.0
 """Seconds between the lines that one job writes to a shared terminal."""
@@ -46,11 +47,10 @@ class Progress:
             return
         now = time.monotonic()
         rate = (self.done - self.first) / max(now - self.begun, 1e-9)
-        line = (
-            f"{self.title} {self.done}/{self.total}  {rate:.2f} {self.unit}/s  "
-            f"{(self.total - self.done) / rate:.0f} s left  {text}"
-        ).rstrip()
-        print(line, file=sys.stderr, flush=True)
+        left = (self.total - self.done) / rate
+        head = f"{self.title} {self.done}/{self.total}  {rate:.2f} {self.unit}/s"
+        line = f"{head}  {left:.0f} s left  {text}".rstrip()
+        say(line)
         if self.shared >= 0 and (now - self.told > SHARED_EVERY or self.done == self.total):
             self.told = now
             with suppress(OSError):  # the terminal went away; the work goes on
@@ -59,11 +59,6 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()

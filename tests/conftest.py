@@ -7,14 +7,17 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import chdir, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner, Result
 from mlflow_pages import CHROMIUM, chromium
 
+from egrpo.cli import main
 from egrpo.config.load import overlay, read_yaml
 from egrpo.config.models import RunConfig
 from egrpo.config.study import StudyConfig
@@ -24,7 +27,10 @@ from egrpo.core.tree import Tree
 from egrpo.models.conditioning import Embeddings
 from egrpo.planning.trees import closed_form_plan
 from egrpo.store.files import write_json
-from egrpo.study.resolve import resolve_run
+from egrpo.study.layout import Layout
+from egrpo.study.orders import order_of_run
+from egrpo.study.resolve import Study, resolve_run
+from egrpo.study.standing import write_receipt
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -123,18 +129,18 @@ def run_in_process(run: RunConfig, embeddings: Embeddings, folder: Path) -> Path
     """Train a run; returns the folder of its results, beside that of its state."""
     from egrpo.train.job import train
 
-    plan = closed_form_plan(run)
-    train(run, plan, embeddings, state=folder / "state" / "key", output=folder / "out")
-    return folder / "out"
+    state, output = folder / "state" / "key", folder / "out"
+    train(run, closed_form_plan(run), embeddings, state=state, output=output)
+    return output
 
 
+@dataclass
 class Jobs:
     """Small runs trained in this process, their files in one folder."""
 
-    def __init__(
-        self, embeddings: Embeddings, folder: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        self.embeddings, self.folder, self.capsys = embeddings, folder, capsys
+    embeddings: Embeddings
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
 
     def __call__(self, run: RunConfig | str, place: str = "", **overrides: Any) -> Path:
         """Train it; returns the folder of its results."""
@@ -153,27 +159,33 @@ def jobs(embeddings: Embeddings, tmp_path: Path, capsys: pytest.CaptureFixture[s
     return Jobs(embeddings, tmp_path, capsys)
 
 
-STAGES = str(ROOT / "tests/stages.py")
-"""The script that runs stages with paths of their own."""
+def job_words(stage: str, run: RunConfig, embeddings: Embeddings, folder: Path) -> list[str]:
+    """A job of the workflow as words for Python, its study below ``folder``.
+
+    All that it reads is in place.
+    """
+    at = Layout(Study(run.study, str(folder), {run.run: run}))
+    for which, file in embeddings.items():
+        place = at.embeddings(run.run, which)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            place.symlink_to(file)
+    if (plan := closed_form_plan(run)) is not None:
+        write_json(at.run(run.run) / "plan.json", plan.to_dict())
+        write_receipt(at, "plan", run.run, at.identities.record("plan", run), [])
+    order = order_of_run(at, run.run)
+    return ["-m", "egrpo", "make", stage, str(order), "--threads", "1"]
 
 
-def stage_words(
-    stage: str, run: RunConfig, embeddings: Embeddings, folder: Path, out: Path | None = None
-) -> list[str]:
-    """Arguments of that script: files in ``folder``, results in ``out`` or ``folder/out``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    words = ["--run-config", str(write_run(run, folder / "run.yaml"))]
-    words += ["--embeddings", str(embeddings["train"].parent)]
-    words += ["--output", str(out or folder / "out"), "--threads", "1", stage]
-    if stage in ("train", "suffixes") and (plan := closed_form_plan(run)) is not None:
-        write_json(folder / "plan.json", plan.to_dict())
-        words += ["--plan", str(folder / "plan.json")]
-    return words + (["--state", str(folder / "state")] if stage == "train" else [])
+def called(words: list[str]) -> Result:
+    """Such a job, called in this process."""
+    return CliRunner().invoke(main, words[2:])
 
 
-def train_words(run: RunConfig, embeddings: Embeddings, folder: Path) -> list[str]:
-    """Those of training."""
-    return stage_words("train", run, embeddings, folder)
+def result_of(folder: Path) -> Path:
+    """Where the one run below ``folder`` has its results."""
+    (found,) = folder.glob("*/runs/*")
+    return found
 
 
 def wait_for(condition: Callable[[], Any], job: Popen[str] | None = None) -> None:
@@ -212,15 +224,12 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def embedded(run: RunConfig, folder: Path) -> Embeddings:
-    """Embeddings of both prompt files of a run, by the sets that jobs ask for."""
-    from egrpo.config.prompts import read_prompts, train_prompts
-    from egrpo.measure.embed import embed
+    """Embeddings of both prompt files of a run, by the sets that jobs ask for; made anew."""
+    from egrpo.measure.embed import embed_files
 
-    files = run.prompts
-    train, heldout = folder / "train.safetensors", folder / "heldout.safetensors"
-    embed(run, train_prompts(files.train, files.limit, files.column), train)
-    embed(run, read_prompts(files.heldout, files.column), heldout)
-    return {"train": train, "profile": train, "heldout": heldout, "monitor": heldout}
+    for name in ("train", "heldout"):
+        (folder / f"{name}.safetensors").unlink(missing_ok=True)
+    return embed_files(run, folder)
 
 
 @pytest.fixture(scope="session")

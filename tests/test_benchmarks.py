@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
+import gpu
+import laptop
 import pytest
 import torch
-from conftest import ROOT, small_run
+from conftest import small_run
 
-
-def script(name: str) -> ModuleType:
-    """A file of ``benchmarks/`` as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(ROOT) / f"benchmarks/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+BENCH = gpu.Bench(torch.device("cpu"), torch.float32, 1)
 
 
 def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
     threads = torch.get_num_threads()
     try:
-        rows = {what: value for what, value, _ in script("laptop").measure(small_run(), 1, 1)}
+        rows = {what: value for what, value, _ in laptop.measure(small_run(), 1, 1)}
     finally:
         torch.set_num_threads(threads)
     # 2 prompts: the anchor's 3, and 3 samples after each of 3 branches with spans 1, 1, 2
@@ -40,14 +28,12 @@ def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
 def test_gpu_benchmark_counts_the_flops_of_the_architecture(name: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    gpu = script("gpu")
-    bench = gpu.Bench(torch.device("cpu"), torch.float32, 1)
     a = gpu.ARCHITECTURES[name]
-    model = gpu.build(a, bench, 64, 96)
+    model = gpu.build(a, BENCH, 64, 96)
     x = torch.randn(1, *model.image_shape)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model.velocity(x, 0.5, gpu.prompts(a, bench, 1))
+        model.velocity(x, 0.5, gpu.prompts(a, BENCH, 1))
     counted = counter.get_total_flops()
     # left out: embeddings of time and pooled text, and the output's modulation
     assert gpu.forward_flops(a, 64, 96) == pytest.approx(counted, rel=0.12)
@@ -55,10 +41,8 @@ def test_gpu_benchmark_counts_the_flops_of_the_architecture(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_sd3"])
 def test_gpu_benchmark_runs_end_to_end_on_a_cpu(name: str) -> None:
-    gpu = script("gpu")
-    bench = gpu.Bench(torch.device("cpu"), torch.float32, 1)
     work = gpu.Work(steps=4, active=2, group=2, batch=1)
-    evaluations, iterations = gpu.measure(name, bench, [32], [1, 2], work, compiled=False)
+    evaluations, iterations = gpu.measure(name, BENCH, [32], [1, 2], work, compiled=False)
     assert [row[3] for row in evaluations] == ["1", "2"]
     assert all(len(row) == len(gpu.EVALUATION_HEAD) for row in evaluations)
     assert [row[3] for row in iterations] == ["no", "no", "yes"]

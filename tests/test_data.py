@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,33 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from PIL import Image
+from small_results import images
 
 from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.errors import UserError
 from egrpo.store import tables
 from egrpo.store.files import write_json
-from egrpo.store.tables import TABLES, Table, head_checksum, read_table, write_table
+from egrpo.store.tables import TABLES, Table, head_checksum, metadata_of, read_table, write_table
 
 PROMPTS = ("a red circle", "狐狸 — \"quoted\", 'ünïcode'\n|pipe|, 🦊", "")
-OF_TYPE: dict[Any, tuple[Any, ...]] = {
-    tables.TEXT: PROMPTS,
-    tables.INT: (-1, 0, 2**31 - 1),
-    tables.BIG: (0, 2**53, 1),
-    tables.REAL: (-1.5, 1e-300, 0.1 + 0.2),
-    tables.FLAG: (True, False, True),
-    tables.BYTES: (b"\x89PNG\r\n\x1a\n\x00\xff", b"", bytes(range(256))),
+TYPES: dict[Any, tuple[tuple[Any, ...], str, Any]] = {
+    tables.TEXT: (PROMPTS, "VARCHAR", pl.String),
+    tables.INT: ((-1, 0, 2**31 - 1), "INTEGER", pl.Int32),
+    tables.BIG: ((0, 2**53, 1), "BIGINT", pl.Int64),
+    tables.REAL: ((-1.5, 1e-300, 0.1 + 0.2), "DOUBLE", pl.Float64),
+    tables.FLAG: ((True, False, True), "BOOLEAN", pl.Boolean),
+    tables.BYTES: ((b"\x89PNG\r\n\x1a\n\x00\xff", b"", bytes(range(256))), "BLOB", pl.Binary),
 }
-DUCKDB_TYPES = {
-    tables.TEXT: "VARCHAR", tables.INT: "INTEGER", tables.BIG: "BIGINT", tables.REAL: "DOUBLE",
-    tables.FLAG: "BOOLEAN", tables.BYTES: "BLOB",
-}  # fmt: skip
-POLARS_TYPES = {
-    tables.TEXT: pl.String, tables.INT: pl.Int32, tables.BIG: pl.Int64, tables.REAL: pl.Float64,
-    tables.FLAG: pl.Boolean, tables.BYTES: pl.Binary,
-}  # fmt: skip
+"""Values of each type, and its name in DuckDB and polars."""
+Rows = list[dict[str, Any]]
 
 
-def rows_of(table: Table) -> list[dict[str, Any]]:
+def rows_of(table: Table) -> Rows:
     """Three rows with the extremes of each type, and one with a null wherever one may be."""
-    rows = [{name: OF_TYPE[kind][n] for name, kind, *_ in table.columns} for n in range(3)]
-    rows.append(
-        {name: OF_TYPE[kind][0] if name in table.sort else None for name, kind, *_ in table.columns}
-    )
-    return rows
+    rows = [{name: TYPES[kind][0][n] for name, kind, *_ in table.columns} for n in range(3)]
+    last = {k: TYPES[kind][0][0] if k in table.sort else None for k, kind, *_ in table.columns}
+    return [*rows, last]
 
 
 @pytest.fixture(scope="module")
@@ -69,73 +62,56 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def same(found: list[dict[str, Any]], table: Table) -> None:
+def same(found: Rows, table: Table) -> None:
     """The rows that were written, in any order, each value of its own type."""
     names = [name for name, *_ in table.columns]
+    first, second = (
+        sorted(repr([row[name] for name in names]) for row in rows)
+        for rows in (found, rows_of(table))
+    )
+    assert first == second
 
-    def comparable(rows: list[dict[str, Any]]) -> list[str]:
-        return sorted(repr([row[name] for name in names]) for row in rows)
 
-    assert comparable(found) == comparable(rows_of(table))
-
-
-def wanted(table: Table, entry: int) -> dict[str, str]:
-    """Unit (2) or description (3) of each column."""
-    return {column[0]: str(column[entry]) for column in table.columns}
+def described(head: Mapping[str, str], table: Table) -> None:
+    """Units and descriptions of all columns stand in a file's metadata."""
+    for key, entry in (("units", 2), ("descriptions", 3)):
+        assert json.loads(head[key]) == {column[0]: column[entry] for column in table.columns}
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_duckdb(name: str, files: dict[str, Path], offline: duckdb.DuckDBPyConnection) -> None:
-    table = TABLES[name]
-    found = offline.sql(f"SELECT * FROM read_parquet('{files[name]}')")
-    assert [str(t) for t in found.types] == [DUCKDB_TYPES[kind] for _, kind, *_ in table.columns]
+def test_every_reader_finds_values_types_and_units(
+    name: str, files: dict[str, Path], offline: duckdb.DuckDBPyConnection
+) -> None:
+    table, path = TABLES[name], files[name]
+    kinds = {name: kind for name, kind, *_ in table.columns}
+    found = offline.sql(f"SELECT * FROM read_parquet('{path}')")
+    assert [str(t) for t in found.types] == [TYPES[kind][1] for kind in kinds.values()]
     same([dict(zip(found.columns, row, strict=True)) for row in found.fetchall()], table)
-    head = offline.sql(
-        "SELECT decode(key), decode(value) FROM "
-        f"parquet_kv_metadata('{files[name]}') WHERE decode(key) NOT LIKE 'ARROW%'"
-    ).fetchall()
-    metadata = dict(head)
-    assert json.loads(metadata["units"]) == wanted(table, 2)
-    assert json.loads(metadata["descriptions"]) == wanted(table, 3)
-    assert metadata["schema"] == name
+    head = dict(
+        offline.sql(
+            f"SELECT decode(key), decode(value) FROM parquet_kv_metadata('{path}')"
+        ).fetchall()
+    )
+    described(head, table)
+    assert head["schema"] == name
 
+    frame = pd.read_parquet(path)
+    described({key: json.dumps(value) for key, value in frame.attrs.items()}, table)
+    assert all(frame[k].dtype == np.float64 for k, kind in kinds.items() if kind == tables.REAL)
+    whole = pd.read_parquet(path, dtype_backend="pyarrow").to_dict("records")
+    same([{k: None if v is pd.NA else v for k, v in row.items()} for row in whole], table)
 
-@pytest.mark.parametrize("name", TABLES)
-def test_pandas(name: str, files: dict[str, Path]) -> None:
-    table = TABLES[name]
-    frame = pd.read_parquet(files[name])
-    assert frame.attrs["units"] == wanted(table, 2)
-    assert frame.attrs["descriptions"] == wanted(table, 3)
-    for column, kind, *_ in table.columns:
-        if kind == tables.REAL:
-            assert frame[column].dtype == np.float64
-    whole = pd.read_parquet(files[name], dtype_backend="pyarrow")
-    rows = [
-        {k: None if v is pd.NA else v for k, v in row.items()} for row in whole.to_dict("records")
-    ]
-    same(rows, table)
+    polar = pl.read_parquet(path)
+    assert dict(polar.schema) == {name: TYPES[kind][2] for name, kind in kinds.items()}
+    same(polar.to_dicts(), table)
+    described(pl.read_parquet_metadata(path), table)
 
-
-@pytest.mark.parametrize("name", TABLES)
-def test_polars(name: str, files: dict[str, Path]) -> None:
-    table = TABLES[name]
-    frame = pl.read_parquet(files[name])
-    assert dict(frame.schema) == {name: POLARS_TYPES[kind] for name, kind, *_ in table.columns}
-    same(frame.to_dicts(), table)
-    metadata = pl.read_parquet_metadata(files[name])
-    assert json.loads(metadata["units"]) == wanted(table, 2)
-    assert json.loads(metadata["descriptions"]) == wanted(table, 3)
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_pyarrow_and_our_own_reader(name: str, files: dict[str, Path]) -> None:
-    table = TABLES[name]
-    schema = pq.read_schema(files[name])
+    schema = pq.read_schema(path)
     units = {field.name: field.metadata[b"unit"].decode() for field in schema}
-    assert units == wanted(table, 2)
-    assert [field.type for field in schema] == [kind for _, kind, *_ in table.columns]
-    same(pq.read_table(files[name]).to_pylist(), table)
-    same(read_table(files[name], table).to_pylist(), table)
+    assert units == {column[0]: column[2] for column in table.columns}
+    assert {field.name: field.type for field in schema} == kinds
+    same(pq.read_table(path).to_pylist(), table)
+    same(read_table(path, table).to_pylist(), table)
 
 
 def rewritten(path: Path, target: Path, change: dict[str, str | None]) -> Path:
@@ -148,18 +124,12 @@ def rewritten(path: Path, target: Path, change: dict[str, str | None]) -> Path:
 
 
 def test_tables_of_earlier_versions_are_still_read(files: dict[str, Path], tmp_path: Path) -> None:
-    head = {
-        k.decode(): v.decode()
-        for k, v in pq.read_schema(files["scores"]).metadata.items()
-        if k not in (b"units", b"descriptions", b"PANDAS_ATTRS", b"sha256")
-    }
-    gone: dict[str, str | None] = dict.fromkeys(("units", "descriptions", "PANDAS_ATTRS"))
-    old = rewritten(
-        files["scores"], tmp_path / "old.parquet", {**gone, "sha256": head_checksum(head)}
-    )
-    same(read_table(old, tables.SCORES).to_pylist(), tables.SCORES)
-    older = rewritten(files["scores"], tmp_path / "older.parquet", {**gone, "sha256": None})
+    gone: dict[str, str | None] = dict.fromkeys(("units", "descriptions", "PANDAS_ATTRS", "sha256"))
+    older = rewritten(files["scores"], tmp_path / "older.parquet", gone)
     same(read_table(older, tables.SCORES).to_pylist(), tables.SCORES)
+    known = head_checksum(metadata_of(pq.read_table(older)))
+    old = rewritten(older, tmp_path / "old.parquet", {"sha256": known})
+    same(read_table(old, tables.SCORES).to_pylist(), tables.SCORES)
 
 
 @pytest.mark.parametrize("columns", [True, False])
@@ -183,16 +153,14 @@ def test_a_changed_unit_is_seen(files: dict[str, Path], tmp_path: Path) -> None:
 # -- the page's snippets ------------------------------------------------------------------------
 
 
-def snippets(page: Path) -> list[tuple[str, str, str]]:
+def snippets(page: Path) -> Iterator[tuple[str, str, str]]:
     """(heading, language, code) of each fenced block of a page."""
-    heading, found = "", []
-    for head, language, code in re.findall(
-        r"^#+ ([^\n]+)$|^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S
-    ):
+    heading, text = "", page.read_text(encoding="utf-8")
+    parts = re.findall(r"^#+ ([^\n]+)$|^```(\w+)\n(.*?)^```$", text, re.M | re.S)
+    for head, language, code in parts:
         heading = head or heading
         if language:
-            found.append((heading, language, code))
-    return found
+            yield heading, language, code
 
 
 SNIPPETS = [
@@ -208,27 +176,18 @@ VALUES = {2: (0.25, 0.75), 6: (1.0, 0.0, None)}
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results that the page's snippets read."""
     root = tmp_path_factory.mktemp("study")
+    same = {"iteration": 1, "prompt_id": 0, "span": 1, "log_prob": 0.0, "advantage": 0.0, "nfe": 9}
     for run in ("egrpo-s0", "flow_grpo-s0"):
         folder = root / "results/laptop/runs" / run
-        common = {"run": run, "iteration": 1, "prompt_id": 0, "span": 1, "log_prob": 0.0, "nfe": 9}
         rows = [
-            {
-                **common,
-                "step": step,
-                "sample": n,
-                "reward": reward,
-                "value": value,
-                "advantage": 0.0,
-            }
+            {**same, "run": run, "step": step, "sample": n, "reward": reward, "value": value}
             for reward in ("verifier", "clip")
             for step, values in VALUES.items()
             for n, value in enumerate(values if reward == "verifier" else (7.0, 7.0))
         ]
         write_table(folder / "rollouts.parquet", tables.ROLLOUTS, rows)
-        png = io.BytesIO()
-        Image.new("RGB", (5, 3)).save(png, "PNG")
-        image = {"run": run, "prompt_id": 0, "prompt": "a fox", "sample": 0, "png": png.getvalue()}
-        write_table(folder / "images.parquet", tables.IMAGES, [image])
+        image = images(run, lambda prompt, sample: 0, ["a fox"], 1, size=(5, 3))
+        write_table(folder / "images.parquet", tables.IMAGES, image)
         plan = make_plan(shifted_sigmas(16, 3.0), noise_level=0.7, threshold=2.2, active=range(8))
         write_json(folder / "plan.json", plan.to_dict())
     return root

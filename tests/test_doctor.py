@@ -15,9 +15,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from click.testing import CliRunner
-from conftest import ROOT, small_run, train_words, write_run
-from stages import main as stages
+from conftest import ROOT, called, job_words, small_run
 
 from egrpo.config.models import Model
 from egrpo.errors import UserError
@@ -399,7 +397,7 @@ def test_memory_that_ends_is_one_line_and_loses_nothing(
 ) -> None:
     """The second iteration does not fit; with the setting that the line names the run goes on."""
     run = small_run("flow", **{"method.name": "flow_grpo"})
-    command = train_words(run, embeddings, tmp_path)
+    command = job_words("train", run, embeddings, tmp_path)
     iteration = 0
     network, to_vae, trees = SD3.network, SD3.to_vae, Trainer.trees
 
@@ -424,16 +422,15 @@ def test_memory_that_ends_is_one_line_and_loses_nothing(
         patch.setattr(Trainer, "trees", counted)
         patch.setattr(SD3, "network", small_network)
         patch.setattr(SD3, "to_vae", small_vae)
-        failed = CliRunner().invoke(stages, command)
+        failed = called(command)
     assert failed.exit_code == 2, failed.output
     (line,) = [x for x in failed.stderr.splitlines() if x.startswith("egrpo: ")]
     assert f"memory ran out while {phase}" in line
     assert setting in line
-    assert not (tmp_path / "out" / "train.json").exists()
+    assert not list(tmp_path.rglob("train.json"))
     key, value = setting.split(" ")[:2]
     mended = small_run("flow", **{"method.name": "flow_grpo", key[:-1]: int(value)})
-    write_run(mended, tmp_path / "run.yaml")
-    again = CliRunner().invoke(stages, command)
+    again = called(job_words("train", mended, embeddings, tmp_path))
     assert again.exit_code == 0, again.output
     assert f"going on after iteration {iteration - 1}" in again.stderr
 

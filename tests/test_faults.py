@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,38 +17,37 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from conftest import (
     ROOT,
-    STAGES,
+    called,
     embedded,
+    job_words,
     modes_by,
     overflowing,
+    result_of,
     run_in_process,
     small_run,
-    stage_words,
-    train_words,
     trainer_for,
     wait_for,
 )
-from stages import main as stages
 from test_processes import same
 from test_workflow import study
 
-from egrpo.cli import main
 from egrpo.errors import UserError
 from egrpo.figures.curves import curves_figure
+from egrpo.measure.evaluate import evaluate
 from egrpo.models import load_model
 from egrpo.models.conditioning import Embeddings
 from egrpo.report.evaluations import is_image
 from egrpo.sampling.processes import Processes
 from egrpo.store import files, journal
-from egrpo.store.files import read_json, write_json, write_once, write_text
+from egrpo.store.files import write_json, write_once, write_text
 from egrpo.study.layout import Layout
 from egrpo.study.orders import order_of_target
 from egrpo.study.resolve import Study
-from egrpo.train import job as train_run
-from egrpo.train.job import only_one
+from egrpo.train import state as train_state
+from egrpo.train.state import only_one
 
 
 class Disk:
@@ -119,79 +119,68 @@ def test_files_and_folders_have_the_mode_of_new_ones(mask: int, tmp_path: Path) 
         write_once(tmp_path / "settings/x.yaml", lambda: "x")
 
 
-def refused(done: Result) -> None:
+def line_of(done: Result) -> str:
+    """What a job that ended with a user's error said, in one line."""
     assert done.exit_code == 2, done.output
-    lines = [line for line in done.stderr.splitlines() if "no space left on the disk" in line]
-    assert len(lines) == 1, done.stderr
     assert "Traceback" not in done.output
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("egrpo: ")]
+    return line
 
 
-def test_training_goes_on_when_there_is_space_again(
-    disk: Disk, embeddings: Embeddings, tmp_path: Path
+@pytest.mark.parametrize(
+    ("stage", "step", "kinds"),
+    [
+        ("train", 52, {".safetensors", ".parquet", ".png"}),
+        ("base", 12, {".parquet"}),
+        ("profile", 52, {".parquet"}),
+    ],
+)
+def test_a_job_goes_on_when_there_is_space_again(
+    stage: str, step: int, kinds: set[str], disk: Disk, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     """The disk grows by little each time: it is full in the middle of every kind of file."""
-    run = small_run("full", **{"train.snapshots": [800], "train.iterations": 3})
-    straight = train_words(run, embeddings, tmp_path / "straight")
-    assert CliRunner().invoke(stages, straight).exit_code == 0
-    words = train_words(run, embeddings, tmp_path / "full")
-    for flag, name in (("--state", "state"), ("--output", "out")):
-        words[words.index(flag) + 1] = str(disk.folder / name)
-    places, kilobytes = set(), 4
-    while (done := CliRunner().invoke(stages, words)).exit_code != 0:
-        refused(done)
-        (line,) = [x for x in done.stderr.splitlines() if "no space left" in x]
+    few = {"profile.prompts": 1, "profile.samples": 2, "profile.spans": [1]}
+    run = small_run("full", **few, **{"train.snapshots": [800], "train.iterations": 3})
+    straight = tmp_path / "straight"
+    assert called(job_words(stage, run, embeddings, straight)).exit_code == 0
+    disk.resize("1m")
+    words = job_words(stage, run, embeddings, disk.folder)
+    kilobytes = shutil.disk_usage(disk.folder).used // 1024
+    disk.resize(f"{kilobytes}k")
+    places = set()
+    while (done := called(words)).exit_code != 0:
+        line = line_of(done)
+        assert "no space left on the disk" in line
         places.add(Path(line.removeprefix("egrpo: ").split(": ")[0]).suffix)
-        kilobytes += 52
+        for path in disk.folder.rglob("*.parquet"):
+            pq.read_table(path)  # whole files, or none under their names
+        kilobytes += 4 if ".png" in kinds - places else step  # a grid takes a page or two
         assert kilobytes < 8000
         disk.resize(f"{kilobytes}k")
-    assert {".safetensors", ".parquet", ".png"} <= places, places
-    same(tmp_path / "straight/out", disk.folder / "out")
+    assert kinds <= places, places
+    tables = ({path.name for path in at.rglob("*.parquet")} for at in (straight, disk.folder))
+    assert next(tables) == next(tables)
+    if stage == "train":
+        same(result_of(straight), result_of(disk.folder))
 
 
-def test_no_table_or_image_is_cut_short(disk: Disk, embeddings: Embeddings, tmp_path: Path) -> None:
-    """Profile and evaluation: whole files, or none under their names."""
-    run = small_run("full", **{"profile.prompts": 1, "profile.samples": 2, "profile.spans": [1]})
-    for stage, size in (("evaluate", "8k"), ("profile", "40k")):
-        folder, names = disk.folder / stage, OUTPUTS[stage]
-        words = stage_words(stage, run, embeddings, tmp_path, folder)
-        disk.resize(size)
-        refused(CliRunner().invoke(stages, words))
-        for path in folder.glob("*"):
-            assert path.name in names
-            pq.read_table(path)
-        disk.resize("64m")
-        assert CliRunner().invoke(stages, words).exit_code == 0
-        assert {path.name for path in folder.iterdir()} == names
-
-
-def test_a_read_only_file_system_is_one_line(
-    disk: Disk, embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_a_read_only_file_system_is_one_line(disk: Disk, embeddings: Embeddings) -> None:
     """Whatever is to be written there: a state, tables, a tracking store, settings."""
     disk.resize("1m")
-    words = train_words(small_run("kept"), embeddings, tmp_path / "kept")
-    words[words.index("--state") + 1] = str(disk.folder / "state")
-    new = disk.folder / "new"
-    evaluate = stage_words("evaluate", small_run("kept"), embeddings, tmp_path / "kept", new)
-    at = Layout(Study("kept", str(tmp_path), {"kept": small_run("kept")}))
-    order = read_json(order_of_target(at, "prepare", ["kept"], {}))
-    (runs,) = order["runs"]
-    told = read_json(at.root / "settings" / runs) | {"results": str(disk.folder)}
-    write_json(at.root / "settings" / runs, told)
-    prepare = ["make", "prepare", str(next(at.root.glob("settings/prepare-*"))), "--name", "store"]
+    run = small_run("kept")
+    train, base = (job_words(stage, run, embeddings, disk.folder) for stage in ("train", "base"))
+    at = Layout(Study("kept", str(disk.folder), {"kept": run}))
+    prepare = ["", "", "make", "prepare", str(order_of_target(at, "prepare", ["kept"], {}))]
     disk.remount("ro")
-    for command, of in ((words, stages), (evaluate, stages), (prepare, main)):
-        done = CliRunner().invoke(of, command)
-        (line,) = [text for text in done.stderr.splitlines() if text.startswith("egrpo: ")]
-        assert done.exit_code == 2, done.output
+    for words in (train, base, [*prepare, "--name", "store"]):
+        line = line_of(called(words))
         assert str(disk.folder) in line
         assert "Read-only file system; give this user the right to it, or use a folder" in line
-        assert "Traceback" not in done.output
     for write in (write_once, write_text):
         with pytest.raises(UserError, match=r"disk/a: Read-only file system"):
             write(disk.folder / "a/b", (lambda: "x") if write is write_once else "x")  # type: ignore[operator]
     disk.remount("rw")
-    assert CliRunner().invoke(stages, evaluate).exit_code == 0
+    assert called(base).exit_code == 0
 
 
 def test_a_workflow_on_a_read_only_results_folder_is_one_line(disk: Disk, tmp_path: Path) -> None:
@@ -234,12 +223,6 @@ def test_without_flock_another_lock_is_taken_or_it_is_said(
 # -- a model that makes no images --------------------------------------------------------------
 
 
-OUTPUTS = {
-    "evaluate": {"scores.parquet", "images.parquet"},
-    "profile": {"profile.parquet", "branches.parquet"},
-}
-
-
 SMALL_PROFILE: dict[str, Any] = yaml.safe_load("""
 {profile.prompts: 1, profile.samples: 3, profile.spans: [1], profile.shown: [[3, 1]],
   profile.decode_batch: 9, profile.strides: [1], profile.solvers: [ode], profile.features: [],
@@ -250,7 +233,7 @@ SMALL_PROFILE: dict[str, Any] = yaml.safe_load("""
 @pytest.mark.parametrize(
     ("stage", "more", "what"),
     [
-        ("evaluate", {}, "evaluate base: 8 of 8"),
+        ("base", {}, "evaluate base: 8 of 8"),
         ("profile", {}, "profile: prompt 0: 21 of 21"),
         ("suffixes", {}, "suffixes: prompt 0, stride 1, solver ode, network exact: 9 of 9"),
         ("train", {}, "run black: monitor of iteration 0: 4 of 4"),
@@ -261,14 +244,11 @@ def test_a_job_without_any_image_is_no_success(
     stage: str, more: dict[str, Any], what: str, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     run = small_run("black", **overflowing(tmp_path / "model"), **SMALL_PROFILE, **more)
-    done = CliRunner().invoke(stages, stage_words(stage, run, embeddings, tmp_path))
-    assert done.exit_code == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("egrpo: ")]
-    assert line == (
+    assert line_of(called(job_words(stage, run, embeddings, tmp_path))) == (
         f"egrpo: {what} images are NaN or infinite: their latents are finite, but not what the VAE "
         "makes of them: the VAE overflows in model.dtype float16; set it to bfloat16 or float32"
     )
-    assert not list(tmp_path.glob("*.parquet")) + list(tmp_path.glob("out"))
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_an_evaluation_of_destroyed_weights_is_no_success(
@@ -278,56 +258,54 @@ def test_an_evaluation_of_destroyed_weights_is_no_success(
     with torch.no_grad():
         trainer.parameters[-1].fill_(torch.nan)
     trainer.save(tmp_path / "adapter")
-    words = stage_words("evaluate", trainer.run, embeddings, tmp_path)
-    done = CliRunner().invoke(stages, [*words, "--adapter", str(tmp_path / "adapter")])
-    assert done.exit_code == 2
-    assert f"evaluate far ({tmp_path}/adapter): 8 of 8 images are NaN or infinite" in done.stderr
-    assert "the weights have diverged; train with a lower train.learning_rate_scale" in done.stderr
-    assert not list(tmp_path.glob("*.parquet"))
+    said = rf"evaluate far \({tmp_path}/adapter\): 8 of 8 images are NaN or infinite.* the weights "
+    with pytest.raises(
+        UserError, match=said + r"have diverged; train with a lower train\.learning"
+    ):
+        evaluate(trainer.run, embeddings, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("spoilt")
-@pytest.mark.parametrize("stage", ["evaluate", "profile", "suffixes"])
+@pytest.mark.parametrize("stage", ["base", "profile", "suffixes"])
 def test_single_images_that_are_none_are_said_and_stored_as_none(
     stage: str, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     run = small_run("some", **{**SMALL_PROFILE, "evaluate.micro_batch": 4})
-    words = stage_words(stage, run, embeddings, tmp_path, tmp_path)
-    done = CliRunner().invoke(stages, words)
+    done = called(job_words(stage, run, embeddings, tmp_path))
     assert done.exit_code == 0, done.output
     assert "images are NaN or infinite" in done.stderr
     assert "they have no score" in done.stderr
+    paths = {path.stem: path for path in tmp_path.rglob("*.parquet")}
+    found = {name: pq.read_table(path).to_pylist() for name, path in paths.items()}
+
+    def lost(table: str, *keys: str) -> set[tuple[Any, ...]]:
+        rows = [row for row in found[table] if not is_image(row["png"], paths[table])]
+        return {tuple(row[key] for key in keys) for row in rows}
+
     if stage == "suffixes":
-        rows = pq.read_table(tmp_path / "suffixes.parquet").to_pylist()
-        ranks = {row["reward"]: row["rank_correlation"] for row in rows}
+        ranks = {row["reward"]: row["rank_correlation"] for row in found["suffixes"]}
         assert ranks["clip"] == pytest.approx(1.0), "over the samples that are left"
-        return
-    if stage == "profile":
-        path = tmp_path / "branches.parquet"
-        found = [(r["step"], r["sample"], r["png"]) for r in pq.read_table(path).to_pylist()]
-        lost = {(step, sample) for step, sample, png in found if not is_image(png, path)}
-        assert lost == {(3, 0)}, "samples 9 and 18 of 21, and the first"
-        rows = pq.read_table(tmp_path / "profile.parquet").to_pylist()
+    elif stage == "profile":
+        assert lost("branches", "step", "sample") == {(3, 0)}, "9 and 18 of 21, and the first"
+        rows = found["entropy_profile"]
         assert 0 < max(r["spread"] for r in rows if r["quantity"] == "image_distance") < 0.5
         assert all(row["spread"] is not None for row in rows), "two samples are left"
-        return
-    path = tmp_path / "images.parquet"
-    pictures = {(r["prompt_id"], r["sample"]): r["png"] for r in pq.read_table(path).to_pylist()}
-    lost = {key for key, png in pictures.items() if not is_image(png, path)}
-    assert lost == {(0, 0), (2, 0)}, "the first of each batch of 4"
-    for row in pq.read_table(tmp_path / "scores.parquet").to_pylist():
-        assert (row["value"] is None) == ((row["prompt_id"], row["sample"]) in lost)
+    else:
+        none = lost("images", "prompt_id", "sample")
+        assert none == {(0, 0), (2, 0)}, "the first of each batch of 4"
+        for row in found["scores"]:
+            assert (row["value"] is None) == ((row["prompt_id"], row["sample"]) in none)
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Embeddings, tmp_path: Path) -> None:
     """As SLURM and Snakemake send it; of itself the job would save after 100 iterations."""
     run = small_run("stopped", **{"train.iterations": 12, "train.checkpoint_every": 100})
-    straight = train_words(run, embeddings, tmp_path / "straight")
-    assert CliRunner().invoke(stages, straight).exit_code == 0
-    words = [sys.executable, STAGES, *train_words(run, embeddings, tmp_path / "stopped")]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert called(job_words("train", run, embeddings, straight)).exit_code == 0
+    words = [sys.executable, *job_words("train", run, embeddings, stopped)]
     job = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    state = tmp_path / "stopped/state"
-    wait_for(lambda: list(state.glob("*/checkpoint-000000.safetensors")))
+    wait_for(lambda: list(stopped.rglob("checkpoint-000000.safetensors")))
     time.sleep(0.5)
     job.send_signal(signal.SIGTERM)
     job.send_signal(signal.SIGTERM)  # a second one does no harm
@@ -340,13 +318,13 @@ def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Embeddings, tmp_pa
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0
     assert "going on after iteration" in said
-    same(tmp_path / "straight/out", tmp_path / "stopped/out")
+    same(result_of(straight), result_of(stopped))
 
 
 def test_two_processes_never_train_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_run, "LEASE_WAIT", 0.2)
+    monkeypatch.setattr(train_state, "LEASE_WAIT", 0.2)
     taken = tmp_path, "a", Processes(torch.device("cpu"))
     with (
         only_one(*taken),

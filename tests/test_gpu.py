@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import gpu
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -37,11 +36,8 @@ def test_torch_takes_the_kernel_that_auto_promises(
 
 def flux(**more: Any) -> Any:
     """FLUX.1-dev's layers at full size, one of each kind, with prompts."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-    import gpu
-
-    full = gpu.ARCHITECTURES["flux_dev"]
-    few = gpu.replace(full, config={**full.config, "num_layers": 1, "num_single_layers": 1})
+    one = {"num_layers": 1, "num_single_layers": 1}
+    few = gpu.replace(gpu.FLUX_DEV, config=gpu.FLUX_DEV.config | one)
     bench = gpu.Bench(torch.device("cuda"), torch.bfloat16, 1)
     model = gpu.build(few, bench, 720, 720, **more)
     return model, gpu.prompts(few, bench, 1)

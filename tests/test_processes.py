@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +18,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import (
-    ADAPTER,
-    ROOT,
-    STAGES,
-    overflowing,
-    small_run,
-    stage_words,
-    train_words,
-    wait_for,
-)
+from conftest import ADAPTER, ROOT, job_words, overflowing, result_of, small_run, wait_for
 from safetensors.torch import load_file
 
 from egrpo.config.models import RunConfig
@@ -53,7 +45,7 @@ def start(command: list[str], processes: int, config: str = "ddp") -> subprocess
         launch += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         launch += ["--config_file", str(ROOT / f"config/accelerate/{config}.yaml")]
     return subprocess.Popen(
-        [*launch, STAGES, *command],
+        [*launch, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -82,9 +74,9 @@ def trained(embeddings: Embeddings, tmp_path_factory: pytest.TempPathFactory) ->
     @cache
     def train(name: str, processes: int, config: str = "ddp", **more: Any) -> Path:
         folder = tmp_path_factory.mktemp("trained")
-        words = train_words(variant(name, **more), embeddings, folder)
+        words = job_words("train", variant(name, **more), embeddings, folder)
         finished(start(words, processes, config))
-        return folder / "out"
+        return result_of(folder)
 
     return train
 
@@ -153,20 +145,20 @@ def test_a_preempted_job_goes_on_with_another_number_of_processes(
     trained: Trained, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     """SIGTERM to the launcher: saved after the iteration, in one line; then one process ends it."""
-    command = train_words(variant("egrpo"), embeddings, tmp_path)
+    command = job_words("train", variant("egrpo"), embeddings, tmp_path)
     job = start(command, 2)
-    wait_for(lambda: list((tmp_path / "state").glob("*/checkpoint-000001.safetensors")), job)
+    wait_for(lambda: list(tmp_path.rglob("checkpoint-000001.safetensors")), job)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "saved after iteration" in output
     assert "going on after iteration" in finished(start(command, 1))
-    same(trained("egrpo", 1), tmp_path / "out")
+    same(trained("egrpo", 1), result_of(tmp_path))
 
 
 def test_workers_die_with_their_launcher(embeddings: Embeddings, tmp_path: Path) -> None:
-    job = start(train_words(variant("egrpo"), embeddings, tmp_path), 2)
-    wait_for(lambda: list((tmp_path / "state").glob("*/checkpoint-*.safetensors")), job)
+    job = start(job_words("train", variant("egrpo"), embeddings, tmp_path), 2)
+    wait_for(lambda: list(tmp_path.rglob("checkpoint-*.safetensors")), job)
     workers = psutil.Process(job.pid).children(recursive=True)
     assert len(workers) >= 2
     job.kill()
@@ -178,14 +170,14 @@ def test_workers_die_with_their_launcher(embeddings: Embeddings, tmp_path: Path)
 def test_images_and_scores_do_not_depend_on_the_number_of_processes(
     trained: Trained, embeddings: Embeddings, tmp_path: Path
 ) -> None:
-    run, adapter = variant("egrpo", **{"evaluate.prompts": 5}), trained("egrpo", 1) / "adapter"
+    run = variant("egrpo", **{"evaluate.prompts": 5})
     found = []
     for processes in (1, 3):
         folder = tmp_path / str(processes)
-        words = stage_words("evaluate", run, embeddings, tmp_path, folder)
-        finished(start([*words, "--adapter", str(adapter)], processes))
+        shutil.copytree(trained("egrpo", 1).parents[2], folder, symlinks=True)
+        finished(start(job_words("evaluate", run, embeddings, folder), processes))
         names = ("scores.parquet", "images.parquet")
-        found.append([pq.read_table(folder / name).to_pydict() for name in names])
+        found.append([pq.read_table(result_of(folder) / name).to_pydict() for name in names])
     (one, pictures), (three, same_pictures) = found
     assert pictures == same_pictures
     np.testing.assert_allclose(one.pop("value"), three.pop("value"), rtol=1e-5, atol=1e-6)
@@ -208,6 +200,7 @@ def test_processes_that_cannot_go_on_end_together(
 ) -> None:
     """A model that makes no image, and more processes than prompts."""
     run = small_run("black", **overflowing(tmp_path / "model"), **{key: value})
-    output, _ = (job := start(train_words(run, embeddings, tmp_path), 2)).communicate(timeout=300)
+    job = start(job_words("train", run, embeddings, tmp_path), 2)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode not in (0, None)
     assert line in output

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import pytest
 from conftest import (
     ADAPTER,
     ROOT,
-    STAGES,
     Jobs,
+    called,
+    job_words,
+    result_of,
     run_in_process,
     small_run,
-    train_words,
     trainer_for,
+    wait_for,
 )
 
 from egrpo.config.models import RunConfig
@@ -33,7 +35,11 @@ from egrpo.planning.trees import closed_form_plan, iteration_cost
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store import journal
 from egrpo.store.tables import ROLLOUTS, TRAIN_METRICS, read_table
-from egrpo.train import job as train_run
+from egrpo.train.job import Job
+from egrpo.train.state import State
+from egrpo.train.trainer import Trainer
+
+COUNTS = {f"nfe_{name}" for name in ("forward", "train", "reference", "monitor")}
 
 
 def record(out: Path) -> Any:
@@ -46,73 +52,96 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [r for r in rows if not str(r.get("metric", "")).startswith("time/")]
 
 
-def same_bits(one: Path, other: Path, lost: set[int] | frozenset[int] = frozenset()) -> int:
-    """All weights, images and tables agree but for ``lost`` iterations; returns how many files."""
+def same_bits(
+    one: Path, other: Path, lost: Collection[int] = (), but: Collection[str] = ()
+) -> list[str]:
+    """All weights, images and tables agree but for ``lost`` iterations; returns the files."""
     names = [p.relative_to(one) for p in one.rglob("*") if p.suffix in (".png", ".safetensors")]
     for name in names:
         assert (other / name).read_bytes() == (one / name).read_bytes(), name
-    for name in ("train_metrics.parquet", "rollouts.parquet"):
-        kept = [r for r in rows_of(one / name) if r["iteration"] not in lost]
-        assert rows_of(other / name) == kept
+    for table in ("train_metrics.parquet", "rollouts.parquet"):
+        kept = [r for r in rows_of(one / table) if r["iteration"] not in lost]
+        assert rows_of(other / table) == kept
     a, b = record(one), record(other)
-    for key in ("nfe_forward", "nfe_train", "nfe_reference", "nfe_monitor", "iterations", "key"):
-        if not lost or "monitor" not in key:
-            assert a[key] == b[key], key
-    return len(names)
+    for key in {*COUNTS, "iterations", "key"}.difference(but, ["nfe_monitor"] if lost else []):
+        assert a[key] == b[key], key
+    return sorted(map(str, names))
 
 
-def kill_after_checkpoint(words: list[str], state: Path, count: int, delay: float) -> int:
+def kill_after_checkpoint(words: list[str], folder: Path, count: int, delay: float) -> int:
     """Start, wait for the ``count``-th checkpoint, wait ``delay`` seconds, SIGKILL."""
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def reached() -> bool:
+        names = [path.stem for path in folder.rglob("checkpoint-*.safetensors")]
+        return max((int(n.split("-")[1]) for n in names), default=-1) >= count
+
     try:
-        while process.poll() is None:
-            names = sorted(state.glob("*/checkpoint-*.safetensors"))
-            if names and int(names[-1].stem.split("-")[1]) >= count:
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        return process.wait(timeout=120)
+        wait_for(lambda: job.poll() is not None or reached())
+        time.sleep(delay)
     finally:
-        process.kill()
+        job.kill()
+    return job.wait()
 
 
 @pytest.mark.parametrize("method", ["egrpo", "flow_grpo", "diffusion_nft"])
 def test_killed_and_started_again_ends_bit_identical(
     method: str, embeddings: Embeddings, tmp_path: Path
 ) -> None:
-    of = {"ema_decay": 0.9, "iterations": 7, "checkpoint_every": 2, "snapshots": [1, 800, 10**9]}
+    limits = [1, 800, 10**9]
+    of = {"ema_decay": 0.9, "iterations": 7, "checkpoint_every": 2, "snapshots": limits}
     run = small_run("victim", **{"method.name": method}, **{f"train.{k}": v for k, v in of.items()})
-    python = [sys.executable, STAGES]
-    straight, killed = ([*python, *train_words(run, embeddings, tmp_path / n)] for n in "sk")
-    subprocess.run(straight, cwd=ROOT, check=True, capture_output=True)
+    folders = tmp_path / "straight", tmp_path / "killed"
+    straight, killed = (job_words("train", run, embeddings, folder) for folder in folders)
+    assert called(straight).exit_code == 0
     rng = random.Random(f"{method} kills")
-    codes = [
-        kill_after_checkpoint(killed, tmp_path / "k/state", count, rng.uniform(0, 0.4))
-        for count in (0, 2, 4)
-    ]
-    assert -signal.SIGKILL in codes
-    subprocess.run(killed, cwd=ROOT, check=True, capture_output=True)
-    assert same_bits(tmp_path / "s/out", tmp_path / "k/out") == 1 + 5 + 3
-    for limit in of["snapshots"]:  # type: ignore[attr-defined]
-        name = f"out/snapshots/{limit}/snapshot.json"
-        a, b = (json.loads((tmp_path / n / name).read_text()) for n in "sk")
+    waits = ((count, rng.uniform(0, 0.4)) for count in (0, 2, 4))
+    assert -signal.SIGKILL in [kill_after_checkpoint(killed, folders[1], *each) for each in waits]
+    assert called(killed).exit_code == 0
+    one, other = map(result_of, folders)
+    assert len(same_bits(one, other)) == 1 + 5 + 3
+    for limit in limits:
+        a, b = (
+            json.loads((o / f"snapshots/{limit}/snapshot.json").read_text()) for o in (one, other)
+        )
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("egrpo", {}),
+        ("flow_grpo", {}),
+        ("branchgrpo", {"splits": [0, 2]}),
+        ("awm", {"times_per_sample": 3}),
+    ],
+)
+def test_a_run_continued_to_twice_its_length_is_one_of_that_length(
+    method: str, own: dict[str, Any], embeddings: Embeddings, tmp_path: Path
+) -> None:
+    """To the last bit, also where iterations end between monitors and checkpoints."""
+    tiny = {"name": method, "steps": 5, "group_size": 4, **own}
+    of = {f"method.{key}": value for key, value in tiny.items()}
+    of |= {"train.ema_decay": 0.5, "train.checkpoint_every": 2, "train.monitor_every": 2}
+
+    def trained(iterations: int, folder: Path) -> str:
+        run = small_run("longer", **of, **{"train.iterations": iterations})
+        done = called(job_words("train", run, embeddings, folder))
+        assert done.exit_code == 0, done.output
+        return done.stderr
+
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    trained(6, once)
+    trained(3, twice)
+    assert record(result_of(twice))["iterations"] == 3
+    assert "going on after iteration 3" in trained(6, twice)
+    # the first training's last monitor is no part of the longer one, but was paid for
+    found = same_bits(result_of(once), result_of(twice), but=["nfe_monitor"])
+    assert found == [ADAPTER, *(f"monitor/iteration-00000{n}.png" for n in (0, 2, 4, 6))]
+    assert rows_of(result_of(once) / "train_metrics.parquet")[-1]["iteration"] == 6
+
+
 # -- the journal -----------------------------------------------------------------------------
-
-
-def test_journal_leaves_out_a_torn_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "journal.jsonl"
-    for n in range(3):
-        journal.append(path, {"iteration": n, "metrics": {"x": float("nan")}})
-    with path.open("a") as handle:
-        handle.write('{"iteration": 3, "met')
-    assert [line["iteration"] for line in journal.read(path)] == [0, 1, 2]
-    journal.rewind(path, 1)
-    assert [line["metrics"] for line in journal.read(path)] == [{"x": None}] * 2
-    assert capsys.readouterr().err == "", "a kill is no damage"
 
 
 def zeros(text: bytes) -> bytes:
@@ -139,6 +168,7 @@ ALL = [0, 1, 2, 3, 4, 5]
         (lambda text: b"".join(reversed(text.splitlines(keepends=True))), ALL, ""),
         (lambda text: text[: len(text) // 6 * 2 + 9] + text, ALL, "2 are there twice"),
         (lambda text: text[:-1], ALL, ""),
+        (lambda text: text + b'{"iteration": 6, "met', ALL, ""),  # a kill is no damage
     ],
 )
 def test_a_damaged_journal_is_mended_from_its_whole_lines(
@@ -171,7 +201,7 @@ def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert list(journal.read(path)) == lines
     journal.rewind(path, 1)
-    journal.append(path, lines[2])
+    journal.append(path, {**lines[2], "metrics": {"x": float("nan")}})
     assert list(journal.read(path)) == lines
     assert path.read_text().count('"crc32"') == 3
 
@@ -202,7 +232,10 @@ def state(trained: tuple[RunConfig, Path], tmp_path: Path) -> Path:
     return found
 
 
-def without(*lost: int) -> Callable[[Path], None]:
+Harm = Callable[[Path], None]
+
+
+def without(*lost: int) -> Harm:
     def harm(state: Path) -> None:
         log = state / "journal.jsonl"
         kept = [line for line in journal.read(log) if line["iteration"] not in lost]
@@ -213,7 +246,7 @@ def without(*lost: int) -> Callable[[Path], None]:
     return harm
 
 
-def spoiling(name: str, how: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+def spoiling(name: str, how: Callable[[bytes], bytes]) -> Harm:
     def harm(state: Path) -> None:
         (path,) = state.glob(name)
         path.write_bytes(how(path.read_bytes()))
@@ -221,43 +254,38 @@ def spoiling(name: str, how: Callable[[bytes], bytes]) -> Callable[[Path], None]
     return harm
 
 
-def cut(name: str) -> Callable[[Path], None]:
+def cut(name: str) -> Harm:
     return spoiling(name, lambda content: content[: len(content) // 2])
 
 
-def flipped(name: str) -> Callable[[Path], None]:
-    def flip(content: bytes) -> bytes:
-        n = len(content) // 2
-        return content[:n] + bytes([content[n] ^ 1]) + content[n + 1 :]
-
-    return spoiling(name, flip)
+def flipped(name: str) -> Harm:
+    return spoiling(name, lambda c: c[: (n := len(c) // 2)] + bytes([c[n] ^ 1]) + c[n + 1 :])
 
 
-def gone(name: str) -> Callable[[Path], None]:
+def gone(name: str) -> Harm:
     return lambda state: (state / name).unlink()
 
 
 FIRST, LAST = "monitor/iteration-000000.png", "monitor/iteration-000005.png"
 BACK, AGAIN, OVER = "going back from iteration 5 to 4", "is measured again", "starting over for a"
 WEIGHTS = flipped("snapshots/*/*.safetensors")
-DAMAGES: dict[str, tuple[Callable[[Path], None], list[str], set[int]]] = {
-    "line of the untrained model": (without(0), [AGAIN], set()),
-    "line after the checkpoint before": (without(5), [BACK], set()),
-    "line before both checkpoints": (without(2), ["tables lack 1 iterations (2);"], {2}),
+LACKS = "tables lack {} iterations ({});"
+DAMAGES: dict[str, tuple[Harm, list[str], list[int]]] = {
+    "line of the untrained model": (without(0), [AGAIN], []),
+    "line after the checkpoint before": (without(5), [BACK], []),
+    "line before both checkpoints": (without(2), [LACKS.format(1, 2)], [2]),
     "all lines": (
         gone("journal.jsonl"),
-        [AGAIN, BACK, "tables lack 4 iterations (1, 2, 3, 4);"],
-        {1, 2, 3, 4},
+        [AGAIN, BACK, LACKS.format(4, "1, 2, 3, 4")],
+        [1, 2, 3, 4],
     ),
-    "first grid cut": (cut(FIRST), [AGAIN], set()),
-    "first grid gone": (gone(FIRST), [AGAIN], set()),
-    "first grid, one bit": (flipped(FIRST), [AGAIN], set()),
-    "last grid cut": (cut(LAST), [BACK], set()),
-    "snapshot's weights, one bit": (
-        WEIGHTS, ["damaged snapshot", f"{OVER} snapshot that it passed"], set()
-    ),
-    "snapshot's record cut": (cut("snapshots/*/snapshot.json"), [OVER], set()),
-}  # fmt: skip
+    "first grid cut": (cut(FIRST), [AGAIN], []),
+    "first grid gone": (gone(FIRST), [AGAIN], []),
+    "first grid, one bit": (flipped(FIRST), [AGAIN], []),
+    "last grid cut": (cut(LAST), [BACK], []),
+    "snapshot's weights, one bit": (WEIGHTS, ["damaged snapshot", f"{OVER} snapshot that it"], []),
+    "snapshot's record cut": (cut("snapshots/*/snapshot.json"), [OVER], []),
+}
 
 
 @pytest.mark.parametrize(
@@ -299,9 +327,9 @@ def test_a_snapshot_damaged_in_the_end_becomes_no_result(
     WEIGHTS(state)  # after it was looked at when the job began
     trainer = trainer_for(embeddings)
     trainer.run = trained[0]
-    log, out = state / "journal.jsonl", tmp_path / "out"
+    job, out = Job(trainer, State(trained[0], state), lambda: False), tmp_path / "out"
     with pytest.raises(UserError, match=r"safetensors: damaged snapshot, .*; delete the folder"):
-        train_run._write_outputs(trainer, "key", state, log, out, {})
+        job.write_outputs("key", out)
     assert not (out / "train.json").exists()
 
 
@@ -372,9 +400,18 @@ def test_a_bound_does_not_stop_the_untrained_model(jobs: Jobs) -> None:
     bounds = {"reward/verifier": {"least": 2.0, "action": "stop"}}
     run = small_run("zero", **{"train.bounds": bounds, "train.checkpoint_every": 3})
     first = rows_of(jobs(run) / "train_metrics.parquet")
-    for path in (jobs.folder / "state").glob("*/checkpoint-*.safetensors"):
-        if int(path.stem.split("-")[1]):
-            path.unlink()
+    (jobs.folder / "state/key/checkpoint-000002.safetensors").unlink()
     again = jobs(run)
     assert rows_of(again / "train_metrics.parquet") == first
     assert record(again)["iterations"] == 2
+
+
+def test_a_bound_and_a_signal_in_one_iteration_end_with_all_snapshots(jobs: Jobs) -> None:
+    bounds = {"reward/verifier": {"least": 2.0, "action": "stop"}}
+    run = small_run("both", **{"train.bounds": bounds, "train.snapshots": [10**9]})
+    trainer = Trainer(run, closed_form_plan(run), jobs.embeddings)
+    job = Job(trainer, State(run, jobs.folder), lambda: trainer.iteration == 2)
+    job.finish(None, fresh=True)
+    job.write_outputs("key", jobs.folder / "out")
+    assert record(jobs.folder / "out")["stopped"]
+    assert (jobs.folder / f"out/snapshots/{10**9}/snapshot.json").exists()

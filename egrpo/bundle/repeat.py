@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from egrpo.config.load import load_run
-from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.errors import UserError
-from egrpo.measure.embed import embed
+from egrpo.measure.embed import embed_files
 from egrpo.measure.evaluate import evaluate
 from egrpo.planning.plan import load_plan
 from egrpo.planning.trees import needs_plan
@@ -23,16 +22,7 @@ def repeat(config: Path, plan: Path | None, output: Path) -> None:
     run = load_run(config)
     if needs_plan(run) and plan is None:
         raise UserError(f"{config}: method {run.method.name} needs --plan")
-    files = run.prompts
-    sets = {
-        "train": train_prompts(files.train, files.limit, files.column),
-        "heldout": read_prompts(files.heldout, files.column),
-    }
-    paths = {name: output / "embeddings" / f"{name}.safetensors" for name in sets}
-    for name, prompts in sets.items():
-        if not paths[name].exists():
-            embed(run, prompts, paths[name])
-    embedded = {**paths, "monitor": paths["heldout"]}
+    embedded = embed_files(run, output / "embeddings")
     known = load_plan(plan) if plan is not None else None
     train(run, known, embedded, state=output / "state" / "again", output=output)
     evaluate(run, embedded, output / "adapter", output, training=output)

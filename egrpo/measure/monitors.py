@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from egrpo.config.models import RunConfig
-from egrpo.images import DECODED, FINE, Images
+from egrpo.images import Images
 from egrpo.store.files import read_json, replacing
 from egrpo.store.tables import TRAIN_METRICS, metadata_of, read_table, write_table
 
@@ -25,8 +25,7 @@ def measure(
 
     Args:
         scores: name -> [n]; NaN where scoring failed.
-        images: [n], the samples of a prompt together.
-        base: those of the untrained model from the same noise.
+        images, base: [n], samples of a prompt together; those of the untrained model, same noise.
         samples: of each prompt.
 
     Returns:
@@ -69,9 +68,7 @@ def load_grid(path: Path, samples: int, height: int, width: int) -> Images:
 
     pixels = torch.from_numpy(np.array(Image.open(path).convert("RGBA")))
     grid = pixels.reshape(samples, height, -1, width, 4).permute(2, 0, 4, 1, 3)
-    grid = grid.reshape(-1, 4, height, width)
-    none = (grid[:, 3] == 0).flatten(1).all(1).numpy()
-    return Images(grid[:, :3].contiguous(), np.where(none, DECODED, FINE).astype(np.int8))
+    return Images.from_rgba(grid.reshape(-1, 4, height, width))
 
 
 def whole_grid(path: Path) -> bool:
@@ -93,23 +90,17 @@ Score = Callable[[Sequence[str], Images, Sequence[str]], Mapping[str, Any]]
 def score_monitors(run: RunConfig, training: Path, output: Path, score: Score) -> None:
     """Write what training recorded, and what every other reward says of the monitored images.
 
-    Args:
-        run: its settings.
-        training: folder of its results: train_metrics.parquet, and monitor/ with the images.
-        output: the Parquet file to write.
-        score: scores images.
-
-    Raises:
-        UserError: if a file is missing or damaged.
+    Reads train_metrics.parquet and monitor/, the images, of ``training``; raises UserError if a
+    file is missing or damaged.
     """
     table = read_table(training / "train_metrics.parquet", TRAIN_METRICS)
     rows = table.to_pylist()
     there = {row["metric"].removeprefix("monitor/reward/") for row in rows}
     others = [name for name in run.rewards if name not in there]
     nfe = {row["iteration"]: row["nfe"] for row in rows}
-    grids = sorted((training / "monitor").glob("iteration-*.png"))
-    about = read_json(training / "monitor" / PROMPTS) if grids and others else {}
-    for path in grids if others else ():
+    grids = sorted((training / "monitor").glob("iteration-*.png")) if others else []
+    about = read_json(training / "monitor" / PROMPTS) if grids else {}
+    for path in grids:
         iteration, samples = int(path.stem.removeprefix("iteration-")), about["samples"]
         images = load_grid(path, samples, run.model.height, run.model.width)
         prompts = [text for text in about["prompts"] for _ in range(samples)]
@@ -120,6 +111,5 @@ def score_monitors(run: RunConfig, training: Path, output: Path, score: Score) -
             for metric, value in measured.items()
             if "/reward/" in metric
         ]
-    write_table(
-        output, TRAIN_METRICS, rows, metadata={"config_hash": metadata_of(table)["config_hash"]}
-    )
+    head = {"config_hash": metadata_of(table)["config_hash"]}
+    write_table(output, TRAIN_METRICS, rows, metadata=head)

@@ -8,6 +8,7 @@ gives, the yardstick of E-GRPO's Fig. 1a (arXiv 2601.00423).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.noise import STD
 from egrpo.core.schedule import Sigmas
 from egrpo.core.seeds import normal
+from egrpo.core.tree import Tree
 from egrpo.images import Images, check
 from egrpo.methods.shapes import branches
 from egrpo.models import load_model
 from egrpo.models.base import FlowModel
-from egrpo.models.conditioning import Conditioning, Embeddings, load_conditioning
+from egrpo.models.conditioning import Embeddings, load_conditioning
 from egrpo.planning.grids import training_sigmas
 from egrpo.progress import Progress
 from egrpo.rewards import RewardModel, load_rewards, score_all
@@ -33,12 +35,9 @@ from egrpo.rewards.network import png_of
 from egrpo.sampling.sample import Sampler
 from egrpo.store.tables import BRANCHES, ENTROPY_PROFILE, write_table
 
-Groups = dict[tuple[int, int], Images]
-
-
-def candidates(steps: int, spans: list[int]) -> list[tuple[int, int]]:
-    """All (start, span) that do not land on sigma = 0, by start."""
-    return [(i, span) for i in range(steps - 1) for span in spans if i + span < steps]
+Pair = tuple[int, int]
+"""A step and a span."""
+YARDSTICK: Pair = (-1, 0)
 
 
 def spread_of(
@@ -68,146 +67,105 @@ def noisy_copies(
         Images [K] and latents [K, ...].
     """
     f, k = run.profile.noise_fraction, run.profile.samples
-    latents = torch.stack(
-        [
-            (1 - f) * leaf.float().cpu() + f * normal(tuple(leaf.shape), "yardstick", prompt_id, n)
-            for n in range(k)
-        ]
-    )
+
+    def noisy(x: Tensor, purpose: str) -> Tensor:
+        shape = tuple(x.shape)
+        return torch.stack(
+            [(1 - f) * x + f * normal(shape, purpose, prompt_id, n) for n in range(k)]
+        )
+
     decoded = model.decode(leaf[None], 1).cpu()
-    image = decoded.pixels[0].float().div(127.5).sub(1)
-    noisy = torch.stack(
-        [
-            (1 - f) * image + f * normal(tuple(image.shape), "yardstick image", prompt_id, n)
-            for n in range(k)
-        ]
-    )
-    pixels = noisy.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return Images(pixels, decoded.faults.repeat(k)), latents
+    images = noisy(decoded.pixels[0].float().div(127.5).sub(1), "yardstick image")
+    pixels = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return Images(pixels, decoded.faults.repeat(k)), noisy(leaf.float().cpu(), "yardstick")
 
 
 def profile(run: RunConfig, embeddings: Embeddings, output: Path, branches_path: Path) -> None:
     """Measure and write ``entropy_profile.parquet``, and the images of some of its groups.
 
-    Raises:
-        UserError: for missing weights or embeddings, or a group without any image.
+    Raises UserError for missing weights or embeddings, or a group without any image.
     """
     texts, conditioning = load_conditioning(embeddings["profile"])
     model = load_model(run.model)
     rewards = load_rewards(run.rewards, str(model.device))
-    measured = _Profile(run, model, conditioning, rewards)
-    ids = list(range(min(run.profile.prompts, len(texts))))
+    p, method, sigmas = run.profile, run.method, training_sigmas(run)
+    sampler = Sampler(model, conditioning, sigmas, p.micro_batch, noise_level=method.noise_level)
+    starts = range(method.steps - 1)
+    pairs = [(i, n) for i in starts for n in p.spans if i + n < method.steps]  # none ends at 0
+    tree = branches(method.steps, tuple(pairs), p.samples, method.dynamics, trained=False)
     rows: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
-    with Progress(len(ids), "profile", unit="prompt") as progress:
-        for prompt_id in ids:
-            images, found = measured.prompt(prompt_id, texts[prompt_id])
-            rows += found
-            if prompt_id < run.profile.shown_prompts:
-                shown += measured.shown(images, prompt_id, texts[prompt_id])
+    faults: list[int] = []
+    count = min(p.prompts, len(texts))
+    with Progress(count, "profile", unit="prompt") as progress:
+        for prompt_id, text in enumerate(texts[:count]):
+            groups = _groups(run, sampler, tree, pairs, prompt_id)
+            spreads = {pair: spread_of(*group, text, rewards) for pair, group in groups.items()}
+            faults += [f for pair in pairs for f in groups[pair][1].faults.tolist()]
+            rows += [
+                {
+                    **closed_form(run, sigmas, *pair),
+                    "prompt_id": prompt_id,
+                    "quantity": quantity,
+                    "spread": spread,
+                    "yardstick": spreads[YARDSTICK][quantity],
+                }
+                for pair in pairs
+                for quantity, spread in spreads[pair].items()
+            ]
+            if prompt_id < p.shown_prompts:
+                of = {"prompt_id": prompt_id, "prompt": text}
+                shown += [{**of, **row} for row in _shown(groups, [YARDSTICK, *p.shown])]
             progress.step()
-    check(measured.faults, "profile", run.model, trained=False)
+    check(faults, "profile", run.model, trained=False)
     head = {"config_hash": run_key(run)}
     write_table(branches_path, BRANCHES, shown, metadata=head)
-    write_table(
-        output,
-        ENTROPY_PROFILE,
-        rows,
-        metadata={
-            **head,
-            "sigmas": json.dumps(measured.sigmas),
-            "dynamics": run.method.dynamics,
-            "noise_level": str(run.method.noise_level),
-        },
-    )
+    head |= {"sigmas": json.dumps(sigmas), "dynamics": method.dynamics}
+    head["noise_level"] = str(method.noise_level)
+    write_table(output, ENTROPY_PROFILE, rows, metadata=head)
 
 
-class _Profile:
-    """The branches of one run's profile and what is measured on them."""
+def _groups(
+    run: RunConfig, sampler: Sampler, tree: Tree, pairs: list[Pair], prompt_id: int
+) -> dict[Pair, tuple[Tensor, Images]]:
+    """Latents and images [K] of a prompt by (step, span), the yardstick's first."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        model: FlowModel,
-        conditioning: Conditioning,
-        rewards: dict[str, RewardModel],
-    ) -> None:
-        self.run, self.model, self.rewards = run, model, rewards
-        self.sigmas, level = training_sigmas(run), run.method.noise_level
-        batch = run.profile.micro_batch
-        self.sampler = Sampler(model, conditioning, self.sigmas, batch, noise_level=level)
-        self.pairs = candidates(run.method.steps, run.profile.spans)
-        self.faults: list[int] = []
-        self.tree = branches(
-            run.method.steps,
-            tuple(self.pairs),
-            run.profile.samples,
-            run.method.dynamics,
-            trained=False,
-        )
-
-    def prompt(self, prompt_id: int, text: str) -> tuple[Groups, list[dict[str, Any]]]:
-        """Images [K] by (step, span), the yardstick's by (-1, 0), and rows."""
-        run, model, k = self.run, self.model, self.run.profile.samples
-        rollout = self.sampler.rollout([prompt_id], [self.tree], "profile")
-        images = model.decode(rollout.leaves, run.profile.decode_batch)
-        self._check(images, f"prompt {prompt_id}")
-        first = int(images.valid.argmax())  # that is an image
-        noisy, noisy_latents = noisy_copies(model, rollout.leaves[first], run, prompt_id)
-        self._check(noisy, f"prompt {prompt_id}, yardstick")
-        yardstick = spread_of(noisy_latents, noisy, text, self.rewards)
-        groups = {(-1, 0): noisy}
-        self.faults += images.faults.tolist()
-        rows = []
-        for group, (start, span) in enumerate(self.pairs):
-            members = slice(group * k, (group + 1) * k)
-            groups[start, span] = images[members]
-            self._check(images[members], f"prompt {prompt_id}, step {start}, span {span}")
-            spread = spread_of(rollout.leaves[members], images[members], text, self.rewards)
-            head = closed_form(run, self.sigmas, start, span) | {"prompt_id": prompt_id}
-            rows += [
-                {**head, "quantity": q, "spread": value, "yardstick": yardstick[q]}
-                for q, value in spread.items()
-            ]
-        return groups, rows
-
-    def _check(self, images: Images, what: str) -> None:
-        """End the job if none of a group's is an image."""
+    def some(images: Images, what: str) -> Images:
         faults = images.faults.tolist()
-        check(faults, f"profile: {what}", self.run.model, trained=False, say=False)
+        check(faults, f"profile: prompt {prompt_id}{what}", run.model, trained=False, told=False)
+        return images
 
-    def shown(self, groups: Groups, prompt_id: int, text: str) -> list[dict[str, Any]]:
-        """Rows of the groups whose images are kept, the yardstick's first."""
-        wanted = [(-1, 0), *((step, span) for step, span in self.run.profile.shown)]
-        return [
-            {
-                "prompt_id": prompt_id,
-                "prompt": text,
-                "step": step,
-                "span": span,
-                "sample": sample,
-                "png": png_of(picture),
-            }
-            for step, span in wanted
-            if (step, span) in groups
-            for sample, picture in enumerate(groups[step, span].to_files())
-        ]
+    k = run.profile.samples
+    leaves = sampler.rollout([prompt_id], [tree], "profile").leaves
+    images = some(sampler.model.decode(leaves, run.profile.decode_batch), "")
+    first = int(images.valid.argmax())  # that is an image
+    noisy, latents = noisy_copies(sampler.model, leaves[first], run, prompt_id)
+    groups = {YARDSTICK: (latents, some(noisy, ", yardstick"))}
+    for n, (step, span) in enumerate(pairs):
+        of = slice(n * k, (n + 1) * k)
+        groups[step, span] = leaves[of], some(images[of], f", step {step}, span {span}")
+    return groups
+
+
+def _shown(
+    groups: dict[Pair, tuple[Tensor, Images]], pairs: Iterable[Sequence[int]]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the groups whose images are kept."""
+    for step, span in pairs:
+        if (step, span) in groups:
+            for sample, picture in enumerate(groups[step, span][1].to_files()):
+                yield {"step": step, "span": span, "sample": sample, "png": png_of(picture)}
 
 
 def closed_form(run: RunConfig, sigmas: Sigmas, start: int, span: int) -> dict[str, Any]:
     """Grid columns and closed-form entropies of one transition."""
     level, dynamics = run.method.noise_level, run.method.dynamics
-    entropies = {
-        measure: step_entropy(
-            sigmas, start, span, noise_level=level, dynamics=dynamics, measure=measure
-        )
-        for measure in MEASURES
-    }
+    how: dict[str, Any] = {"noise_level": level, "dynamics": dynamics}
     return {
         "step": start,
         "span": span,
         "sigma": sigmas[start],
         "sigma_stop": sigmas[start + span],
         "std": STD[dynamics](sigmas, start, start + span, level),
-        **entropies,
+        **{m: step_entropy(sigmas, start, span, measure=m, **how) for m in MEASURES},
     }

@@ -8,8 +8,7 @@ rollout: Euler at every grid index, the network as it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,13 +31,10 @@ from egrpo.sampling.sample import Sampler
 from egrpo.store.tables import SUFFIXES, write_table
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to finish the samples.
+class Variant(NamedTuple):
+    """One way to finish the samples: stride and solver of the suffix, and form of the network.
 
-    Attributes:
-        granularity, solver: stride and solver of the suffix.
-        network: "exact", "features <n>" (really evaluated every n-th step), or "fp8" (weights).
+    That is "exact", "features <n>" (really evaluated every n-th step), or "fp8" (weights).
     """
 
     granularity: int = 1
@@ -50,13 +46,12 @@ class Variant:
 
 
 EXACT = Variant()
-Scores = dict[str, npt.NDArray[np.float64]]
 
 
 class Outcome(NamedTuple):
     """One prompt's rewards by name, [active steps, samples], network evaluations, and seconds."""
 
-    scores: Scores
+    scores: dict[str, npt.NDArray[np.float64]]
     forward: int
     seconds: float
 
@@ -80,10 +75,8 @@ def suffixes(
 ) -> tuple[list[dict[str, Any]], str]:
     """Measure every stride with every solver of ``profile``.
 
-    Writes Parquet to ``output``; returns its rows, and what Markdown says of them.
-
-    Raises:
-        UserError: for missing weights or embeddings, or a variant that makes no image of a prompt.
+    Writes Parquet to ``output``; returns its rows, and what Markdown says of them. Raises UserError
+    for missing weights or embeddings, or a variant that makes no image of a prompt.
     """
     texts, conditioning = load_conditioning(embeddings["profile"])
     model = load_model(run.model)
@@ -97,14 +90,11 @@ def suffixes(
             batch, level = run.profile.micro_batch, plan.noise_level
             sampler = Sampler(model, conditioning, plan.sigmas, batch, noise_level=level)
             for variant, prompt_id in product(list(group), ids):
-                found[variant].append(
-                    _finish(run, sampler, rewards, plan, prompt_id, texts[prompt_id], variant)
-                )
+                prompt = prompt_id, texts[prompt_id]
+                found[variant].append(_finish(run, sampler, rewards, plan, *prompt, variant))
                 progress.step()
     rows = [
-        row
-        for variant in wanted
-        for row in _rows(run.run, variant, found[variant], found[EXACT], len(plan.active))
+        row for variant in wanted for row in _rows(run.run, variant, found[variant], found[EXACT])
     ]
     write_table(output, SUFFIXES, rows, metadata={"config_hash": run_key(run)})
     return rows, _markdown(run, len(ids), rows)
@@ -158,44 +148,33 @@ def _finish(
 
 
 def _rows(
-    run: str,
-    variant: Variant,
-    found: Sequence[Outcome],
-    exact: Sequence[Outcome],
-    groups: int,
-) -> list[dict[str, Any]]:
+    run: str, variant: Variant, found: Sequence[Outcome], exact: Sequence[Outcome]
+) -> Iterator[dict[str, Any]]:
     """One row a reward: means over the groups of a prompt, then over prompts, with intervals."""
-    rows = []
+    cost: dict[str, float] = {}
+    for ending, outcomes in (("", found), ("_exact", exact)):
+        cost[f"nfe{ending}"] = float(np.mean([o.forward for o in outcomes]))
+        # the median: the first rollout of a network is slower
+        cost[f"seconds{ending}"] = float(np.median([o.seconds for o in outcomes]))
     for reward in found[0].scores:
         pairs = [(f.scores[reward], e.scores[reward]) for f, e in zip(found, exact, strict=True)]
-        ranks = [
-            [rank_correlation(a, b) for a, b in zip(first, second, strict=True)]
-            for first, second in pairs
-        ]
+        ranks = [[rank_correlation(*each) for each in zip(*pair, strict=True)] for pair in pairs]
         known = [[r for r in prompt if not np.isnan(r)] for prompt in ranks]
         interval = crossed_interval(np.array([[np.mean(k) if k else np.nan for k in known]]))
-        rows.append(
-            {
-                "run": run,
-                "granularity": variant.granularity,
-                "solver": variant.solver,
-                "network": variant.network,
-                "reward": reward,
-                "rank_correlation": none_for_nan(interval.mean),
-                "low": none_for_nan(max(interval.low, -1.0)),  # a correlation ends there
-                "high": none_for_nan(min(interval.high, 1.0)),
-                "spread": mean_spread([first for first, _ in pairs]),
-                "spread_exact": mean_spread([second for _, second in pairs]),
-                "nfe": float(np.mean([f.forward for f in found])),
-                "nfe_exact": float(np.mean([e.forward for e in exact])),
-                # the median: the first rollout of a network is slower
-                "seconds": float(np.median([f.seconds for f in found])),
-                "seconds_exact": float(np.median([e.seconds for e in exact])),
-                "groups": sum(map(len, known)),
-                "groups_equal": groups * len(found) - sum(map(len, known)),
-            }
-        )
-    return rows
+        groups = sum(map(len, known))
+        yield {
+            "run": run,
+            **variant._asdict(),
+            "reward": reward,
+            "rank_correlation": none_for_nan(interval.mean),
+            "low": none_for_nan(max(interval.low, -1.0)),  # a correlation ends there
+            "high": none_for_nan(min(interval.high, 1.0)),
+            "spread": mean_spread([first for first, _ in pairs]),
+            "spread_exact": mean_spread([second for _, second in pairs]),
+            **cost,
+            "groups": groups,
+            "groups_equal": sum(map(len, ranks)) - groups,
+        }
 
 
 def mean_spread(scores: Sequence[npt.NDArray[np.float64]]) -> float | None:
@@ -215,31 +194,27 @@ def none_for_nan(value: float) -> float | None:
 
 
 def _markdown(run: RunConfig, prompts: int, rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "# Cheaper rollouts",
-        "",
+    text = (
+        "# Cheaper rollouts\n\n"
         f"Base model, plan of run {run.run}, {prompts} prompts, groups of {run.profile.samples} "
         "samples. Network: exact; `features n`, really evaluated every n-th step of a suffix "
         "(TaylorSeer); fp8, weights rounded to float8. Rank correlation (Spearman) of a group's "
         "rewards with those of the exact rollout from the same branches, mean over groups, 95% "
         "interval over prompts; spread: std of the reward within a group, evaluations and seconds "
-        "of the rollout, each over that of the exact one.",
-        "",
+        "of the rollout, each over that of the exact one.\n\n"
         "| stride | solver | network | reward | rank correlation | spread | evaluations | seconds "
-        "| groups | without spread |",
-        "|--:|---|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
+        "| groups | without spread |\n"
+        "|--:|---|---|---|--:|--:|--:|--:|--:|--:|\n"
+    )
     for r in rows:
-        ranks = "-"
-        if r["rank_correlation"] is not None:
-            ranks = f"{r['rank_correlation']:.3f}"
-            if r["low"] is not None:
-                ranks += f" [{r['low']:.3f}, {r['high']:.3f}]"
+        ranks = "-" if r["rank_correlation"] is None else f"{r['rank_correlation']:.3f}"
+        if r["low"] is not None:
+            ranks += f" [{r['low']:.3f}, {r['high']:.3f}]"
         known = r["spread_exact"] and r["spread"] is not None
         spread = f"{r['spread'] / r['spread_exact']:.3f}" if known else "-"
-        lines.append(
+        text += (
             f"| {r['granularity']} | {r['solver']} | {r['network']} | {r['reward']} | {ranks} "
             f"| {spread} | {r['nfe'] / r['nfe_exact']:.3f} "
-            f"| {r['seconds'] / r['seconds_exact']:.2f} | {r['groups']} | {r['groups_equal']} |"
+            f"| {r['seconds'] / r['seconds_exact']:.2f} | {r['groups']} | {r['groups_equal']} |\n"
         )
-    return "\n".join(lines) + "\n"
+    return text

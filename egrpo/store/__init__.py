@@ -1,1 +1,1 @@
-"""Side effects on disk and tracking: atomic files, Parquet, journal, checkpoints, MLflow."""
+"""What is kept on disk: files whole or not at all, Parquet tables, journal, checkpoints."""

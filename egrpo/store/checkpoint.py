@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egrpo.errors import UserError
+from egrpo.errors import UserError, one_line, say
 from egrpo.store.files import checkpoints_in, checksums, read_json, replacing, write_json
 from egrpo.store.weights import read_header
 
@@ -28,12 +27,9 @@ SNAPSHOT = "snapshot.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on as if it had never stopped.
+    """What a run needs to go on as if it had never stopped, after its last complete iteration.
 
-    Attributes:
-        iteration: the last one that is complete.
-        tensors: weights, optimizer state, averaged weights, by name.
-        numbers: JSON-like counters: time spent, evaluations.
+    Tensors are weights, optimizer state and averaged weights; numbers counters like time spent.
     """
 
     iteration: int
@@ -60,31 +56,24 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     path = _path(folder, checkpoint.iteration)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"head": head, "sha256": checksum(tensors, head)})
-    for old in _ordered(folder)[:-KEEP]:
-        old.unlink(missing_ok=True)
+    for old in checkpoints_in(folder)[:-KEEP]:
+        _path(folder, old).unlink(missing_ok=True)
     return path
 
 
 def latest(folder: Path, before: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None if the folder has none.
+    """The newest checkpoint that is whole, of those ``before`` an iteration; None without any.
 
-    Damaged ones that are passed over are renamed to ``*.damaged``.
-
-    Args:
-        before: look at those of earlier iterations only; None: at all.
-
-    Raises:
-        UserError: if there are checkpoints and none can be read. Nothing is removed then.
+    Damaged ones that are passed over are renamed to ``*.damaged``. Raises UserError if there are
+    checkpoints and none can be read; nothing is removed then.
     """
-    found = [path for path in _ordered(folder) if before is None or _iteration(path) < before]
+    found = [n for n in checkpoints_in(folder) if before is None or n < before]
     damaged: list[Path] = []
-    for path in reversed(found):
+    for path in (_path(folder, n) for n in reversed(found)):
         try:
             checkpoint = _read(path)
         except Exception as error:  # any reason not to trust it is the same: go one back
-            reason = " ".join(str(error).split())[:200]
-            say = f"{path}: damaged checkpoint passed over ({reason})"
-            print(say, file=sys.stderr, flush=True)
+            say(f"{path}: damaged checkpoint passed over ({one_line(error, 200)})")
             damaged.append(path)
             continue
         for bad in damaged:
@@ -105,27 +94,18 @@ def at(folder: Path, iteration: int) -> Checkpoint:
 
 def remove(folder: Path) -> None:
     """Remove all checkpoints of a folder."""
-    for path in _ordered(folder):
-        path.unlink()
+    for iteration in checkpoints_in(folder):
+        _path(folder, iteration).unlink()
 
 
 def seal_snapshot(folder: Path, iteration: int, nfe: int, seconds: float) -> None:
-    """Note beside weights that are kept when they were reached, and the checksums of their files.
-
-    Args:
-        nfe: network evaluations of training until then.
-        seconds: of training until then.
-    """
+    """Note beside kept weights what training had spent by then, and their files' checksums."""
     record = {"iteration": iteration, "nfe": nfe, "seconds": round(seconds, 3)}
     write_json(folder / SNAPSHOT, {**record, "files": checksums(folder, SNAPSHOT)})
 
 
 def read_snapshot(folder: Path) -> dict[str, Any]:
-    """``iteration``, ``nfe`` and ``seconds`` of kept weights, whose files are as they were written.
-
-    Raises:
-        UserError: if they are damaged or not there.
-    """
+    """``iteration``, ``nfe`` and ``seconds`` of kept weights; UserError if these are not whole."""
     record = read_json(folder / SNAPSHOT)
     remedy = "delete the folder and run the training again"
     if not isinstance(record, dict) or not {"iteration", "nfe", "seconds"} <= record.keys():
@@ -162,11 +142,3 @@ def _read(path: Path) -> Checkpoint:
 
 def _path(folder: Path, iteration: int) -> Path:
     return folder / f"checkpoint-{iteration:06d}.safetensors"
-
-
-def _ordered(folder: Path) -> list[Path]:
-    return [_path(folder, iteration) for iteration in checkpoints_in(folder)]
-
-
-def _iteration(path: Path) -> int:
-    return int(path.stem.split("-")[1])

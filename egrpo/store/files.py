@@ -33,9 +33,9 @@ def full_disk(path: str | Path) -> UserError:
 
 
 def refused(error: BaseException, path: str | Path | None = None) -> UserError | None:
-    """What a user is told where a full disk, rights or a read-only file system stand in the way.
+    """What a user is told of a full disk, of rights or of a read-only file system; else None.
 
-    None for any other error. ``path``: where the error does not name its file.
+    ``path``: where the error does not name its file.
     """
     if no_space(error):
         return full_disk(path or getattr(error, "filename", None) or "results")
@@ -57,15 +57,12 @@ def _number(error: BaseException) -> int | None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, synced: bool = True) -> Iterator[Path]:
     """Yields a temporary path; on success it is synced and replaces ``path`` atomically.
 
     The file has the mode that the umask gives a new one, whoever wrote it: safetensors makes its
-    files readable by their owner alone.
-
-    Raises:
-        UserError: if the disk is full or may not be written. ``path`` then still holds what it held
-            before.
+    files readable by their owner alone. Raises UserError if the disk is full or may not be written;
+    ``path`` then still holds what it held before.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -77,20 +74,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         if temporary.stat().st_mode != mode:
             temporary.chmod(S_IMODE(mode))
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+        if synced:
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
         os.replace(temporary, target)
     except Exception as error:
         if told := refused(error, target):
             raise told from None
         raise
     finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # where nothing could be written it says so once
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written it says so once
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -106,19 +100,9 @@ def write_once(path: str | Path, make: Callable[[], str]) -> None:
     written again.
     """
     target = Path(path)
-    if target.exists() and target.stat().st_size:
-        return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(make(), encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        if told := refused(error, target):
-            raise told from None
-        raise
-    finally:
-        _remove(temporary)
+    if not (target.exists() and target.stat().st_size):
+        with replacing(target, synced=False) as temporary:
+            temporary.write_text(make(), encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -127,11 +111,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: if it is missing or damaged.
-    """
+    """Read a JSON file; UserError if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -164,14 +144,8 @@ def lock(path: str | Path, *, wait: bool = False) -> int | None:
     Where the file system has no ``flock``, by ``lockf``. That one is the process's: it cannot keep
     out the same process, and is given back when any descriptor of the file is closed.
 
-    Args:
-        wait: until whoever has it gives it back.
-
-    Returns:
-        A file descriptor: close it to give the lock back. None if somebody else has it.
-
-    Raises:
-        UserError: if the file system has no locks at all.
+    Returns a file descriptor, to be closed to give the lock back; None if somebody else has it and
+    we do not ``wait``. Raises UserError if the file system has no locks at all.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
@@ -182,11 +156,10 @@ def lock(path: str | Path, *, wait: bool = False) -> int | None:
             if error.errno not in NO_LOCKS:
                 raise
             fcntl.lockf(handle, how)
-    except (BlockingIOError, PermissionError):  # EACCES is lockf's other word for it
-        os.close(handle)
-        return None
     except OSError as error:
         os.close(handle)
+        if isinstance(error, BlockingIOError | PermissionError):  # EACCES is lockf's other word
+            return None
         if error.errno not in NO_LOCKS:
             raise
         raise UserError(
@@ -201,8 +174,8 @@ def lock(path: str | Path, *, wait: bool = False) -> int | None:
 def alone(path: str | Path) -> Iterator[None]:
     """Within it no other process is within the same; waits for its turn."""
     handle = lock(path, wait=True)
+    assert handle is not None
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)

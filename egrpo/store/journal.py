@@ -9,46 +9,44 @@ before training. The checksum is of the bytes before it; lines of earlier versio
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 from egrpo.store.files import replacing, write_text
 
 Line = dict[str, Any]
 
-_LINE = re.compile(rb'(\{"iteration": (\d+)\b.*), "crc32": "([0-9a-f]{8})"\}')
+_LINE = re.compile(rb'(\{"iteration": \d+\b.*), "crc32": "([0-9a-f]{8})"\}')
 _BEGIN = re.compile(rb'\n|(?=\{"iteration": )')
 """Lines begin here, also where the end of the one before was lost."""
-_UNSUMMED = {"iteration", "time", "nfe", "metrics", "rollouts"}
-"""Keys of a line of earlier versions."""
+_UNSUMMED = {"iteration": int, "nfe": int, "metrics": dict, "rollouts": dict}
+"""Keys of a line of earlier versions beside its time, and of what kind they are."""
 
 
-def read(path: str | Path) -> Iterator[Line]:
+def read(path: str | Path) -> list[Line]:
     """Whole lines in order of iteration, wherever damaged ones are; of two of one the last.
 
-    Raises:
-        UserError: if the file is there and the system cannot read it.
+    Raises UserError if the file is there and the system cannot read it.
     """
-    whole = _whole(path)[0]
-    return (json.loads(whole[iteration]) for iteration in sorted(whole))
-
-
-def iterations(path: str | Path) -> set[int]:
-    """Iterations whose line is whole."""
-    return set(_whole(path)[0])
+    return _whole(path)[0]
 
 
 def line_of(text: bytes) -> Line | None:
     """The line that a piece of the file is; None where it is damaged or torn."""
-    summed = _summed(text)
-    return dict(json.loads(summed[1])) if summed else _unsummed(text)
+    if summed := _LINE.match(text):
+        whole = f"{zlib.crc32(summed[1]):08x}".encode() == summed[2]
+        return dict(json.loads(summed[1] + b"}")) if whole else None
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or line.keys() != {"time", *_UNSUMMED}:
+        return None
+    return line if all(type(line[key]) is kind for key, kind in _UNSUMMED.items()) else None
 
 
 def append(path: str | Path, line: Line) -> None:
@@ -66,80 +64,44 @@ def rewind(path: str | Path, iteration: int) -> None:
     """
     if not Path(path).exists():
         return
-    whole, damaged, doubled = _whole(path)
+    lines, damaged, doubled = _whole(path)
     if damaged or doubled:
         aside = Path(path).with_suffix(".damaged")
         with replacing(aside) as temporary:
             temporary.write_bytes(Path(path).read_bytes())
-        say = (
+        say(
             f"{path}: damaged journal: {damaged} lines cannot be read, {doubled} are there twice; "
-            f"mended from the {len(whole)} whole ones, the file as it was is {aside.name}"
+            f"mended from the {len(lines)} whole ones, the file as it was is {aside.name}"
         )
-        print(say, file=sys.stderr, flush=True)
-    kept = (_text(json.loads(whole[n])) for n in sorted(whole) if n <= iteration)
-    write_text(path, "".join(kept))
+    write_text(path, "".join(_text(line) for line in lines if line["iteration"] <= iteration))
 
 
-def _whole(path: str | Path) -> tuple[dict[int, bytes], int, int]:
-    """JSON of the whole lines by iteration, and how many are damaged and how many there again.
+def _whole(path: str | Path) -> tuple[list[Line], int, int]:
+    """The whole lines by iteration, and how many are damaged and how many there again.
 
     What a kill leaves, a torn end, is no damage.
     """
     try:
         pieces = _BEGIN.split(Path(path).read_bytes())
     except FileNotFoundError:
-        return {}, 0, 0
+        return [], 0, 0
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); move it away: training goes on, and its "
             "curves lack what it held"
         ) from None
-    whole: dict[int, bytes] = {}
+    whole: dict[int, Line] = {}
     damaged = doubled = 0
     for number, piece in enumerate(pieces):
-        found = _summed(piece)
-        if found is None and (line := _unsummed(piece)) is not None:
-            found = line["iteration"], piece
-        if found is None:
+        if line := line_of(piece):
+            doubled += line["iteration"] in whole
+            whole[line["iteration"]] = line
+        else:
             damaged += bool(piece) and number < len(pieces) - 1
-            continue
-        iteration, text = found
-        doubled += iteration in whole
-        whole[iteration] = text
-    return whole, damaged, doubled
-
-
-def _summed(piece: bytes) -> tuple[int, bytes] | None:
-    """Iteration and JSON of a piece whose checksum is right."""
-    found = _LINE.match(piece)
-    if found is None or f"{zlib.crc32(found[1]):08x}".encode() != found[3]:
-        return None
-    return int(found[2]), found[1] + b"}"
-
-
-def _unsummed(piece: bytes) -> Line | None:
-    """The line of an earlier version that a piece is."""
-    try:
-        line = json.loads(piece)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or set(line) != _UNSUMMED:
-        return None
-    kinds = {"iteration": int, "nfe": int, "metrics": dict, "rollouts": dict}
-    return line if all(type(line[key]) is kind for key, kind in kinds.items()) else None
+    return [whole[n] for n in sorted(whole)], damaged, doubled
 
 
 def _text(line: Line) -> str:
-    ordered = {"iteration": line["iteration"], **_plain(line)}
-    text = json.dumps(ordered, allow_nan=False)[:-1]
+    plain = json.loads(json.dumps(line), parse_constant=lambda number: None)  # NaN, Infinity
+    text = json.dumps({"iteration": plain["iteration"], **plain})[:-1]
     return f'{text}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from egrpo import __version__
-from egrpo.errors import UserError, command
+from egrpo.errors import UserError, command, one_line
 from egrpo.store.files import replacing
 
 TEXT = pa.string()
@@ -29,14 +29,18 @@ FLAG = pa.bool_()
 BYTES = pa.binary()
 
 
+Column = tuple[str, pa.DataType, str, str]
+"""Name, type, unit, description."""
+
+
 @dataclass(frozen=True)
 class Table:
-    """One table: its columns as (name, type, unit, description), and the order of its rows."""
+    """One table: its columns, and the order of its rows."""
 
     name: str
     version: int
     description: str
-    columns: tuple[tuple[str, pa.DataType, str, str], ...]
+    columns: tuple[Column, ...]
     sort: tuple[str, ...] = ()
 
     def schema(self, metadata: Mapping[str, str] | None = None) -> pa.Schema:
@@ -71,14 +75,45 @@ def head_checksum(head: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(head.items())).encode()).hexdigest()
 
 
+RUN: Column = ("run", TEXT, "", "run id")
+RUN_OR_BASE: Column = ("run", TEXT, "", "run id, or `base`")
+ITERATION: Column = ("iteration", INT, "iterations", "counted from 1")
+STEP: Column = ("step", INT, "grid index", "where the branch starts")
+SPAN: Column = ("span", INT, "grid intervals", "intervals covered by the one SDE step")
+SIGMA: Column = ("sigma", REAL, "1", "flow time at the start")
+REWARD: Column = ("reward", TEXT, "", "name of the reward")
+BUDGET: Column = (
+    "evaluations",
+    BIG,
+    "network evaluations",
+    "the budget that the weights stay within",
+)
+PICTURE: tuple[Column, ...] = (
+    ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
+    ("prompt", TEXT, "", "its text"),
+    ("sample", INT, "", "image of the prompt"),
+)
+PNG: Column = (
+    "png",
+    BYTES,
+    "PNG file",
+    "the image, lossless; transparent if it is NaN or infinite",
+)
+SCORE: tuple[Column, ...] = (
+    REWARD,
+    ("value", REAL, "see reward", "score; null where there is none"),
+)
+BY_PICTURE = ("prompt_id", "sample")
+BY_BUDGET = ("run", "evaluations", *BY_PICTURE)
+
 ENTROPY_PROFILE = Table(
     "entropy_profile",
     1,
     "Entropy of each step and span: closed form, and the spread measured by branching.",
     (
-        ("step", INT, "grid index", "where the branch starts"),
-        ("span", INT, "grid intervals", "intervals covered by the one SDE step"),
-        ("sigma", REAL, "1", "flow time at the start"),
+        STEP,
+        SPAN,
+        SIGMA,
         ("sigma_stop", REAL, "1", "flow time at the end of the step"),
         ("std", REAL, "latent units", "standard deviation of the transition"),
         ("exp_per_dim", REAL, "latent units", "closed form exp(h/d)"),
@@ -97,33 +132,62 @@ ENTROPY_PROFILE = Table(
     ),
     ("prompt_id", "step", "span", "quantity"),
 )
-
+BRANCHES = Table(
+    "branches",
+    1,
+    "Images of some profiled groups, to look at what a branch changes.",
+    (
+        ("prompt_id", INT, "row of the prompt file", "profiled prompt"),
+        ("prompt", TEXT, "", "its text"),
+        ("step", INT, "grid index", "where the branch starts; -1 for the noisy yardstick"),
+        ("span", INT, "grid intervals", "intervals covered by the one SDE step; 0 for it"),
+        ("sample", INT, "", "sample within the group"),
+        PNG,
+    ),
+    ("prompt_id", "step", "span", "sample"),
+)
+MERGE_PLAN = Table(
+    "merge_plan",
+    1,
+    "Active steps and their spans.",
+    (
+        RUN,
+        ("step", INT, "grid index", "active step"),
+        ("span", INT, "grid intervals", "intervals merged into its SDE step"),
+        SIGMA,
+        ("sigma_stop", REAL, "1", "flow time at the end"),
+        ("entropy", REAL, "see measure", "closed-form entropy of the merged step"),
+        ("single_step_entropy", REAL, "see measure", "of the step alone"),
+        ("threshold", REAL, "see measure", "tau"),
+        ("measure", TEXT, "", "unit of entropy and threshold"),
+    ),
+    ("run", "step"),
+)
 TRAIN_METRICS = Table(
     "train_metrics",
     1,
     "Training metrics, one row per iteration and metric.",
     (
-        ("run", TEXT, "", "run id"),
-        ("iteration", INT, "iterations", "counted from 1"),
+        RUN,
+        ITERATION,
         ("nfe", BIG, "network evaluations", "so far: forward, forward+backward and KL reference"),
         ("metric", TEXT, "", "name, as in MLflow"),
         ("value", REAL, "see metric", "value"),
     ),
     ("run", "iteration", "metric"),
 )
-
 ROLLOUTS = Table(
     "rollouts",
     1,
     "One row per trained edge and reward.",
     (
-        ("run", TEXT, "", "run id"),
-        ("iteration", INT, "iterations", "counted from 1"),
+        RUN,
+        ITERATION,
         ("prompt_id", INT, "row of the prompt file", "training prompt"),
         ("step", INT, "grid index", "where the stochastic edge starts"),
         ("span", INT, "grid intervals", "intervals it covers"),
         ("sample", INT, "", "sample within its group"),
-        ("reward", TEXT, "", "name of the reward"),
+        REWARD,
         (
             "value",
             REAL,
@@ -136,110 +200,38 @@ ROLLOUTS = Table(
     ),
     ("run", "iteration", "prompt_id", "step", "sample", "reward"),
 )
-
 SCORES = Table(
     "scores",
     1,
     "Rewards of evaluation images.",
-    (
-        ("run", TEXT, "", "run id, or `base`"),
-        ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
-        ("prompt", TEXT, "", "its text"),
-        ("sample", INT, "", "image of the prompt"),
-        ("reward", TEXT, "", "name of the reward"),
-        ("value", REAL, "see reward", "score; null where there is none"),
-    ),
-    ("run", "prompt_id", "sample", "reward"),
+    (RUN_OR_BASE, *PICTURE, *SCORE),
+    ("run", *BY_PICTURE, "reward"),
 )
-
 IMAGES = Table(
-    "images",
-    1,
-    "Evaluation images.",
-    (
-        ("run", TEXT, "", "run id, or `base`"),
-        ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
-        ("prompt", TEXT, "", "its text"),
-        ("sample", INT, "", "image of the prompt"),
-        ("png", BYTES, "PNG file", "the image, lossless; transparent if it is NaN or infinite"),
-    ),
-    ("run", "prompt_id", "sample"),
+    "images", 1, "Evaluation images.", (RUN_OR_BASE, *PICTURE, PNG), ("run", *BY_PICTURE)
 )
-
 SNAPSHOTS = Table(
     "snapshots",
     1,
     "Rewards of evaluation images of weights kept during training, at given evaluations.",
     (
-        ("run", TEXT, "", "run id"),
-        ("evaluations", BIG, "network evaluations", "the budget that the weights stay within"),
+        RUN,
+        BUDGET,
         ("nfe", BIG, "network evaluations", "spent on training by then"),
         ("iteration", INT, "iterations", "done by then"),
         ("seconds", REAL, "s", "of training by then"),
-        ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
-        ("prompt", TEXT, "", "its text"),
-        ("sample", INT, "", "image of the prompt"),
-        ("reward", TEXT, "", "name of the reward"),
-        ("value", REAL, "see reward", "score; null where there is none"),
+        *PICTURE,
+        *SCORE,
     ),
-    ("run", "evaluations", "prompt_id", "sample", "reward"),
+    (*BY_BUDGET, "reward"),
 )
-
 SNAPSHOT_IMAGES = Table(
     "snapshot_images",
     1,
     "Evaluation images of weights kept during training, so that another reward can score them.",
-    (
-        ("run", TEXT, "", "run id"),
-        ("evaluations", BIG, "network evaluations", "the budget that the weights stay within"),
-        ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
-        ("prompt", TEXT, "", "its text"),
-        ("sample", INT, "", "image of the prompt"),
-        ("png", BYTES, "PNG file", "the image, lossless; transparent if it is NaN or infinite"),
-    ),
-    ("run", "evaluations", "prompt_id", "sample"),
+    (RUN, BUDGET, *PICTURE, PNG),
+    BY_BUDGET,
 )
-
-BRANCHES = Table(
-    "branches",
-    1,
-    "Images of some profiled groups, to look at what a branch changes.",
-    (
-        ("prompt_id", INT, "row of the prompt file", "profiled prompt"),
-        ("prompt", TEXT, "", "its text"),
-        ("step", INT, "grid index", "where the branch starts; -1 for the noisy yardstick"),
-        ("span", INT, "grid intervals", "intervals covered by the one SDE step; 0 for it"),
-        ("sample", INT, "", "sample within the group"),
-        ("png", BYTES, "PNG file", "the image, lossless; transparent if it is NaN or infinite"),
-    ),
-    ("prompt_id", "step", "span", "sample"),
-)
-
-SUFFIXES = Table(
-    "suffixes",
-    1,
-    "Cheaper rollouts against the exact one, from the same branches of the base model.",
-    (
-        ("run", TEXT, "", "run whose plan was used"),
-        ("granularity", INT, "grid intervals", "stride of the suffix"),
-        ("solver", TEXT, "", "ode (Euler) or dpm2 (second-order DPM-Solver++)"),
-        ("network", TEXT, "", "exact, features <n> (evaluated every n-th step), or fp8"),
-        ("reward", TEXT, "", "name of the reward"),
-        ("rank_correlation", REAL, "1", "Spearman's, with the exact suffix, mean over groups"),
-        ("low", REAL, "1", "lower end of its 95% interval over prompts"),
-        ("high", REAL, "1", "upper end"),
-        ("spread", REAL, "see reward", "std within groups, mean; null without two scores in one"),
-        ("spread_exact", REAL, "see reward", "the same of the exact suffix"),
-        ("nfe", REAL, "network evaluations", "of one prompt's rollout"),
-        ("nfe_exact", REAL, "network evaluations", "of the exact one"),
-        ("seconds", REAL, "s", "of one prompt's rollout, median"),
-        ("seconds_exact", REAL, "s", "of the exact one"),
-        ("groups", INT, "", "groups with a rank correlation"),
-        ("groups_equal", INT, "", "groups without: one side's rewards are equal, or missing"),
-    ),
-    ("run", "granularity", "solver", "network", "reward"),
-)
-
 RESULTS = Table(
     "results",
     2,
@@ -273,41 +265,31 @@ RESULTS = Table(
     ),
     ("table", "at", "section", "arm", "run", "reward"),
 )
-
-MERGE_PLAN = Table(
-    "merge_plan",
+SUFFIXES = Table(
+    "suffixes",
     1,
-    "Active steps and their spans.",
+    "Cheaper rollouts against the exact one, from the same branches of the base model.",
     (
-        ("run", TEXT, "", "run id"),
-        ("step", INT, "grid index", "active step"),
-        ("span", INT, "grid intervals", "intervals merged into its SDE step"),
-        ("sigma", REAL, "1", "flow time at the start"),
-        ("sigma_stop", REAL, "1", "flow time at the end"),
-        ("entropy", REAL, "see measure", "closed-form entropy of the merged step"),
-        ("single_step_entropy", REAL, "see measure", "of the step alone"),
-        ("threshold", REAL, "see measure", "tau"),
-        ("measure", TEXT, "", "unit of entropy and threshold"),
+        ("run", TEXT, "", "run whose plan was used"),
+        ("granularity", INT, "grid intervals", "stride of the suffix"),
+        ("solver", TEXT, "", "ode (Euler) or dpm2 (second-order DPM-Solver++)"),
+        ("network", TEXT, "", "exact, features <n> (evaluated every n-th step), or fp8"),
+        REWARD,
+        ("rank_correlation", REAL, "1", "Spearman's, with the exact suffix, mean over groups"),
+        ("low", REAL, "1", "lower end of its 95% interval over prompts"),
+        ("high", REAL, "1", "upper end"),
+        ("spread", REAL, "see reward", "std within groups, mean; null without two scores in one"),
+        ("spread_exact", REAL, "see reward", "the same of the exact suffix"),
+        ("nfe", REAL, "network evaluations", "of one prompt's rollout"),
+        ("nfe_exact", REAL, "network evaluations", "of the exact one"),
+        ("seconds", REAL, "s", "of one prompt's rollout, median"),
+        ("seconds_exact", REAL, "s", "of the exact one"),
+        ("groups", INT, "", "groups with a rank correlation"),
+        ("groups_equal", INT, "", "groups without: one side's rewards are equal, or missing"),
     ),
-    ("run", "step"),
+    ("run", "granularity", "solver", "network", "reward"),
 )
-
-TABLES = {
-    t.name: t
-    for t in (
-        ENTROPY_PROFILE,
-        BRANCHES,
-        MERGE_PLAN,
-        TRAIN_METRICS,
-        ROLLOUTS,
-        SCORES,
-        IMAGES,
-        SNAPSHOTS,
-        SNAPSHOT_IMAGES,
-        RESULTS,
-        SUFFIXES,
-    )
-}
+TABLES = {found.name: found for found in tuple(globals().values()) if isinstance(found, Table)}
 
 
 @cache
@@ -334,10 +316,7 @@ def write_table(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write rows (or columns) sorted, with units and provenance in the metadata, atomically.
-
-    NaN becomes null: a missing number.
-    """
+    """Write rows (or columns) sorted, with units and provenance, atomically; NaN becomes null."""
     schema = table.schema(metadata)
     if isinstance(rows, Mapping):
         data = pa.table({f.name: pa.array(rows[f.name], f.type) for f in schema}, schema=schema)
@@ -352,13 +331,8 @@ def write_table(
         data = data.sort_by([(name, "ascending") for name in table.sort])
     strings = [f.name for f in schema if f.type == TEXT]
     with replacing(path) as temporary:
-        pq.write_table(
-            data,
-            temporary,
-            compression="zstd",
-            use_dictionary=strings,
-            write_page_checksum=True,
-        )
+        how = {"compression": "zstd", "use_dictionary": strings, "write_page_checksum": True}
+        pq.write_table(data, temporary, **how)
 
 
 def metadata_of(data: pa.Table) -> dict[str, str]:
@@ -376,11 +350,7 @@ def csv_text(table: Table, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_table(path: str | Path, table: Table) -> pa.Table:
-    """Read a table and check that it is the one that was asked for.
-
-    Raises:
-        UserError: if the file is missing, damaged, or holds another table.
-    """
+    """Read a table; UserError if the file is missing, damaged, or holds another one."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             data = file.read()
@@ -392,7 +362,7 @@ def read_table(path: str | Path, table: Table) -> pa.Table:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `{command((), path)}` makes it") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"{path}: damaged Parquet ({reason}); delete it and run again") from None
     found = head.get("schema", "unknown")
     if found != table.name:

@@ -1,22 +1,20 @@
-"""What changes the weights: the loss, its gradient, and the optimizer steps of an iteration."""
+"""What changes the weights: loss, gradient, optimizer steps; and the average that follows them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from egrpo.config.models import RunConfig
-from egrpo.core.loss import (
-    Objective,
-    velocity_distance,
-)
+from egrpo.config.training import Train
+from egrpo.core.loss import velocity_distance
 from egrpo.core.rollout import Rollout, TrainBatch, UpdateSize, update_sizes
-from egrpo.core.schedule import Sigmas
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
 from egrpo.models.attention import check_attention
@@ -26,47 +24,94 @@ from egrpo.models.modules import shard_like, whole
 from egrpo.planning.grids import learning_rate
 from egrpo.planning.trees import references
 from egrpo.sampling.processes import Processes
-from egrpo.train.average import AveragedWeights
-from egrpo.train.counts import Counts
-from egrpo.train.records import Metrics
+from egrpo.train.records import Counts, Metrics
 from egrpo.train.rollouts import Rollouts
 
 
-class Learner:
-    """The weights that are trained, with their optimizer and their average.
+class AveragedWeights:
+    """The average of a run's weights, one tensor for each of ``parameters``.
 
-    Makes the model ready for training.
-
-    Attributes:
-        steps: optimizer steps so far.
+    ``weights`` is None without ``train.ema_decay``: all here goes by the weights themselves.
     """
 
     def __init__(
         self,
-        run: RunConfig,
+        settings: Train,
         model: FlowModel,
-        sigmas: Sigmas,
-        conditioning: Conditioning,
+        parameters: list[nn.Parameter],
         processes: Processes,
-        counts: Counts,
     ) -> None:
-        self.run, self.model, self.sigmas = run, model, sigmas
-        self.conditioning, self.processes, self.counts = conditioning, processes, counts
-        self.parameters = model.prepare_training(run.seed, reference=run.train.kl_weight > 0)
-        if run.train.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        check_attention(model, conditioning)
-        if processes.sharded:
-            self.parameters = model.shard()
+        self.settings, self.model = settings, model
+        self.parameters, self.processes = parameters, processes
+        self.weights = [p.detach().clone() for p in parameters] if settings.ema_decay else None
+
+    @torch.no_grad()
+    def follow(self, step: int, iteration: int) -> None:
+        """Move after an optimizer step, both counted from 1, as Flow-GRPO's code does."""
+        t = self.settings
+        if self.weights is None or (step + 1) % t.ema_every:
+            return
+        decay = t.ema_decay or 0.0
+        if t.ema_ramp == "warm_up":
+            decay = min(decay, (1 + step) / (10 + step))
+        elif t.ema_ramp is not None:
+            decay = min(decay, t.ema_ramp * iteration)
+        for mean, p in zip(self.weights, self.parameters, strict=True):
+            mean.lerp_(p, 1.0 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model holds the averaged weights, if there are any."""
+        if self.weights is None:
+            yield
+            return
+        own = [p.detach().clone() for p in self.parameters]
+        self._assign(self.weights)
+        try:
+            yield
+        finally:
+            self._assign(own)
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, sigma: float, prompts: Conditioning) -> Tensor:
+        """Velocity [B, C, h, w] of the averaged weights, see :meth:`FlowModel.velocity`."""
+        with self.applied():
+            return self.model.velocity(x, sigma, prompts)
+
+    @torch.no_grad()
+    def _assign(self, values: list[Tensor]) -> None:
+        for p, value in zip(self.parameters, values, strict=True):
+            p.copy_(value)
+        if self.processes.sharded:
+            self.model.transformer.reshard()  # it keeps what it gathered for its last forward
+
+
+class Learner:
+    """The weights that are trained, with their optimizer, its ``steps`` so far and their average.
+
+    Makes the model ready for training.
+    """
+
+    def __init__(self, run: RunConfig, rollouts: Rollouts, counts: Counts) -> None:
+        self.run, self.rollouts, self.counts = run, rollouts, counts
+        sampler, self.processes = rollouts.sampler, rollouts.processes
+        self.model, self.sigmas = sampler.model, sampler.sigmas
+        self.conditioning = sampler.conditioning
+        t = run.train
+        self.parameters = self.model.prepare_training(run.seed, reference=t.kl_weight > 0)
+        if t.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        check_attention(self.model, self.conditioning)
+        if self.processes.sharded:
+            self.parameters = self.model.shard()
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=learning_rate(run),
-            betas=(run.train.adam_beta1, run.train.adam_beta2),
-            eps=run.train.adam_eps,
-            weight_decay=run.train.weight_decay,
+            betas=(t.adam_beta1, t.adam_beta2),
+            eps=t.adam_eps,
+            weight_decay=t.weight_decay,
         )
-        self.average = AveragedWeights(run, model, self.parameters, processes)
-        self.rollouts = Rollouts(run, model, sigmas, conditioning, processes)
+        self.average = AveragedWeights(t, self.model, self.parameters, self.processes)
         self.steps = 0
 
     @during("training")
@@ -81,14 +126,8 @@ class Learner:
     ) -> Metrics:
         """Forward and backward through every source, and the optimizer step(s).
 
-        Args:
-            iteration: counted from 1.
-            rollout, ids, trees: what was sampled, of which prompts.
-            advantages: of the E edges of all processes.
-            kept: the edges that train; None: all.
-
-        Raises:
-            UserError: if a gradient is not finite.
+        ``advantages`` are of the E edges of all processes; ``kept`` are those that train, None:
+        all. Raises UserError if a gradient is not finite.
         """
         device = self.model.device
         prompts = self.conditioning.batch(ids[self.processes.share(len(ids))], device)
@@ -108,9 +147,11 @@ class Learner:
                 self._idle(self.rollouts.most_batches(part, kept) - len(batches))
             grad_norm += self._step(iteration) / len(sizes)
         everyone = self.processes.gather((sums, deviation))
-        means = {name: sum(s[name] for s, _ in everyone) / len(sizes) for name in sums}
-        worst = max(d for _, d in everyone)
-        return {**means, "grad_norm": grad_norm, "on_policy_ratio_deviation": worst}
+        return {
+            **{name: sum(s[name] for s, _ in everyone) / len(sizes) for name in sums},
+            "grad_norm": grad_norm,
+            "on_policy_ratio_deviation": max(d for _, d in everyone),
+        }
 
     def _step(self, iteration: int) -> float:
         """One optimizer step with the gradients that were added up; returns their norm."""
@@ -149,7 +190,10 @@ class Learner:
         evaluations = len(batch.x) * self.model.evaluations_per_velocity
         self.counts.spent["train"] += evaluations
         self.counts.spent["reference"] += references(self.run) * evaluations
-        objective = self.objective(batch, v, advantage, weight)
+        of, clamp = (batch, v, self.sigmas, advantage, weight), self.run.advantage.clamp
+        objective = self.run.method.objective(
+            *of, loss=t.loss, clip_range=t.clip_range, clamp=clamp
+        )
         loss = objective.loss / size.edges
         if t.kl_weight > 0:
             reference = self.model.reference_velocity(batch.x, sigma, prompts)
@@ -182,22 +226,6 @@ class Learner:
                 self.model.reference_velocity(*of)
             (0.0 * v.float().sum()).backward()
 
-    def objective(
-        self, batch: TrainBatch, v: Tensor, advantage: Tensor, weight: Tensor
-    ) -> Objective:
-        """The run's loss, summed over the batch's edges."""
-        t = self.run.train
-        return self.run.method.objective(
-            batch,
-            v,
-            self.sigmas,
-            advantage,
-            weight,
-            loss=t.loss,
-            clip_range=t.clip_range,
-            clamp=self.run.advantage.clamp,
-        )
-
     def state(self) -> dict[str, Tensor]:
         """Weights, optimizer state and averaged weights, whole, by name; by all processes."""
         tensors = {f"weight/{n}": whole(p.detach()) for n, p in enumerate(self.parameters)}
@@ -208,17 +236,16 @@ class Learner:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Go on from what :meth:`state` gave after ``steps`` optimizer steps.
-
-        Raises:
-            UserError: if it does not fit this run's parameters.
-        """
+        """Go on from what :meth:`state` gave after ``steps``; UserError if it does not fit."""
+        kinds: dict[str, Sequence[Tensor]] = {
+            "weight": self.parameters,
+            "ema": self.average.weights or [],
+        }
         try:
             with torch.no_grad():
-                for n, p in enumerate(self.parameters):
-                    p.copy_(shard_like(tensors[f"weight/{n}"], p))
-                    if self.average.weights is not None:
-                        self.average.weights[n].copy_(shard_like(tensors[f"ema/{n}"], p))
+                for kind, values in kinds.items():
+                    for n, value in enumerate(values):
+                        value.copy_(shard_like(tensors[f"{kind}/{n}"], self.parameters[n]))
         except (KeyError, RuntimeError) as error:
             raise UserError(f"run {self.run.run}: the checkpoint does not fit: {error}") from None
         state: dict[int, dict[str, Tensor]] = {}

@@ -9,73 +9,54 @@ import torch
 from egrpo.config.models import RunConfig
 from egrpo.images import Images, check
 from egrpo.measure.monitors import measure
-from egrpo.models.base import FlowModel
-from egrpo.models.conditioning import Conditioning
-from egrpo.planning.grids import monitor_sigmas
 from egrpo.rewards import RewardModel, score_all
-from egrpo.sampling.processes import Processes
 from egrpo.sampling.sample import Sampler
-from egrpo.train.average import AveragedWeights
-from egrpo.train.counts import Counts
+from egrpo.train.learner import Learner
 
 
 class Monitor:
     """Images of fixed held-out prompts by the averaged weights, and all rewards of them.
 
-    Attributes:
-        base: the images of the first look, which later ones are compared with; None before it.
+    Those of the first look are ``base``, which later ones are compared with.
     """
 
     def __init__(
         self,
         run: RunConfig,
-        model: FlowModel,
+        sampler: Sampler,
         texts: Sequence[str],
-        conditioning: Conditioning,
         rewards: Mapping[str, RewardModel],
-        processes: Processes,
-        counts: Counts,
-        average: AveragedWeights,
+        learner: Learner,
     ) -> None:
-        self.run, self.rewards, self.processes, self.counts = run, rewards, processes, counts
-        self.average = average
+        self.run, self.sampler, self.rewards = run, sampler, rewards
         self.texts = texts[: run.train.monitor_prompts]
-        self.sampler = Sampler(model, conditioning, monitor_sigmas(run), run.train.micro_batch)
+        self.average, self.counts = learner.average, learner.counts
+        self.processes = learner.processes
         self.base: Images | None = None
 
     def look(self, iteration: int) -> tuple[dict[str, float], Images]:
-        """What :func:`measure` says after an iteration, and the images [n].
-
-        Raises:
-            UserError: if none of them is an image.
-        """
+        """What :func:`measure` says after an iteration, and the images; UserError if none is."""
         samples, processes = self.run.train.monitor_samples, self.processes
         ids = list(range(len(self.texts)))
-        images = self._sample([ids[processes.block(len(ids), n)] for n in range(processes.count)])
-        prompts = [self.texts[n] for n in ids[processes.share(len(ids))] for _ in range(samples)]
+        shares = [ids[processes.block(len(ids), n)] for n in range(processes.count)]
+        images = self._sample(shares, samples)
+        prompts = [self.texts[n] for n in shares[processes.rank] for _ in range(samples)]
         scores = processes.arrays(score_all(self.rewards, images, prompts))
         pixels = torch.from_numpy(processes.joined_arrays(images.pixels.numpy()))
         images = Images(pixels, processes.joined_arrays(images.faults))
-        self._check(images.faults.tolist(), f"monitor of iteration {iteration}", iteration)
+        self._check(images.faults.tolist(), "monitor", iteration)
         if self.base is None:
             self.base = images
         return measure(scores, images, self.base, samples), images
 
     def check_weights(self, iteration: int) -> None:
-        """Make one image where no monitor will.
+        """Make one image where no monitor will; UserError if it is none."""
+        images = self._sample([[0]] * self.processes.count, 1)
+        self._check(self.processes.joined(images.faults.tolist()), "one image", iteration)
 
-        Raises:
-            UserError: if it is none.
-        """
-        with self.average.applied():
-            images, forward = self.sampler.images([0], 1)
-        self.counts["monitor"] += sum(self.processes.gather(forward))
-        faults = self.processes.joined(images.faults.tolist())
-        self._check(faults, f"one image of iteration {iteration}", iteration)
-
-    def _sample(self, shares: list[list[int]]) -> Images:
-        """This process's images; ``shares`` are the prompts of each process."""
-        samples, rank = self.run.train.monitor_samples, self.processes.rank
+    def _sample(self, shares: list[list[int]], samples: int) -> Images:
+        """This process's images by the averaged weights; ``shares`` are the prompts of each."""
+        rank = self.processes.rank
         with self.average.applied():
             images, forward = self.sampler.images(shares[rank], samples)
             if self.processes.sharded:
@@ -87,5 +68,5 @@ class Monitor:
 
     def _check(self, faults: list[int], what: str, iteration: int) -> None:
         """See :func:`egrpo.images.check`; ``faults`` are those of all processes."""
-        model, say = self.run.model, self.processes.main
-        check(faults, f"run {self.run.run}: {what}", model, trained=iteration > 0, say=say)
+        what, told = f"run {self.run.run}: {what} of iteration {iteration}", self.processes.main
+        check(faults, what, self.run.model, trained=iteration > 0, told=told)

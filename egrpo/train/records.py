@@ -1,27 +1,81 @@
-"""What an iteration leaves in the journal, and the tables made of it at the end."""
+"""What an iteration spends and leaves in the journal, and the tables made of it at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from egrpo.config.models import RunConfig
 from egrpo.core.advantage import Advantages, comparison_units, edge_values
-from egrpo.core.rollout import Rollout
+from egrpo.core.rollout import Rollout, update_sizes
 from egrpo.core.tree import Tree
+from egrpo.planning.trees import RunCost, cost_of, references
+from egrpo.sampling.processes import Processes
 from egrpo.store import journal
 from egrpo.store.tables import ROLLOUTS
 
 Metrics = dict[str, float]
 
 
+class Counts(dict[str, int]):
+    """Network evaluations so far: ``forward``, ``train``, ``reference`` and ``monitor``.
+
+    ``spent`` is what this process has done in this iteration and :meth:`settle` will add.
+    """
+
+    def __init__(self, run: RunConfig, processes: Processes) -> None:
+        super().__init__(forward=0, train=0, reference=0, monitor=0)
+        self.run, self.processes = run, processes
+        self.spent: Counter[str] = Counter()
+
+    def settle(
+        self, iteration: int, trees: Sequence[Tree], rollout: Rollout, kept: Collection[int] | None
+    ) -> None:
+        """Add up what all processes spent in an iteration; RuntimeError if the trees predict else.
+
+        Of pruned edges the sources need no evaluation for training.
+        """
+        predicted = cost_of(self.run, trees)
+        if kept is not None:
+            sizes = update_sizes(trees, rollout.edges, self.run.train.updates, kept).values()
+            guided = 2 if self.run.model.guidance_scale > 1 else 1
+            train = sum(s.sources for s in sizes) * guided
+            predicted = RunCost(predicted.forward, train, references(self.run) * train)
+        everyone = self.processes.gather(self.spent)
+        for name, wanted in predicted._asdict().items():
+            executed = sum(spent[name] for spent in everyone)
+            self[name] += executed
+            if executed != wanted:
+                raise RuntimeError(
+                    f"run {self.run.run}: executed {executed} {name} evaluations in iteration "
+                    f"{iteration}, predicted {wanted}"
+                )
+        self.spent = Counter()
+
+
+def spent_on_training(counts: Mapping[str, int]) -> int:
+    """Network evaluations so far, without those of monitors."""
+    return sum(counts[name] for name in ("forward", "train", "reference"))
+
+
+def peak_memory_mib() -> float:
+    """Largest resident (CPU) or allocated (CUDA) memory of this process so far, MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def reward_metrics(
     scores: dict[str, Any], advantage: Advantages, rollout: Rollout, trees: list[Tree]
 ) -> Metrics:
-    """Means of the rewards over images with a valid score and how many these are, their mean std
-    within groups, and what hygiene removed.
+    """Of each reward the mean over images with a valid score, how many these are, and the mean std
+    within groups; and what hygiene removed.
     """
     metrics: Metrics = {
         "groups": advantage.groups,
@@ -33,14 +87,14 @@ def reward_metrics(
     groups = [(t, trees[t].nodes[node].group) for t, node in units]
     for name, values in scores.items():
         valid = values[~np.isnan(values)]
-        metrics[f"reward/{name}"] = float(valid.mean()) if valid.size else float("nan")
-        metrics[f"reward_valid/{name}"] = valid.size
         within: dict[tuple[int, int], list[float]] = {}
         for group, value in zip(groups, edge_values(values, trees, units), strict=True):
             if not np.isnan(value):
                 within.setdefault(group, []).append(value)
         spreads = [np.std(x, ddof=1) for x in within.values() if len(x) > 1]
-        metrics[f"reward_std/{name}"] = float(np.mean(spreads)) if spreads else float("nan")
+        metrics[f"reward/{name}"] = float(valid.mean()) if valid.size else np.nan
+        metrics[f"reward_valid/{name}"] = valid.size
+        metrics[f"reward_std/{name}"] = float(np.mean(spreads)) if spreads else np.nan
     return metrics
 
 
@@ -73,19 +127,30 @@ def rollout_rows(
     return columns
 
 
-def metric_rows(run: str, log: Path) -> list[dict[str, Any]]:
-    """Rows of TRAIN_METRICS from a run's journal."""
-    return [
-        {
-            "run": run,
-            "iteration": line["iteration"],
-            "nfe": line["nfe"],
-            "metric": name,
-            "value": value,
-        }
-        for line in journal.read(log)
-        for name, value in line["metrics"].items()
-    ]
+def metric_rows(run: RunConfig, log: Path, looked: Collection[int]) -> list[dict[str, Any]]:
+    """Rows of TRAIN_METRICS from a run's journal, with the monitors of the iterations ``looked``.
+
+    What rewards that neither train nor stop the run say of the monitored images is left out: it is
+    computed where they are evaluated.
+    """
+    own = {f"reward/{name}" for name in run.train.rewards}
+    own |= {name for name, bound in run.bounds.items() if bound.action == "stop"}
+
+    def told(metric: str, iteration: int) -> bool:
+        what, _, name = metric.partition("/")
+        if not what.startswith("monitor"):
+            return True
+        return iteration in looked and (not name.startswith("reward/") or name in own)
+
+    rows = []
+    for line in journal.read(log):
+        head = {"run": run.run, "iteration": line["iteration"], "nfe": line["nfe"]}
+        rows += [
+            {**head, "metric": metric, "value": value}
+            for metric, value in line["metrics"].items()
+            if told(metric, line["iteration"])
+        ]
+    return rows
 
 
 def rollout_columns(run: str, log: Path) -> dict[str, list[Any]]:
@@ -93,13 +158,12 @@ def rollout_columns(run: str, log: Path) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name, *_ in ROLLOUTS.columns}
     for line in journal.read(log):
         rows = line["rollouts"]
-        count = len(rows.get("step", []))
         for reward in (name for name in rows if name.startswith("reward/")):
-            columns["run"] += [run] * count
-            columns["iteration"] += [line["iteration"]] * count
-            columns["nfe"] += [line["nfe"]] * count
-            columns["reward"] += [reward.removeprefix("reward/")] * count
-            columns["value"] += rows[reward]
-            for name in ("prompt_id", "step", "span", "sample", "advantage", "log_prob"):
-                columns[name] += rows[name]
+            same = {"run": run, "iteration": line["iteration"], "nfe": line["nfe"]}
+            same["reward"] = reward.removeprefix("reward/")
+            for name, column in columns.items():
+                if name in same:
+                    column += [same[name]] * len(rows["step"])
+                else:
+                    column += rows[reward if name == "value" else name]
     return columns

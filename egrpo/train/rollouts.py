@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator
 
 from egrpo.config.models import RunConfig
 from egrpo.core.rollout import Rollout, joined
-from egrpo.core.schedule import Sigmas
 from egrpo.core.tree import Tree
-from egrpo.models.base import FlowModel
-from egrpo.models.conditioning import Conditioning
 from egrpo.sampling.processes import Processes
 from egrpo.sampling.sample import Sampler
 
@@ -18,42 +15,18 @@ Finish = Callable[[Rollout, list[int]], None]
 
 
 class Rollouts:
-    """Samples trees with the model as it is, ``train.prompts_at_once`` prompts a round.
+    """Samples trees with the model as it is, ``train.prompts_at_once`` prompts a round."""
 
-    Args:
-        run, model, sigmas: what samples, and on which grid.
-        conditioning: embeddings of the training prompts.
-        processes: of the job.
-    """
-
-    def __init__(
-        self,
-        run: RunConfig,
-        model: FlowModel,
-        sigmas: Sigmas,
-        conditioning: Conditioning,
-        processes: Processes,
-    ) -> None:
-        self.run, self.processes = run, processes
-        self.sampler = Sampler(
-            model,
-            conditioning,
-            sigmas,
-            run.train.micro_batch,
-            noise_level=run.method.noise_level,
-            train_micro_batch=run.train.train_micro_batch,
-            parts=run.train.updates,
-            matching=run.method.matching,
-        )
+    def __init__(self, run: RunConfig, sampler: Sampler, processes: Processes) -> None:
+        self.run, self.sampler, self.processes = run, sampler, processes
         self.rehearsed: list[Rollout] = []  # of each process, where weights are sharded
 
     def sample(
         self, iteration: int, ids: list[int], trees: list[Tree], finish: Finish | None = None
     ) -> Rollout:
-        """Sample this process's share of the trees of the prompts ``ids``.
+        """Leaves and batches of this process's share of the trees of the prompts ``ids``.
 
-        Returns:
-            Its leaves and batches; edges and numbers of trees are those of all processes.
+        Edges and numbers of trees are those of all processes.
         """
         processes, purpose = self.processes, (self.run.seed, "rollout", iteration)
         own = processes.share(len(ids))

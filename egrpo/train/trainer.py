@@ -9,7 +9,6 @@ functions of (run seed, iteration, prompt, step, sample), and a checkpoint holds
 
 from __future__ import annotations
 
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,51 +22,57 @@ from egrpo.core.advantage import Advantages, advantages
 from egrpo.core.plan import Plan
 from egrpo.core.rollout import Rollout
 from egrpo.core.tree import Tree
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 from egrpo.images import check
 from egrpo.models import load_model
 from egrpo.models.conditioning import Embeddings, load_conditioning
 from egrpo.models.loading import resolve_device
-from egrpo.planning.grids import training_sigmas
+from egrpo.planning.grids import monitor_sigmas, training_sigmas
 from egrpo.planning.trees import RunCost, iteration_cost, prompt_ids, tree_of
 from egrpo.rewards import load_rewards, score_all
 from egrpo.sampling.processes import Processes, check_share
+from egrpo.sampling.sample import Sampler
 from egrpo.store.checkpoint import Checkpoint
-from egrpo.train.counts import Counts, peak_memory_mib
 from egrpo.train.learner import Learner
 from egrpo.train.monitor import Monitor
-from egrpo.train.records import Metrics, reward_metrics, rollout_rows
-from egrpo.train.rollouts import Finish
+from egrpo.train.records import Counts, Metrics, peak_memory_mib, reward_metrics, rollout_rows
+from egrpo.train.rollouts import Finish, Rollouts
 
 
 class Trainer:
     """One run's model, rewards and counters, and what an iteration does with them."""
 
     def __init__(self, run: RunConfig, plan: Plan | None, embeddings: Embeddings) -> None:
-        self.run, self.plan = run, plan
+        self.run, self.plan, t = run, plan, run.train
         self.sigmas = plan.sigmas if plan else training_sigmas(run)
         self.texts, self.conditioning = load_conditioning(embeddings["train"])
-        heldout = load_conditioning(embeddings["monitor"])
-        if run.train.prompts_per_iteration > len(self.texts):
+        monitored, conditioning = load_conditioning(embeddings["monitor"])
+        key, wanted = "train.prompts_per_iteration", t.prompts_per_iteration
+        if wanted > len(self.texts):
             raise UserError(
-                f"run {run.run}: train.prompts_per_iteration: "
-                f"{run.train.prompts_per_iteration} prompts, but {run.prompts.train} has "
+                f"run {run.run}: {key}: {wanted} prompts, but {run.prompts.train} has "
                 f"{len(self.texts)}"
             )
         self.processes = Processes(resolve_device(run.model.device))
-        check_share(
-            run.train.prompts_per_iteration, self.processes.count, "train.prompts_per_iteration"
-        )
+        check_share(wanted, self.processes.count, key)
         self.model = load_model(run.model)
         self.rewards = load_rewards(run.rewards, str(self.model.device))
+        sampler = Sampler(
+            self.model,
+            self.conditioning,
+            self.sigmas,
+            t.micro_batch,
+            noise_level=run.method.noise_level,
+            train_micro_batch=t.train_micro_batch,
+            parts=t.updates,
+            matching=run.method.matching,
+        )
+        self.rollouts = Rollouts(run, sampler, self.processes)
         self.counts = Counts(run, self.processes)
-        self.learner = Learner(
-            run, self.model, self.sigmas, self.conditioning, self.processes, self.counts
-        )
+        self.learner = Learner(run, self.rollouts, self.counts)
         self.parameters, self.average = self.learner.parameters, self.learner.average
-        self.monitor = Monitor(
-            run, self.model, *heldout, self.rewards, self.processes, self.counts, self.average
-        )
+        looking = Sampler(self.model, conditioning, monitor_sigmas(run), t.micro_batch)
+        self.monitor = Monitor(run, looking, monitored, self.rewards, self.learner)
         self.iteration = 0
         self.seconds = self.peak_mib = 0.0
         self.silent: set[str] = set()  # rewards that were said to have had no score
@@ -82,16 +87,12 @@ class Trainer:
     def rollout(
         self, iteration: int, ids: list[int], trees: list[Tree], finish: Finish | None = None
     ) -> Rollout:
-        """Sample this process's share of the trees, see :class:`~egrpo.train.rollouts.Rollouts`."""
+        """This process's share of the trees, see :meth:`egrpo.train.rollouts.Rollouts.sample`."""
         with self.average.applied() if self.run.train.sample_average else nullcontext():
-            return self.learner.rollouts.sample(iteration, ids, trees, finish)
+            return self.rollouts.sample(iteration, ids, trees, finish)
 
     def advantages(self, scores: dict[str, Any], rollout: Rollout, trees: list[Tree]) -> Advantages:
-        """Advantages of the rollout's edges.
-
-        Raises:
-            UserError: if no trained reward gave any valid score.
-        """
+        """Advantages of the rollout's edges; UserError if no trained reward has a valid score."""
         trained = list(self.run.train.rewards)
         silent = [name for name in trained if np.isnan(scores[name]).all()]
         if silent == trained:
@@ -101,29 +102,13 @@ class Trainer:
             )
         for name in silent:  # it may apply to other prompts only
             if name not in self.silent and self.processes.main:
-                print(
+                say(
                     f"{self.run.run}: rewards.{name}: every image of iteration "
-                    f"{self.iteration + 1} was scored NaN; training goes on with the other rewards",
-                    file=sys.stderr,
-                    flush=True,
+                    f"{self.iteration + 1} was scored NaN; training goes on with the other rewards"
                 )
             self.silent.add(name)
-        a = self.run.advantage
-        return advantages(
-            scores,
-            self.run.train.rewards,
-            trees,
-            rollout.edges,
-            combine=a.combine,
-            std=a.std,
-            ddof=a.ddof,
-            eps=a.eps,
-            clamp=a.clamp,
-        )
-
-    def kept(self, scores: dict[str, Any], rollout: Rollout, trees: list[Tree]) -> set[int] | None:
-        """Edges that the method keeps by their rewards; None where nothing is pruned."""
-        return self.run.method.keep(scores, self.run.train.rewards, trees, rollout.edges)
+        how = self.run.advantage.model_dump()
+        return advantages(scores, self.run.train.rewards, trees, rollout.edges, **how)
 
     def step(self) -> tuple[Metrics, dict[str, list[Any]]]:
         """One iteration; returns its metrics and the rows of the rollouts table."""
@@ -153,10 +138,10 @@ class Trainer:
         )
         what = f"run {self.run.run}: iteration {iteration}"
         faults = self.processes.joined(faults)
-        check(faults, what, self.run.model, trained=self.iteration > 0, say=False)  # but counted
+        check(faults, what, self.run.model, trained=self.iteration > 0, told=False)  # but counted
         scored = time.monotonic()
         advantage = self.advantages(scores, rollout, trees)
-        kept = self.kept(scores, rollout, trees)
+        kept = self.run.method.keep(scores, self.run.train.rewards, trees, rollout.edges)
         metrics = self.learner.optimize(iteration, rollout, ids, trees, advantage.values, kept)
         self.counts.settle(iteration, trees, rollout, kept)
         self.iteration = iteration
@@ -184,20 +169,12 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next iteration depends on."""
-        numbers = {
-            "optimizer_steps": self.learner.steps,
-            "seconds": self.seconds,
-            "counts": dict(self.counts),
-            "peak_mib": self.peak_mib,
-        }
+        numbers = {"seconds": self.seconds, "peak_mib": self.peak_mib, "counts": dict(self.counts)}
+        numbers["optimizer_steps"] = self.learner.steps
         return Checkpoint(self.iteration, self.learner.state(), numbers)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            UserError: if it does not fit this run's parameters.
-        """
+        """Go on from a checkpoint; UserError if it does not fit this run's parameters."""
         numbers = checkpoint.numbers
         self.learner.restore(checkpoint.tensors, numbers["optimizer_steps"])
         self.iteration = checkpoint.iteration

@@ -34,11 +34,10 @@ low turn over by chance."""
 
 
 def training_warnings(run: RunConfig, history: History) -> dict[str, str]:
-    """What is wrong with a run so far: kind -> one sentence; empty for a healthy one.
+    """What is wrong with a run so far: kind -> one sentence.
 
     Kinds: ``equal_rewards`` (with several trained rewards also ``equal_rewards/<name>``),
-    ``no_gradient``, ``unmoved``, and ``bound/<monitor>`` for each bound that the last monitor
-    crosses.
+    ``no_gradient``, ``unmoved``, and ``bound/<monitor>`` where the last monitor crosses a bound.
     """
     steps = [m for _, m in history if "groups" in m]
     equal = [_number(m, "groups_masked") >= _number(m, "groups") for m in steps]
@@ -62,14 +61,7 @@ def training_warnings(run: RunConfig, history: History) -> dict[str, str]:
 
 
 def warnings_in(metrics: Path, run: RunConfig) -> dict[str, str]:
-    """The same of a finished run.
-
-    Args:
-        metrics: its ``train_metrics.parquet``.
-
-    Raises:
-        UserError: if that is missing or damaged.
-    """
+    """The same of a finished run by its ``train_metrics.parquet``; UserError if that is damaged."""
     history: dict[int, dict[str, float | None]] = {}
     for row in read_table(metrics, TRAIN_METRICS).to_pylist():
         history.setdefault(row["iteration"], {})[row["metric"]] = row["value"]
@@ -87,15 +79,14 @@ def beyond_bounds(run: RunConfig, history: History) -> dict[str, str]:
 def crossed(bounds: Mapping[str, Bound], now: Metrics, start: Metrics) -> dict[str, str]:
     """Monitors beyond their bound: name -> what happened, in words.
 
-    A monitor that is NaN, because all its scores failed, is beyond any bound, but cannot fall from
-    what was NaN before.
+    One that is NaN, as all its scores failed, is beyond any bound, but cannot fall from NaN.
     """
     out = {}
     for name, bound in bounds.items():
         if f"monitor/{name}" not in now:
             continue
         value, base = (_number(m, f"monitor/{name}") for m in (now, start))
-        limits = {"least": bound.least, "fall": None, "collapse": None}
+        limits = {"least": bound.least}
         if bound.fall is not None:
             limits["fall"] = base - bound.fall
         if bound.collapse is not None:
@@ -117,10 +108,8 @@ def crossed(bounds: Mapping[str, Bound], now: Metrics, start: Metrics) -> dict[s
 def _honest_fall(collapse: float, name: str, now: Metrics, start: Metrics) -> float:
     """How far a monitor may fall: by ``collapse`` stds of its scores (Cohen's d), and by what noise
     does to means of so few (Student's t); infinite where they are too few, NaN where unknown."""
-    (s0, n0), (s1, n1) = (
-        (_number(m, f"monitor_std/{name}"), _number(m, f"monitor_count/{name}"))
-        for m in (start, now)
-    )
+    s0, s1 = (_number(m, f"monitor_std/{name}") for m in (start, now))
+    n0, n1 = (_number(m, f"monitor_count/{name}") for m in (start, now))
     if min(n0, n1) < FEWEST:
         return math.inf
     noise = float(stdtrit(n0 + n1 - 2, 1 - CHANCE)) * math.sqrt(s0**2 / n0 + s1**2 / n1)
@@ -128,29 +117,26 @@ def _honest_fall(collapse: float, name: str, now: Metrics, start: Metrics) -> fl
 
 
 def _equal_rewards(run: RunConfig, steps: Sequence[Metrics], equal: list[bool]) -> dict[str, str]:
-    n, of = len(steps), "had equal rewards"
+    n, of, kind = len(steps), "had equal rewards", "equal_rewards"
     if any(_number(m, "samples_invalid") > 0 for m in steps):
         of += " or fewer than two valid scores"
     groups, masked = (sum(_number(m, k) for m in steps) for k in ("groups", "groups_masked"))
     out = {}
     if _matters(sum(equal), steps):
-        out["equal_rewards"] = (
-            f"in {sum(equal)} of {n} iterations all groups {of}, so nothing was learned"
-        )
+        out[kind] = f"in {sum(equal)} of {n} iterations all groups {of}, so nothing was learned"
     elif masked > groups / 2:
-        out["equal_rewards"] = f"{masked:.0f} of {groups:.0f} groups {of}, which taught nothing"
+        out[kind] = f"{masked:.0f} of {groups:.0f} groups {of}, which taught nothing"
     for name in run.train.rewards if len(run.train.rewards) > 1 else ():
         applied = [m for m in steps if _number(m, f"reward_valid/{name}") != 0]
         flat = sum(not _number(m, f"reward_std/{name}") > 0 for m in applied)
         if steps and not applied:
-            out[f"equal_rewards/{name}"] = (
-                f"no image of {n} iterations has a valid score of {name}, which taught nothing"
-            )
+            text = f"no image of {n} iterations has a valid score of {name}"
         elif _matters(flat, applied) and flat > sum(equal):
-            out[f"equal_rewards/{name}"] = (
-                f"in {flat} of the {len(applied)} iterations with a valid score of {name} all "
-                f"groups {of} of it, which taught nothing"
-            )
+            text = f"in {flat} of the {len(applied)} iterations with a valid score of {name} all "
+            text += f"groups {of} of it"
+        else:
+            continue
+        out[f"{kind}/{name}"] = f"{text}, which taught nothing"
     return out
 
 
