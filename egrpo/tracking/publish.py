@@ -10,13 +10,13 @@ from egrpo.settings import without_password
 from egrpo.store.files import read_json, write_json
 from egrpo.store.tables import RESULTS, read_table
 from egrpo.study.layout import Layout
-from egrpo.tracking import client as tracking
+from egrpo.tracking.address import in_one_line, study_uri
+from egrpo.tracking.client import mark_superseded, open_client
 from egrpo.tracking.deliver import finish, send_files, send_note
 from egrpo.tracking.notes import STUDY_NOTE
-from egrpo.tracking.prepare import ensure, study_uri
-from egrpo.tracking.publish_evaluation import EvaluationFiles, send_evaluation
+from egrpo.tracking.prepare import ensure
+from egrpo.tracking.publish_evaluation import send_evaluation
 from egrpo.tracking.publish_run import publish_run
-from egrpo.tracking.superseded import mark_superseded
 
 
 def publish(at: Layout, store: Path, table: Path, output: Path) -> None:
@@ -31,17 +31,18 @@ def publish(at: Layout, store: Path, table: Path, output: Path) -> None:
     Raises:
         UserError: a result is missing, or the server is away.
     """
-    uri = study_uri(at.study, read_json(store)["uri"])
+    study = at.study
+    uri = study_uri(study, read_json(store)["uri"])
+    later = "all results are on disk, running again delivers what is missing"
     try:
-        ids = ensure(uri, at.study, timeout=60, retries=3)
+        ids = ensure(uri, study, timeout=60, retries=3)
     except ConnectionError as error:
-        raise _away(str(error)) from None
+        raise UserError(f"{error}; {later}") from None
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
 
-    client = tracking.open_client(uri, timeout=60, retries=3)
+    client = open_client(uri, timeout=60, retries=3)
     experiment, parent = str(ids["experiment_id"]), str(ids["parent_run_id"])
-    study = at.study
     comparison = read_table(table, RESULTS).to_pylist()
     found: dict[str, str] = {}
     current: set[str] = set()
@@ -53,17 +54,12 @@ def publish(at: Layout, store: Path, table: Path, output: Path) -> None:
             found[name] = sent[0]
             current.update(sent)
         mark_superseded(client, experiment, study.runs, current)
-        bases = [EvaluationFiles.base(run, at) for run in study.runs.values()]
-        for base in {files.folder: files for files in reversed(bases)}.values():
-            send_evaluation(client, experiment, base, parent, INK)
+        for run in {at.base(run.run): run for run in reversed(study.runs.values())}.values():
+            send_evaluation(client, experiment, run, at, parent, INK)
         for folder in ("tables", "figures"):
             send_files(client, parent, folder, [at.root / folder])
         send_note(client, parent, STUDY_NOTE)
         finish(client, parent)
     except (MlflowException, RequestException) as error:
-        raise _away(f"{tracking.in_one_line(uri)}: {tracking.in_one_line(error)}") from None
+        raise UserError(f"{in_one_line(uri)}: {in_one_line(error)}; {later}") from None
     write_json(output, {**found, "uri": without_password(uri), "experiment_id": experiment})
-
-
-def _away(text: str) -> UserError:
-    return UserError(f"{text}; all results are on disk, running again delivers what is missing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,10 @@ from egrpo.store.files import read_json
 from egrpo.store.tables import TRAIN_METRICS, read_table
 from egrpo.study.layout import Layout
 from egrpo.study.sharing import shown_yaml, without_secrets
-from egrpo.tracking import client as tracking
+from egrpo.tracking.client import find_or_create_run, tag_warnings
+from egrpo.tracking.curves import deliver, images_held, send_images
 from egrpo.tracking.deliver import (
     finish,
-    send_colour,
     send_datasets,
     send_files,
     send_model,
@@ -25,7 +24,7 @@ from egrpo.tracking.deliver import (
     send_text,
 )
 from egrpo.tracking.notes import run_note
-from egrpo.tracking.publish_evaluation import EvaluationFiles, send_evaluation
+from egrpo.tracking.publish_evaluation import send_evaluation
 from egrpo.train.warnings import warnings_in
 
 if TYPE_CHECKING:
@@ -61,25 +60,26 @@ def publish_run(
     key = read_json(folder / "train.json").get("key")
     if not key:
         raise UserError(f"{folder / 'train.json'}: `key` is missing; train the run again")
-    run_id = tracking.find_or_create_run(client, experiment, run, key, parent)
-    tracking.deliver(client, run_id, _lines(at, run.run, key))
-    sent = tracking.images_held(client, run_id)
-    tracking.send_images(client, run_id, folder / "monitor", sent)
-    tracking.tag_warnings(client, run_id, warnings_in(folder / "metrics.parquet", run))
-    send_datasets(client, run_id, _inputs(run, at), run.prompts.column)
+    run_id = find_or_create_run(client, experiment, run, key, parent)
+    deliver(client, run_id, _lines(at, run.run, key))
+    send_images(client, run_id, folder / "monitor", images_held(client, run_id))
+    tag_warnings(client, run_id, warnings_in(folder / "metrics.parquet", run))
+    inputs = {Path(run.prompts.train): "training", Path(run.prompts.heldout): "monitoring"}
+    if needs_plan(run) and at.profile(run.run).exists():
+        inputs[at.profile(run.run)] = "planning"
+    send_datasets(client, run_id, inputs, run.prompts.column)
     send_text(client, run_id, "config.yaml", shown_yaml(run, *without_secrets(run)))
     records = [folder / f for f in ("plan.json", "train.json")]
     send_files(client, run_id, "", [f for f in records if f.exists()])
     model = send_model(client, experiment, run_id, run, folder / "adapter")
-    files = EvaluationFiles.trained(run, at)
-    evaluation = send_evaluation(client, experiment, files, run_id, colour, comparison, model)
-    send_colour(client, run_id, colour)
+    given = run, at, run_id, colour, comparison, model
+    evaluation = send_evaluation(client, experiment, *given)
     send_note(client, run_id, run_note(run, comparison, model))
-    finish(client, run_id)
+    finish(client, run_id, colour)
     return run_id, evaluation
 
 
-def _lines(at: Layout, run: str, key: str) -> Iterable[Row]:
+def _lines(at: Layout, run: str, key: str) -> list[Row]:
     """The table of metrics as journal lines, with the journal's times while it exists.
 
     Equal times let MLflow itself refuse a second copy of what a slow server took late.
@@ -91,16 +91,6 @@ def _lines(at: Layout, run: str, key: str) -> Iterable[Row]:
     for row in read_table(file, TRAIN_METRICS).to_pylist():
         step = row["iteration"]
         stamp = times.get(step) or file.stat().st_mtime
-        line = lines.setdefault(
-            step, {"iteration": step, "time": stamp, "nfe": row["nfe"], "metrics": {}}
-        )
-        line["metrics"][row["metric"]] = row["value"]
-    return lines.values()
-
-
-def _inputs(run: RunConfig, at: Layout) -> dict[Path, str]:
-    """Prompt files and entropy profile, with what each is for."""
-    files = {Path(run.prompts.train): "training", Path(run.prompts.heldout): "monitoring"}
-    if needs_plan(run) and at.profile(run.run).exists():
-        files[at.profile(run.run)] = "planning"
-    return files
+        new = {"iteration": step, "time": stamp, "nfe": row["nfe"], "metrics": {}}
+        lines.setdefault(step, new)["metrics"][row["metric"]] = row["value"]
+    return list(lines.values())
