@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts, train_prompts
-from egrpo.config.rewards import Custom, RewardSettings
+from egrpo.config.rewards import AnyReward, Custom
 from egrpo.errors import UserError, one_line
 from egrpo.ops.checks import problems
 from egrpo.ops.clean import leftovers, size_of, summary
@@ -161,7 +161,7 @@ def _device(name: str) -> Told:
         yield "ok", f"{name}: {device.type}, {free:.1f} GiB free"
 
 
-def _reward(name: str, settings: RewardSettings, run: RunConfig) -> Told:
+def _reward(name: str, settings: AnyReward, run: RunConfig) -> Told:
     """Whether its weights fit; a function of the user's must score the first held-out prompt."""
     import torch
 
@@ -170,7 +170,7 @@ def _reward(name: str, settings: RewardSettings, run: RunConfig) -> Told:
     try:
         reward = load_reward(settings, "cpu")
         if not isinstance(settings, Custom):
-            yield "ok", f"{name}: {settings.model_dump()['kind']}"
+            yield "ok", f"{name}: {settings.kind}"
             return
         model, files = run.evaluation_model, run.prompts
         prompt = read_prompts(files.heldout, files.column)[0].text
