@@ -58,8 +58,7 @@ from egrpo.tracking.curves import deliver
 from egrpo.tracking.deliver import digest_of
 from egrpo.tracking.live import LiveTracker
 from egrpo.tracking.prepare import prepare
-from egrpo.tracking.publish import publish
-from egrpo.tracking.publish_run import publish_run
+from egrpo.tracking.publish import publish, publish_run
 from egrpo.tracking.ui import free_port, serve
 
 ROOT = Path(__file__).resolve().parents[1]

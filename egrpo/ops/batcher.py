@@ -63,12 +63,7 @@ class Batcher:
         threading.Thread(target=self._work, name=f"reward {name}", daemon=True).start()
 
     def admit(self, count: int) -> None:
-        """Look whether so many images may come.
-
-        Raises:
-            TooLarge: if they are more than ``limit``.
-            Busy: if more than ``limit`` would wait with them.
-        """
+        """Raise TooLarge for more images than may ever wait, Busy where too many would wait now."""
         if count > self.limit:
             raise TooLarge(f"{count} images in a request, at most {self.limit} may wait (--limit)")
         if self.count + count > self.limit:

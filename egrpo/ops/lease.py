@@ -60,10 +60,7 @@ def take(count: int, ids: Sequence[str], folder: Path) -> list[tuple[str, int]] 
 def lease(count: int, command: Sequence[str], ids: Sequence[str] = ()) -> NoReturn:
     """Wait for ``count`` GPUs and become ``command`` with CUDA_VISIBLE_DEVICES set to them.
 
-    Args:
-        count: GPUs that the command needs.
-        command: program and arguments.
-        ids: GPUs to choose from; none means :func:`present`.
+    ``ids`` are GPUs to choose from; none means :func:`present`.
 
     Raises:
         UserError: if there are fewer GPUs than that, or the command does not exist.

@@ -52,11 +52,9 @@ SMALL = 0.01
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated memory of a stage by item, GiB; rewards and CUDA's context come on top.
+    """Estimated memory of a stage by item, GiB, without rewards and CUDA's context.
 
-    Attributes:
-        fixed: what is there all the time.
-        phases: what comes on top of it in turn.
+    ``fixed`` is there all the time, ``phases`` come on top of it in turn.
     """
 
     fixed: Mapping[str, float]
@@ -156,10 +154,10 @@ def advice(run: RunConfig, stage: Stage, phase: str) -> str:
         return f"set {', or '.join(named)}" if named else "use a larger GPU"
     parts = read_part(folder, "transformer"), read_part(folder, "vae")
     before = memory(run, *parts, stage).during(phase)
-    saved = []
-    for key, value, *texts in tried:
-        less = before - memory(with_setting(run, key, value), *parts, stage).during(phase)
-        saved.append((less, *texts))
+    saved: list[tuple[float, str, str]] = []
+    for key, value, setting, now in tried:
+        after = memory(with_setting(run, key, value), *parts, stage).during(phase)
+        saved.append((before - after, setting, now))
     for name, reward in run.rewards.items():  # those that share the model's GPU could leave it
         if getattr(reward, "device", "elsewhere") is None:
             size = sum(Path(p).stat().st_size for p in reward.files.values() if Path(p).is_file())

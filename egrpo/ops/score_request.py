@@ -64,12 +64,7 @@ class Share:
         self.hold(0)
 
     def hold(self, count: int) -> None:
-        """Hold so many bytes from now on.
-
-        Raises:
-            TooLarge: if they are more than all.
-            Busy: if others hold too many.
-        """
+        """Hold so many bytes from now on; TooLarge if nobody may, Busy if others hold too many."""
         with self.memory.lock:
             held, most = self.memory.held - self.held + count, self.memory.most
             if count > max(self.held, most):
@@ -86,11 +81,7 @@ def mib(count: int) -> str:
 
 
 def parsed(body: bytearray) -> ScoreRequest:
-    """The request in it; the bytes are gone afterwards.
-
-    Raises:
-        ValueError: saying what is wrong, without what was sent.
-    """
+    """The request in it; the bytes are gone afterwards. ValueError without what was sent."""
     if sum(map(body.count, (b",", b"[", b"{"))) > PARTS:
         raise ValueError(f"JSON of more than {PARTS} parts")
     try:

@@ -90,8 +90,7 @@ def make_app(
     Args:
         models: by the name that clients ask for.
         token: what ``Authorization: Bearer`` must hold; None asks for nothing.
-        batch: most images scored together.
-        limit: most images that wait for one reward.
+        batch, limit: most images scored together, and that wait for one reward.
         request_mib: most MiB of one request, and of its images once decoded.
         waiting_mib: most MiB of all requests that are read, decoded or waiting.
         side: most pixels of an image's side.
@@ -148,10 +147,9 @@ def serve(
     """Load rewards of a study and serve them until the process is ended.
 
     Args:
-        paths: the study's YAML; further files are laid over it.
         names: which of its rewards; none means all that are not remote themselves.
-        host, port: address; another host than this one needs a token.
-        token_file: file with the token that clients must send.
+        host: another than this machine needs a token.
+        token_file: holds the token that clients must send.
         device: for rewards that name none.
         bounds: see :func:`make_app`.
 

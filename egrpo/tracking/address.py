@@ -16,10 +16,7 @@ DATABASES = ("postgresql", "mysql", "mssql")
 
 
 def study_uri(study: Study, default: str | None = None) -> str:
-    """The one tracking URI of a study: ``tracking.uri``, else MLFLOW_TRACKING_URI, else a default.
-
-    Args:
-        default: None: the SQLite file in the results folder.
+    """The one tracking URI of a study; ``default`` None is the SQLite file among its results.
 
     Raises:
         UserError: if its runs name several; see :func:`resolve_uri`.
@@ -34,8 +31,8 @@ def resolve_uri(setting: str | None, default: str) -> str:
     """The tracking URI: ``tracking.uri``, else MLFLOW_TRACKING_URI, else ``default``.
 
     Raises:
-        UserError: if it is none that MLflow knows here: a folder, in which MLflow no longer keeps
-            its store, another kind of address, or a database without its driver.
+        UserError: if MLflow does not know it here: a folder, another kind of address, or a
+            database without its driver.
     """
     uri = setting or os.environ.get("MLFLOW_TRACKING_URI") or default
     where = "tracking.uri" if setting else "MLFLOW_TRACKING_URI"

@@ -51,8 +51,7 @@ def open_client(uri: str, timeout: int = 10, retries: int = 1) -> MlflowClient:
     """A client, with ``timeout`` in seconds and ``retries`` for each request to a server.
 
     Raises:
-        UserError: if the SQLite file is not there. It is never created here: several first users
-            at once break the creation of its tables.
+        UserError: if the SQLite file is not there; only :mod:`egrpo.tracking.prepare` makes it.
     """
     configure(timeout, retries)
     from mlflow import MlflowClient
@@ -64,17 +63,17 @@ def open_client(uri: str, timeout: int = 10, retries: int = 1) -> MlflowClient:
 
 
 def find_or_create_study(client: MlflowClient, uri: str, study: str) -> tuple[str, str]:
-    """Ids of a study's experiment and of its parent run, made where they are missing."""
+    """Ids of a study's experiment and of its parent run, made where they are missing.
+
+    Raises:
+        UserError: if the experiment was deleted in MLflow.
+    """
     experiment = _find_or_create_experiment(client, study, artifact_folder(uri, study))
     return experiment, find_or_create(client, experiment, "study", study, study, {}).info.run_id
 
 
 def _find_or_create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    """Its id, also when another process creates it at the same time.
-
-    Raises:
-        UserError: if it was deleted in MLflow.
-    """
+    """Its id, also when another process creates it at the same time."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -226,14 +225,10 @@ def safe_name(name: str) -> str:
 def mark_superseded(
     client: MlflowClient, experiment: str, runs: Collection[str], current: Collection[str]
 ) -> None:
-    """Tag what a later training or evaluation of the same run has replaced, which stays.
+    """Give what a later training or evaluation of these runs replaced the kind ``superseded``.
 
-    Its ``kind`` becomes ``superseded``, which no saved view asks for. What replaces what is known
-    only when the results are: at each delivery.
-
-    Args:
-        runs: run ids, as in the tag ``run``.
-        current: MLflow's ids of what was delivered of them now; they get their own kind again.
+    No saved view asks for it. ``current``: MLflow's ids of what was delivered of them now, which
+    have, or get again, their own kind.
     """
     for record in client.search_runs(
         [experiment], "tags.`egrpo.kind` != 'study'", max_results=MOST_RECORDS

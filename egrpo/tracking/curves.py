@@ -35,10 +35,9 @@ class Held:
 
 
 def held(client: MlflowClient, run_id: str, wanted: Collection[int] | None = None) -> Held:
-    """Ask the server. Needed once per connection, and again after a failed delivery.
+    """Ask the server; where all ``wanted`` iterations are complete, nothing more is asked.
 
-    Args:
-        wanted: where all of these iterations are complete, nothing more is asked.
+    Needed once per connection, and again after a failed delivery.
     """
     names = set(client.get_run(run_id).data.metrics)
     if not names:
@@ -62,14 +61,11 @@ def deliver(
     lines: Sequence[Mapping[str, Any]],
     known: Held | None = None,
 ) -> int:
-    """Send the metrics of all iterations that the server does not have complete.
+    """Send the metrics of all iterations that the server does not have complete; their number.
 
     Args:
         lines: as in the journal; ``time`` in seconds since 1970 is optional.
         known: what the server holds, updated in place; asked for if None.
-
-    Returns:
-        Number of iterations that were sent.
     """
     known = held(client, run_id, {x["iteration"] for x in lines}) if known is None else known
     missing = {x["iteration"]: x for x in reversed(lines) if x["iteration"] not in known.done}

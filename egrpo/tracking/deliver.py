@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 
 def finish(client: MlflowClient, run_id: str, colour: str | None = None) -> None:
-    """Set the status, unless it is set, and the colour in MLflow's charts, unless it has one.
-
-    Without a colour runs get one by chance.
-    """
+    """Set the status, and the colour in MLflow's charts, which would be chance, unless set."""
     record = client.get_run(run_id)
     if colour and "mlflow.runColor" not in record.data.tags:
         client.set_tag(run_id, "mlflow.runColor", colour)
@@ -124,10 +121,7 @@ def _folder(name: Path) -> str | None:
 def send_datasets(
     client: MlflowClient, run_id: str, files: Mapping[Path, str], column: str
 ) -> None:
-    """Log inputs of a run: file -> what it is for; ``column`` names the prompts of a prompt file.
-
-    MLflow shows them, with a digest of their contents.
-    """
+    """Log inputs of a run: file -> what it is for; ``column`` is that of prompts."""
     inputs = client.get_run(run_id).inputs.dataset_inputs
     held = {(i.dataset.name, i.dataset.digest) for i in inputs}
     datasets = [_dataset(file, context, column) for file, context in files.items()]

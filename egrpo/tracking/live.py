@@ -39,9 +39,8 @@ class LiveTracker:
     not be delivered is still in the journal, for the next attempt or for ``publish``.
 
     Args:
-        run, key: resolved settings, and the key of the training state, which names the MLflow run.
+        key: of the training state; it names the MLflow run.
         store: JSON file written by ``prepare``.
-        journal: append-only record of the run (:mod:`egrpo.store.journal`).
         images: folder of monitor grids ``iteration-000010.png``, each written atomically.
 
     Attributes:

@@ -51,9 +51,6 @@ def _store(uri: str, experiment: str | None, parent: str | None) -> Store:
 def ensure(uri: str, study: Study, timeout: int = 10, retries: int = 1) -> Store:
     """Tables, experiment, its views and parent run, each created only if missing.
 
-    Args:
-        timeout, retries: seconds and repetitions of each request to a server.
-
     Raises:
         UserError: as :func:`prepare`.
         ConnectionError: if the server cannot be reached or refuses, in one line.

@@ -33,8 +33,8 @@ def serve(store: Path, port: int, made_by: str) -> None:
 
     Args:
         store: JSON file written by ``prepare``.
-        port: wanted port; a free one is taken if it is in use.
-        made_by: command that makes the store, for messages.
+        port: wanted; a free one is taken if it is in use.
+        made_by: command that makes the store.
 
     Raises:
         UserError: if there is no store yet, or MLflow does not start.
