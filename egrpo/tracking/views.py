@@ -144,13 +144,10 @@ def _curve(metric: str, axis: str) -> JsonObject:
         "selectedMetricKeys": [metric],
         "xAxisKey": axis,
         "selectedXAxisMetricKey": "nfe" if axis == "metric" else "",
-        "useGlobalXaxisKey": False,
         "useGlobalLineSmoothing": True,
-        "lineSmoothness": 0,
         "xAxisScaleType": "linear",
         "scaleType": "linear",
         "range": {},
         "yAxisKey": "metric",
         "yAxisExpressions": [],
-        "ignoreOutliers": False,
     }
