@@ -19,6 +19,7 @@ from egrpo.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from egrpo.study.layout import Layout
 
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -42,12 +43,15 @@ class OneLineErrors(click.Group):
             from egrpo.store.files import refused
 
             told = refused(error)
-            if told is None:
-                if not sys.stderr.isatty():
-                    raise
-                _show_traceback()
+            if told is not None:
+                _say(str(told))
+            elif sys.stderr.isatty():
+                from rich.console import Console
+
+                Console(stderr=True).print_exception(suppress=[click])
                 sys.exit(1)
-            _say(str(told))
+            else:
+                raise
         sys.exit(2)
 
 
@@ -61,12 +65,6 @@ def _say(message: str) -> None:
 
     panel = Panel(Text(message), title="egrpo", title_align="left", border_style="red")
     Console(stderr=True).print(panel)
-
-
-def _show_traceback() -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print_exception(suppress=[click])
 
 
 def _reach_this_machine_directly() -> None:
@@ -114,38 +112,50 @@ def plan_command(**options: Any) -> None:
     click.echo(plan_text(**options))
 
 
-# as in config.layout, whose import would slow the shell's completion down
+# as in egrpo.errors, whose import would slow the shell's completion down
 DEFAULT = Path("config/config.yaml")
-STUDY = click.argument(
-    "configs", type=FILE, nargs=-1, callback=lambda ctx, param, given: given or (DEFAULT,)
-)
 
-
-@main.command("cost")
-@STUDY
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-def cost_command(configs: tuple[Path, ...], as_json: bool) -> None:
-    """Network evaluations of each run of a study, before it runs. Needs no torch.
+CONFIGS_HELP = """
 
     CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
     `snakemake --configfile` does.
     """
-    from egrpo.ops.cost import cost_table, study_cost
+
+
+def _of_study(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A command about the study in the files CONFIGS."""
+    given = click.argument(
+        "configs", type=FILE, nargs=-1, callback=lambda ctx, param, given: given or (DEFAULT,)
+    )
+
+    def made(function: Callable[..., None]) -> click.Command:
+        function.__doc__ = f"{(function.__doc__ or '').rstrip()}{CONFIGS_HELP}"
+        return main.command(name)(given(function))
+
+    return made
+
+
+def _layout(configs: tuple[Path, ...]) -> Layout:
+    from egrpo.study.layout import Layout
     from egrpo.study.resolve import load_study
 
-    study = load_study(*configs)
+    return Layout(load_study(*configs))
+
+
+@_of_study("cost")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def cost_command(configs: tuple[Path, ...], as_json: bool) -> None:
+    """Network evaluations of each run of a study, before it runs. Needs no torch."""
+    from egrpo.ops.cost import cost_table, study_cost
+
+    study = _layout(configs).study
     click.echo(json.dumps(study_cost(study), indent=1) if as_json else cost_table(study))
 
 
-@main.command("doctor")
-@STUDY
+@_of_study("doctor")
 @click.option("--skip-rewards", is_flag=True, help="Do not load the reward models.")
 def doctor_command(configs: tuple[Path, ...], skip_rewards: bool) -> None:
-    """Check a study before a long run: one line each, exit status 1 if one of them fails.
-
-    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
-    `snakemake --configfile` does.
-    """
+    """Check a study before a long run: one line each, exit status 1 if one of them fails."""
     from egrpo.ops.doctor import doctor
 
     failed = False
@@ -155,8 +165,7 @@ def doctor_command(configs: tuple[Path, ...], skip_rewards: bool) -> None:
     sys.exit(1 if failed else 0)
 
 
-@main.command("clean")
-@STUDY
+@_of_study("clean")
 @click.option("--yes", is_flag=True, help="Remove what is listed.")
 def clean_command(configs: tuple[Path, ...], yes: bool) -> None:
     """List what earlier settings of a study left in its folder; with --yes, remove it.
@@ -164,15 +173,10 @@ def clean_command(configs: tuple[Path, ...], yes: bool) -> None:
     Settings, embeddings, profiles, evaluations of the base model, runs with their results, and
     states of training that no run of today's settings wants. Two studies that share a folder have
     different `study` names; files of one that has the same name count as earlier ones.
-
-    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
-    `snakemake --configfile` does.
     """
     from egrpo.ops.clean import leftovers, remove, summary
-    from egrpo.study.layout import Layout
-    from egrpo.study.resolve import load_study
 
-    at = Layout(load_study(*configs))
+    at = _layout(configs)
     found = leftovers(at)
     if yes:
         remove(at, found)
@@ -181,6 +185,29 @@ def clean_command(configs: tuple[Path, ...], yes: bool) -> None:
     again = shlex.join(["egrpo", "clean", *map(str, configs), "--yes"])
     said = "removed" if yes else f"`{again}` removes them"
     click.echo(f"{at.root}: {summary(found)}{f': {said}' if found else ''}")
+
+
+@_of_study("status")
+def status_command(configs: tuple[Path, ...]) -> None:
+    """Say of each run what is done, what is to do, and what of it a change has made stale."""
+    from egrpo.ops.status import status
+
+    for line in status(_layout(configs)):
+        click.echo(line)
+
+
+@_of_study("keep")
+@click.option("--run", "runs", multiple=True, help="Run; given again, several; left out: all.")
+def keep_command(configs: tuple[Path, ...], runs: tuple[str, ...]) -> None:
+    """Keep results that other code made, as if today's had: you say that they are the same.
+
+    Also takes over results of versions that did not record what they were computed from, if their
+    settings are today's. Settings and files that changed are never passed over.
+    """
+    from egrpo.ops.status import keep
+
+    for line in keep(_layout(configs), runs):
+        click.echo(line)
 
 
 @main.command("make", hidden=True)
@@ -204,42 +231,6 @@ def repeat_command(config: Path, plan: Path | None, output: Path) -> None:
     from egrpo.bundle.repeat import repeat
 
     repeat(config, plan, output)
-
-
-@main.command("status")
-@STUDY
-def status_command(configs: tuple[Path, ...]) -> None:
-    """Say of each run what is done, what is to do, and what of it a change has made stale.
-
-    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
-    `snakemake --configfile` does.
-    """
-    from egrpo.ops.status import status
-    from egrpo.study.layout import Layout
-    from egrpo.study.resolve import load_study
-
-    for line in status(Layout(load_study(*configs))):
-        click.echo(line)
-
-
-@main.command("keep")
-@STUDY
-@click.option("--run", "runs", multiple=True, help="Run; given again, several; left out: all.")
-def keep_command(configs: tuple[Path, ...], runs: tuple[str, ...]) -> None:
-    """Keep results that other code made, as if today's had: you say that they are the same.
-
-    Also takes over results of versions that did not record what they were computed from, if their
-    settings are today's. Settings and files that changed are never passed over.
-
-    CONFIGS: the study's YAML (left out: config/config.yaml); further files are laid over it, as
-    `snakemake --configfile` does.
-    """
-    from egrpo.ops.status import keep
-    from egrpo.study.layout import Layout
-    from egrpo.study.resolve import load_study
-
-    for line in keep(Layout(load_study(*configs)), runs):
-        click.echo(line)
 
 
 @main.command("lease", context_settings={"ignore_unknown_options": True})
@@ -294,10 +285,8 @@ def report_command(configs: tuple[Path, ...]) -> None:
     """Print the comparison of all runs with their base model."""
     from egrpo.errors import command
     from egrpo.report.report import print_report
-    from egrpo.study.layout import Layout
-    from egrpo.study.resolve import load_study
 
-    at = Layout(load_study(*configs))
+    at = _layout(configs)
     if not at.comparison.exists():
         raise UserError(f"{at.comparison}: no such file; `{command(configs)}` makes it")
     print_report(at.comparison)
@@ -309,13 +298,11 @@ def _runs_of_study(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Run ids for the shell; whatever is wrong with the settings, it says nothing."""
-    from egrpo.study.resolve import load_study
-
     try:
-        study = load_study(*(ctx.params.get("configs") or [DEFAULT]))
+        runs = _layout(ctx.params.get("configs") or (DEFAULT,)).study.runs
     except Exception:
         return []
-    return [CompletionItem(run) for run in study.runs if run.startswith(incomplete)]
+    return [CompletionItem(run) for run in runs if run.startswith(incomplete)]
 
 
 @main.command("export")
@@ -327,10 +314,8 @@ def _runs_of_study(
 def export_command(run: str, configs: tuple[Path, ...], output: Path | None, **says: Any) -> None:
     """Bundle the trained RUN for others: weights, settings, plan, scores, model card."""
     from egrpo.bundle.export import export
-    from egrpo.study.layout import Layout
-    from egrpo.study.resolve import load_study
 
-    folder = export(Layout(load_study(*configs)), run, output, configs=configs, **says)
+    folder = export(_layout(configs), run, output, configs=configs, **says)
     upload = shlex.join(["hf", "upload", "OWNER/NAME", str(folder)])
     click.echo(f"{folder}: ready to share, for example by `{upload}`")
 
@@ -350,8 +335,6 @@ def completion_command(shell: str) -> None:
 def ui_command(configs: tuple[Path, ...], port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
     from egrpo.errors import command
-    from egrpo.study.layout import Layout
-    from egrpo.study.resolve import load_study
     from egrpo.tracking.ui import serve
 
-    serve(Layout(load_study(*configs)).store, port, made_by=command(configs))
+    serve(_layout(configs).store, port, made_by=command(configs))

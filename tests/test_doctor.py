@@ -23,7 +23,8 @@ from egrpo.models import load_model
 from egrpo.models.conditioning import Embeddings
 from egrpo.models.families import SD3
 from egrpo.ops.disk import disk, monitor_bytes, record_bytes, trained_bytes
-from egrpo.ops.doctor import Finding, _attention, doctor
+from egrpo.ops.doctor import Finding, doctor
+from egrpo.ops.doctor_model import attention, model_findings
 from egrpo.ops.memory import GIB, lora_parameters, memory
 from egrpo.planning.trees import check_trees
 from egrpo.store.weights import read_part
@@ -500,12 +501,9 @@ def test_a_preset_runs_with_the_paths_of_model_and_rewards(
 @pytest.mark.parametrize(
     ("dtype", "said"), [("bfloat16", "flash; efficient where"), ("float32", "efficient; efficient")]
 )
-def test_kernel_of_attention_is_said(
-    monkeypatch: pytest.MonkeyPatch, dtype: str, said: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = small_run("egrpo").model
-    model = config.model_copy(update={"device": "cuda", "dtype": dtype})
-    (found,) = _attention(model, read_part(Path(model.path), "transformer"))
-    assert said in found.text
-    assert list(_attention(config, read_part(Path(model.path), "transformer"))) == []
+def test_kernel_of_attention_is_said(dtype: str, said: str) -> None:
+    model = small_run("egrpo").model.model_copy(update={"dtype": dtype})
+    found = attention(model, read_part(Path(model.path), "transformer"), (9, 0))
+    assert said in found[2]
+    here = small_run("egrpo", **{"model.device": "cpu", "model.dtype": dtype})
+    assert [what for _, what, _ in model_findings(here)] == ["model", "memory"]

@@ -21,7 +21,8 @@ from egrpo.store.files import read_json
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
 from egrpo.tracking import client as tracking
-from egrpo.tracking.client import deliver, open_client
+from egrpo.tracking.client import open_client
+from egrpo.tracking.curves import deliver
 from egrpo.tracking.prepare import prepare
 from egrpo.tracking.publish import publish
 from egrpo.tracking.views import TRAINING, address

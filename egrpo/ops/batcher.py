@@ -63,23 +63,14 @@ class Batcher:
         threading.Thread(target=self._work, name=f"reward {name}", daemon=True).start()
 
     def admit(self, count: int) -> None:
-        """Look whether so many images may come.
-
-        Raises:
-            TooLarge: if they are more than ``limit``.
-            Busy: if more than ``limit`` would wait with them.
-        """
+        """Raise TooLarge for more images than may ever wait, Busy where too many would wait now."""
         if count > self.limit:
             raise TooLarge(f"{count} images in a request, at most {self.limit} may wait (--limit)")
         if self.count + count > self.limit:
             raise Busy
 
     def submit(self, images: Tensor, prompts: list[str]) -> Waiting:
-        """Let images wait for their scores.
-
-        Raises:
-            TooLarge, Busy: see :meth:`admit`.
-        """
+        """Let images wait for their scores; raises as :meth:`admit`."""
         with self.lock:
             self.admit(len(images))
             self.count += len(images)
@@ -90,39 +81,32 @@ class Batcher:
     def _work(self) -> None:
         left: Waiting | None = None
         while True:
-            left = self._round(left)
+            together, left = [left or self._next(wait=True)], None
+            outcomes: list[list[float] | Exception]
+            try:
+                left = self._add_what_fits(together)
+                outcomes = self._outcomes(together)
+            except BaseException as error:  # no memory for a list, say: the thread lives on
+                outcomes = [RewardFailedError(type(error).__name__)] * len(together)
+            for waiting, outcome in zip(together, outcomes, strict=True):
+                self._finish(waiting, outcome)
 
-    def _round(self, left: Waiting | None) -> Waiting | None:
-        """Score what waits and fits together; the request after it, if that was taken already."""
-        together, following = [left or self._next(wait=True)], None
-        outcomes: list[list[float] | Exception]
-        try:
-            size = len(together[0].images)
-            while size < self.batch and following is None:
-                try:
-                    following = self._next(wait=False)
-                except queue.Empty:
-                    break
-                size += len(following.images)
-                if (
-                    size <= self.batch
-                    and following.images.shape[1:] == together[0].images.shape[1:]
-                ):
-                    together.append(following)
-                    following = None
-            outcomes = self._outcomes(together)
-        except BaseException as error:  # no memory for a list, say: the thread lives on
-            outcomes = [RewardFailedError(type(error).__name__)] * len(together)
-        for waiting, outcome in zip(together, outcomes, strict=True):
-            self._finish(waiting, outcome)
-        return following
+    def _add_what_fits(self, together: list[Waiting]) -> Waiting | None:
+        """Add what waits to a batch; the first that does not fit, if it was taken already."""
+        size, first = len(together[0].images), together[0].images
+        while size < self.batch:
+            try:
+                following = self._next(wait=False)
+            except queue.Empty:
+                break
+            size += len(following.images)
+            if size > self.batch or following.images.shape[1:] != first.shape[1:]:
+                return following
+            together.append(following)
+        return None
 
     def _next(self, *, wait: bool) -> Waiting:
-        """The next request that somebody still wants.
-
-        Raises:
-            queue.Empty: if there is none.
-        """
+        """The next request that somebody still wants; raises queue.Empty."""
         while (waiting := self.queue.get(wait)).abandoned:
             self._finish(waiting, [])
         return waiting
@@ -140,13 +124,11 @@ class Batcher:
         try:
             images = torch.cat([w.images for w in together])
             values = self._scores(images, [prompt for w in together for prompt in w.prompts])
-        except BaseException as error:  # sys.exit in a reward's code too: the clients are told
-            failed = self._said(error, alone=len(together) == 1)
-        else:
             given = iter(values.tolist())
             return [list(islice(given, len(w.prompts))) for w in together]
-        if len(together) == 1:
-            return [failed]
+        except BaseException as error:  # sys.exit in a reward's code too: the clients are told
+            if len(together) == 1:
+                return [self._told(error)]
         return [self._outcomes([w])[0] for w in together]
 
     def _scores(self, images: Tensor, prompts: list[str]) -> npt.NDArray[np.float64]:
@@ -161,29 +143,23 @@ class Batcher:
             torch.cuda.empty_cache()
         if not self.halved:
             self.halved = True
-            say(f"{self.name}: no memory for {len(images)} images at once, so by halves; lower "
-                "--batch, or `batch` of the reward")  # fmt: skip
+            lower = "lower --batch, or `batch` of the reward"
+            _say(f"{self.name}: no memory for {len(images)} images at once, so by halves; {lower}")
         half = len(images) // 2
-        return np.concatenate(
-            [
-                self._scores(images[:half], prompts[:half]),
-                self._scores(images[half:], prompts[half:]),
-            ]
-        )
+        halves = slice(half), slice(half, None)
+        return np.concatenate([self._scores(images[part], prompts[part]) for part in halves])
 
-    def _said(self, error: BaseException, *, alone: bool) -> Exception:
+    def _told(self, error: BaseException) -> Exception:
         """The error without its traceback, which would keep the images; failures are said."""
         if isinstance(error, UserError):
             return UserError(str(error))
         reason = printable(f"{type(error).__name__}: {error}")
-        if alone:
-            frames = traceback.extract_tb(error.__traceback__)
-            where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
-            say(f"{self.name}: {reason}{where}")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        _say(f"{self.name}: {reason} ({Path(frame.filename).name}, line {frame.lineno})")
         return RewardFailedError(reason)
 
 
-def say(text: str) -> None:
+def _say(text: str) -> None:
     """One line for who runs the service."""
     with suppress(OSError, ValueError):  # nobody reads it any more
         print(f"serve-rewards: {text}", file=sys.stderr, flush=True)

@@ -30,17 +30,17 @@ def problems(study: Study) -> Iterator[str]:
 
     Each once, with the first run that has it.
     """
-    seen: set[str] = set()
-    asked: set[str] = set()
-    for name, run in study.runs.items():
-        about = repr((run.model, run.prompts, run.rewards, run.train.rewards, run.evaluate))
-        if about in asked:  # a sweep's runs differ elsewhere
-            continue
-        asked.add(about)
+    said: set[str] = set()
+    # a sweep's runs differ elsewhere
+    asked = {
+        repr((r.model, r.prompts, r.rewards, r.train.rewards, r.evaluate)): r
+        for r in reversed(study.runs.values())
+    }
+    for run in reversed(asked.values()):
         for problem in (*size_problems(run), *reward_problems(run)):
-            if problem not in seen:
-                seen.add(problem)
-                yield f"{problem} (run {name})"
+            if problem not in said:
+                said.add(problem)
+                yield f"{problem} (run {run.run})"
 
 
 def reward_problems(run: RunConfig) -> Iterator[str]:

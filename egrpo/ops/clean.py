@@ -54,8 +54,8 @@ class Leftover:
 
 def leftovers(at: Layout) -> list[Leftover]:
     """What earlier settings left in the study's folder."""
-    found = [_leftover(path, parts) for path, parts in _superseded(at)]
-    return [one for one in found if one.parts]
+    found = [(path, parts) for path, parts in _superseded(at) if parts]
+    return [Leftover(path, parts, sum(map(size_of, parts))) for path, parts in found]
 
 
 def summary(found: list[Leftover]) -> str:
@@ -66,12 +66,7 @@ def summary(found: list[Leftover]) -> str:
     return f"{len(found)} files and folders of earlier settings, {size / 2**30:.2f} GiB"
 
 
-def _leftover(path: Path, parts: list[Path]) -> Leftover:
-    ours = tuple(part for part in parts if not part.is_symlink())
-    return Leftover(path, ours, sum(map(size_of, ours)))
-
-
-def _superseded(at: Layout) -> Iterator[tuple[Path, list[Path]]]:
+def _superseded(at: Layout) -> Iterator[tuple[Path, tuple[Path, ...]]]:
     """(file or folder, what a stage made of it).
 
     That a stage made something is known by its receipt, or by the log of its rule; of orders, by
@@ -81,35 +76,30 @@ def _superseded(at: Layout) -> Iterator[tuple[Path, list[Path]]]:
     orders = {order_of_run(at, run, write=False).name for run in runs}
     for path in _below(root / "settings", rf"{RUN}-{KEY}\.(json|yaml)"):
         if path.name not in orders and _is_old_order(path, at.study.name, orders):
-            yield path, [path]
+            yield path, (path,)
     for path in _below(root / ".made", r".+"):
-        yield path, [path]
+        yield path, (path,)
     shared = {
         "embed": {at.embeddings(run, which) for run in runs for which in SETS},
         "profile": {at.profile(run).parent for run in runs if needs_plan(runs[run])},
         "base": {at.base(run) for run in runs},
     }
     for stage, wanted in shared.items():
-        for name in _made(root, stage, RULES.get(stage, stage)):
+        for name in _made(root, stage, "evaluate_base" if stage == "base" else stage):
             path = at.outputs(stage, name)[0] if stage == "embed" else at.folder(stage, name)
-            if path in wanted or not re.fullmatch(KEY, name) or not path.exists():
-                continue
-            yield path, [path] if stage == "embed" else [*_below(path, FILES[SHARED[stage]])]
+            if path not in wanted and re.fullmatch(KEY, name) and not path.is_symlink():
+                files = (path,) if stage == "embed" else _below(path, FILES[SHARED[stage]])
+                yield path, tuple(file for file in files if file.exists())
     of_runs = _made(root, "train", "train", "plan", "run_config") | _made(root, "plan", "plan")
     for path in _below(root / "runs", RUN):
         if path.name not in runs and path.name in of_runs:
-            yield path, list(_below(path, FILES["runs"]))
+            yield path, _below(path, FILES["runs"])
     for folder in _below(root / "state", RUN):
-        if folder.name not in of_runs:
-            continue
-        kept = _states(at, folder.name) if folder.name in runs else set()
-        for path in _below(folder, KEY):
-            if path.name not in kept:
-                yield path, list(_below(path, STATE_FILES))
-
-
-RULES = {"base": "evaluate_base"}
-"""Rules that are not called as their stages."""
+        if folder.name in of_runs:
+            kept = _states(at, folder.name) if folder.name in runs else set()
+            for path in _below(folder, KEY):
+                if path.name not in kept:
+                    yield path, _below(path, STATE_FILES)
 
 
 def _made(root: Path, stage: str, *rules: str) -> set[str]:
@@ -135,13 +125,12 @@ def _is_old_order(path: Path, study: str, orders: set[str]) -> bool:
     return {"settings", "identities"} <= found.keys()
 
 
-def _below(folder: Path, pattern: str) -> Iterator[Path]:
+def _below(folder: Path, pattern: str) -> tuple[Path, ...]:
     """Entries of a folder of these names; none of a link, and no link."""
     if folder.is_symlink() or not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        if re.fullmatch(pattern, path.name) and not path.is_symlink():
-            yield path
+        return ()
+    found = (path for path in sorted(folder.iterdir()) if re.fullmatch(pattern, path.name))
+    return tuple(path for path in found if not path.is_symlink())
 
 
 def _states(at: Layout, run: str) -> set[str]:
@@ -156,11 +145,8 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; links count as themselves."""
     if path.is_symlink() or not path.is_dir():
         return path.lstat().st_size
-    return sum(
-        os.lstat(os.path.join(folder, name)).st_size
-        for folder, _, names in os.walk(path)
-        for name in names
-    )
+    files = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return sum(os.lstat(file).st_size for file in files)
 
 
 def remove(at: Layout, found: list[Leftover]) -> None:
@@ -171,14 +157,16 @@ def remove(at: Layout, found: list[Leftover]) -> None:
             be removed.
     """
     with ExitStack() as held:
-        _hold(held, at.root / "workflow.lock", at.root)
         states = [one.path for one in found if one.path.is_relative_to(at.root / "state")]
-        for folder in states:
-            _hold(held, folder / "lock", folder)
+        for folder, name in ((at.root, "workflow.lock"), *((state, "lock") for state in states)):
+            if (handle := lock(folder / name)) is None:
+                text = "a job works there; wait for it or end it. Nothing was removed"
+                raise UserError(f"{folder}: {text}")
+            held.callback(os.close, handle)
         for one in found:
             try:
                 for part in one.parts:
-                    if part.is_dir() and not part.is_symlink():
+                    if part.is_dir():
                         shutil.rmtree(part)
                     else:
                         part.unlink(missing_ok=True)
@@ -186,14 +174,6 @@ def remove(at: Layout, found: list[Leftover]) -> None:
                     (one.path / "lock").unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from None
-            folders = [one.path, one.path.parent] if one.path in states else [one.path]
-            for folder in folders:
+            for folder in [one.path, one.path.parent] if one.path in states else [one.path]:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
-
-
-def _hold(held: ExitStack, file: Path, folder: Path) -> None:
-    handle = lock(file)
-    if handle is None:
-        raise UserError(f"{folder}: a job works there; wait for it or end it. Nothing was removed")
-    held.callback(os.close, handle)

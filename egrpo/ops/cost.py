@@ -10,6 +10,7 @@ from egrpo.config.prompts import train_prompts
 from egrpo.core.plan import Plan
 from egrpo.planning.plan import load_plan
 from egrpo.planning.trees import (
+    RunCost,
     closed_form_plan,
     cost_of,
     needs_plan,
@@ -46,25 +47,24 @@ def study_cost(
         UserError: if a prompt file is missing or a plan damaged.
     """
     at = Layout(study)
-    used = {run.prompts for run in study.runs.values()}
-    counts = {of: len(train_prompts(of.train, of.limit, of.column)) for of in used}
+    files = {run.prompts for run in study.runs.values()}
+    counts = {of: len(train_prompts(of.train, of.limit, of.column)) for of in files}
+
+    def shown(cost: RunCost) -> dict[str, int]:
+        return {**cost._asdict(), "total": cost.total}
+
     out: dict[str, dict[str, Any] | None] = {}
     for name in names or study.runs:
         run = study.runs[name]
-        plan = known_plan(run, at)
+        plan, count = known_plan(run, at), counts[run.prompts]
         if plan is None and needs_plan(run):
             out[name] = None
             continue
-        count = counts[run.prompts]
-        first = prompt_ids(run, 1, count)[0]
-        prompt, whole = (
-            cost_of(run, [tree_of(run, plan, 1, first)]),
-            run_cost(run, plan, count),
-        )
+        tree = tree_of(run, plan, 1, prompt_ids(run, 1, count)[0])
         out[name] = {
             "method": run.method.name,
-            "prompt": {**prompt._asdict(), "total": prompt.total},
-            "run": {**whole._asdict(), "total": whole.total},
+            "prompt": shown(cost_of(run, [tree])),
+            "run": shown(run_cost(run, plan, count)),
             "train_at_most": run.method.prunes,
         }
     return out
@@ -80,23 +80,15 @@ def known_plan(run: RunConfig, at: Layout) -> Plan | None:
 
 def cost_table(study: Study) -> str:
     """The costs side by side; of an arm with several seeds those of the first."""
-    firsts: dict[str, str] = {}
-    for name, run in study.runs.items():
-        firsts.setdefault(run.arm, name)
-    costs = study_cost(study, firsts.values())
+    firsts = {run.arm: name for name, run in reversed(study.runs.items())}
+    costs = study_cost(study, [name for name in study.runs if name in firsts.values()])
     rows = [["run", "method", *(title for title, *_ in COLUMNS)]]
-    for name in firsts.values():
-        cost = costs[name]
-        if cost is None:
-            cells = ["needs its profile; `snakemake --cores all plans` makes it"]
-            rows.append([name, study.runs[name].method.name, *cells])
-            continue
-        most = "<=" if cost["train_at_most"] else ""
-        cells = [
-            (most if part in ("train", "total") else "") + f"{cost[of][part]:,}"
-            for _, of, part in COLUMNS
-        ]
-        rows.append([name, cost["method"], *cells])
+    for name, cost in costs.items():
+        cells = ["needs its profile; `snakemake --cores all plans` makes it"]
+        if cost is not None:
+            most = {"train": "<=", "total": "<="} if cost["train_at_most"] else {}
+            cells = [f"{most.get(part, '')}{cost[of][part]:,}" for _, of, part in COLUMNS]
+        rows.append([name, study.runs[name].method.name, *cells])
     full = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(map(len, column)) for column in zip(*full, strict=True)]
     lines = []

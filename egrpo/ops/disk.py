@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 from egrpo.config.keys import evaluation_key
@@ -31,9 +32,9 @@ def disk(study: Study, *, copies: bool) -> dict[str, float]:
         copies: whether MLflow keeps its copies on this disk too.
     """
     found: dict[str, float] = defaultdict(float)
-    parts: dict[str, Part | None] = {}
     seen: set[tuple[str, str]] = set()
-    records: dict[str, float] = {}
+    part_of, arms = cache(_transformer), {run.arm: run for run in study.runs.values()}
+    records = {arm: record_bytes(run) for arm, run in arms.items()}
 
     def first(what: str, key: str) -> bool:
         known = (what, key) in seen
@@ -41,9 +42,7 @@ def disk(study: Study, *, copies: bool) -> dict[str, float]:
         return not known
 
     for run in study.runs.values():
-        if run.model.path not in parts:
-            parts[run.model.path] = _transformer(run.model.path)
-        part = parts[run.model.path]
+        part = part_of(run.model.path)
         if part is not None:
             for what, size in trained_bytes(run, part, copies=copies).items():
                 found[what] += size
@@ -54,9 +53,7 @@ def disk(study: Study, *, copies: bool) -> dict[str, float]:
             found["images"] += evaluation_bytes(run)
         if needs_plan(run) and first("profile", repr((run.model, run.profile, run.rewards))):
             shown = run.profile.shown_prompts * len(run.profile.shown) * run.profile.samples
-            found["images"] += shown * png_bytes(run.model)
-        if run.arm not in records:
-            records[run.arm] = record_bytes(run)
+            found["images"] += shown * _png_bytes(run.model)
         found["records"] += records[run.arm]
     return dict(found)
 
@@ -93,7 +90,7 @@ def embedding_bytes(run: RunConfig, part: Part) -> float:
     return float(prompts * tokens * width * BYTES[m.dtype] * (2 if run.guided else 1))
 
 
-def png_bytes(model: Model) -> float:
+def _png_bytes(model: Model) -> float:
     """One image."""
     return model.height * model.width * PIXEL
 
@@ -102,13 +99,13 @@ def monitor_bytes(run: RunConfig) -> float:
     """The monitors' images of a run."""
     t = run.train
     measured = 1 + math.ceil(t.iterations / t.monitor_every) if t.monitor_every else 0
-    return measured * t.monitor_prompts * t.monitor_samples * png_bytes(run.model)
+    return measured * t.monitor_prompts * t.monitor_samples * _png_bytes(run.model)
 
 
 def evaluation_bytes(run: RunConfig) -> float:
     """The images of one evaluation."""
     e, prompts = run.evaluate, len(read_prompts(run.prompts.heldout, run.prompts.column))
-    return min(e.prompts or prompts, prompts) * e.samples * png_bytes(run.evaluation_model)
+    return min(e.prompts or prompts, prompts) * e.samples * _png_bytes(run.evaluation_model)
 
 
 def record_bytes(run: RunConfig) -> float:

@@ -43,12 +43,6 @@ def present() -> list[str]:
     return found.stdout.split()
 
 
-def lock_folder() -> Path:
-    """Where the lock files of this user are: on this machine, not on a shared file system."""
-    root = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return Path(root) / f"egrpo-gpus-{os.getuid()}"
-
-
 def take(count: int, ids: Sequence[str], folder: Path) -> list[tuple[str, int]] | None:
     """``count`` free GPUs with the descriptors of their locks, or None; never some of them."""
     held: list[tuple[str, int]] = []
@@ -63,16 +57,10 @@ def take(count: int, ids: Sequence[str], folder: Path) -> list[tuple[str, int]] 
     return None
 
 
-def lease(
-    count: int, command: Sequence[str], ids: Sequence[str] = (), folder: Path | None = None
-) -> NoReturn:
+def lease(count: int, command: Sequence[str], ids: Sequence[str] = ()) -> NoReturn:
     """Wait for ``count`` GPUs and become ``command`` with CUDA_VISIBLE_DEVICES set to them.
 
-    Args:
-        count: GPUs that the command needs.
-        command: program and arguments.
-        ids: GPUs to choose from; none means :func:`present`.
-        folder: of the lock files.
+    ``ids`` are GPUs to choose from; none means :func:`present`.
 
     Raises:
         UserError: if there are fewer GPUs than that, or the command does not exist.
@@ -80,14 +68,15 @@ def lease(
     names = list(dict.fromkeys(ids)) or present()
     if count > len(names):
         raise UserError(f"egrpo lease: --gpus {count}, but there are {len(names)}")
-    where = folder or lock_folder()
+    # the lock files are on this machine, not on a shared file system
+    root = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    where = Path(root) / f"egrpo-gpus-{os.getuid()}"
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
-    told = False
-    while (held := take(count, names, where)) is None:
-        if not told:
-            print(f"waiting for {count} of {len(names)} GPUs", file=sys.stderr, flush=True)
-            told = True
+    if (held := take(count, names, where)) is None:
+        print(f"waiting for {count} of {len(names)} GPUs", file=sys.stderr, flush=True)
+    while held is None:
         time.sleep(PAUSE)
+        held = take(count, names, where)
     for _, handle in held:
         os.set_inheritable(handle, True)  # they live as long as the command
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(name for name, _ in held)

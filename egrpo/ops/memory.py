@@ -52,11 +52,9 @@ SMALL = 0.01
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated memory of a stage by item, GiB; rewards and CUDA's context come on top.
+    """Estimated memory of a stage by item, GiB, without rewards and CUDA's context.
 
-    Attributes:
-        fixed: what is there all the time.
-        phases: what comes on top of it in turn.
+    ``fixed`` is there all the time, ``phases`` come on top of it in turn.
     """
 
     fixed: Mapping[str, float]
@@ -146,20 +144,30 @@ def advice_where_memory_ends(run: RunConfig, stage: Stage) -> Iterator[None]:
 
 def advice(run: RunConfig, stage: Stage, phase: str) -> str:
     """The settings that lower the memory of a phase, the one that saves most first."""
-    parts = _parts(run)
-    if parts is None:
-        named = [f"{k}: {_yaml(v)} (now {_yaml(now)})" for k, now, v in remedies(run, stage, phase)]
+    tried = [
+        (key, value, f"{key}: {_yaml(value)}", f"now {_yaml(now)}")
+        for key, now, value in remedies(run, stage, phase)
+    ]
+    folder = Path(run.model.path)
+    if not folder.is_dir():  # a hub id
+        named = [f"{setting} ({now})" for *_, setting, now in tried]
         return f"set {', or '.join(named)}" if named else "use a larger GPU"
+    parts = read_part(folder, "transformer"), read_part(folder, "vae")
     before = memory(run, *parts, stage).during(phase)
-    saved = []
-    for key, now, value in remedies(run, stage, phase):
-        less = before - memory(with_setting(run, key, value), *parts, stage).during(phase)
-        if less > SMALL * before:
-            saved.append((less, f"{key}: {_yaml(value)} (now {_yaml(now)}; {_about(less)})"))
-    saved += _rewards_elsewhere(run, before)
-    if not saved:
-        return "no setting lowers it by much: use a larger GPU"
-    return "set " + ", or ".join(text for _, text in sorted(saved, reverse=True))
+    saved: list[tuple[float, str, str]] = []
+    for key, value, setting, now in tried:
+        after = memory(with_setting(run, key, value), *parts, stage).during(phase)
+        saved.append((before - after, setting, now))
+    for name, reward in run.rewards.items():  # those that share the model's GPU could leave it
+        if getattr(reward, "device", "elsewhere") is None:
+            size = sum(Path(p).stat().st_size for p in reward.files.values() if Path(p).is_file())
+            saved.append((size / GIB, f"rewards.{name}.device: cpu", ""))
+    told = [
+        f"{setting} ({'; '.join(filter(None, (now, _about(less))))})"
+        for less, setting, now in sorted(saved, reverse=True)
+        if less > SMALL * before
+    ]
+    return f"set {', or '.join(told)}" if told else "no setting lowers it by much: use a larger GPU"
 
 
 def remedies(run: RunConfig, stage: Stage, phase: str) -> Iterator[tuple[str, Any, Any]]:
@@ -192,24 +200,6 @@ def with_setting(run: RunConfig, key: str, value: Any) -> RunConfig:
     section, name = key.split(".")
     changed = getattr(run, section).model_copy(update={name: value})
     return run.model_copy(update={section: changed})
-
-
-def _parts(run: RunConfig) -> tuple[Part, Part] | None:
-    """Transformer and VAE of a local pipeline; None of a hub id."""
-    if not Path(run.model.path).is_dir():
-        return None
-    return read_part(Path(run.model.path), "transformer"), read_part(Path(run.model.path), "vae")
-
-
-def _rewards_elsewhere(run: RunConfig, need: float) -> Iterator[tuple[float, str]]:
-    """Rewards that share the model's GPU and could leave it."""
-    for name, reward in run.rewards.items():
-        if getattr(reward, "device", "elsewhere") is not None:
-            continue
-        size = sum(Path(p).stat().st_size for p in reward.files.values() if Path(p).is_file())
-        if size / GIB > SMALL * need:
-            text = f"rewards.{name}.device: cpu ({_about(size / GIB)})"
-            yield size / GIB, text
 
 
 def _yaml(value: object) -> str:

@@ -64,20 +64,13 @@ class Share:
         self.hold(0)
 
     def hold(self, count: int) -> None:
-        """Hold so many bytes from now on.
-
-        Raises:
-            TooLarge: if they are more than all.
-            Busy: if others hold too many.
-        """
+        """Hold so many bytes from now on; TooLarge if nobody may, Busy if others hold too many."""
         with self.memory.lock:
-            held = self.memory.held - self.held + count
-            if count > self.held and held > self.memory.most:
-                if count > self.memory.most:
-                    raise TooLarge(
-                        f"{mib(count)} for a request, at most {mib(self.memory.most)} for all "
-                        "(--waiting-mib)"
-                    )
+            held, most = self.memory.held - self.held + count, self.memory.most
+            if count > max(self.held, most):
+                of = f"{mib(count)} for a request, at most {mib(most)} for all"
+                raise TooLarge(f"{of} (--waiting-mib)")
+            if count > self.held and held > most:
                 raise Busy
             self.memory.held, self.held = held, count
 
@@ -88,11 +81,7 @@ def mib(count: int) -> str:
 
 
 def parsed(body: bytearray) -> ScoreRequest:
-    """The request in it; the bytes are gone afterwards.
-
-    Raises:
-        ValueError: saying what is wrong, without what was sent.
-    """
+    """The request in it; the bytes are gone afterwards. ValueError without what was sent."""
     if sum(map(body.count, (b",", b"[", b"{"))) > PARTS:
         raise ValueError(f"JSON of more than {PARTS} parts")
     try:
@@ -114,36 +103,39 @@ def images_of(request: ScoreRequest, *, share: Share, most: int, side: int) -> T
     """
     if bool(request.png) == bool(request.raw):
         raise ValueError("give images either as png or as raw")
-    if request.png:
-        sizes = {_size(text) for text in request.png}
-        if len(sizes) > 1:
-            raise ValueError("png: images of different sizes in one request")
-        count, (height, width) = len(request.png), sizes.pop()
-    else:
-        count, channels, height, width = request.shape or (0, 0, 1, 1)
-        if channels != 3:
-            raise ValueError(f"shape: {request.shape} is not [n, 3, height, width]")
-        held = 3 * len(request.raw) // 4 - request.raw[-2:].count("=")
-        if held != count * 3 * height * width:
-            raise ValueError(f"raw: {held} bytes for shape {request.shape}")
+    count, height, width = _sizes(request)
     if count != len(request.prompts):
         raise ValueError(f"{count} images for {len(request.prompts)} prompts")
+    size, one = f"{width}x{height} pixels", 3 * height * width
     if max(height, width) > side:
-        raise TooLarge(f"images of {width}x{height} pixels, at most {side} a side (--side)")
-    one = 3 * height * width
+        raise TooLarge(f"images of {size}, at most {side} a side (--side)")
     if count * one > most:
-        raise TooLarge(
-            f"{count} images of {width}x{height} pixels are {mib(count * one)}, at most "
-            f"{mib(most)} (--request-mib)"
-        )
+        total = f"{count} images of {size} are {mib(count * one)}"
+        raise TooLarge(f"{total}, at most {mib(most)} (--request-mib)")
     share.hold(share.held + (count + 4) * one)  # PIL has one in two modes, and numpy
-    if not request.png:
+    if request.raw:
         data = bytearray(_bytes(request.raw))
         return torch.frombuffer(data, dtype=torch.uint8).view(count, 3, height, width)
     images = torch.empty((count, 3, height, width), dtype=torch.uint8)
     for image, text in zip(images, request.png, strict=True):
         image.copy_(_png(text, (height, width)))
     return images
+
+
+def _sizes(request: ScoreRequest) -> tuple[int, int, int]:
+    """Number, height and width of the images, without decoding them."""
+    if request.png:
+        sizes = {_size(text) for text in request.png}
+        if len(sizes) > 1:
+            raise ValueError("png: images of different sizes in one request")
+        return len(request.png), *sizes.pop()
+    count, channels, height, width = request.shape or (0, 0, 1, 1)
+    if channels != 3:
+        raise ValueError(f"shape: {request.shape} is not [n, 3, height, width]")
+    held = 3 * len(request.raw) // 4 - request.raw[-2:].count("=")
+    if held != count * 3 * height * width:
+        raise ValueError(f"raw: {held} bytes for shape {request.shape}")
+    return count, height, width
 
 
 def _bytes(text: str) -> bytes:

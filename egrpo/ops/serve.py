@@ -41,12 +41,8 @@ ENDING = 10
 """Seconds that the requests of an ending service have left; clients ask the next one again."""
 
 
-async def body_of(request: Request, share: Share, most: int) -> bytearray:
-    """What a client sends, of at most ``most`` bytes; counted while it comes.
-
-    Raises:
-        HTTPException: if it is too large, too much, or too slow, or the client went away.
-    """
+async def _body_of(request: Request, share: Share, most: int) -> bytearray:
+    """What a client sends, of at most ``most`` bytes; counted while it comes."""
     announced = int(request.headers.get("content-length", 0))
     body = bytearray()
     try:
@@ -67,6 +63,18 @@ async def body_of(request: Request, share: Share, most: int) -> bytearray:
     return body
 
 
+async def _scores_of(waiting: Waiting, request: Request) -> list[float]:
+    """Its scores; if the client leaves before, it is abandoned, and holds its memory till then."""
+    scores = asyncio.wrap_future(waiting)
+    gone = asyncio.ensure_future(request.receive())  # after the body: the client left
+    try:
+        await asyncio.wait((scores, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    waiting.abandoned = not scores.done()
+    return await scores
+
+
 def make_app(
     models: Mapping[str, RewardModel],
     *,
@@ -82,8 +90,7 @@ def make_app(
     Args:
         models: by the name that clients ask for.
         token: what ``Authorization: Bearer`` must hold; None asks for nothing.
-        batch: most images scored together.
-        limit: most images that wait for one reward.
+        batch, limit: most images scored together, and that wait for one reward.
         request_mib: most MiB of one request, and of its images once decoded.
         waiting_mib: most MiB of all requests that are read, decoded or waiting.
         side: most pixels of an image's side.
@@ -94,11 +101,9 @@ def make_app(
 
     def submitted(body: bytearray, share: Share) -> Waiting:
         request = parsed(body)
-        batcher = batchers.get(request.reward)
-        if batcher is None:
-            raise HTTPException(
-                404, f"no reward {request.reward!r:.60}; there are {sorted(batchers)}"
-            )
+        if (batcher := batchers.get(request.reward)) is None:
+            known = f"there are {sorted(batchers)}"
+            raise HTTPException(404, f"no reward {request.reward!r:.60}; {known}")
         batcher.admit(len(request.prompts))
         images = images_of(request, share=share, most=most, side=side)
         share.hold(images.nbytes + sum(map(sys.getsizeof, request.prompts)))
@@ -110,23 +115,14 @@ def make_app(
 
     @app.post("/score")
     async def score(request: Request) -> dict[str, Any]:
-        given = request.headers.get("authorization", "")
-        if token is not None and not hmac.compare_digest(
-            given.encode(), f"Bearer {token}".encode()
-        ):
+        given = request.headers.get("authorization", "").encode()
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise HTTPException(401, "the token is missing or wrong")
         with Share(memory) as share:
             try:
-                body = await body_of(request, share, most)
+                body = await _body_of(request, share, most)
                 waiting = await run_in_threadpool(submitted, body, share)
-                scores = asyncio.wrap_future(waiting)
-                gone = asyncio.ensure_future(request.receive())  # after the body: the client left
-                try:
-                    await asyncio.wait((scores, gone), return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    gone.cancel()
-                waiting.abandoned = not scores.done()
-                values = await scores  # an abandoned one holds its memory till its turn
+                values = await _scores_of(waiting, request)
             except (MemoryError, asyncio.CancelledError):  # the latter: the service ends
                 raise Busy from None
             except (ValueError, UserError) as error:
@@ -151,10 +147,9 @@ def serve(
     """Load rewards of a study and serve them until the process is ended.
 
     Args:
-        paths: the study's YAML; further files are laid over it.
         names: which of its rewards; none means all that are not remote themselves.
-        host, port: address; another host than this one needs a token.
-        token_file: file with the token that clients must send.
+        host: another than this machine needs a token.
+        token_file: holds the token that clients must send.
         device: for rewards that name none.
         bounds: see :func:`make_app`.
 
@@ -172,9 +167,8 @@ def serve(
     study = load_study(*paths)
     settings = {name: r for run in study.runs.values() for name, r in run.rewards.items()}
     chosen = names or tuple(n for n, r in settings.items() if type(r).__name__ != "Remote")
-    for name in chosen:
-        if name not in settings:
-            raise UserError(f"--reward {name}: the study has {', '.join(sorted(settings))}")
+    if unknown := [name for name in chosen if name not in settings]:
+        raise UserError(f"--reward {unknown[0]}: the study has {', '.join(sorted(settings))}")
     token = token_of(token_file, "--token-file") if token_file else None
     on = str(resolve_device(device, "--device"))
     models = load_rewards({name: settings[name] for name in chosen}, on)

@@ -25,15 +25,13 @@ from egrpo.study.standing import (
     write_receipt,
 )
 
-STAGES = ("plan", "train", "evaluate")
-"""What a run's own results are, in order."""
 SHOWN = 3
 """Changes that one line names; of more it says how many."""
 
 
 def stages_of(run: RunConfig) -> tuple[str, ...]:
-    """The stages that a run has."""
-    return STAGES if needs_plan(run) else STAGES[1:]
+    """The stages whose results are a run's own, in order."""
+    return (*(("plan",) if needs_plan(run) else ()), "train", "evaluate")
 
 
 def status(at: Layout) -> Iterator[str]:
@@ -47,15 +45,18 @@ def status(at: Layout) -> Iterator[str]:
 
 
 def _standing(at: Layout, stage: str, name: str) -> str:
-    run = at.study.runs[name]
     if stands(at, stage, name, at.identity(stage, name)):
         return f"{stage} done"
-    told = change(at, stage, name)
-    if told is not None:
+    if (told := change(at, stage, name)) is not None:
         return told
-    if stage == "train" and (there := max(checkpoints_in(state_of(at, name)), default=0)):
-        return f"train to do, from iteration {there} of {run.train.iterations}"
+    if stage == "train" and (there := _reached(at, name)):
+        return f"train to do, from iteration {there} of {at.study.runs[name].train.iterations}"
     return f"{stage} to do"
+
+
+def _reached(at: Layout, name: str) -> int:
+    """The iteration that a run's training would go on from."""
+    return max(checkpoints_in(state_of(at, name)), default=0)
 
 
 def change(at: Layout, stage: str, name: str) -> str | None:
@@ -63,22 +64,22 @@ def change(at: Layout, stage: str, name: str) -> str | None:
 
     A training that only goes on throws nothing away.
     """
-    run, record = at.study.runs[name], at.identities.record(stage, at.study.runs[name])
-    found = reasons(at, stage, name, record)
+    run = at.study.runs[name]
+    found = reasons(at, stage, name, at.identities.record(stage, run))
     if found is None or found == ["it is not there"]:
         return None
     shown = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" * (len(found) > SHOWN))
     text = f"{stage} stale: {shown}"
     if stage != "train":
         return text
-    goes_on = max(checkpoints_in(state_of(at, name)), default=0)
-    summary = _summary(at, name)
-    if 0 < goes_on <= run.train.iterations:
+    if 0 < (goes_on := _reached(at, name)) <= run.train.iterations:
         return f"{text}; goes on from iteration {goes_on}"
-    if not summary:
+    try:
+        summary = read_json(at.run(name) / "train.json")
+        hours = summary.get("seconds", 0.0) / 3600
+        lost = f"{summary.get('iterations')} iterations, {hours:.2g} hours of training"
+    except (UserError, AttributeError):  # it is missing or damaged
         return text
-    hours = summary.get("seconds", 0.0) / 3600
-    lost = f"{summary.get('iterations')} iterations, {hours:.2g} hours of training"
     return f"{text}; {lost}, are made anew; {_remedy(found)}"
 
 
@@ -89,14 +90,6 @@ def _remedy(found: Sequence[str]) -> str:
     if found[0].startswith("it does not say"):
         return "to keep them, if nothing changed since: `egrpo keep`"
     return "to keep them: undo the change, or give the run another name"
-
-
-def _summary(at: Layout, name: str) -> dict[str, Any]:
-    try:
-        found = read_json(at.run(name) / "train.json")
-    except UserError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def other_libraries(at: Layout) -> Iterator[str]:
@@ -154,26 +147,22 @@ def _keep(at: Layout, stage: str, name: str) -> str:
 def _adopt(at: Layout, stage: str, name: str) -> str:
     """A result of a version that wrote no receipts, if its settings are today's."""
     run, outputs = at.study.runs[name], at.outputs(stage, name)
-    path = at.config(name)
     there = [p for p in outputs if p.exists()]
     if not there:
         return "is not there"
     lacking = [p.name for p in outputs if not p.exists() and p.name != "snapshots"]
     if lacking:
         return f"is made again: it lacks {', '.join(lacking)}"
-    if not path.is_file():
+    if not at.config(name).is_file():
         return "not kept: config.yaml is missing, so its settings are not known"
-    before = load_run(path)
-    same = run_key(before) == run_key(run)
-    if stage == "evaluate":
-        same = same and evaluation_key(before) == evaluation_key(run)
-    if not same:
+    before = load_run(at.config(name))
+    keys = [run_key, evaluation_key] if stage == "evaluate" else [run_key]
+    if any(key(before) != key(run) for key in keys):
         return "not kept: its settings are others than today's"
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"kept": "of a version without receipts"}
     if stage == "train":
-        more = {"weights": tree_digest(at.run(name) / "adapter")}
+        more["weights"] = tree_digest(at.run(name) / "adapter")
     elif stage == "evaluate":
-        more = {"weights": weights_of(at, name)}
-    record = at.identities.record(stage, run)
-    write_receipt(at, stage, name, record, there, kept="of a version without receipts", **more)
+        more["weights"] = weights_of(at, name)
+    write_receipt(at, stage, name, at.identities.record(stage, run), there, **more)
     return "kept, as made by an earlier version"

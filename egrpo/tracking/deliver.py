@@ -18,29 +18,30 @@ import pyarrow.parquet as pq
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
 from egrpo.errors import UserError, command
-from egrpo.tracking import client as tracking
+from egrpo.tracking.client import run_tags, settings
+from egrpo.tracking.curves import batches, plain
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Run
 
 
-def finish(client: MlflowClient, run_id: str) -> None:
-    """Set the status, unless it is set."""
-    if client.get_run(run_id).info.status != "FINISHED":
+def finish(client: MlflowClient, run_id: str, colour: str | None = None) -> None:
+    """Set the status, and the colour in MLflow's charts, which would be chance, unless set."""
+    record = client.get_run(run_id)
+    if colour and "mlflow.runColor" not in record.data.tags:
+        client.set_tag(run_id, "mlflow.runColor", colour)
+    if record.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
 
 
 def _once(
-    client: MlflowClient, run_id: str, what: str, digest: str, send: Callable[[], None]
+    client: MlflowClient, run_id: str, what: str, digest: str, send: Callable[[], object]
 ) -> None:
     tag = f"egrpo.sent.{what}"
     if client.get_run(run_id).data.tags.get(tag) != digest:
         send()
         client.set_tag(run_id, tag, digest)
-
-
-# ---------------------------------------------------------------- files, notes, values
 
 
 def send_files(client: MlflowClient, run_id: str, target: str, paths: list[Path]) -> None:
@@ -49,8 +50,7 @@ def send_files(client: MlflowClient, run_id: str, target: str, paths: list[Path]
 
     def send() -> None:
         for file, name in found.items():
-            place = str(Path(target, name).parent).lstrip(".") or None
-            client.log_artifact(run_id, str(file), place)
+            client.log_artifact(run_id, str(file), _folder(Path(target, name)))
 
     if found:
         _once(client, run_id, target or "settings", digest_of(*found), send)
@@ -63,21 +63,8 @@ def send_text(client: MlflowClient, run_id: str, name: str, text: str) -> None:
 
 def send_note(client: MlflowClient, run_id: str, text: str) -> None:
     """Set the description of a run, which MLflow shows on its page; Markdown."""
-
-    def send() -> None:
-        client.set_tag(run_id, "mlflow.note.content", text)
-
-    _once(client, run_id, "note", _sum_of(text), send)
-
-
-def _sum_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def send_colour(client: MlflowClient, run_id: str, colour: str) -> None:
-    """Colour of a run in MLflow's charts, unless it has one: else runs get them by chance."""
-    if "mlflow.runColor" not in client.get_run(run_id).data.tags:
-        client.set_tag(run_id, "mlflow.runColor", colour)
+    tag = "mlflow.note.content"
+    _once(client, run_id, "note", _sum_of(text), lambda: client.set_tag(run_id, tag, text))
 
 
 def send_values(
@@ -87,97 +74,13 @@ def send_values(
     from mlflow.entities import Metric
 
     now, held = int(1000 * time.time()), record.data.metrics
-    named = {tracking.safe_name(k): v for k, v in values.items() if v is not None and v == v}
-    batch = [Metric(k, v, now, 0, model_id=model) for k, v in named.items() if held.get(k) != v]
-    for start in range(0, len(batch), tracking.METRICS_PER_BATCH):
-        client.log_batch(
-            record.info.run_id, metrics=batch[start : start + tracking.METRICS_PER_BATCH]
-        )
+    new = {k: v for k, v in plain(values).items() if held.get(k) != v}
+    for batch in batches([Metric(k, v, now, 0, model_id=model) for k, v in new.items()]):
+        client.log_batch(record.info.run_id, metrics=batch)
 
 
-def _named(paths: Iterable[Path]) -> dict[Path, str]:
-    """Each file, with its name below the folder that holds it; hidden ones are Snakemake's own."""
-    found = {}
-    for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and not file.name.startswith("."):
-                found[file] = file.name if file == path else str(file.relative_to(path))
-    return found
-
-
-# ---------------------------------------------------------------- datasets and models
-
-
-def send_datasets(
-    client: MlflowClient, run_id: str, files: Mapping[Path, str], column: str
-) -> None:
-    """Log files as datasets that a run read: file -> context; ``column`` is that of prompts."""
-    inputs = client.get_run(run_id).inputs.dataset_inputs
-    held = {(i.dataset.name, i.dataset.digest) for i in inputs}
-    datasets = [_dataset(file, context, column) for file, context in files.items()]
-    missing = [d for d in datasets if (d.dataset.name, d.dataset.digest) not in held]
-    if missing:
-        client.log_inputs(run_id, datasets=missing)
-
-
-def send_model(
-    client: MlflowClient, experiment: str, run_id: str, run: RunConfig, folder: Path
-) -> str | None:
-    """The trained weights as the logged model of a run; its id, None where there are no weights.
-
-    No flavour of MLflow's: the files are what diffusers reads, ``models:/<id>`` fetches them.
-    """
-    from mlflow.entities import LoggedModelOutput
-
-    found = _named([folder])
-    if not found:
-        return None
-    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
-    if models:
-        model = str(models[0].model_id)
-    else:
-        tags = {k: v for k, v in tracking.run_tags(run, None).items() if k != "run"}
-        params = {k: v for k, v in tracking.settings(run).items() if k.startswith("model.")}
-        made = client.create_logged_model(
-            experiment, run.run, run_id, tags, params, run.model.tuning
-        )
-        model = str(made.model_id)
-
-    def send() -> None:
-        for file, name in found.items():
-            client.log_model_artifact(model, str(file), str(Path(name).parent).lstrip(".") or None)
-        client.finalize_logged_model(model, "READY")
-        outputs = client.get_run(run_id).outputs
-        if model not in {m.model_id for m in outputs.model_outputs}:
-            client.log_outputs(run_id, [LoggedModelOutput(model, run.train.iterations)])
-
-    _once(client, run_id, "model", digest_of(*found), send)
-    return model
-
-
-def _dataset(file: Path, context: str, column: str) -> DatasetInput:
-    """A prompt file or a Parquet table, with its number of rows and its columns."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    source = json.dumps({"uri": _relative(file)})
-    if file.suffix == ".parquet":
-        with pq.ParquetFile(file) as table:
-            rows = table.metadata.num_rows
-            columns = {field.name: str(field.type) for field in table.schema_arrow}
-    else:
-        rows, columns = len(read_prompts(file, column)), {"prompt": "string"}
-    schema = json.dumps({"mlflow_colspec": [{"name": k, "type": v} for k, v in columns.items()]})
-    dataset = Dataset(
-        file.name, digest_of(file), "local", source, schema, json.dumps({"num_rows": rows})
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-
-
-def _relative(file: Path) -> str:
-    """A path that says nothing about the machine, where that is possible."""
-    if file.is_absolute() and file.is_relative_to(Path.cwd()):
-        return str(file.relative_to(Path.cwd()))
-    return str(file)
+def _sum_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def digest_of(*files: Path) -> str:
@@ -195,3 +98,84 @@ def digest_of(*files: Path) -> str:
         except FileNotFoundError:
             raise UserError(f"{file}: no such file; `{command((), file)}` makes it") from None
     return total.hexdigest()[:16]
+
+
+def _named(paths: Iterable[Path]) -> dict[Path, str]:
+    """Each file, with its name below the folder that holds it; hidden ones are Snakemake's own."""
+    found = {
+        file: str(file.relative_to(path.parent if path == file else path))
+        for path in paths
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+    }
+    return {f: name for f, name in found.items() if f.is_file() and not f.name.startswith(".")}
+
+
+def _folder(name: Path) -> str | None:
+    """The folder of an artifact; None for the top."""
+    return str(name.parent).lstrip(".") or None
+
+
+# ---------------------------------------------------------------- datasets and models
+
+
+def send_datasets(
+    client: MlflowClient, run_id: str, files: Mapping[Path, str], column: str
+) -> None:
+    """Log inputs of a run: file -> what it is for; ``column`` is that of prompts."""
+    inputs = client.get_run(run_id).inputs.dataset_inputs
+    held = {(i.dataset.name, i.dataset.digest) for i in inputs}
+    datasets = [_dataset(file, context, column) for file, context in files.items()]
+    missing = [d for d in datasets if (d.dataset.name, d.dataset.digest) not in held]
+    if missing:
+        client.log_inputs(run_id, datasets=missing)
+
+
+def _dataset(file: Path, context: str, column: str) -> DatasetInput:
+    """A prompt file or a Parquet table, with its number of rows and its columns."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if file.suffix == ".parquet":
+        with pq.ParquetFile(file) as table:
+            rows = table.metadata.num_rows
+            columns = {field.name: str(field.type) for field in table.schema_arrow}
+    else:
+        rows, columns = len(read_prompts(file, column)), {"prompt": "string"}
+    # a path that says nothing about the machine, where that is possible
+    below = file.is_relative_to(Path.cwd())
+    source = json.dumps({"uri": str(file.relative_to(Path.cwd()) if below else file)})
+    schema = json.dumps({"mlflow_colspec": [{"name": k, "type": v} for k, v in columns.items()]})
+    profile = json.dumps({"num_rows": rows})
+    dataset = Dataset(file.name, digest_of(file), "local", source, schema, profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def send_model(
+    client: MlflowClient, experiment: str, run_id: str, run: RunConfig, folder: Path
+) -> str | None:
+    """The trained weights as the logged model of a run; its id, None where there are no weights.
+
+    No flavour of MLflow's: the files are what diffusers reads, ``models:/<id>`` fetches them.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    found = _named([folder])
+    if not found:
+        return None
+    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
+    if not models:
+        tags = {k: v for k, v in run_tags(run, None).items() if k != "run"}
+        params = {k: v for k, v in settings(run).items() if k.startswith("model.")}
+        of = experiment, run.run, run_id, tags, params, run.model.tuning
+        models = [client.create_logged_model(*of)]
+    model: str = models[0].model_id
+
+    def send() -> None:
+        for file, name in found.items():
+            client.log_model_artifact(model, str(file), _folder(Path(name)))
+        client.finalize_logged_model(model, "READY")
+        outputs = client.get_run(run_id).outputs
+        if model not in {m.model_id for m in outputs.model_outputs}:
+            client.log_outputs(run_id, [LoggedModelOutput(model, run.train.iterations)])
+
+    _once(client, run_id, "model", digest_of(*found), send)
+    return model

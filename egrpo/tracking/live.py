@@ -8,29 +8,21 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from egrpo.config.models import RunConfig
 from egrpo.settings import without_password
 from egrpo.store import journal as journals
 from egrpo.store.files import read_json
+from egrpo.tracking.address import in_one_line, resolve_uri
 from egrpo.tracking.client import (
-    Held,
-    artifact_folder,
     configure,
-    deliver,
-    find_or_create_experiment,
     find_or_create_run,
     find_or_create_study,
-    held,
-    images_held,
-    in_one_line,
     open_client,
-    resolve_uri,
-    send_images,
     tag_warnings,
 )
+from egrpo.tracking.curves import Held, deliver, held, images_held, send_images
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,9 +39,8 @@ class LiveTracker:
     not be delivered is still in the journal, for the next attempt or for ``publish``.
 
     Args:
-        run, key: resolved settings, and the key of the training state, which names the MLflow run.
+        key: of the training state; it names the MLflow run.
         store: JSON file written by ``prepare``.
-        journal: append-only record of the run (:mod:`egrpo.store.journal`).
         images: folder of monitor grids ``iteration-000010.png``, each written atomically.
 
     Attributes:
@@ -57,8 +48,8 @@ class LiveTracker:
     """
 
     def __init__(self, run: RunConfig, key: str, store: Path, journal: Path, images: Path) -> None:
-        self.run, self.key, self.store, self.images = run, key, Path(store), Path(images)
-        self._tail = Tail(Path(journal))
+        self.run, self.key, self.store, self.images = run, key, store, images
+        self._tail = Tail(journal)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._client: MlflowClient | None = None
@@ -85,12 +76,7 @@ class LiveTracker:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._thread is None:
             return
         if kind is not None:
@@ -133,7 +119,7 @@ class LiveTracker:
             tag_warnings(client, self._run_id, warnings)
             self._tagged = warnings
         if self._load:
-            self._load.send(client, self._run_id)
+            self._load.send()
         self._client = client
 
     def _connect(self) -> MlflowClient:
@@ -142,14 +128,13 @@ class LiveTracker:
         client = open_client(uri)
         experiment, parent = ids["experiment_id"], ids["parent_run_id"]
         if experiment is None or without_password(uri) != ids["uri"]:
-            study = self.run.study
-            experiment = find_or_create_experiment(client, study, artifact_folder(uri, study))
-            parent = find_or_create_study(client, experiment, study)
+            experiment, parent = find_or_create_study(client, uri, self.run.study)
         self._run_id = find_or_create_run(client, experiment, self.run, self.key, parent)
         client.update_run(self._run_id, status="RUNNING")
         self._held = held(client, self._run_id)
         self._sent = images_held(client, self._run_id)
-        self._load = SystemLoad.after(client, self._run_id)
+        with contextlib.suppress(ImportError):  # psutil
+            self._load = SystemLoad(client, self._run_id)
         return client
 
 
@@ -168,47 +153,38 @@ class Tail:
                     self.inode, self.offset = status.st_ino, 0
                 again = self.offset == 0
                 handle.seek(self.offset)
-                text = handle.read()
+                # the last is torn: being written, or cut off by a kill
+                complete = handle.read().split(b"\n")[:-1]
         except FileNotFoundError:
             return [], False
-        lines = []
-        for raw in text.split(b"\n")[:-1]:  # the last is torn: being written, or cut off by a kill
-            self.offset += len(raw) + 1
-            line = journals.line_of(raw)
-            if line is None:  # damaged; those behind it are whole
-                continue
-            line.pop("rollouts", None)  # large, and not for MLflow
-            lines.append(line)
-        return lines, again
+        self.offset += sum(len(raw) + 1 for raw in complete)
+        # damaged ones are passed over, those behind them are whole
+        lines = [line for raw in complete if (line := journals.line_of(raw)) is not None]
+        # rollouts are large, and not for MLflow
+        return [{k: v for k, v in x.items() if k != "rollouts"} for x in lines], again
 
 
 class SystemLoad:
     """CPU, memory, disk, network and GPU, under ``system/`` as MLflow's own monitor names them.
 
-    MLflow's monitor ends at the first failed request and may block at exit; this one does not.
+    MLflow's monitor ends at the first failed request and may block at exit; this one does not. It
+    goes on counting where the run's last one ended.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-        self.step, self.next = step, 0.0
+        self.client, self.run_id, self.next = client, run_id, 0.0
+        old = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+        self.step = 1 + max((m.step for m in old), default=-1)
         self.monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
         with contextlib.suppress(ImportError, RuntimeError):  # no NVIDIA GPU or no nvidia-ml-py
             self.monitors.append(GPUMonitor())
 
-    @classmethod
-    def after(cls, client: MlflowClient, run_id: str) -> SystemLoad | None:
-        """A monitor that goes on counting where the run's last one ended; None without psutil."""
-        try:
-            old = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
-            return cls(max((m.step for m in old), default=-1) + 1)
-        except ImportError:
-            return None
-
-    def send(self, client: MlflowClient, run_id: str) -> None:
+    def send(self) -> None:
         """Log one sample, at most every ``SYSTEM_EVERY`` seconds."""
         from mlflow.entities import Metric
 
@@ -221,5 +197,5 @@ class SystemLoad:
             values.update(monitor.aggregate_metrics())
             monitor.clear_metrics()
         batch = [Metric(f"system/{k}", float(v), stamp, self.step) for k, v in values.items()]
-        client.log_batch(run_id, metrics=batch)
+        self.client.log_batch(self.run_id, metrics=batch)
         self.step += 1

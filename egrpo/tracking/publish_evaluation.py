@@ -7,18 +7,17 @@ tables shows the same prompt and noise before and after training.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from egrpo.config.models import RunConfig
 from egrpo.store.tables import IMAGES, SCORES, read_table
 from egrpo.study.layout import Layout
-from egrpo.tracking import client as tracking
-from egrpo.tracking.deliver import digest_of, finish, send_colour, send_datasets, send_values
+from egrpo.tracking.client import find_or_create, run_tags
+from egrpo.tracking.deliver import digest_of, finish, send_datasets, send_values
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,54 +28,11 @@ PIXELS = 256
 """Most pixels of an image in a table, each way; the full ones lie in ``images.parquet``."""
 
 
-@dataclass(frozen=True)
-class EvaluationFiles:
-    """Where an evaluation lies, the base's it is compared with, and how MLflow's run is tagged."""
-
-    name: str
-    folder: Path
-    base_folder: Path
-    heldout: Path
-    column: str
-    prompts: int
-    """How many prompts are shown with their images."""
-    trained_on: tuple[str, ...]
-    """Rewards that stand first in tables."""
-    tags: dict[str, str]
-
-    @classmethod
-    def trained(cls, run: RunConfig, at: Layout) -> EvaluationFiles:
-        """Of a trained model."""
-        tags = tracking.run_tags(run, None)
-        return cls._of(run, at, f"{run.run}/evaluation", at.run(run.run), tags)
-
-    @classmethod
-    def base(cls, run: RunConfig, at: Layout) -> EvaluationFiles:
-        """Of the untrained model that a run is compared with."""
-        tags = dict.fromkeys(("run", "arm", "method"), "base")
-        return cls._of(run, at, "base/evaluation", at.base(run.run), tags)
-
-    @classmethod
-    def _of(
-        cls, run: RunConfig, at: Layout, name: str, folder: Path, tags: dict[str, str]
-    ) -> EvaluationFiles:
-        base, heldout = at.base(run.run), Path(run.prompts.heldout)
-        return cls(
-            name,
-            folder,
-            base,
-            heldout,
-            run.prompts.column,
-            run.evaluate.grid_prompts,
-            tuple(run.train.rewards),
-            tags,
-        )
-
-
 def send_evaluation(
     client: MlflowClient,
     experiment: str,
-    files: EvaluationFiles,
+    run: RunConfig,
+    at: Layout,
     parent: str,
     colour: str,
     comparison: list[Row] | None = None,
@@ -86,31 +42,37 @@ def send_evaluation(
 
     Args:
         colour: of its bars and points, as `#0072B2`.
-        comparison: rows of the comparison about it, for the gains.
+        comparison: rows of the comparison about it, for the gains; None: it is the evaluation of
+            the base model that the run is compared with.
         model: MLflow's id of the logged model that was evaluated.
     """
-    file = files.folder / "scores.parquet"
-    key, tags = digest_of(file), {**files.tags, "mlflow.parentRunId": parent}
-    record = tracking.find_or_create(client, experiment, "evaluation", key, files.name, tags)
-    run_id = str(record.info.run_id)
+    base = at.base(run.run)
+    folder, name, tags = at.run(run.run), f"{run.run}/evaluation", run_tags(run, parent)
+    if comparison is None:
+        tags = dict.fromkeys(("run", "arm", "method"), "base") | {"mlflow.parentRunId": parent}
+        folder, name = base, "base/evaluation"
+    file = folder / "scores.parquet"
+    record = find_or_create(client, experiment, "evaluation", digest_of(file), name, tags)
+    run_id: str = record.info.run_id
     scores = read_table(file, SCORES).to_pylist()
     send_values(client, record, _values(scores, comparison or []), model)
-    send_datasets(client, run_id, {files.heldout: "evaluation"}, files.column)
-    _send_tables(client, run_id, scores, files)
-    send_colour(client, run_id, colour)
-    finish(client, run_id)
+    heldout = {Path(run.prompts.heldout): "evaluation"}
+    send_datasets(client, run_id, heldout, run.prompts.column)
+    _send_tables(client, run_id, scores, run, folder, base)
+    finish(client, run_id, colour)
     return run_id
 
 
 def _send_tables(
-    client: MlflowClient, run_id: str, scores: list[Row], files: EvaluationFiles
+    client: MlflowClient, run_id: str, scores: list[Row], run: RunConfig, folder: Path, base: Path
 ) -> None:
     """Tables as MLflow compares them: the first one, by its first column, showing its second."""
     from mlflow import Image as Shown
 
     held = {f.path for f in client.list_artifacts(run_id)}
+    shown = run.evaluate.grid_prompts
     if "images.json" not in held:  # log_table appends to one that is there
-        samples = _first_images(files.folder, files.prompts)
+        samples = _first_images(folder, shown)
         prompts = {row["prompt_id"]: row["prompt"] for row in scores}
         table = {
             "prompt": [prompts[prompt_id] for prompt_id in samples],
@@ -118,19 +80,22 @@ def _send_tables(
         }
         client.log_table(run_id, table, "images.json")
     if "scores.json" not in held:
-        client.log_table(run_id, _scores_table(scores, files.trained_on), "scores.json")
-    if "before_after.png" not in held and files.folder != files.base_folder:
-        both = (_first_images(f, files.prompts) for f in (files.base_folder, files.folder))
-        grid = _grid([[own[0] for own in samples.values()] for samples in both])
+        client.log_table(run_id, _scores_table(scores, tuple(run.train.rewards)), "scores.json")
+    if "before_after.png" not in held and folder != base:
+        both = [_first_images(f, shown).values() for f in (base, folder)]
+        grid = _grid([[own[0] for own in samples] for samples in both])
         client.log_image(run_id, grid, "before_after.png")
 
 
 def _values(scores: list[Row], comparison: list[Row]) -> dict[str, float | None]:
     """Metrics of an evaluation: ``<reward>/mean``, what the comparison says of it, and the cost."""
-    values: dict[str, float | None] = {}
-    for reward in sorted({row["reward"] for row in scores}):
-        valid = [r["value"] for r in scores if r["reward"] == reward and r["value"] is not None]
-        values[f"{reward}/mean"] = sum(valid) / len(valid) if valid else None
+    valid: dict[str, list[float]] = defaultdict(list)
+    for row in scores:
+        if row["value"] is not None:
+            valid[row["reward"]].append(row["value"])
+    values: dict[str, float | None] = {
+        f"{reward}/mean": sum(found) / len(found) for reward, found in valid.items()
+    }
     for row in comparison:
         for column in ("difference", "low", "high"):
             values[f"{row['reward']}/{column}"] = row[column]
@@ -156,9 +121,9 @@ def _first_images(folder: Path, prompts: int) -> dict[int, list[Image]]:
     from PIL import Image
 
     table = read_table(folder / "images.parquet", IMAGES)
-    found: dict[int, list[Image.Image]] = {}
     first = sorted(set(table["prompt_id"].to_pylist()))[:prompts]
-    chosen = table.filter(pc.is_in(table["prompt_id"], pa.array(first, pa.int32())))
+    chosen = table.filter(pc.field("prompt_id").isin(first))
+    found: dict[int, list[Image.Image]] = {}
     for row in chosen.sort_by([("prompt_id", "ascending"), ("sample", "ascending")]).to_pylist():
         image = Image.open(io.BytesIO(row["png"])).convert("RGB")
         found.setdefault(row["prompt_id"], []).append(image)

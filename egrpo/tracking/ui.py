@@ -8,30 +8,38 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 from egrpo.errors import UserError
 from egrpo.store.files import read_json
-from egrpo.tracking.client import in_one_line, sqlite_file
+from egrpo.tracking.address import in_one_line, sqlite_file
 from egrpo.tracking.views import addresses
 
 START_WAIT = 120.0  # seconds; usually 5 to 8, once 36 were seen
 
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # spares 480 MB
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # the default loses concurrent writes
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",
+}
 
-def serve(store: Path, port: int = 5000, made_by: str = "make demo") -> None:
+
+def serve(store: Path, port: int, made_by: str) -> None:
     """Serve the interface on 127.0.0.1 until Ctrl-C; for a server, only print its addresses.
 
     Args:
         store: JSON file written by ``prepare``.
-        port: wanted port; a free one is taken if it is in use.
-        made_by: command that makes the store, for messages.
+        port: wanted; a free one is taken if it is in use.
+        made_by: command that makes the store.
 
     Raises:
         UserError: if there is no store yet, or MLflow does not start.
     """
-    if not Path(store).exists():
+    if not store.exists():
         raise UserError(f"{store}: no tracking store yet; `{made_by}` makes it")
     ids = read_json(store)
     uri, experiment = ids["uri"], ids["experiment_id"]
@@ -77,33 +85,11 @@ def free_port(wanted: int) -> int:
 
 
 def _start(uri: str, file: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--uvicorn-opts",
-        "--log-level error",
-        "--backend-store-uri",
-        uri,
-        "--artifacts-destination",
-        str(file.parent / "mlartifacts"),
-    ]
-    environment = {
-        **os.environ,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # spares 480 MB
-        "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # the default loses concurrent writes
-        "MLFLOW_LOGGING_LEVEL": "ERROR",
-        "PYTHONWARNINGS": "ignore",
-    }
+    command = [sys.executable, *"-m mlflow server --host 127.0.0.1 --workers 1".split()]
+    command += ["--port", str(port), "--uvicorn-opts", "--log-level error"]
+    command += ["--backend-store-uri", uri]
+    command += ["--artifacts-destination", str(file.parent / "mlartifacts")]
+    environment = {**os.environ, **ENVIRONMENT}
     environment.pop("MLFLOW_TRACKING_URI", None)
     # a session of its own: Ctrl-C reaches this process alone, which then ends the whole group
     return subprocess.Popen(
@@ -120,7 +106,7 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], port: int) -> None:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.3)
     raise UserError(f"MLflow did not answer on port {port} within {START_WAIT:.0f} s")
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterable, Iterator
-from itertools import count
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 TRAINING, SEEDS, EVALUATIONS = "egrpo-training", "egrpo-seeds", "egrpo-evaluations"
 PREFIX = "mlflow.sharedViewState."
 JsonObject = dict[str, Any]
-
-
-# ---------------------------------------------------------------- addresses
 
 
 def address(experiment: str, view: str = "", mode: str = "TABLE") -> str:
@@ -42,126 +38,102 @@ def address(experiment: str, view: str = "", mode: str = "TABLE") -> str:
 
 def addresses(experiment: str) -> list[tuple[str, str]]:
     """What is worth opening, the best first: (address, what it shows)."""
+    models = f"#/experiments/{experiment}/models?workflowType=machine_learning"
     return [
         (address(experiment, TRAINING, "CHART"), "training runs: curves and images"),
         (address(experiment, SEEDS, "CHART"), "the same, as means over seeds"),
         (address(experiment, EVALUATIONS), "evaluations, the largest gain first"),
         (address(experiment, EVALUATIONS, "ARTIFACT"), "their images, prompt by prompt"),
-        (
-            f"#/experiments/{experiment}/models?workflowType=machine_learning",
-            "trained adapters with their evaluation",
-        ),
+        (models, "trained adapters with their evaluation"),
         (address(experiment), "the tree of study, runs, evaluations: `+` opens a row"),
     ]
-
-
-# ---------------------------------------------------------------- views
 
 
 def keep_views(client: MlflowClient, experiment: str, runs: Iterable[RunConfig]) -> None:
     """Write the views of a study with these runs, those only that are missing or differ."""
     held = client.get_experiment(experiment).tags
-    for view, (name, state) in study_views(list(runs)).items():
-        value = encoded(name, state)
-        if held.get(PREFIX + view) != value:
-            client.set_experiment_tag(experiment, PREFIX + view, value)
+    for view, (name, state) in _study_views(list(runs)).items():
+        # a tag holds 5,000 characters, so the state is deflated
+        packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), level=9)).decode()
+        text = {"name": name, "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"}
+        if held.get(PREFIX + view) != json.dumps(text):
+            client.set_experiment_tag(experiment, PREFIX + view, json.dumps(text))
 
 
-def encoded(name: str, state: JsonObject) -> str:
-    """A view as MLflow writes it; a tag holds 5,000 characters, so the state is deflated."""
-    packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), level=9)).decode()
-    text = f"deflate;{packed}"
-    return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": text})
-
-
-def study_views(runs: list[RunConfig]) -> dict[str, tuple[str, JsonObject]]:
+def _study_views(runs: list[RunConfig]) -> dict[str, tuple[str, JsonObject]]:
     """Name and state of each view."""
     trained = list(dict.fromkeys(reward for run in runs for reward in run.train.rewards))
-    others = [r for r in dict.fromkeys(r for run in runs for r in run.rewards) if r not in trained]
-    number = count()
+    rewards = list(dict.fromkeys([*trained, *(r for run in runs for r in run.rewards)]))
     facts = [f"tags.`{tag}`" for tag in ("method", "reward", "threshold", "seed")]
 
     def curves(axes: tuple[str, ...]) -> JsonObject:
-        charts = [_curve(f"monitor/reward/{r}", x) for r in [*trained, *others] for x in axes]
-        return _page(
-            "train",
-            order="tags.`mlflow.runName`",
-            ascending=True,
-            columns=[*facts, *(f"metrics.`monitor/reward/{r}`" for r in trained), "metrics.`nfe`"],
-            sections=[
-                _section(number, "Rewards on held-out prompts", charts, columns=2),
-                _section(number, "Images of the same prompts and noise", [_images()], columns=1),
-            ],
-        )
+        columns = [*(f"metrics.`monitor/reward/{r}`" for r in trained), "metrics.`nfe`"]
+        charts = [_curve(f"monitor/reward/{r}", x) for r in rewards for x in axes]
+        # monitor grids with a slider over iterations
+        grids = {"type": "IMAGE", "imageKeys": ["monitor"], "step": 0, "showRunParams": False}
+        sections = [
+            ("Rewards on held-out prompts", 2, charts),
+            ("Images of the same prompts and noise", 1, [grids]),
+        ]
+        order = {"orderByKey": "tags.`mlflow.runName`", "orderByAsc": True}
+        return _page("train", order, [*facts, *columns], sections)
 
-    gains = [f"{reward}/difference" for reward in [*trained, *others]]
-    bars: list[JsonObject] = [{"type": "BAR", "metricKey": gain} for gain in gains]
+    gains = [f"{reward}/difference" for reward in rewards]
+    cost = {
+        "type": "SCATTER",
+        "xaxis": {"key": "nfe", "type": "METRIC"},
+        "yaxis": {"key": gains[0], "type": "METRIC"},
+    }
+    bars = [{"type": "BAR", "metricKey": gain} for gain in gains]
     numbers = [f"{r}/{c}" for r in trained for c in ("mean", "difference", "low", "high")]
     evaluations = _page(
         "evaluation",
-        order=f"metrics.`{gains[0]}`",
-        ascending=False,
-        columns=[*facts, *(f"metrics.`{name}`" for name in [*numbers, "nfe"])],
-        sections=[
-            _section(number, "Gain over the base model", [_scatter(gains[0]), *bars], columns=2)
-        ],
+        {"orderByKey": f"metrics.`{gains[0]}`", "orderByAsc": False},
+        [*facts, *(f"metrics.`{name}`" for name in [*numbers, "nfe"])],
+        [("Gain over the base model", 2, [cost | {"runsCountToCompare": 100}, *bars])],
     )
     # grouped curves against a metric are drawn at a wrong x by MLflow 3.17
-    by_arm = {
-        "aggregateFunction": "average",
-        "groupByKeys": [{"mode": "tag", "groupByData": "arm"}],
-    }
+    arms = [{"mode": "tag", "groupByData": "arm"}]
+    by_arm = {"groupBy": {"aggregateFunction": "average", "groupByKeys": arms}}
     return {
         TRAINING: ("Training runs", curves(("step", "metric"))),
-        SEEDS: ("Means over seeds", curves(("step",)) | {"groupBy": by_arm}),
+        SEEDS: ("Means over seeds", curves(("step",)) | by_arm),
         EVALUATIONS: ("Evaluations", evaluations),
     }
 
 
 def _page(
     kind: str,
-    order: str,
-    ascending: bool,
+    order: JsonObject,
     columns: list[str],
-    sections: list[tuple[JsonObject, list[JsonObject]]],
+    sections: list[tuple[str, int, list[JsonObject]]],
 ) -> JsonObject:
-    """State of the runs page. Ordered by time, MLflow would fold all runs into their parents."""
+    """State of the runs page. Ordered by time, MLflow would fold all runs into their parents.
+
+    Args:
+        sections: name, columns and charts of each.
+    """
+    cards, charts = [], []
+    for name, wide, drawn in sections:
+        own = f"egrpo-{kind}-{name}"  # ids need only differ
+        card = {"uuid": own, "name": name, "columns": wide, "cardHeight": 360}
+        cards.append(card | {"display": True, "isReordered": True})
+        common = {"metricSectionId": own, "deleted": False, "isGenerated": False}
+        common |= {"runsCountToCompare": 20}
+        charts += [common | {"uuid": f"{own}-{n}"} | chart for n, chart in enumerate(drawn)]
     return {
         "searchFilter": f"tags.kind = '{kind}'",
-        "orderByKey": order,
-        "orderByAsc": ascending,
+        **order,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": columns,
         "runsHiddenMode": "FIRST_20_RUNS",
-        "compareRunSections": [section for section, _ in sections],
-        "compareRunCharts": [chart for _, charts in sections for chart in charts],
+        "compareRunSections": cards,
+        "compareRunCharts": charts,
         "isAccordionReordered": True,  # else MLflow orders sections by name
     }
-
-
-def _section(
-    number: Iterator[int], name: str, charts: list[JsonObject], columns: int
-) -> tuple[JsonObject, list[JsonObject]]:
-    """A section with its charts. Ids need only differ, and must not change between writings."""
-    own = f"egrpo-{next(number)}"
-    section = {
-        "uuid": own,
-        "name": name,
-        "display": True,
-        "isReordered": True,
-        "columns": columns,
-        "cardHeight": 360,
-    }
-    common = {
-        "metricSectionId": own,
-        "deleted": False,
-        "isGenerated": False,
-        "runsCountToCompare": 20,
-    }
-    return section, [{"uuid": f"egrpo-{next(number)}", **common, **chart} for chart in charts]
 
 
 def _curve(metric: str, axis: str) -> JsonObject:
@@ -172,28 +144,10 @@ def _curve(metric: str, axis: str) -> JsonObject:
         "selectedMetricKeys": [metric],
         "xAxisKey": axis,
         "selectedXAxisMetricKey": "nfe" if axis == "metric" else "",
-        "useGlobalXaxisKey": False,
         "useGlobalLineSmoothing": True,
-        "lineSmoothness": 0,
         "xAxisScaleType": "linear",
         "scaleType": "linear",
         "range": {},
         "yAxisKey": "metric",
         "yAxisExpressions": [],
-        "ignoreOutliers": False,
-    }
-
-
-def _images() -> JsonObject:
-    """Monitor grids with a slider over iterations."""
-    return {"type": "IMAGE", "imageKeys": ["monitor"], "step": 0, "showRunParams": False}
-
-
-def _scatter(metric: str) -> JsonObject:
-    """A metric of evaluations against what training cost."""
-    return {
-        "type": "SCATTER",
-        "xaxis": {"key": "nfe", "type": "METRIC"},
-        "yaxis": {"key": metric, "type": "METRIC"},
-        "runsCountToCompare": 100,
     }

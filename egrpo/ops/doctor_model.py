@@ -1,0 +1,121 @@
+"""What `egrpo doctor` says of a model's files: its weights, its memory, its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from egrpo.config.models import Model, RunConfig
+from egrpo.errors import UserError, one_line
+from egrpo.models.families import FAMILIES
+from egrpo.ops.memory import GIB, advice, memory
+from egrpo.settings import is_hub_id
+from egrpo.store.weights import Part, read_part
+
+if TYPE_CHECKING:
+    import torch
+
+Told = tuple[Literal["ok", "warn", "FAIL"], str, str]
+"""How grave it is, what was looked at, what was found."""
+
+CONTEXT = 1.0
+"""GiB that CUDA and its libraries take."""
+
+
+def model_findings(run: RunConfig) -> Iterator[Told]:
+    """What is right and wrong with a run's model and its memory."""
+    import torch
+
+    model = run.model
+    if is_hub_id(model.path):
+        text = f"{model.path} at {model.revision}: a hub id; its files are not checked"
+        yield "warn", "model", text
+        return
+    try:
+        parts = {name: read_part(Path(model.path), name) for name in ("transformer", "vae")}
+        _check_weights(model, parts["transformer"])
+    except UserError as error:
+        yield "FAIL", "model", str(error)
+        return
+    billions = parts["transformer"].parameters / 1e9
+    yield "ok", "model", f"{model.path}: {model.family}, {billions:.3g} billion weights"
+    try:
+        device, free = usable(model.device)
+    except UserError:  # told of the device
+        yield _memory(run, parts, None)
+        return
+    yield _memory(run, parts, free)
+    if device.type == "cuda" and model.attention_backend == "auto":
+        yield attention(model, parts["transformer"], torch.cuda.get_device_capability(device))
+
+
+def usable(name: str) -> tuple[torch.device, float]:
+    """A device that can be used, and its free memory in GiB.
+
+    Raises:
+        UserError: why it cannot.
+    """
+    import psutil
+    import torch
+
+    from egrpo.models.loading import resolve_device
+
+    try:
+        device = resolve_device(name)
+        torch.zeros(1, device=device)
+        cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    except (UserError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{name}: cannot be used: {one_line(error, 120)}") from None
+    return device, free / GIB
+
+
+def _check_weights(model: Model, part: Part) -> None:
+    """Raise UserError if the folder holds another family, or not the weights of this one."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    name = FAMILIES[model.family].transformer_class
+    found = part.config.get("_class_name", name)
+    if found != name:
+        raise UserError(
+            f"model.family: {model.family} has a {name}, but {model.path}/transformer is a "
+            f"{found}; set model.family to the family of these weights"
+        )
+    with init_empty_weights():
+        network = getattr(diffusers, name).from_config(dict(part.config))
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    missing = [k for k, shape in wanted.items() if part.shapes.get(k) != shape]
+    unknown = [k for k in part.shapes if k not in wanted]
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not a weight of it"
+        raise UserError(
+            f"{model.path}/transformer: {len(missing)} weights missing, {len(unknown)} unknown: "
+            f"{what}"
+        )
+
+
+def _memory(run: RunConfig, parts: dict[str, Part], free: float | None) -> Told:
+    need = memory(run, parts["transformer"], parts["vae"])
+    items = ", ".join(f"{k} {v:.2g}" for k, v in {**need.fixed, **need.phases}.items())
+    text = f"about {need.peak:.2g} GiB for training ({items})"
+    if free is None:
+        return "warn", "memory", text
+    if need.peak + CONTEXT * (run.model.device != "cpu") < free:
+        return "ok", "memory", text
+    remedy = advice(run, "train", need.worst)
+    return "FAIL", "memory", f"{text}, {free:.2g} GiB free: {remedy}"
+
+
+def attention(model: Model, part: Part, capability: tuple[int, int]) -> Told:
+    """Which kernel ``auto`` takes on a CUDA device; a training job checks that it is right."""
+    import torch
+
+    from egrpo.models.attention import kernel
+
+    head = part.config.get("attention_head_dim") or part.config["dim"] // part.config["n_heads"]
+    dtype = getattr(torch, model.dtype)
+    plain, masked = (kernel(capability, dtype, head, masked=m) for m in (False, True))
+    text = f"{model.family}: heads of {head}: {plain}; {masked} where prompts differ in length"
+    return "ok", "attention", text
