@@ -58,7 +58,7 @@ def open_client(uri: str, timeout: int = 10, retries: int = 1) -> MlflowClient:
 
     file = sqlite_file(uri)
     if file is not None and not file.exists():
-        raise UserError(f"{file}: no tracking store; `python -m egrpo prepare` makes it")
+        raise UserError(f"{file}: no tracking store; `snakemake --cores 1 prepare_store` makes it")
     return MlflowClient(uri)
 
 
