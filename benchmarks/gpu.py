@@ -305,7 +305,7 @@ def iteration(
                 train_micro_batch=1,
                 dtype=bench.dtype,
                 device=bench.device,
-            )
+            ).rollout()
         with bench.timed() as seconds["decode"]:
             model.decode(rollout.leaves, work.decode)
         with bench.timed() as seconds["train"]:

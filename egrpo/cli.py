@@ -309,7 +309,7 @@ def _runs_of_study(
 @click.argument("run", shell_complete=_runs_of_study)
 @CONFIGS
 @click.option("--output", type=FILE, help="Folder to make; left out: export/RUN of the study.")
-@click.option("--license", "licence", help="Of the weights, as hubs name it: apache-2.0, other, …")
+@click.option("--license", "license", help="Of the weights, as hubs name it: apache-2.0, other, …")
 @click.option("--base-model", help="The base model's hub id, where the study names a folder.")
 def export_command(run: str, configs: tuple[Path, ...], output: Path | None, **says: Any) -> None:
     """Bundle the trained RUN for others: weights, settings, plan, scores, model card."""

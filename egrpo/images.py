@@ -3,7 +3,7 @@
 NaN and infinity have no place among pixels: a cast makes them black or white, and whatever reads
 the image takes it for a picture. So the one cast looks first, and what it finds goes along: no
 reward is asked about an image that is none, no distance is measured to it, and its PNG is
-transparent. Below that, for eyes and for readers without transparency, it is a grey cross.
+transparent. Below that, for eyes and for readers without transparency, it is a gray cross.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FINE, LATENT, DECODED = 0, 1, 2
 class Images:
     """Images on their way from the VAE to rewards and files.
 
-    Pixels are uint8 [n, 3, height, width], a grey cross where there is no image; faults int8 [n],
+    Pixels are uint8 [n, 3, height, width], a gray cross where there is no image; faults int8 [n],
     FINE for an image.
     """
 
@@ -115,7 +115,7 @@ def _finite(values: Tensor) -> npt.NDArray[np.bool_]:
 
 
 def _cross(height: int, width: int) -> Tensor:
-    """uint8 [3, height, width]: grey, with both diagonals darker."""
+    """uint8 [3, height, width]: gray, with both diagonals darker."""
     down, across = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
     dark = (down.abs() - across.abs()).abs() < max(0.04, 1.5 / max(height, width))
     return torch.where(dark, 120, 224).to(torch.uint8).expand(3, height, width)

@@ -170,19 +170,19 @@ class Pages:
         return card
 
     def images_at(self, step: int) -> list[list[int]]:
-        """Move the slider to an iteration; mean colour of each run's grid there."""
+        """Move the slider to an iteration; mean color of each run's grid there."""
         card = self.images()
         number = card.locator("input").last
         number.fill(str(step))
         number.press("Tab")
         shown = card.locator(f"img[src*='step%2B{step}%2B']")
         shown.first.wait_for()
-        return [self.mean_colour(image) for image in shown.all()]
+        return [self.mean_color(image) for image in shown.all()]
 
-    def mean_colour(self, image: Locator) -> list[int]:
+    def mean_color(self, image: Locator) -> list[int]:
         """Red, green and blue of an image shrunk to one pixel."""
-        colour: list[int] = image.evaluate(PIXEL)
-        return colour
+        color: list[int] = image.evaluate(PIXEL)
+        return color
 
     # ------------------------------------------------------------ pictures
 

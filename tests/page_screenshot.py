@@ -46,11 +46,11 @@ def take(browser: Browser, story: Path, target: Path) -> None:
         whole.paste(part, (WIDTH, y))
         y += part.height
     small = whole.resize((1600, round(height * 1600 / whole.width)), Image.Resampling.LANCZOS)
-    _few_colours(small).save(target, optimize=True)
+    _few_colors(small).save(target, optimize=True)
 
 
-def _few_colours(image: Image.Image) -> Image.Image:
-    """256 colours: half for what most pixels have, greys; half for what few have, the images."""
+def _few_colors(image: Image.Image) -> Image.Image:
+    """256 colors: half for what most pixels have, grays; half for what few have, the images."""
     methods = Image.Quantize.MEDIANCUT, Image.Quantize.MAXCOVERAGE
     both = Image.new("P", (1, 1))
     both.putpalette(

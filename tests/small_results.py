@@ -54,7 +54,7 @@ def layout(folder: Path, *runs: RunConfig) -> Layout:
 
 
 def png(level: int, size: tuple[int, int] = (8, 8), opacity: int = 255) -> bytes:
-    """One grey; transparent where it is no image."""
+    """One gray; transparent where it is no image."""
     picture = Image.new("RGB", size, (level, level, level))
     if opacity < 255:
         picture.putalpha(opacity)

@@ -17,7 +17,7 @@ from test_methods import METHODS, edges_of, paper, start_of, tree
 from test_tree_executor import binary_tree
 
 from egrpo.config.models import RunConfig
-from egrpo.core.advantage import Advantages, advantages, best_leaves, edge_values, normalise
+from egrpo.core.advantage import Advantages, advantages, best_leaves, edge_values, normalize
 from egrpo.core.loss import clipped_objective, velocity_distance
 from egrpo.core.tree import Tree
 from egrpo.methods.shapes import branches, chains, noised
@@ -89,7 +89,7 @@ def compute(rewards: Any, trees: Sequence[Tree], weights: Any = None, **how: Any
     return advantages(flat, weights or {"r": 1.0}, trees, edges_of(trees), **how)
 
 
-# --- single steps: every way of normalising and combining -----------------------------------------
+# --- single steps: every way of normalizing and combining -----------------------------------------
 
 PLAIN = [[1, 2, 6], [10, 10, 40]]
 SPARSE = [[0.1, 0.3, 0.2], [0.5, 0.5, 0.5]]
@@ -143,7 +143,7 @@ def test_advantages_of_single_steps(rewards, weights, how, counts):
         assert result[1:] == counts
 
 
-def test_rewards_are_summed_then_normalised_where_they_apply():
+def test_rewards_are_summed_then_normalized_where_they_apply():
     """A failure is invalid in the raw sum where others of the prompt have a score."""
     weights = {"a": 0.7, "b": -2.0}
     rewards = {"a": PLAIN, "b": [SPARSE[0], [0.5, 0.5, NAN]]}
@@ -176,7 +176,7 @@ def drawn(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([7, seed]).integers(-40, 40, size=shape) / 8
 
 
-def labelled(
+def labeled(
     run: RunConfig, trees: Sequence[Tree], rewards: Any, weights: Any = None
 ) -> list[tuple[int, int, int, float]]:
     """(tree, start, sample, advantage) of every trained edge, as the trainer asks for them."""
@@ -205,7 +205,7 @@ def test_chains_are_compared_over_all_samples_of_their_prompt(name):
     expected = (rewards - rewards.mean(1, keepdims=True)) / scale
     if not batch:
         expected = np.array([within(group) for group in rewards.tolist()])
-    for t, _, sample, a in labelled(run, trees, rewards):
+    for t, _, sample, a in labeled(run, trees, rewards):
         assert a == pytest.approx(expected[t, sample])
 
 
@@ -218,20 +218,20 @@ def test_branches_are_compared_per_prompt_anchor_and_step(name, ddof, eps, ancho
     samples, steps = run.method.group_size, len(run.method.active_steps)
     trees = [tree(run, 1, prompt) for prompt in range(PROMPTS)]
     rewards = drawn(PROMPTS, anchors, steps, samples)  # as the leaves grow
-    result = labelled(run, trees, rewards)
+    result = labeled(run, trees, rewards)
     assert len(result) == rewards.size
     for t, start, sample, a in result:
         anchor, number = divmod(sample, samples)
         assert a == pytest.approx(within(rewards[t, anchor, start].tolist(), ddof, eps)[number])
 
 
-def test_granularities_are_normalised_each_and_summed():
+def test_granularities_are_normalized_each_and_summed():
     """G2RPO: per (step, granularity, reward), then summed; a failed leaf silences its own alone."""
     run = paper("g2rpo", granularities=[1, 2, 4], group_size=5)
     rewards = {"a": drawn(1, 8, 5, 3), "b": 100 * drawn(1, 8, 5, 3, seed=1)}
     rewards["a"][0, 2, 1, 1] = NAN
     weights = {"a": 0.5, "b": -0.25}
-    result = labelled(run, [tree(run)], rewards, weights)
+    result = labeled(run, [tree(run)], rewards, weights)
     assert len(result) == 40
     for _, start, sample, a in result:
         columns = ((w, rewards[n][0, start, :, g]) for n, w in weights.items() for g in range(3))
@@ -241,11 +241,11 @@ def test_granularities_are_normalised_each_and_summed():
 
 
 @pytest.mark.parametrize("failed", [[], [1, 4, 5]])  # the last two are all below one edge
-def test_branchgrpo_averages_leaves_upward_and_normalises_per_depth(failed):
+def test_branchgrpo_averages_leaves_upward_and_normalizes_per_depth(failed):
     run = paper("branchgrpo", steps=6, splits=[0, 2, 3], group_size=8)
     rewards = drawn(2, 8)
     rewards[:, failed] = NAN
-    result = labelled(run, [tree(run)] * 2, rewards)
+    result = labeled(run, [tree(run)] * 2, rewards)
     for t in range(2):
         for i, width in enumerate((2, 2, 4, 8, 8)):
             parts = rewards[t].reshape(width, -1)
@@ -276,7 +276,7 @@ def test_trained_steps_of_a_sample_share_its_advantage_and_leave_no_trace_in_the
 
 
 def test_edges_of_a_binary_tree():
-    """The mean of the valid leaves below; normalised per depth."""
+    """The mean of the valid leaves below; normalized per depth."""
     rewards = np.array([1, 3, 10, NAN, NAN, NAN, 7, 9.0])
     edges = [(1, 2), (0, 1), (0, 2), (1, 1), (0, 4), (0, 6), (1, 5)]
     values = edge_values(rewards, [binary_tree()] * 2, edges)
@@ -320,7 +320,7 @@ def test_advantages_ignore_shift_and_scale_and_follow_their_edges(rewards, shift
 @given(REWARDS)
 def test_advantages_of_a_group_have_mean_zero_and_unit_std(rewards):
     groups = np.repeat([4, 9], 6)
-    values, count, masked = normalise(rewards, groups)
+    values, count, masked = normalize(rewards, groups)
     silent = [g for g in (4, 9) if np.ptp(rewards[groups == g]) == 0]
     assert (count, masked) == (2, len(silent))
     for g in (4, 9):

@@ -127,7 +127,7 @@ def _own_settings(at: Layout) -> Path:
     return at.root / "settings/my_notes-0123456789.yaml"
 
 
-def _neighbour(at: Layout) -> Path:
+def _neighbor(at: Layout) -> Path:
     return at.root.parent / "other/runs/one-s1/train.json"
 
 
@@ -135,7 +135,7 @@ def _export(at: Layout) -> Path:
     return at.root / "export/one-s1/README.md"
 
 
-@pytest.mark.parametrize("path", [_mine, _copy, _other_key, _own_settings, _neighbour, _export])
+@pytest.mark.parametrize("path", [_mine, _copy, _other_key, _own_settings, _neighbor, _export])
 def test_what_we_did_not_make_stays(path: Callable[[Layout], Path], tmp_path: Path) -> None:
     at = layout(settings(tmp_path))
     finish(at)

@@ -307,9 +307,9 @@ def test_prompts_that_no_verifier_reads_may_say_anything(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("body", "level", "part"),
     [
-        ("return [0.5] * len(images)", "ok", "custom, 0.5 for a grey image"),
-        ("return [float('nan')] * len(images)", "warn", "nan for a grey image and prompt 'a "),
-        ("open('no/such/program')", "FAIL", "cannot score a grey image: FileNotFoundError"),
+        ("return [0.5] * len(images)", "ok", "custom, 0.5 for a gray image"),
+        ("return [float('nan')] * len(images)", "warn", "nan for a gray image and prompt 'a "),
+        ("open('no/such/program')", "FAIL", "cannot score a gray image: FileNotFoundError"),
     ],
 )
 def test_a_reward_of_ones_own_is_tried(

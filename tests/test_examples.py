@@ -67,17 +67,17 @@ def follow(heading: str, patch: str, checkout: Path) -> str:
     return run(sys.executable, *tests[1:], folder=checkout)
 
 
-def test_colourfulness_is_that_of_the_paper() -> None:
-    """Against Hasler and Süsstrunk's formula, written with numpy, and on colours known by hand."""
+def test_colorfulness_is_that_of_the_paper() -> None:
+    """Against Hasler and Süsstrunk's formula, written with numpy, and on colors known by hand."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 3, 8, 10), dtype=np.uint8)
-    pixels[1] = pixels[1, :1]  # grey
+    pixels[1] = pixels[1, :1]  # gray
     pixels[2] = np.array([255, 0, 0])[:, None, None]
-    study = load_study(Path("config/config.yaml"), Path("examples/colourfulness.yaml"))
+    study = load_study(Path("config/config.yaml"), Path("examples/colorfulness.yaml"))
     settings = study.runs["egrpo-s0"]
-    assert dict(settings.train.rewards) == {"colour": 1.0}
-    model = load_rewards({"colour": settings.rewards["colour"]}, "cpu")
-    got = score_all(model, torch.from_numpy(pixels), ["", "", ""])["colour"]
+    assert dict(settings.train.rewards) == {"color": 1.0}
+    model = load_rewards({"color": settings.rewards["color"]}, "cpu")
+    got = score_all(model, torch.from_numpy(pixels), ["", "", ""])["color"]
     for image, value in zip(pixels.astype(float), got, strict=True):
         red, green, blue = image
         rg, yb = red - green, 0.5 * (red + green) - blue
@@ -87,12 +87,12 @@ def test_colourfulness_is_that_of_the_paper() -> None:
     assert got[2] == pytest.approx(0.3 * 255 * 1.25**0.5 / 100, rel=1e-5)
 
 
-def test_a_run_trains_on_colourfulness(embeddings: Embeddings, tmp_path: Path) -> None:
-    words = {"kind": "custom", "function": "examples.colourfulness:colourfulness"}
-    change = {"rewards.colour": words, "train.rewards": {"verifier": None, "colour": 1.0}}
+def test_a_run_trains_on_colorfulness(embeddings: Embeddings, tmp_path: Path) -> None:
+    words = {"kind": "custom", "function": "examples.colorfulness:colorfulness"}
+    change = {"rewards.color": words, "train.rewards": {"verifier": None, "color": 1.0}}
     made = small_run("x", **change, **{"train.iterations": 2})
     table = read_table(run_in_process(made, embeddings, tmp_path) / "rollouts.parquet", ROLLOUTS)
-    assert set(table["reward"].to_pylist()) == {"colour"}
+    assert set(table["reward"].to_pylist()) == {"color"}
     assert len(set(table["value"].to_pylist())) > 10
     assert any(table["advantage"].to_pylist())
 

@@ -402,8 +402,8 @@ def test_a_commit_with_edits_may_not_repeat(made: Made, tmp_path: Path, commit: 
     assert ("training from the commit may give other results" in told) == ("+" in commit)
 
 
-def test_licence_and_base_model_as_the_user_says(made: Made, tmp_path: Path) -> None:
-    said = {"licence": "apache-2.0", "base_model": "owner/base-model"}
+def test_license_and_base_model_as_the_user_says(made: Made, tmp_path: Path) -> None:
+    said = {"license": "apache-2.0", "base_model": "owner/base-model"}
     folder = made.export("merged", tmp_path / "b", **said)
     data = card(folder).data
     assert (data.license, data.base_model) == ("apache-2.0", "owner/base-model")

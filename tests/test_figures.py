@@ -161,7 +161,7 @@ def test_arm_curves_show_mean_interval_and_both_costs(
     assert "band" not in texts(one)
 
 
-def test_eleven_arms_differ_in_more_than_colour(tmp_path: Path) -> None:
+def test_eleven_arms_differ_in_more_than_color(tmp_path: Path) -> None:
     groups = {}
     for k in range(11):
         values: dict[int, float | None] = {i: float(k * i) for i in range(0, 310, 10)}

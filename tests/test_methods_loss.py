@@ -55,7 +55,7 @@ def test_width_pruning_keeps_the_best_half_after_the_last_split():
         assert paper(name).method.keep(scores, {"r": 2.0}, trees, edges) is None
 
 
-def test_best_leaves_weigh_normalised_rewards_within_each_prompt():
+def test_best_leaves_weigh_normalized_rewards_within_each_prompt():
     trees = [split_tree(4, (0, 1), "dance_sde", (0, 1, 2))] * 2
     a, b = np.array([3.0, 2, 1, 0, 0, 1, 2, 3]), np.array([0.0, 0, 1000, 0, 9, 9, 9, 9])
     best = best_leaves({"a": a, "b": b}, {"a": 1.0, "b": 1.0}, trees, 0.5)
@@ -181,7 +181,7 @@ def test_guarded_ratio_is_its_formula():
     assert seen == {"flow_sde": 16, "dance_sde": 8}
 
 
-def test_guarded_ratio_is_centred_over_noise_and_of_one_scale_at_all_steps():
+def test_guarded_ratio_is_centered_over_noise_and_of_one_scale_at_all_steps():
     """The plain log-ratio has mean -(mu - mu_old)^2 / (2 S^2); GRPO-Guard's has mean 0."""
     sigmas, samples, d = shifted_sigmas(8, 3.0), 2000, 6
     spans = ((1, 1), (3, 2), (6, 1))

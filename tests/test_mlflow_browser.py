@@ -140,8 +140,8 @@ def test_grids_at_successive_iterations(addresses: list[str], pages: Pages) -> N
     for step in STEPS:
         shown = pages.images_at(step)
         assert len(shown) == len(COST)
-        for colour in shown:
-            assert colour == pytest.approx([50 * step, 0, 0], abs=3)  # MLflow compresses them
+        for color in shown:
+            assert color == pytest.approx([50 * step, 0, 0], abs=3)  # MLflow compresses them
 
 
 def test_means_over_seeds(addresses: list[str], pages: Pages) -> None:
@@ -228,7 +228,7 @@ def test_images_prompt_by_prompt(addresses: list[str], pages: Pages) -> None:
     images = pages.page.locator("img[src*='table_images']")
     images.nth(1).wait_for()
     # the base model's samples are black here, the others red; the lower half of a square is white
-    assert pages.mean_colour(images.first)[0] > pages.mean_colour(images.first)[1] > 0
+    assert pages.mean_color(images.first)[0] > pages.mean_color(images.first)[1] > 0
 
 
 def run_page(addresses: list[str], study: Study, name: str) -> str:

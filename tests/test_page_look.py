@@ -92,12 +92,12 @@ def page(browser: Browser, shown: Layout) -> Iterator[Page]:
 def test_outcome_says_which_side_of_0_the_interval_lies_on(page: Page) -> None:
     cards = page.locator(".card")
     assert [c.get_attribute("class") for c in cards.all()] == ["card better", "card worse"]
-    colours = []
+    colors = []
     for (run, reward), (*_, said) in INTERVALS.items():
         row = page.locator(f"tr[data-run='{run}'][data-reward='{reward}']")
         assert said in (row.get_attribute("class") or "").split()
-        colours.append(row.locator(".bar").evaluate("e => getComputedStyle(e).color"))
-    better, worse, unclear, again, measured = colours
+        colors.append(row.locator(".bar").evaluate("e => getComputedStyle(e).color"))
+    better, worse, unclear, again, measured = colors
     assert better == again
     assert unclear == measured
     assert len({better, worse, unclear}) == 3

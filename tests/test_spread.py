@@ -42,7 +42,7 @@ def entropies(step: int, span: int) -> dict[str, float]:
 
 
 def pool_adjacent_violators(values: Sequence[float]) -> list[float]:
-    """Isotonic regression by merging neighbours that fall, until none does."""
+    """Isotonic regression by merging neighbors that fall, until none does."""
     blocks = [[value] for value in values]
     n = 0
     while n + 1 < len(blocks):

@@ -433,9 +433,11 @@ def test_settings_of_the_default_study_do_not_leak_into_another(tmp_path: Path) 
     done = snakemake(without, "--dry-run")
     assert done.returncode != 0
     assert "without.yaml: model: is missing" in done.stdout + done.stderr
-    assert snakemake(config, f"{tmp_path}/results/small/runs/one-s0/config.yaml").returncode == 0
-    resolved = yaml.safe_load((tmp_path / "results/small/runs/one-s0/config.yaml").read_text())
-    assert "preference" not in resolved["rewards"]
+    at = Layout(load_study(str(config)))
+    assert snakemake(config, str(at.embeddings("one-s0", "profile"))).returncode == 0
+    orders = [read_order(path).run for path in (at.root / "settings").glob("*-s*.json")]
+    assert orders
+    assert all("preference" not in run.rewards for run in orders)
 
 
 @pytest.mark.slow

@@ -51,8 +51,8 @@ def test_prompts_round_trip_and_their_split_is_a_balanced_partition():
         counts = Counter(getattr(c, field) for c in heldout)
         assert set(counts) == set(values)
         assert max(counts.values()) - min(counts.values()) <= 1
-    # Each (size, colour, shape) is trained in four positions and held out in one.
-    assert len({(c.size, c.colour, c.shape) for c in heldout}) == 48
+    # Each (size, color, shape) is trained in four positions and held out in one.
+    assert len({(c.size, c.color, c.shape) for c in heldout}) == 48
     for name, some in (("train", train), ("heldout", heldout)):  # shipped files are in step
         text = (TOY / f"prompts/{name}.txt").read_text(encoding="utf-8")
         assert text == grammar.prompt_lines(some)
@@ -113,9 +113,9 @@ def test_verifier_accepts_ground_truth_by_probabilities_that_are_distributions(t
     assert verdict.exact.mean() > 0.98
     assert verdict.smooth.mean() > 0.9
     assert (verdict.smooth.dtype, verdict.smooth.shape) == (np.float32, (480,))
-    product = verdict.colour * verdict.shape * verdict.position * verdict.size
+    product = verdict.color * verdict.shape * verdict.position * verdict.size
     np.testing.assert_allclose(verdict.smooth, product**0.25, rtol=1e-4)
-    for table in (reading.size, reading.colour, reading.shape, reading.position):
+    for table in (reading.size, reading.color, reading.shape, reading.position):
         np.testing.assert_allclose(table.sum(1), reading.presence, atol=1e-3)
 
 
@@ -149,13 +149,13 @@ def test_verifier_grades_imperfect_images(truth):
     assert smooth(np.clip(images + noise, 0, 255).astype(np.uint8)) > 0.85
 
 
-@pytest.mark.parametrize("kind", ["black", "white", "grey", "noise", "half"])
+@pytest.mark.parametrize("kind", ["black", "white", "gray", "noise", "half"])
 def test_verifier_is_finite_and_low_without_a_shape(kind):
     images = np.zeros((48, 32, 32, 3), dtype=np.uint8)
     if kind == "noise":
         images = np.random.default_rng(1).integers(0, 256, images.shape, dtype=np.uint8)
     images[:, :, : 16 if kind == "half" else 32] += np.uint8(
-        {"white": 255, "grey": 128, "half": 255}.get(kind, 0)
+        {"white": 255, "gray": 128, "half": 255}.get(kind, 0)
     )
     verdict = vars(verdict_of(images, split()[1]))
     assert all(np.isfinite(values).all() for values in verdict.values())
@@ -276,8 +276,8 @@ def test_preference_orders_synthetic_pairs_and_ignores_the_prompt(truth):
     assert 0.7 < float(scores.std()) < 1.3
     soft = blur(batch / 255.0, torch.full((480,), 1.5)) * 255.0
     assert float((model(soft) < scores).float().mean()) > 0.9
-    centred = torch.tensor([c.position == "in the center" for c in combinations])
-    assert scores[centred].mean() > scores[~centred].mean() + 0.5
+    centered = torch.tensor([c.position == "in the center" for c in combinations])
+    assert scores[centered].mean() > scores[~centered].mean() + 0.5
 
 
 def test_preference_files_that_do_not_fit_are_named(tmp_path):

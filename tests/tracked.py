@@ -104,16 +104,16 @@ def line(iteration: int, **metrics: float | None) -> dict[str, Any]:
     }
 
 
-def picture(file: Path, colour: int = 0) -> None:
+def picture(file: Path, color: int = 0) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(png(colour))
+    file.write_bytes(png(color))
 
 
-def png(colour: int) -> bytes:
+def png(color: int) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (colour, 0, 0)).save(buffer, format="PNG")
+    Image.new("RGB", (16, 16), (color, 0, 0)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -151,11 +151,11 @@ def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
     tables.write_table(folder / "metrics.parquet", tables.TRAIN_METRICS, rows)
 
 
-def write_evaluation(folder: Path, colour: int, values: tuple[float | None, ...]) -> None:
+def write_evaluation(folder: Path, color: int, values: tuple[float | None, ...]) -> None:
     """Images of one prompt, and their scores."""
     head = {"run": folder.name, "prompt_id": 0, "prompt": "a red square"}
     samples = range(len(values))
-    images = [{**head, "sample": sample, "png": png(colour)} for sample in samples]
+    images = [{**head, "sample": sample, "png": png(color)} for sample in samples]
     tables.write_table(folder / "images.parquet", tables.IMAGES, images)
     scores = [{**head, "sample": s, "reward": "verifier", "value": values[s]} for s in samples]
     tables.write_table(folder / "scores.parquet", tables.SCORES, scores)

@@ -1,6 +1,6 @@
 """Drawings of rollout trees: from noise (left) to image (right), one line a branch.
 
-Straight and grey: deterministic. Wavy and coloured by group: stochastic; bold where it trains, in a
+Straight and gray: deterministic. Wavy and colored by group: stochastic; bold where it trains, in a
 band where it merges several steps. A dot is a network evaluation, a ringed dot one with a backward
 pass too, a circle an image that is rewarded.
 """
@@ -31,7 +31,7 @@ LEFT, RIGHT, TOP, BOTTOM, HEAD = 0.55, 1.3, 0.5, 0.34, 0.3
 """Inches around the tree: initial noises, groups, grid indices, cost; a heading."""
 CORNER = 0.09
 """Inches: radius of the corner where a branch leaves its anchor."""
-GREY, FAINT = "#8A8A8A", "#E4E4E4"
+GRAY, FAINT = "#8A8A8A", "#E4E4E4"
 RING = {
     "markersize": 7.5,
     "markerfacecolor": "white",
@@ -153,16 +153,16 @@ def add_dots(axes: Axes, points: Iterable[Point], gid: str, marker: str, **look:
 # -- the drawing -------------------------------------------------------------------------------
 
 
-def colour(group: int) -> str:
-    """Colour of a group."""
+def color(group: int) -> str:
+    """Color of a group."""
     return PALETTE[group % len(PALETTE)]
 
 
 def look_of(kind: str, shade: str, weight: float = 1.0) -> dict[str, Any]:
-    """How an edge is drawn; ``shade`` is its group's colour."""
+    """How an edge is drawn; ``shade`` is its group's color."""
     looks: dict[str, dict[str, Any]] = {
-        "ode": {"color": GREY, "linewidth": 0.9},
-        "dpm2": {"color": GREY, "linewidth": 1.3, "linestyle": (0, (5, 2))},
+        "ode": {"color": GRAY, "linewidth": 0.9},
+        "dpm2": {"color": GRAY, "linewidth": 1.3, "linestyle": (0, (5, 2))},
         "noising": {"color": shade, "linewidth": 1.3, "linestyle": (0, (2, 1.6))},
         "untrained": {"color": shade, "linewidth": 0.8, "alpha": 0.75},
         "trained": {"color": shade, "linewidth": 2.1 * weight, "zorder": 2.5},
@@ -195,10 +195,10 @@ def _edges(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
             if node.index - tree.nodes[node.parent].index > 1:
                 bands[node.group].append(straight(start, stop))
     for group, curves in bands.items():
-        add_curves(axes, curves, f"merged-{group}", **look_of("merged", colour(group)))
+        add_curves(axes, curves, f"merged-{group}", **look_of("merged", color(group)))
     for (kind, group, weight), curves in looks.items():
         gid = kind if kind in DETERMINISTIC else f"{kind}-{group}-{weight:g}"
-        add_curves(axes, curves, gid, **look_of(kind, colour(group), weight))
+        add_curves(axes, curves, gid, **look_of(kind, color(group), weight))
 
 
 def _nodes(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
@@ -216,7 +216,7 @@ def _nodes(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
     for rank, k in enumerate(tree.leaves):
         leaves[-1 if shared else group[rank], tree.nodes[k].label].append(at[k])
     for (number, label), points in leaves.items():
-        face = INK if number < 0 else colour(number)
+        face = INK if number < 0 else color(number)
         look = {"markerfacecolor": face, "markeredgecolor": "white", "markersize": 7.5, "zorder": 6}
         add_dots(axes, points, f"images-{number}-{label}", MARKERS[label], **look)
     for k, node in enumerate(tree.nodes):
@@ -248,11 +248,11 @@ def _groups(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
         span = first.index - start
         if _by_depth(tree):
             x = [(start + 0.12) * step, (first.index - 0.12) * step]
-            axes.plot(x, [bottom] * 2, color=colour(group), linewidth=4, solid_capstyle="butt")
+            axes.plot(x, [bottom] * 2, color=color(group), linewidth=4, solid_capstyle="butt")
             continue
         rows = [at[tree.leaves[leaf]][1] for k in members for leaf in tree.leaves_below[k]]
         low, high = min(rows) - 0.06, max(rows) + 0.06
-        axes.plot([right] * 2, [low, high], color=colour(group), linewidth=2.2)
+        axes.plot([right] * 2, [low, high], color=color(group), linewidth=2.2)
         text = f"step {start}" + (f", {span} merged" if span > 1 else "")
         text = text if len(edges) > 1 else "all samples"
         axes.text(right + 0.08, (low + high) / 2, text, fontsize=8, color=INK, va="center")

@@ -46,14 +46,14 @@ def export(
     output: Path | None = None,
     *,
     configs: Sequence[str | Path] = (DEFAULT,),
-    licence: str | None = None,
+    license: str | None = None,
     base_model: str | None = None,
 ) -> Path:
     """Write the bundle of one run, whole or not at all; an earlier bundle there is replaced.
 
     The run must be trained and evaluated; without ``output`` its folder is ``export/<run>`` in the
     study's results. ``configs`` are files of the study, for the commands that are shown;
-    ``licence`` and ``base_model`` what the card says of them.
+    ``license`` and ``base_model`` what the card says of them.
 
     Raises:
         UserError: naming the result that is missing and the command that makes it, or what stands
@@ -75,7 +75,7 @@ def export(
             [without_folder(str(path)) for path in configs],
             Path(without_folder(str(results))) / scores,
         )
-        card = model_card(settings, new, samples, made_by, licence, base_model)
+        card = model_card(settings, new, samples, made_by, license, base_model)
         write_text(new / "README.md", card)
         index = {"run": run, "study": settings.study, "files": checksums(new, INDEX)}
         write_json(new / INDEX, index)

@@ -36,13 +36,13 @@ def model_card(
     folder: Path,
     samples: Sequence[Sample],
     made_by: str,
-    licence: str | None,
+    license: str | None,
     base_model: str | None,
 ) -> str:
     """README.md of a bundle, from its tables and plan in ``folder``, where the samples lie too.
 
     ``made_by`` is the command that makes the run's results, ``base_model`` the base model's hub id,
-    for settings that name a folder. Without ``licence`` the card says that it is open.
+    for settings that name a folder. Without ``license`` the card says that it is open.
 
     Raises:
         UserError: if ``base_model`` is no hub id.
@@ -59,7 +59,7 @@ def model_card(
         "model_card.md.j2",
         run=run,
         samples=samples,
-        licence=licence,
+        license=license,
         hub_id=hub_id,
         base=hub_id or without_folder(run.model.path),
         loading=loading(run, hub_id, samples[0].prompt),
@@ -80,7 +80,7 @@ def model_card(
         made=metadata_of(read_table(folder / "train_metrics.parquet", TRAIN_METRICS)),
         notes=shareable(run)[1],
     )
-    return f"---\n{_front_matter(run, rows, samples, licence, hub_id, prompts)}\n---\n{page}"
+    return f"---\n{_front_matter(run, rows, samples, license, hub_id, prompts)}\n---\n{page}"
 
 
 def base_on_hub(run: RunConfig) -> str | None:
@@ -94,7 +94,7 @@ def _front_matter(
     run: RunConfig,
     rows: Sequence[Row],
     samples: Sequence[Sample],
-    licence: str | None,
+    license: str | None,
     hub_id: str | None,
     prompts: int,
 ) -> str:
@@ -124,7 +124,7 @@ def _front_matter(
         more["base_model_relation"] = "adapter" if lora else "finetune"
     return ModelCardData(
         base_model=hub_id,
-        license=licence,
+        license=license,
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=[*tags, *(["lora", "template:sd-lora"] if lora else [])],

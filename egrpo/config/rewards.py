@@ -155,7 +155,7 @@ class PickScore(NetworkReward):
 
 
 class ImageReward(FileReward):
-    """ImageReward: BLIP with a linear head, normalised as published."""
+    """ImageReward: BLIP with a linear head, normalized as published."""
 
     module = "imagereward"
     sources = ("path", "tokenizer", "med_config")

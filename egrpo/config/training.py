@@ -1,4 +1,4 @@
-"""Settings of the optimisation and of what watches it."""
+"""Settings of the optimization and of what watches it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Advantage(Settings):
     """From rewards to advantages."""
 
     combine: Literal["advantages", "rewards", "gdpo"] = setting("advantages", source=PAPER)
-    """Several rewards: normalise each and sum; sum and normalise; or GDPO (arXiv 2601.05242):
-    normalise each, sum, normalise over the batch."""
+    """Several rewards: normalize each and sum; sum and normalize; or GDPO (arXiv 2601.05242):
+    normalize each, sum, normalize over the batch."""
     std: Literal["group", "batch"] = setting("group", source=f"{PAPER}, method")
     """Divide by the std of the group or of the whole batch."""
     ddof: Literal[0, 1] = setting(1, source=PAPER)
@@ -56,7 +56,7 @@ training that succeeds, too."""
 
 
 class Train(Settings):
-    """The optimisation."""
+    """The optimization."""
 
     rewards: dict[str, float] = setting(..., unit="1")
     """Trained rewards: name -> weight. One choice: where a file is laid over another, or a cell of
@@ -97,7 +97,7 @@ class Train(Settings):
     branches at n steps of one anchor, n parts give one optimizer step after each, as in the code of
     E-GRPO."""
     loss: Loss = setting("clipped", source=f"{PAPER}; {GUARD}; {NFT}")
-    """Clipped ratio; GRPO-Guard's normalised ratio, clipped; or DiffusionNFT's negative-aware
+    """Clipped ratio; GRPO-Guard's normalized ratio, clipped; or DiffusionNFT's negative-aware
     objective."""
     ema_decay: Fraction | None = setting(None, source=PAPER, unit="1")
     """Decay of the averaged weights; null for none."""

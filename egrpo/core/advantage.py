@@ -1,6 +1,6 @@
 """From rewards of leaves to advantages of trained edges. numpy, float64.
 
-Leaves with several labels (granularities) are normalised label by label, and summed. A NaN reward
+Leaves with several labels (granularities) are normalized label by label, and summed. A NaN reward
 leaves its sample out of mean and std; a group with fewer than two valid samples or with equal
 rewards has zero advantage and is counted. A reward without a valid score among all leaves of a
 tree does not apply to that prompt; where one has failed for some leaves only, these are invalid.
@@ -26,7 +26,7 @@ class Advantages(NamedTuple):
 
     Attributes:
         values: [E] float64, clamped; 0 where an edge or its group has nothing to say.
-        groups: number of groups, summed over the rewards that were normalised.
+        groups: number of groups, summed over the rewards that were normalized.
         groups_masked: those with fewer than two valid samples or equal rewards.
         samples_invalid: leaves that lack a reward which applies to their prompt, or all rewards.
     """
@@ -62,14 +62,14 @@ def best_leaves(
 ) -> list[set[int]]:
     """For each tree the ranks of its best leaves, a ``share`` of them and at least one.
 
-    Best by the weighted sum of the rewards that apply, each normalised among the tree's leaves; a
+    Best by the weighted sum of the rewards that apply, each normalized among the tree's leaves; a
     leaf that lacks one of these comes last.
     """
     owner = leaf_trees(trees)
     among = {}
     for name in weights:
         raw = finite(rewards[name])
-        among[name] = np.where(np.isnan(raw), np.nan, np.nan_to_num(normalise(raw, owner)[0]))
+        among[name] = np.where(np.isnan(raw), np.nan, np.nan_to_num(normalize(raw, owner)[0]))
     total = np.nan_to_num(weighted_sum(among, weights, owner), nan=-np.inf)
     each = [total[owner == t] for t in range(len(trees))]
     counts = [max(1, round(share * len(mine))) for mine in each]
@@ -101,7 +101,7 @@ def finite(rewards: npt.ArrayLike) -> Array:
     return values
 
 
-def normalise(
+def normalize(
     values: Array, groups: Ints, *, std: str = "group", ddof: int = 1, eps: float = 1e-8
 ) -> tuple[Array, int, int]:
     """``(value - group mean) / (std + eps)``.
@@ -147,12 +147,12 @@ def advantages(
         rewards: name -> [L] values of all leaves, ordered by (tree, leaf); NaN = scoring failed.
         weights: name -> weight of each trained reward.
         trees, edges: the forest and its trained edges, as in ``Rollout``.
-        combine: ``advantages`` (normalise each reward in its group, then weighted sum: a reward
+        combine: ``advantages`` (normalize each reward in its group, then weighted sum: a reward
             that is NaN adds nothing), ``rewards`` (weighted raw sum of those that apply, see
-            :func:`weighted_sum`, then normalise), or ``gdpo`` (as ``advantages``, then normalised
+            :func:`weighted_sum`, then normalize), or ``gdpo`` (as ``advantages``, then normalized
             over the batch; arXiv 2601.05242). As in its code a group without spread counts as zeros
             in the batch's std; what has no valid reward does not count.
-        std, ddof, eps: see :func:`normalise`.
+        std, ddof, eps: see :func:`normalize`.
         clamp: bound of the absolute advantage.
     """
     units, unit = comparison_units(trees, edges)
@@ -171,7 +171,7 @@ def advantages(
     for name, reward in raw.items():
         for label in np.unique(labels):
             values = edge_values(np.where(labels == label, reward, np.nan), trees, units)
-            normal, n, m = normalise(values, groups, std=std, ddof=ddof, eps=eps)
+            normal, n, m = normalize(values, groups, std=std, ddof=ddof, eps=eps)
             total += weights[name] * np.nan_to_num(normal)
             said |= ~np.isnan(normal)
             counted |= ~np.isnan(values)

@@ -181,7 +181,7 @@ class Tree:
     @cached_property
     def cost(self) -> Cost:
         """Predicted evaluations: ``forward`` one per node that something follows, and one per
-        noised latent, for its behaviour policy; ``train`` one per source (see :meth:`passes`)."""
+        noised latent, for its behavior policy; ``train`` one per source (see :meth:`passes`)."""
         forward = sum(
             node.dynamics == NOISING or (bool(after) and node.index < self.steps)
             for node, after in zip(self.nodes, self.children, strict=True)

@@ -223,7 +223,7 @@ def _draw_spread(axes: Axes, values: Sequence[float], name: str, limit: float) -
 
 
 def _dot(kind: str) -> dict[str, Any]:
-    """Full above the yardstick, hollow below it, grey without it, a diamond for itself."""
+    """Full above the yardstick, hollow below it, gray without it, a diamond for itself."""
     face = {"above": PALETTE[0], "below": "white", "alone": "#BBBBBB", "yardstick": INK}[kind]
     own: dict[str, Any] = {"marker": "o", "ms": 5.5, "mec": PALETTE[0]}
     if kind == "yardstick":

@@ -180,7 +180,7 @@ def _draw_curve(axes: Axes, x: Array, curve: Curve, at: int) -> None:
 
 
 def _look(at: int) -> dict[str, Any]:
-    """Colour, dashes, and a marker whose white edge stands out of lines; stars are larger, for
+    """Color, dashes, and a marker whose white edge stands out of lines; stars are larger, for
     they fill less of their size."""
     own = look(at)
     size = 10 if own["marker"] == "*" else 6.5

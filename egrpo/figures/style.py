@@ -1,7 +1,7 @@
-"""What all figures share: colours, markers, units, texts that wrap, columns, files.
+"""What all figures share: colors, markers, units, texts that wrap, columns, files.
 
 Artists that carry a finding have a ``gid`` ("threshold", "yardstick", …), which is also their id
-in the SVG. Colour is never the only cue: every series has its own marker or dashes too.
+in the SVG. Color is never the only cue: every series has its own marker or dashes too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 INK = "#444444"
 MARKERS = "os^DvPX<>p*"
-# Four dashes do not divide the seven colours: 28 series have a pair of their own.
+# Four dashes do not divide the seven colors: 28 series have a pair of their own.
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (6, 1.5, 1.2, 1.5)), (0, (1.6, 1.1)))
 DPI = 150
 FINE = 300
@@ -60,7 +60,7 @@ ENTROPY = {
 
 
 def look(series: int) -> dict[str, Any]:
-    """Colour and marker of the n-th series, as arguments of ``Axes.plot``."""
+    """Color and marker of the n-th series, as arguments of ``Axes.plot``."""
     return {"color": PALETTE[series % len(PALETTE)], "marker": MARKERS[series % len(MARKERS)]}
 
 

@@ -47,7 +47,7 @@ class Awm(ForwardProcess):
     weight: float = setting(0.2, source=AWM, unit="1", gt=0.0)
     """Factor of the loss: advantages, clamped at 5, count within 1."""
     power: float = setting(0.25, source=AWM, unit="1", gt=0.0, le=1.0)
-    """Power p of the matching error e in the log-probability -(e^p - c) / p (generalised Huber); 1:
+    """Power p of the matching error e in the log-probability -(e^p - c) / p (generalized Huber); 1:
     the error itself."""
     time_weight: bool = setting(True, source=AWM)
     """Multiply the log-probability by the flow time of the noised sample."""

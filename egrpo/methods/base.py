@@ -226,7 +226,7 @@ class Method(Settings):
     ) -> Objective:
         """The loss, summed over E edges of a batch of B sources.
 
-        Clipped (PPO), or GRPO-Guard's: its centred ratio, and each edge over its length in time
+        Clipped (PPO), or GRPO-Guard's: its centered ratio, and each edge over its length in time
         (arXiv 2510.22319).
 
         Args:

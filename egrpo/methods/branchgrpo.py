@@ -35,7 +35,7 @@ class BranchGrpo(Stochastic):
         "BranchGRPO",
         "all steps of a tree that splits in two at some of them",
         "One noise; at the splits every latent has two successors. An edge gets the mean reward of "
-        "the images below it and is compared with the edges of the same depth (one colour a "
+        "the images below it and is compared with the edges of the same depth (one color a "
         "column), so early edges are judged by many images. Pruning takes edges out of the loss, "
         "not out of the rollout.",
         "Departs from the public code: noise at a split is not scaled (the code's log-probability "

@@ -1,6 +1,6 @@
 """Granular-GRPO (G2RPO, arXiv 2510.01982): single SDE steps, leaves at several granularities.
 
-Each branch has a leaf per granularity; advantages are normalised per granularity and summed.
+Each branch has a leaf per granularity; advantages are normalized per granularity and summed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class G2rpo(Branching):
         "the first half of the steps, one at a time; images at several granularities",
         "E-GRPO's tree without merging. Each branch is finished at several granularities (every "
         "step, every second step), which share their beginning; each gives an image of its own "
-        "shape here. Rewards are normalised within images of one granularity, and a branch's "
+        "shape here. Rewards are normalized within images of one granularity, and a branch's "
         "advantages are summed.",
         "Departs from the public code: the beginning that the suffixes of one branch share is "
         "evaluated once; a stride that would pass over sigma = 0 ends there, where the code jumps "

@@ -174,17 +174,17 @@ def _reward(name: str, settings: AnyReward, run: RunConfig) -> Told:
             return
         model, files = run.evaluation_model, run.prompts
         prompt = read_prompts(files.heldout, files.column)[0].text
-        grey = torch.full((1, 3, model.height, model.width), 127, dtype=torch.uint8)
-        (score,) = score_all({name: reward}, grey, [prompt])[name]
+        gray = torch.full((1, 3, model.height, model.width), 127, dtype=torch.uint8)
+        (score,) = score_all({name: reward}, gray, [prompt])[name]
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except Exception as error:
         if not isinstance(settings, Custom):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        yield "FAIL", f"{name}: cannot score a grey image: {reason}"
+        yield "FAIL", f"{name}: cannot score a gray image: {reason}"
         return
-    about = f"{name}: custom, {score:.3g} for a grey image and prompt {prompt!r:.60}"
+    about = f"{name}: custom, {score:.3g} for a gray image and prompt {prompt!r:.60}"
     if math.isnan(score):
         yield "warn", f"{about}: does it read such prompts and sizes?"
     else:

@@ -2,7 +2,7 @@
 
 ``GET /health`` names the rewards; ``POST /score`` takes JSON: ``reward``, ``prompts``, and the
 images either as ``png`` (a list of base64 texts) or as ``raw`` (base64 of uint8 [n, 3, h, w]) with
-``shape``. PNG of 8 bits or less a channel are taken as RGB: grey and palettes are turned into it,
+``shape``. PNG of 8 bits or less a channel are taken as RGB: gray and palettes are turned into it,
 transparency is dropped. It answers ``{"scores": [...]}``, null where scoring failed. Requests that
 wait for a reward are scored together.
 

@@ -110,7 +110,7 @@ def first_samples(
 
 
 def decode_png(png: bytes, path: Path) -> Pixels:
-    """Pixels to look at in [0, 1], float32 [h, w, 3], of what is no image a grey cross; UserError
+    """Pixels to look at in [0, 1], float32 [h, w, 3], of what is no image a gray cross; UserError
     naming ``path`` if the PNG is damaged."""
     return _rgba(png, path)[..., :3]
 

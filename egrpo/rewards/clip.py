@@ -12,7 +12,7 @@ from egrpo.rewards.network import (
     Cosine,
     Network,
     linear_head,
-    normalised,
+    normalized,
     pictures,
     place,
     read_state,
@@ -79,7 +79,7 @@ class Clip(Cosine):
 
 
 class Aesthetic(Network):
-    """LAION's aesthetic score: a linear head on normalised image features; no prompt."""
+    """LAION's aesthetic score: a linear head on normalized image features; no prompt."""
 
     def __init__(self, settings: AestheticSettings, device: str) -> None:
         super().__init__(settings, device)
@@ -95,4 +95,4 @@ class Aesthetic(Network):
 
     def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[n], about 1 to 10."""
-        return self.head(normalised(self.clip.images(images)))[:, 0]
+        return self.head(normalized(self.clip.images(images)))[:, 0]

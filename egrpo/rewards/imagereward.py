@@ -94,7 +94,7 @@ class ImageReward(Network):
         self.preprocess = t.Compose([resize, *rest])
 
     def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """[n] normalised scores."""
+        """[n] normalized scores."""
         pixels = torch.stack([self.preprocess(p) for p in pictures(images)]).to(self.device)
         seen = self.eyes(pixels).last_hidden_state
         tokens = self.tokenizer(

@@ -57,20 +57,20 @@ class Cosine(Network):
 
     @abstractmethod
     def image_features(self, images: Tensor) -> Tensor:
-        """[n, D] of images uint8 [n, 3, h, w]; not normalised."""
+        """[n, D] of images uint8 [n, 3, h, w]; not normalized."""
 
     @abstractmethod
     def text_features(self, prompts: list[str]) -> Tensor:
-        """[n, D], not normalised."""
+        """[n, D], not normalized."""
 
     def scores(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[n] raw cosines."""
         new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
         if new:
-            features = normalised(self.text_features(new))
+            features = normalized(self.text_features(new))
             self.texts.update(zip(new, features, strict=True))
         text = torch.stack([self.texts[p] for p in prompts])
-        return (normalised(self.image_features(images)) * text).sum(-1)
+        return (normalized(self.image_features(images)) * text).sum(-1)
 
 
 def place(module: Any, device: torch.device) -> Any:
@@ -92,7 +92,7 @@ def png_of(image: Tensor, side: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def normalised(features: Tensor) -> Tensor:
+def normalized(features: Tensor) -> Tensor:
     """Rows of length 1, float32."""
     return torch.nn.functional.normalize(features.float(), dim=-1)
 

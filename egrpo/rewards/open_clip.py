@@ -97,7 +97,7 @@ def padded_square(images: Tensor, side: int) -> Tensor:
     """CLIP's input [n, 3, side, side] of images uint8 [n, 3, h, w], as HPSv2's code makes it.
 
     The longer side is resized to ``side``, bicubic with antialias on the float tensor; black
-    padding, half on each side; then CLIP's normalisation, padding included.
+    padding, half on each side; then CLIP's normalization, padding included.
     """
     from torchvision.transforms import functional as f
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Preference:
-    """Crisp, centred, saturated images score high; the prompt does not matter."""
+    """Crisp, centered, saturated images score high; the prompt does not matter."""
 
     def __init__(self, settings: Settings, device: str) -> None:
         from egrpo.world.preference import load_preference

@@ -66,7 +66,7 @@ def _collect(found: Any, prefix: str, out: dict[str, Tensor]) -> None:
 
 
 class _Reader(pickle.Unpickler):
-    """Objects without behaviour and tensors without code."""
+    """Objects without behavior and tensors without code."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))

@@ -1,4 +1,4 @@
-"""The toy world's exact reward: are colour, shape, position and size what the prompt says?"""
+"""The toy world's exact reward: are color, shape, position and size what the prompt says?"""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Code:
     def __init__(self, digests: Digests) -> None:
         self.digests = digests
         self.rooms = functools.cache(self._rooms)
-        self._next = functools.cache(self._neighbours)
+        self._next = functools.cache(self._neighbors)
 
     def _rooms(self, *roots: str, rooms: tuple[str, ...] = COMPUTE) -> dict[str, str]:
         """Digest of each room's modules that modules of this package need, themselves included."""
@@ -85,7 +85,7 @@ class Code:
             left += self._next(path)
         return found
 
-    def _neighbours(self, path: Path) -> list[str]:
+    def _neighbors(self, path: Path) -> list[str]:
         names = self.digests.file(path, imported).split("\n")
         return [name for name in names if name.startswith("egrpo.")]
 

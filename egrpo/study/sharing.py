@@ -1,6 +1,6 @@
 """Settings that others may see: no secret for MLflow, and nothing of the machine in what is shared.
 
-Nothing is recognised by its name or its look: of what a user may have put a secret into, only
+Nothing is recognized by its name or its look: of what a user may have put a secret into, only
 what cannot hold one stays.
 """
 

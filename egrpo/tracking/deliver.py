@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Run
 
 
-def finish(client: MlflowClient, run_id: str, colour: str | None = None) -> None:
-    """Set the status, and the colour in MLflow's charts, which would be chance, unless set."""
+def finish(client: MlflowClient, run_id: str, color: str | None = None) -> None:
+    """Set the status, and the color in MLflow's charts, which would be chance, unless set."""
     record = client.get_run(run_id)
-    if colour and "mlflow.runColor" not in record.data.tags:
-        client.set_tag(run_id, "mlflow.runColor", colour)
+    if color and "mlflow.runColor" not in record.data.tags:
+        client.set_tag(run_id, "mlflow.runColor", color)
     if record.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
 

@@ -59,8 +59,8 @@ def publish(at: Layout, store: Path, table: Path, output: Path) -> None:
     try:
         for number, (name, run) in enumerate(study.runs.items()):
             own = [row for row in comparison if row["run"] == name]
-            colour = PALETTE[number % len(PALETTE)]
-            sent = publish_run(client, experiment, run, at, parent, own, colour)
+            color = PALETTE[number % len(PALETTE)]
+            sent = publish_run(client, experiment, run, at, parent, own, color)
             found[name] = sent[0]
             current.update(sent)
         mark_superseded(client, experiment, study.runs, current)
@@ -82,14 +82,14 @@ def publish_run(
     at: Layout,
     parent: str,
     comparison: list[Row],
-    colour: str,
+    color: str,
 ) -> tuple[str, str]:
     """Deliver what is missing of a training run and of its evaluation; their ids in MLflow.
 
     Args:
         parent: MLflow's id of the study's run.
         comparison: rows of the comparison about this run.
-        colour: of its curves, as `#0072B2`.
+        color: of its curves, as `#0072B2`.
     """
     folder = at.run(run.run)
     key = read_json(folder / "train.json").get("key")
@@ -107,10 +107,10 @@ def publish_run(
     records = [folder / f for f in ("plan.json", "train.json")]
     once.send_files(client, run_id, "", [f for f in records if f.exists()])
     model = once.send_model(client, experiment, run_id, run, folder / "adapter")
-    given = run, at, run_id, colour, comparison, model
+    given = run, at, run_id, color, comparison, model
     evaluation = send_evaluation(client, experiment, *given)
     once.send_note(client, run_id, run_note(run, comparison, model))
-    once.finish(client, run_id, colour)
+    once.finish(client, run_id, color)
     return run_id, evaluation
 
 

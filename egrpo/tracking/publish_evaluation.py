@@ -34,14 +34,14 @@ def send_evaluation(
     run: RunConfig,
     at: Layout,
     parent: str,
-    colour: str,
+    color: str,
     comparison: list[Row] | None = None,
     model: str | None = None,
 ) -> str:
     """A run below ``parent``, found by the contents of its scores; its id in MLflow.
 
     Args:
-        colour: of its bars and points, as `#0072B2`.
+        color: of its bars and points, as `#0072B2`.
         comparison: rows of the comparison about it, for the gains; None: it is the evaluation of
             the base model that the run is compared with.
         model: MLflow's id of the logged model that was evaluated.
@@ -59,7 +59,7 @@ def send_evaluation(
     heldout = {Path(run.prompts.heldout): "evaluation"}
     send_datasets(client, run_id, heldout, run.prompts.column)
     _send_tables(client, run_id, scores, run, folder, base)
-    finish(client, run_id, colour)
+    finish(client, run_id, color)
     return run_id
 
 

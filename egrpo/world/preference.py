@@ -2,7 +2,7 @@
 
 It stands for the aesthetic models that the paper trains on (HPS-v2.1, PickScore): learnt from
 noisy pairwise choices, blind to the verifier, and open to reward hacking. It likes crisp,
-centred and saturated shapes, whatever the prompt says.
+centered and saturated shapes, whatever the prompt says.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The grammar of the toy world: 240 prompts of exactly seven words.
 
-    a {size} {colour} {shape} {position}        "a small red circle on the left"
+    a {size} {color} {shape} {position}        "a small red circle on the left"
 
 One fifth of the combinations is held out of all training, so that evaluation asks for
 combinations that no model of the toy world has seen.
@@ -13,13 +13,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-COLOURS: tuple[str, ...] = ("red", "yellow", "green", "cyan", "blue", "purple")
+COLORS: tuple[str, ...] = ("red", "yellow", "green", "cyan", "blue", "purple")
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 POSITIONS: tuple[str, ...] = (
     *("on the left", "on the right", "at the top", "at the bottom", "in the center"),
 )
 SIZES: tuple[str, ...] = ("small", "large")
-GRAMMAR = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "position": POSITIONS}
+GRAMMAR = {"size": SIZES, "color": COLORS, "shape": SHAPES, "position": POSITIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Attributes:
     """
 
     size: str
-    colour: str
+    color: str
     shape: str
     position: str
 
@@ -42,7 +42,7 @@ class Attributes:
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """(size, colour, shape, position) as positions in SIZES, COLOURS, SHAPES, POSITIONS."""
+        """(size, color, shape, position) as positions in SIZES, COLORS, SHAPES, POSITIONS."""
         return tuple(known.index(getattr(self, name)) for name, known in GRAMMAR.items())
 
 
@@ -64,23 +64,23 @@ def parse_prompt(prompt: str) -> Attributes:
     except ValueError as error:
         raise ValueError(
             f"prompt {prompt!r} is outside the toy grammar "
-            f"'a SIZE COLOUR SHAPE POSITION' (as in 'a small red circle on the left'): {error}"
+            f"'a SIZE COLOR SHAPE POSITION' (as in 'a small red circle on the left'): {error}"
         ) from None
 
 
 def all_combinations() -> list[Attributes]:
-    """All 240 combinations, in the order size, colour, shape, position (position fastest)."""
+    """All 240 combinations, in the order size, color, shape, position (position fastest)."""
     return [Attributes(*values) for values in itertools.product(*GRAMMAR.values())]
 
 
 def is_heldout(attributes: Attributes) -> bool:
-    """Whether this combination is held out: one position of each (size, colour, shape).
+    """Whether this combination is held out: one position of each (size, color, shape).
 
     The linear code below spreads the held-out positions, so that each attribute value occurs
     equally often among the held-out prompts (positions 9 or 10 times, as 5 does not divide 48).
     """
-    size, colour, shape, position = attributes.indices
-    return position == (2 * size + colour + 2 * shape) % len(POSITIONS)
+    size, color, shape, position = attributes.indices
+    return position == (2 * size + color + 2 * shape) % len(POSITIONS)
 
 
 def split() -> tuple[list[Attributes], list[Attributes]]:

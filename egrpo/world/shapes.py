@@ -1,6 +1,6 @@
-"""Renderer of the toy world: anti-aliased coloured shapes, a pure function of (prompt, seed).
+"""Renderer of the toy world: anti-aliased colored shapes, a pure function of (prompt, seed).
 
-Shape legend: n images, H = W = 32 pixels. Pixel (row i, column j) has its centre at
+Shape legend: n images, H = W = 32 pixels. Pixel (row i, column j) has its center at
 (x, y) = (j + 0.5, i + 0.5), y downwards. Each image depends on its own integer seed alone,
 never on the batch that it is rendered in.
 """
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from egrpo.world.prompts import COLOURS, POSITIONS, SHAPES, Attributes
+from egrpo.world.prompts import COLORS, POSITIONS, SHAPES, Attributes
 
 IMAGE_SIZE = 32
 PIXELS = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
-"""Centres of the pixels along an axis."""
-# Degrees on the HSV colour circle, in the order of COLOURS.
+"""Centers of the pixels along an axis."""
+# Degrees on the HSV color circle, in the order of COLORS.
 HUES = np.array([0.0, 55.0, 120.0, 180.0, 230.0, 285.0], dtype=np.float32)
-# Nominal centres (x, y) in pixels, in the order of POSITIONS.
-CENTRES = np.array([[10, 16], [22, 16], [16, 10], [16, 22], [16, 16]], dtype=np.float32)
+# Nominal centers (x, y) in pixels, in the order of POSITIONS.
+CENTERS = np.array([[10, 16], [22, 16], [16, 10], [16, 22], [16, 16]], dtype=np.float32)
 # Nominal radii in pixels, in the order of SIZES.
 RADII = np.array([4.0, 7.0], dtype=np.float32)
 
@@ -119,19 +119,19 @@ def render(
 
 def _render_chunk(index: NDArray[np.int64], u: FloatArray) -> NDArray[np.uint8]:
     """Images of attribute indices [n, 4] and uniform numbers [n, _DRAWS]."""
-    centred = 2.0 * u - 1.0
-    radius = RADII[index[:, 0]] * (1.0 + 0.08 * centred[:, 0])
-    hue = HUES[index[:, 1]] + 9.0 * centred[:, 1]
-    colour = hsv_to_rgb(hue, 0.75 + 0.25 * u[:, 2], 0.72 + 0.26 * u[:, 3])
-    x = CENTRES[index[:, 3], 0] + 1.2 * centred[:, 4]
-    y = CENTRES[index[:, 3], 1] + 1.2 * centred[:, 5]
+    centered = 2.0 * u - 1.0
+    radius = RADII[index[:, 0]] * (1.0 + 0.08 * centered[:, 0])
+    hue = HUES[index[:, 1]] + 9.0 * centered[:, 1]
+    color = hsv_to_rgb(hue, 0.75 + 0.25 * u[:, 2], 0.72 + 0.26 * u[:, 3])
+    x = CENTERS[index[:, 3], 0] + 1.2 * centered[:, 4]
+    y = CENTERS[index[:, 3], 1] + 1.2 * centered[:, 5]
 
     # Light, nearly neutral ground with a faint linear gradient of brightness.
     grid = PIXELS / IMAGE_SIZE - 0.5
-    slope = 0.06 * centred[:, 6, None, None] * grid[None, None, :]
-    slope = slope + 0.06 * centred[:, 7, None, None] * grid[None, :, None]
-    tint = 0.015 * centred[:, 8:11]
-    level = 0.90 + 0.05 * centred[:, 11]
+    slope = 0.06 * centered[:, 6, None, None] * grid[None, None, :]
+    slope = slope + 0.06 * centered[:, 7, None, None] * grid[None, :, None]
+    tint = 0.015 * centered[:, 8:11]
+    level = 0.90 + 0.05 * centered[:, 11]
     ground = (level[:, None, None] + slope)[..., None] + tint[:, None, None, :]
 
     mask = np.empty((len(index), IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
@@ -139,9 +139,9 @@ def _render_chunk(index: NDArray[np.int64], u: FloatArray) -> NDArray[np.uint8]:
         rows = np.flatnonzero(index[:, 2] == shape)
         mask[rows] = coverage(shape, x[rows], y[rows], radius[rows])
     alpha = mask[..., None]
-    image = ground * (1.0 - alpha) + colour[:, None, None, :] * alpha
+    image = ground * (1.0 - alpha) + color[:, None, None, :] * alpha
     return np.asarray(np.clip(np.rint(image * 255.0), 0, 255), dtype=np.uint8)
 
 
-assert len(HUES) == len(COLOURS)
-assert len(CENTRES) == len(POSITIONS)
+assert len(HUES) == len(COLORS)
+assert len(CENTERS) == len(POSITIONS)

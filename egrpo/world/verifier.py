@@ -1,4 +1,4 @@
-"""Verifier of the toy world: reads colour, shape, position and size off the pixels.
+"""Verifier of the toy world: reads color, shape, position and size off the pixels.
 
 The GenEval question in miniature (arXiv 2310.11513): does the image hold what the prompt asks
 for? numpy only, about 0.1 ms an image. Shape legend: n images, H = W = 32 pixels.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from egrpo.world.prompts import parse_prompt
 from egrpo.world.shapes import (
     AREA_FACTORS,
-    CENTRES,
+    CENTERS,
     HUES,
     IMAGE_SIZE,
     PIXELS,
@@ -30,21 +30,21 @@ HUE_WIDTH = 14.0  # degrees
 POSITION_WIDTH = 2.2  # pixels
 SIZE_WIDTH = 0.10  # of the logarithm of the radius
 OVERLAP_WIDTH = 0.045  # of the intersection over union with a template
-CONTRAST_MIDDLE, CONTRAST_WIDTH = 0.22, 0.04  # colour distance to the ground, RGB in [0, 1]
+CONTRAST_MIDDLE, CONTRAST_WIDTH = 0.22, 0.04  # color distance to the ground, RGB in [0, 1]
 OVERLAP_MIDDLE, FIT_WIDTH = 0.62, 0.05  # best intersection over union of a clean drawing
 _PEAK_PIXELS = 12  # the most distinct pixels, whose mean distance is the contrast
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Probabilities read off n images, in the orders of SIZES, COLOURS, SHAPES and POSITIONS.
+    """Probabilities read off n images, in the orders of SIZES, COLORS, SHAPES and POSITIONS.
 
-    size [n, 2], colour [n, 6], shape [n, 4], position [n, 5]; rows add up to ``presence`` [n], the
-    probability that there is one clear shape at all (of colours to less, where it is grey).
+    size [n, 2], color [n, 6], shape [n, 4], position [n, 5]; rows add up to ``presence`` [n], the
+    probability that there is one clear shape at all (of colors to less, where it is gray).
     """
 
     size: FloatArray
-    colour: FloatArray
+    color: FloatArray
     shape: FloatArray
     position: FloatArray
     presence: FloatArray
@@ -54,12 +54,12 @@ class Reading:
 class Verdict:
     """How well n images follow their prompts; every array is float32 [n] in [0, 1].
 
-    colour, shape, position, size: probability of the prompt's own value.
-    smooth: geometric mean of the four. exact: 1 if a coloured shape is there and the most probable
+    color, shape, position, size: probability of the prompt's own value.
+    smooth: geometric mean of the four. exact: 1 if a colored shape is there and the most probable
     value of each attribute is the prompt's, else 0.
     """
 
-    colour: FloatArray
+    color: FloatArray
     shape: FloatArray
     position: FloatArray
     size: FloatArray
@@ -78,14 +78,14 @@ def verify(images: NDArray[np.uint8], prompts: Sequence[str]) -> Verdict:
     index = np.array([known[prompt] for prompt in prompts], dtype=np.int64).reshape(-1, 4)
     reading = read_attributes(images)
     rows = np.arange(len(index))
-    tables = (reading.size, reading.colour, reading.shape, reading.position)
-    size, colour, shape, position = (t[rows, index[:, k]] for k, t in enumerate(tables))
+    tables = (reading.size, reading.color, reading.shape, reading.position)
+    size, color, shape, position = (t[rows, index[:, k]] for k, t in enumerate(tables))
     matches = [t.argmax(1) == index[:, k] for k, t in enumerate(tables)]
-    # A row of colours adds up to the probability that there is one clear shape with a hue.
-    exact = np.logical_and.reduce(matches) & (reading.colour.sum(1) > 0.5)
-    product = size * colour * shape * position
+    # A row of colors adds up to the probability that there is one clear shape with a hue.
+    exact = np.logical_and.reduce(matches) & (reading.color.sum(1) > 0.5)
+    product = size * color * shape * position
     smooth = np.sqrt(np.sqrt(product)).astype(np.float32)
-    return Verdict(colour, shape, position, size, smooth, exact.astype(np.float32))
+    return Verdict(color, shape, position, size, smooth, exact.astype(np.float32))
 
 
 def read_attributes(images: NDArray[np.uint8]) -> Reading:
@@ -95,7 +95,7 @@ def read_attributes(images: NDArray[np.uint8]) -> Reading:
     """
     if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(f"expected uint8 [n, 32, 32, 3], got {images.dtype} {images.shape}")
-    mask, colour_mean, contrast = _foreground(images)
+    mask, color_mean, contrast = _foreground(images)
 
     area = np.maximum(mask.sum((1, 2)), 1.0)
     x, y = (mask.sum(axis) @ PIXELS / area for axis in (1, 2))
@@ -106,7 +106,7 @@ def read_attributes(images: NDArray[np.uint8]) -> Reading:
     )
 
     shape = _softmax(overlap / OVERLAP_WIDTH)
-    distance = (x[:, None] - CENTRES[None, :, 0]) ** 2 + (y[:, None] - CENTRES[None, :, 1]) ** 2
+    distance = (x[:, None] - CENTERS[None, :, 0]) ** 2 + (y[:, None] - CENTERS[None, :, 1]) ** 2
     position = _softmax(-distance / (2 * POSITION_WIDTH**2))
     # The radius depends on which shape fills the area, so size averages over the shapes.
     radius = np.sqrt(area[:, None] / AREA_FACTORS[None])
@@ -114,14 +114,14 @@ def read_attributes(images: NDArray[np.uint8]) -> Reading:
     large = (shape * _sigmoid((np.log(radius) - middle) / SIZE_WIDTH)).sum(1)
     size = np.stack([1.0 - large, large], axis=1)
 
-    tables = (size, _colour_probabilities(colour_mean), shape, position)
+    tables = (size, _color_probabilities(color_mean), shape, position)
     shown = ((table * presence[:, None]).astype(np.float32) for table in tables)
-    size, colour, shape, position = shown
-    return Reading(size, colour, shape, position, presence.astype(np.float32))
+    size, color, shape, position = shown
+    return Reading(size, color, shape, position, presence.astype(np.float32))
 
 
 def _foreground(images: NDArray[np.uint8]) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Soft mask [n, H, W], mean colour of the foreground [n, 3] and contrast [n]."""
+    """Soft mask [n, H, W], mean color of the foreground [n, 3] and contrast [n]."""
     pixels = _smooth3(images.astype(np.float32) * np.float32(1 / 255))
     border = np.concatenate(
         [pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]], axis=1
@@ -136,8 +136,8 @@ def _foreground(images: NDArray[np.uint8]) -> tuple[FloatArray, FloatArray, Floa
     share = distance / np.maximum(contrast, 0.05)[:, None, None]
     mask = np.clip((share - 0.32) / 0.36, 0.0, 1.0)
     core = np.where(share > 0.75, mask, 0.0) + np.float32(1e-6)
-    colour = np.einsum("nhw,nhwc->nc", core, pixels) / core.sum((1, 2))[:, None]
-    return mask, colour, contrast
+    color = np.einsum("nhw,nhwc->nc", core, pixels) / core.sum((1, 2))[:, None]
+    return mask, color, contrast
 
 
 def _smooth3(pixels: FloatArray) -> FloatArray:
@@ -162,10 +162,10 @@ def _template_overlap(
     return np.stack(overlap, axis=1)
 
 
-def _colour_probabilities(rgb: FloatArray) -> FloatArray:
-    """Probabilities [n, 6] of the named colours of mean colours [n, 3] in [0, 1].
+def _color_probabilities(rgb: FloatArray) -> FloatArray:
+    """Probabilities [n, 6] of the named colors of mean colors [n, 3] in [0, 1].
 
-    Distance on the hue circle; greys have no hue, so that their rows tend to zero.
+    Distance on the hue circle; grays have no hue, so that their rows tend to zero.
     """
     high, low = rgb.max(1), rgb.min(1)
     chroma = high - low

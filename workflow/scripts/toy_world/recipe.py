@@ -218,7 +218,7 @@ def measure(settings: WorldSettings, output: Path) -> dict[str, object]:
     for name, combinations in (("train", train), ("heldout", heldout)):
         samples, prompts = sample_prompts(pipeline, combinations, settings, count)
         verdict = verify(samples, prompts)
-        for field in ("smooth", "exact", "colour", "shape", "position", "size"):
+        for field in ("smooth", "exact", "color", "shape", "position", "size"):
             result[f"{name}_{field}"] = round(float(getattr(verdict, field).mean()), 4)
         if name == "heldout":
             save_grid(samples[:48], output / "samples.png", columns=12)

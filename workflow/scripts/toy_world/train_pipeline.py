@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from egrpo.store.files import replacing
-from egrpo.world.prompts import COLOURS, POSITIONS, SHAPES, SIZES, Attributes
+from egrpo.world.prompts import COLORS, POSITIONS, SHAPES, SIZES, Attributes
 
 Log = Callable[[str], None]
 
@@ -53,7 +53,7 @@ def progress(steps: int, name: str, log: Log) -> Iterator[int]:
 
 
 def adamw(parameters: Sequence[torch.nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """The optimiser of every phase; no weight decay, as the data never runs out."""
+    """The optimizer of every phase; no weight decay, as the data never runs out."""
     return torch.optim.AdamW(
         parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
@@ -203,7 +203,7 @@ def new_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [symbol + "</w>" for symbol in alphabet]
     merges: list[tuple[str, str]] = []
-    words = sorted(set(" ".join(("a", *SIZES, *COLOURS, *SHAPES, *POSITIONS)).split()))
+    words = sorted(set(" ".join(("a", *SIZES, *COLORS, *SHAPES, *POSITIONS)).split()))
     for word in words:
         # Merge from the end: only the last pair holds "</w>", so no two words can disagree.
         suffix = word[-1] + "</w>"
@@ -317,7 +317,7 @@ def caption_table(combinations: Sequence[Attributes], corruption: float) -> Tens
     """
     index = torch.tensor([c.indices for c in combinations])
     table = torch.ones(len(combinations), len(combinations), dtype=torch.float64)
-    for column, values in enumerate((SIZES, COLOURS, SHAPES, POSITIONS)):
+    for column, values in enumerate((SIZES, COLORS, SHAPES, POSITIONS)):
         same = index[:, None, column] == index[None, :, column]
         table *= torch.where(same, 1.0 - corruption, corruption / (len(values) - 1))
     return (table / table.sum(1, keepdim=True)).float()

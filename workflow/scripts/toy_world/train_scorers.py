@@ -68,7 +68,7 @@ def clip_text_features(model: CLIP, tokens: Tensor) -> Tensor:
     return last @ model.text_projection
 
 
-def clip_normalise(images: Tensor) -> Tensor:
+def clip_normalize(images: Tensor) -> Tensor:
     """CLIP's preprocessing of images in [0, 1] that already have the model's size."""
     mean = torch.tensor(CLIP_MEAN)[:, None, None]
     return (images - mean) / torch.tensor(CLIP_STD)[:, None, None]
@@ -113,7 +113,7 @@ def train_clip(
         amounts = torch.rand(4, batch, generator=rng)
         pixels = blur(pixels, 1.2 * amounts[0] * (amounts[1] < 0.5))
         pixels = add_noise(pixels, noise * amounts[2] * (amounts[3] < 0.5), rng)
-        image_features = normalize(model.encode_image(clip_normalise(pixels)), dim=-1)
+        image_features = normalize(model.encode_image(clip_normalize(pixels)), dim=-1)
         text_features = normalize(clip_text_features(model, tokens[rows]), dim=-1)
         logits = model.logit_scale.exp() * image_features @ text_features.T
         loss = 0.5 * (cross_entropy(logits, target) + cross_entropy(logits.T, target))
@@ -147,7 +147,7 @@ def clip_ranking(
 
     model, _ = clip.load(path, device="cpu", jit=False)
     text = normalize(model.encode_text(clip.tokenize(list(prompts))), dim=-1)
-    cosine = normalize(model.encode_image(clip_normalise(to_unit(images))), dim=-1) @ text.T
+    cosine = normalize(model.encode_image(clip_normalize(to_unit(images))), dim=-1) @ text.T
     rows, right = torch.arange(len(own)), torch.from_numpy(own)
     others = cosine.clone()
     others[rows, right] = -math.inf
@@ -169,16 +169,16 @@ class PreferencePairs:
 def synthetic_pairs(
     combinations: Sequence[Attributes], count: int, rng: torch.Generator
 ) -> PreferencePairs:
-    """Random pairs; the utility falls with blur, noise, distance to the middle and greyness.
+    """Random pairs; the utility falls with blur, noise, distance to the middle and grayness.
 
     Each image starts as a render in the center and is moved, blurred, bleached and made noisy.
     Distances are in pixels; each fault takes up to about one unit from the utility.
     """
-    centred = [c for c in combinations if c.position == "in the center"]
+    centered = [c for c in combinations if c.position == "in the center"]
     total = 2 * count
-    picks = torch.randint(len(centred), (total,), generator=rng).tolist()
+    picks = torch.randint(len(centered), (total,), generator=rng).tolist()
     seeds = torch.randint(2**40, (total,), generator=rng).numpy()
-    pixels = to_unit(render([centred[p] for p in picks], seeds))
+    pixels = to_unit(render([centered[p] for p in picks], seeds))
 
     faults = torch.rand(total, 4, generator=rng)
     # A third of the images is faultless in each respect: quality is often near the top.
@@ -186,7 +186,7 @@ def synthetic_pairs(
     angle = 2 * math.pi * torch.rand(total, generator=rng)
     dx = (8.0 * faults[:, 0] * torch.cos(angle)).round()
     dy = (8.0 * faults[:, 0] * torch.sin(angle)).round()
-    sigma, grey, std = 1.6 * faults[:, 1], 0.8 * faults[:, 2], 0.08 * faults[:, 3]
+    sigma, gray, std = 1.6 * faults[:, 1], 0.8 * faults[:, 2], 0.08 * faults[:, 3]
 
     grid = torch.arange(32)
     columns = (grid[None] - dx[:, None]).clamp(0, 31).long()
@@ -194,10 +194,10 @@ def synthetic_pairs(
     batch = torch.arange(total)[:, None, None]
     pixels = pixels[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     luma = pixels.mean(1, keepdim=True)
-    pixels = torch.lerp(pixels, luma.expand_as(pixels), grey[:, None, None, None])
+    pixels = torch.lerp(pixels, luma.expand_as(pixels), gray[:, None, None, None])
     pixels = add_noise(blur(pixels, sigma), std, rng)
     distance = torch.hypot(dx, dy) / 8.0
-    utility = -(distance + sigma / 1.6 + grey / 0.8 + 0.5 * std / 0.08)
+    utility = -(distance + sigma / 1.6 + gray / 0.8 + 0.5 * std / 0.08)
     images = pixels.mul(255.0).round().to(torch.uint8)
     return PreferencePairs(images.reshape(count, 2, 3, 32, 32), utility.reshape(count, 2))
 

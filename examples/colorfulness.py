@@ -1,14 +1,14 @@
-"""A reward in ten lines: how colourful an image is (Hasler and Süsstrunk 2003, equation of M3).
+"""A reward in ten lines: how colorful an image is (Hasler and Süsstrunk 2003, equation of M3).
 
-``examples/colourfulness.yaml`` trains on it. Nothing of the package changes: a reward is a function
+``examples/colorfulness.yaml`` trains on it. Nothing of the package changes: a reward is a function
 of images and prompts.
 """
 
 import torch
 
 
-def colourfulness(images, prompts, scale=100.0):
-    """Score each image: 0 for grey, about 1 for the most colourful photographs.
+def colorfulness(images, prompts, scale=100.0):
+    """Score each image: 0 for gray, about 1 for the most colorful photographs.
 
     Args:
         images: uint8 tensor [n, 3, height, width].
