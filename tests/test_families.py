@@ -166,7 +166,7 @@ def test_packing_is_fluxs_own() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_conditioning_equals_fresh_encoding(tmp_path: Path, family: str) -> None:
     model = loaded(family, guidance_scale=2.0)
-    made = model.encode(PROMPTS, negative=True)
+    made = load_model(model.settings, text=True).encode(PROMPTS, negative=True)
     save_conditioning(tmp_path / "e.safetensors", PROMPTS, made)
     texts, cached = load_conditioning(tmp_path / "e.safetensors")
     assert texts == [p.text for p in PROMPTS]

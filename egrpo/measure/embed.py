@@ -13,7 +13,7 @@ from egrpo.models.conditioning import Embeddings, save_conditioning
 
 def embed(run: RunConfig, prompts: Sequence[Prompt], output: Path) -> None:
     """Encode prompts with the run's model; UserError if that is missing or wrong."""
-    encoded = load_model(run.model).encode(prompts, negative=run.guided)
+    encoded = load_model(run.model, text=True).encode(prompts, negative=run.guided)
     save_conditioning(output, prompts, encoded)
 
 
