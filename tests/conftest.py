@@ -24,9 +24,12 @@ from egrpo.config.study import StudyConfig
 from egrpo.config.table import Row
 from egrpo.core.rollout import Rollout, TrainBatch
 from egrpo.core.tree import Tree
+from egrpo.jobs import make
 from egrpo.models.conditioning import Embeddings
 from egrpo.planning.trees import closed_form_plan
 from egrpo.store.files import write_json
+from egrpo.study.due import Due
+from egrpo.study.identity import SETS
 from egrpo.study.layout import Layout
 from egrpo.study.orders import order_of_run
 from egrpo.study.resolve import Study, resolve_run
@@ -175,6 +178,14 @@ def job_words(stage: str, run: RunConfig, embeddings: Embeddings, folder: Path) 
         write_receipt(at, "plan", run.run, at.identities.record("plan", run), [])
     order = order_of_run(at, run.run)
     return ["-m", "egrpo", "make", stage, str(order), "--threads", "1"]
+
+
+def make_stages(at: Layout, run: str, *stages: str) -> None:
+    """What the workflow's jobs do for a run, one after the other in this process."""
+    due = Due(at)
+    names = [("embed", at.identity(f"embed-{which}", run)) for which in SETS]
+    for stage, name in [*names, *(due.named(stage, run) for stage in stages)]:
+        make(stage, due.order(stage, name), threads=1, name=name)
 
 
 def called(words: list[str]) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, make_stages
 
 from egrpo.config.load import overlay, put, read_yaml
 from egrpo.errors import UserError
@@ -17,7 +17,6 @@ from egrpo.jobs import make
 from egrpo.ops.status import keep, status
 from egrpo.sampling.sample import Sampler
 from egrpo.study.due import Due
-from egrpo.study.identity import SETS
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import load_study
 from egrpo.study.standing import want
@@ -63,11 +62,7 @@ class Small:
     def do(self, *stages: str) -> Layout:
         """Plan, then do the jobs of some stages."""
         at = self.plan()
-        for stage in stages:
-            for name in [at.identity(f"embed-{s}", self.run) for s in SETS]:
-                if not (at.root / "embeddings" / f"{name}.safetensors").exists():
-                    make("embed", Due(at).order("embed", name), name=name)
-            make(stage, self.order(at, stage))
+        make_stages(at, self.run, *stages)
         return at
 
     def scores(self) -> dict[tuple[str, int, int], Any]:

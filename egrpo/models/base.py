@@ -157,8 +157,8 @@ class FlowModel(Trainable):
 
         ``negative``: whether guidance will need the negative texts.
         """
-        parts = {"transformer": self.transformer, "vae": self.vae}
-        pipe = load_text_pipeline(self.settings, self.pipeline, **parts).to(self.device)
+        pipe = load_text_pipeline(self.settings, self.pipeline, self.transformer_class)
+        pipe = pipe.to(self.device)
         texts = [p.text for p in prompts], [p.negative for p in prompts] if negative else []
         return Conditioning(
             *(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,10 +70,11 @@ def load_part(settings: Model, class_name: str, part: str, device: torch.device)
     return module.eval().requires_grad_(False)
 
 
-def load_text_pipeline(settings: Model, class_name: str, **parts: Any) -> Any:
-    """The stock pipeline with its text encoders, and with ``parts`` as they are given."""
+def load_text_pipeline(settings: Model, class_name: str, transformer_class: str) -> Any:
+    """The stock pipeline with its text encoders, and of its transformer the shape alone."""
     import diffusers
     import transformers
+    from diffusers.configuration_utils import FrozenDict
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -82,6 +84,12 @@ def load_text_pipeline(settings: Model, class_name: str, **parts: Any) -> Any:
         # diffusers wants a pipeline saved without T5 to be told so again
         index = pipeline.load_config(source, **where)
         absent = [k for k, entry in index.items() if entry in ([None, None], (None, None))]
-        given = {**dict.fromkeys(absent), **parts}
+        given = dict.fromkeys([*absent, "transformer", "vae"])
         dtype = getattr(torch, settings.dtype)
-        return pipeline.from_pretrained(source, dtype=dtype, **where, **given)
+        pipe = pipeline.from_pretrained(source, dtype=dtype, **where, **given)
+        shape = getattr(diffusers, transformer_class).load_config(
+            source, subfolder="transformer", **where
+        )
+    # SD3 without T5 asks it how wide a text is
+    object.__setattr__(pipe, "transformer", SimpleNamespace(config=FrozenDict(shape)))
+    return pipe

@@ -56,6 +56,8 @@ WATCHED = frozenset("monitor_every monitor_prompts monitor_samples bounds".split
 LATER = frozenset("iterations snapshots".split())
 """Settings of how far training goes: with more of it a run goes on from its state."""
 
+BOTH = ("model_index.json", "transformer/config.json")
+"""Files that prompts' embeddings and images both need."""
 TEXT_PARTS = ("text_encoder", "tokenizer", "scheduler", "feature_extractor", "image_encoder")
 """Parts of a pipeline that its prompts' embeddings need; the others make images."""
 
@@ -190,7 +192,7 @@ class Identities:
             return
         for name, found in self._files(model.path).items():
             part = name.partition("/")[0]
-            if part.startswith(TEXT_PARTS) == text or name == "model_index.json":
+            if part.startswith(TEXT_PARTS) == text or name in BOTH:
                 yield f"model.path {name}", found
 
     def images(self, model: Model, run: RunConfig, *, tuned: bool = False) -> Record:
