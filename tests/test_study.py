@@ -457,6 +457,13 @@ def test_more_optimizer_steps_than_the_tree_has_parts() -> None:
     check_trees({"few": small_run("few", **{"train.updates": 3})})
 
 
+def test_a_trained_step_has_noise() -> None:
+    cps = {"method.name": "flow_grpo", "method.dynamics": "cps"}
+    with pytest.raises(UserError, match=r"run last: method\.dynamics: cps adds no noise"):
+        check_trees({"last": small_run("last", **cps, **{"method.trained_fraction": 1.0})})
+    check_trees({"others": small_run("others", **cps)})
+
+
 @pytest.mark.parametrize("method", ["flow_grpo_fast", "dancegrpo", "mixgrpo"])
 def test_predicted_cost_of_a_run_sums_its_iterations(method: str) -> None:
     run = small_run("x", **{"method.name": method, "train.iterations": 30})

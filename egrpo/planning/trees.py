@@ -87,9 +87,18 @@ def check_trees(runs: Mapping[str, RunConfig]) -> None:
 
 
 def check_parts(run: RunConfig, plan: Plan | None) -> None:
-    """Raise UserError if a run's tree has fewer parts than ``train.updates`` asks for."""
-    parts = run.train.updates
-    filled = len(set(tree_of(run, plan).parts(parts).values()))
+    """Refuse a tree with too few parts for ``train.updates``, or a trained step without noise.
+
+    Raises:
+        UserError: naming run and key.
+    """
+    parts, tree, sigmas = run.train.updates, tree_of(run, plan), training_sigmas(run)
+    if any(n.trained and n.dynamics == "cps" and sigmas[n.index] == 0.0 for n in tree.nodes):
+        raise UserError(
+            f"run {run.run}: method.dynamics: cps adds no noise at the last step, which method "
+            f"{run.method.name} trains here: nothing could be learned; let it train fewer steps"
+        )
+    filled = len(set(tree.parts(parts).values()))
     if filled < parts:
         raise UserError(
             f"run {run.run}: train.updates: the trained steps of method {run.method.name} can be "
