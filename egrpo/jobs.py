@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from egrpo.errors import one_line, say
 from egrpo.store.files import checkpoints_in, read_json, write_json
 from egrpo.study.identity import SETS, changes
 from egrpo.study.layout import SHARED, Layout
@@ -69,11 +69,11 @@ def _compute(stage: str, order: Order, name: str) -> None:
     at, run = order.at, order.run
     kind = stage
     if stage == "embed":
-        kind = next(f"embed-{s}" for s in SETS if at.identity(f"embed-{s}", run.run) == name)
+        kind = f"embed-{_set_of(at, run, name)}"
     name = name or (at.identity(stage, run.run) if stage in SHARED else run.run)
     record = check_inputs(order, kind)
     if stands(at, stage, name, at.identity(kind, run.run)):
-        print(f"{stage} {name}: kept, it is of these settings, files and code", file=sys.stderr)
+        say(f"{stage} {name}: kept, it is of these settings, files and code")
         return
     with _room(at, stage, name) as made, _advice(run, stage):
         more = RUN_STAGES[stage](order, made)
@@ -109,6 +109,11 @@ def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _set_of(at: Layout, run: RunConfig, name: str) -> str:
+    """The set of a run's prompts whose embeddings have this identity."""
+    return next(which for which in SETS if at.identity(f"embed-{which}", run.run) == name)
+
+
 def _embedded(at: Layout, run: RunConfig, *sets: str) -> dict[str, Path]:
     return {which: at.embeddings(run.run, which) for which in sets}
 
@@ -129,8 +134,7 @@ def embed(order: Order, made: Path) -> None:
 
     at, run = order.at, order.run
     name = made.name.split("-")[1]
-    which = next(s for s in SETS if at.identity(f"embed-{s}", run.run) == name)
-    embed(run, at.identities.prompts(run, which), made / f"{name}.safetensors")
+    embed(run, at.identities.prompts(run, _set_of(at, run, name)), made / f"{name}.safetensors")
 
 
 def profile(order: Order, made: Path) -> None:
@@ -180,20 +184,30 @@ def train(order: Order, made: Path) -> dict[str, Any]:
 def _begin_state(at: Layout, run: RunConfig, state: Path) -> None:
     """Say beside a state what it is of; of a new one, which others are left and why."""
     record = at.identities.record("trajectory", run)
-    other = state_of(at, run.run)
-    if other != state:
-        print(f"{run.run}: its state is that of {other}", file=sys.stderr, flush=True)
-        shutil.rmtree(state, ignore_errors=True)
-        shutil.copytree(other, state, ignore=shutil.ignore_patterns("lock"))
+    there = state_of(at, run.run)
+    if there != state:
+        _copy_state(run, there, state)
     elif not checkpoints_in(state):
         for other in sorted(at.state(run.run).glob("*/identity.json")):
             reached = max(checkpoints_in(other.parent), default=0)
             if other.parent != state and reached:
                 why = ", ".join(changes(read_json(other), json.loads(json.dumps(record)))[:3])
-                text = f"a state of {reached} iterations is left in {other.parent} ({why})"
-                print(f"{run.run}: {text}", file=sys.stderr, flush=True)
+                say(f"{run.run}: a state of {reached} iterations is left in {other.parent} ({why})")
     state.mkdir(parents=True, exist_ok=True)
     write_json(state / "identity.json", record)
+
+
+def _copy_state(run: RunConfig, there: Path, state: Path) -> None:
+    """Go on from another run's state, whole or not at all: that run may be training."""
+    new = state.with_name(f".{state.name}.{os.getpid()}")
+    try:
+        shutil.copytree(there, new, ignore=shutil.ignore_patterns("lock"))
+        shutil.rmtree(state, ignore_errors=True)
+        new.rename(state)
+        say(f"{run.run}: its state is that of {there}")
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        say(f"{run.run}: the state in {there} cannot be taken over ({one_line(error)})")
 
 
 def _live(run: RunConfig, store: Path) -> Live:

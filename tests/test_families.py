@@ -410,6 +410,15 @@ def test_settings_that_do_not_fit_the_weights(
     refused(match, settings(family, path=str(FOLDERS[weights]), **more))
 
 
+def test_text_encoders_alone_are_of_the_family_and_in_a_folder() -> None:
+    for family, path, match in (
+        ("flux", str(FOLDERS["sd3"]), r"model\.family: flux has a FluxTransformer2DModel, but"),
+        ("sd3", "models/nowhere/at/all", r"model\.path: .*: no such folder"),
+    ):
+        with pytest.raises(UserError, match=match):
+            load_model(settings(family, path=path), text=True).encode(PROMPTS[:1], negative=False)
+
+
 def test_half_a_download(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(FOLDERS["flux"], broken)

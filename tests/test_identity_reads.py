@@ -110,14 +110,16 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("kind", REWARDS)
 def test_what_a_reward_opens_is_in_its_identity(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, identities: Identities
+    kind: str,
+    request: pytest.FixtureRequest,
+    identities: Identities,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = REWARD_MODELS[kind].model_validate(
         {"kind": kind, **REWARDS[kind](request.getfixturevalue)}
     )
     read: dict[str, str] = {}
     file = identities.digests.file
-    monkeypatch = pytest.MonkeyPatch()
 
     def noted(path: Path, reader: Any = None) -> str:
         read[os.path.realpath(path)] = ""

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, make_stages
 
+from egrpo import jobs
 from egrpo.config.load import overlay, put, read_yaml
 from egrpo.errors import UserError
 from egrpo.jobs import make
@@ -157,6 +158,16 @@ def test_a_run_of_another_name_goes_on_from_what_is_there(
     assert small.images() == images
     rows = pq.read_table("results/small/runs/other-s0/rollouts.parquet").to_pylist()
     assert {row["run"] for row in rows} == {"other-s0"}
+
+
+def test_a_state_that_cannot_be_copied_is_left(
+    small: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small.plan().study.runs["one-s0"]
+    state = Path("results/small/state/one-s0/new")
+    jobs._copy_state(run, Path("results/gone"), state)
+    assert "the state in results/gone cannot be taken over" in capsys.readouterr().err
+    assert not list(state.parent.glob("*new*"))
 
 
 def test_what_was_made_by_other_weights_is_no_result_to_take_over(

@@ -22,7 +22,7 @@ from PIL import Image
 
 from egrpo.config.keys import run_key
 from egrpo.config.models import RunConfig
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 from egrpo.images import Images, check
 from egrpo.measure.monitors import score_monitors
 from egrpo.models import load_model
@@ -239,7 +239,7 @@ class Evaluator:
         if all(self.processes.gather(same)):
             return kept
         if self.processes.main:
-            print("evaluate: images depend on their batch here: all are made anew", flush=True)
+            say("evaluate: images depend on their batch here: all are made anew")
         return Kept()
 
     def _images(self, ids: list[int], sample: Sample, kept: Kept) -> Images:

@@ -42,25 +42,41 @@ def from_pretrained(cls: Any, source: str | Path, what: str, remedy: str, **opti
     return module
 
 
-@during("loading")
-def load_part(settings: Model, class_name: str, part: str, device: torch.device) -> Any:
-    """A part of the pipeline at ``model.path``, frozen, on the device."""
+def _where(settings: Model) -> dict[str, Any]:
+    """How libraries find the pipeline at ``model.path``."""
+    local = Path(settings.path).is_dir()
+    if not local and not is_hub_id(settings.path):
+        raise UserError(
+            f"model.path: {settings.path}: no such folder, and not a hub id (owner/name)"
+        )
+    return {"revision": settings.revision, "local_files_only": local}
+
+
+def _shape(settings: Model, class_name: str, part: str) -> dict[str, Any]:
+    """A part's config.json, which must be of this class."""
     import diffusers
 
-    source = settings.path
-    local = Path(source).is_dir()
-    if not local and not is_hub_id(source):
-        raise UserError(f"model.path: {source}: no such folder, and not a hub id (owner/name)")
-    cls = getattr(diffusers, class_name)
-    where = {"subfolder": part, "revision": settings.revision, "local_files_only": local}
-    what = f"model.path: {source}/{part}: cannot be loaded as {class_name}"
-    with refusing(what):
-        found = cls.load_config(source, **where).get("_class_name", class_name)
+    source, where = settings.path, {**_where(settings), "subfolder": part}
+    with refusing(f"model.path: {source}/{part}: cannot be loaded as {class_name}"):
+        shape: dict[str, Any] = getattr(diffusers, class_name).load_config(source, **where)
+    found = shape.get("_class_name", class_name)
     if found != class_name:  # diffusers would load the weights as far as they fit
         raise UserError(
             f"model.family: {settings.family} has a {class_name}, but {source}/{part} is a "
             f"{found}; set model.family to the family of these weights"
         )
+    return shape
+
+
+@during("loading")
+def load_part(settings: Model, class_name: str, part: str, device: torch.device) -> Any:
+    """A part of the pipeline at ``model.path``, frozen, on the device."""
+    import diffusers
+
+    _shape(settings, class_name, part)
+    source, cls = settings.path, getattr(diffusers, class_name)
+    where = {**_where(settings), "subfolder": part}
+    what = f"model.path: {source}/{part}: cannot be loaded as {class_name}"
     dtype = getattr(torch, settings.dtype)
     module = from_pretrained(
         cls, source, what, "download it again", dtype=dtype, use_safetensors=True, **where
@@ -79,7 +95,7 @@ def load_text_pipeline(settings: Model, class_name: str, transformer_class: str)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipeline, source = getattr(diffusers, class_name), settings.path
-    where = {"revision": settings.revision, "local_files_only": Path(source).is_dir()}
+    where, shape = _where(settings), _shape(settings, transformer_class, "transformer")
     with refusing(f"model.path: {source}: text encoders"):
         # diffusers wants a pipeline saved without T5 to be told so again
         index = pipeline.load_config(source, **where)
@@ -87,9 +103,6 @@ def load_text_pipeline(settings: Model, class_name: str, transformer_class: str)
         given = dict.fromkeys([*absent, "transformer", "vae"])
         dtype = getattr(torch, settings.dtype)
         pipe = pipeline.from_pretrained(source, dtype=dtype, **where, **given)
-        shape = getattr(diffusers, transformer_class).load_config(
-            source, subfolder="transformer", **where
-        )
     # SD3 without T5 asks it how wide a text is
     object.__setattr__(pipe, "transformer", SimpleNamespace(config=FrozenDict(shape)))
     return pipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import traceback
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ import torch
 from fastapi import HTTPException
 from torch import Tensor
 
-from egrpo.errors import UserError, printable
+from egrpo.errors import UserError, printable, say
 from egrpo.rewards import RewardModel, score_all
 
 
@@ -162,4 +161,4 @@ class Batcher:
 def _say(text: str) -> None:
     """One line for who runs the service."""
     with suppress(OSError, ValueError):  # nobody reads it any more
-        print(f"serve-rewards: {text}", file=sys.stderr, flush=True)
+        say(f"serve-rewards: {text}")

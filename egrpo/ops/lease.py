@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 from egrpo.store.files import alone, lock
 
 PAUSE = 0.5
@@ -73,7 +72,7 @@ def lease(count: int, command: Sequence[str], ids: Sequence[str] = ()) -> NoRetu
     where = Path(root) / f"egrpo-gpus-{os.getuid()}"
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (held := take(count, names, where)) is None:
-        print(f"waiting for {count} of {len(names)} GPUs", file=sys.stderr, flush=True)
+        say(f"waiting for {count} of {len(names)} GPUs")
     while held is None:
         time.sleep(PAUSE)
         held = take(count, names, where)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.plan import Plan
 from egrpo.core.schedule import Sigmas, check_sigmas
 from egrpo.core.spread import Spread
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 from egrpo.planning.trees import check_parts, plan_of, reads_profile
 from egrpo.store.files import read_json, write_json
 from egrpo.store.tables import ENTROPY_PROFILE, MERGE_PLAN, metadata_of, read_table, write_table
@@ -32,7 +31,7 @@ def plan(run: RunConfig, profile: Path, output: Path, table: Path) -> None:
     made = plan_of(run, sigmas, spreads)
     check_parts(run, made)
     for warning in made.warnings:
-        print(f"{run.run}: {warning}", file=sys.stderr)
+        say(f"{run.run}: {warning}")
     write_json(output, made.to_dict())
     head = {"config_hash": run_key(run)}
     write_table(table, MERGE_PLAN, plan_rows(run.run, made), metadata=head)

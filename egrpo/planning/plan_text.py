@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 from egrpo.core.entropy import MEASURES
@@ -12,7 +11,7 @@ from egrpo.core.noise import DETERMINISTIC, STD
 from egrpo.core.plan import Plan, make_plan
 from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.spread import choose_threshold
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 
 
 def plan_text(
@@ -67,7 +66,7 @@ def plan_text(
     except ValueError as error:
         raise UserError(f"egrpo plan: {error}") from None
     for warning in made.warnings:
-        print(f"egrpo: warning: {warning}", file=sys.stderr)
+        say(f"egrpo: warning: {warning}")
     return json.dumps(made.to_dict()) if as_json else _table(made)
 
 

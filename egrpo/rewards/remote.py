@@ -6,7 +6,6 @@ on when it is back. Images travel as PNG or as raw bytes with their shape, never
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from tenacity import RetryCallState, stop_after_attempt, stop_after_delay
 from torch import Tensor
 
 from egrpo.config.rewards import Remote as Settings
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 from egrpo.rewards import http
 from egrpo.rewards.http import client_of, retrying, text_of
 from egrpo.rewards.network import png_of
@@ -86,7 +85,7 @@ class Remote:
         return np.concatenate(parts)
 
     def _say(self, text: str) -> None:
-        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+        say(f"{self.name}: {text}")
 
     def _patiently(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float64]:
         """One request, again and again while the service is away."""

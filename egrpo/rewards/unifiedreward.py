@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +14,7 @@ from tenacity import stop_after_attempt
 from torch import Tensor
 
 from egrpo.config.rewards import UnifiedReward as Settings
+from egrpo.errors import say
 from egrpo.rewards.http import client_of, retrying, text_of
 from egrpo.rewards.network import png_of
 
@@ -53,7 +53,7 @@ class UnifiedReward:
         failed = [reason for _, reason in found if reason]
         if failed:
             text = f"{len(failed)} of {len(found)} images got no score (NaN): {failed[0]}"
-            print(f"rewards, kind unifiedreward: {text}", file=sys.stderr, flush=True)
+            say(f"rewards, kind unifiedreward: {text}")
         return np.array([score for score, _ in found], dtype=np.float32)
 
     def _one(self, image: Tensor, prompt: str) -> tuple[float, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egrpo.config.models import RunConfig
+from egrpo.errors import say
 from egrpo.settings import without_password
 from egrpo.store import journal as journals
 from egrpo.store.files import read_json
@@ -87,7 +87,7 @@ class LiveTracker:
             self._say("the last metrics are not delivered yet; `publish` delivers them")
 
     def _say(self, text: str) -> None:
-        print(f"{self.run.run}: tracking: {text}", file=sys.stderr, flush=True)
+        say(f"{self.run.run}: tracking: {text}")
 
     def _loop(self) -> None:
         every, pause, last = self.run.tracking.every_seconds, 0.0, False
