@@ -614,6 +614,11 @@ def of(pipeline: Path) -> Callable[[], FlowModel]:
     return partial(load_model, small_run().model.model_copy(update={"path": str(pipeline)}))
 
 
+def encoded(pipeline: Path) -> object:
+    """A prompt's embedding, for which the text encoders alone are loaded."""
+    return of(pipeline)(text=True).encode([Prompt("a red circle")], negative=False)
+
+
 def edits(text: str) -> Iterator[str]:
     """A JSON file with values of other kinds in every place, without each key, and damaged."""
     config = json.loads(text)
@@ -628,6 +633,7 @@ def edits(text: str) -> Iterator[str]:
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_damaged_configs_of_a_model(part: str, pipeline: Path) -> None:
     load = of(pipeline)
+    encode = partial(encoded, pipeline)
     path = pipeline / part / "config.json"
     good, refused = path.read_text(), 0
     try:
@@ -635,6 +641,8 @@ def test_damaged_configs_of_a_model(part: str, pipeline: Path) -> None:
             path.write_text(text)
             refused += refusal(load, pipeline, "model.") is not None
             refusal(lambda: read_part(pipeline, part), path)
+            if part == "transformer":
+                refusal(encode, pipeline, "model.")
     finally:
         path.write_text(good)
     assert refused > 10
@@ -672,9 +680,7 @@ def test_text_encoders_run_nothing_of_the_folder(pipeline: Path, tmp_path: Path)
     bomb = tmp_path / "went-off"
     code = f"import os\nos.mkdir({str(bomb)!r})\n"
 
-    def encode() -> object:
-        return of(folder)().encode([Prompt("a red circle")], negative=False)
-
+    encode = partial(encoded, folder)
     encode()
     index = folder / "model_index.json"
     good = index.read_text()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from egrpo.errors import UserError, during
+from egrpo.errors import UserError, during, refusing
 from egrpo.images import Images
 from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
@@ -160,12 +160,12 @@ class FlowModel(Trainable):
         pipe = load_text_pipeline(self.settings, self.pipeline, self.transformer_class)
         pipe = pipe.to(self.device)
         texts = [p.text for p in prompts], [p.negative for p in prompts] if negative else []
-        return Conditioning(
-            *(
-                padded([{k: v.cpu() for k, v in self.encode_prompt(pipe, t).items()} for t in some])
-                for some in texts
-            )
-        )
+
+        def one(text: str) -> Tensors:
+            return {name: value.cpu() for name, value in self.encode_prompt(pipe, text).items()}
+
+        with refusing(f"model.path: {self.settings.path}: prompts cannot be encoded"):
+            return Conditioning(*(padded([one(text) for text in some]) for some in texts))
 
     def velocity(
         self,

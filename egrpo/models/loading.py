@@ -59,7 +59,7 @@ def _shape(settings: Model, class_name: str, part: str) -> dict[str, Any]:
     source, where = settings.path, {**_where(settings), "subfolder": part}
     with refusing(f"model.path: {source}/{part}: cannot be loaded as {class_name}"):
         shape: dict[str, Any] = getattr(diffusers, class_name).load_config(source, **where)
-    found = shape.get("_class_name", class_name)
+        found = shape.get("_class_name", class_name)
     if found != class_name:  # diffusers would load the weights as far as they fit
         raise UserError(
             f"model.family: {settings.family} has a {class_name}, but {source}/{part} is a "
