@@ -141,6 +141,24 @@ def test_a_run_continued_to_twice_its_length_is_one_of_that_length(
     assert rows_of(result_of(once) / "train_metrics.parquet")[-1]["iteration"] == 6
 
 
+def test_a_run_made_shorter_ends_with_a_monitor(jobs: Jobs) -> None:
+    """Also where the longer training, ended by a signal there, would not have looked."""
+
+    def short(name: str, iterations: int) -> RunConfig:
+        of = {"iterations": iterations, "monitor_every": 4, "checkpoint_every": 1}
+        return small_run(name, **{f"train.{key}": value for key, value in of.items()})
+
+    straight = jobs(short("once", 2)).rename(jobs.folder / "straight")
+    shutil.rmtree(jobs.folder / "state")
+    run = short("once", 5)
+    trainer = Trainer(run, closed_form_plan(run), jobs.embeddings)
+    state = jobs.folder / "state/key"
+    state.mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        Job(trainer, State(run, state), lambda: trainer.iteration == 2).finish(None, fresh=True)
+    same_bits(straight, jobs(short("once", 2)))
+
+
 # -- the journal -----------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from egrpo.store.tables import ROLLOUTS, TRAIN_METRICS, write_table
 from egrpo.train.records import Metrics, metric_rows, rollout_columns
 from egrpo.train.state import State, only_one
 from egrpo.train.trainer import Trainer
-from egrpo.train.warnings import beyond_bounds, training_warnings
+from egrpo.train.warnings import DISTANCE, beyond_bounds, training_warnings
 
 
 class Tracker(Protocol):
@@ -159,6 +159,8 @@ class Job:
             self._save()
         history = self.processes.from_main(state.history)
         self._check_bounds(history)
+        if trainer.iteration == t.iterations and not self.stopped:
+            self._look_at_the_end(history)
         stop = False
         with Progress(t.iterations, run.run, trainer.iteration, shown=self.main) as progress:
             while trainer.iteration < t.iterations and not self.stopped and not stop:
@@ -177,6 +179,20 @@ class Job:
             sys.exit(128 + signal.SIGTERM)
         state.keep_snapshots(trainer, None)
         self._warn(history, tracker, ended=True)
+
+    def _look_at_the_end(self, history: list[tuple[int, Metrics]]) -> None:
+        """Of a state that a longer training left, the last iteration need not be monitored yet."""
+        number, metrics = history[-1] if history else (-1, {})
+        if not self.run.train.monitor_every or number != self.trainer.iteration:
+            return
+        if DISTANCE in metrics:
+            return
+        rows = self.processes.from_main(lambda: journal.read(self.state.log)[-1]["rollouts"])
+        metrics |= self._look()
+        self._check_bounds(history)
+        if self.main:
+            self.state.record(self.trainer, metrics, rows)
+        self._save()
 
     def _iterate(self, history: list[tuple[int, Metrics]], tracker: Tracker | None) -> Metrics:
         """One iteration: trained, monitored, warned of and recorded."""
