@@ -84,10 +84,10 @@ class Model(Settings):
     tuning: Literal["lora", "full"] = setting("lora")
     """What is trained."""
     lora: Lora = Lora()
-    merge_lora_for_sampling: bool = setting(False)
-    """Keep a second copy of the transformer with the LoRA merged, for evaluations whose
-    log-probability nobody needs: faster, but costs one copy of the weights in memory, and in
-    bfloat16 the merged weights round small updates away."""
+    merge_lora_for_sampling: bool = setting(True)
+    """Evaluations whose log-probability nobody needs use a copy of the adapted layers with the LoRA
+    merged: faster, for the memory of these layers. In 16 bit the merged weights are rounded up or
+    down at random, so that small updates are not lost."""
     channels_last: bool = setting(True)
     """Memory format of the VAE's convolutions."""
     vae_tiling: bool = setting(False)
@@ -99,8 +99,10 @@ class Model(Settings):
     pass fails in FLUX's blocks on Hopper cards; native, torch's choice with it; or diffusers' name
     of another (_native_cudnn, _native_flash, flash, sage ...), which sd3's layers do not take. A
     training job checks it on one block of each kind first."""
-    compile: bool = setting(False)
-    """torch.compile the transformer's blocks: the first evaluations take minutes."""
+    compile: bool | Literal["auto"] = setting("auto")
+    """Compile (torch.compile) the blocks of the network that samples; what trains stays as it is.
+    The first batch takes a minute, later jobs on the same machine find most of it done; auto: on
+    CUDA, for sd3 and flux without `feature_cache`."""
     feature_cache: FeatureCache | None = setting(None)
     """Evaluations of training's rollouts whose log-probability nobody needs reuse features of the
     steps before: `interval`, `warm_up`, `order`; null: all are exact. Monitors and evaluation are
@@ -108,9 +110,18 @@ class Model(Settings):
     fp8_weights: bool = setting(False, source="diffusers, layerwise casting")
     """Store the frozen weights as float8 and compute in `dtype`: half the memory, rounded
     weights."""
+    fp8_sampling: bool = setting(False, source="torchao, dynamic float8 by rows")
+    """Evaluations whose log-probability nobody needs multiply in float8, those of monitors and
+    evaluation too: faster from compute capability 8.9 on; needs torchao and `dtype: bfloat16`."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.fp8_sampling and (self.dtype != "bfloat16" or self.fp8_weights):
+            key = "fp8_weights" if self.fp8_weights else "dtype"
+            value = str(getattr(self, key)).lower()
+            raise ValueError(
+                f"fp8_sampling: needs dtype: bfloat16 without fp8_weights; {key}: {value}"
+            )
         if self.feature_cache is not None and self.family == "z_image":
             raise ValueError("feature_cache: diffusers offers none for z_image")
         if self.tuning == "full" and self.dtype != "float32":

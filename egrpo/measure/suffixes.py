@@ -116,9 +116,7 @@ def _network(settings: Model, network: str, loaded: FlowModel) -> FlowModel:
     if network == "fp8":
         return load_model(settings.model_copy(update={"fp8_weights": True}))
     cache = FeatureCache(interval=int(network.split()[1]))
-    model = load_model(settings.model_copy(update={"feature_cache": cache}))
-    model.keep_features()
-    return model
+    return load_model(settings.model_copy(update={"feature_cache": cache}))
 
 
 def _finish(

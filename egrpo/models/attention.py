@@ -156,8 +156,7 @@ def _first_calls(model: FlowModel, prompts: Conditioning) -> dict[str, tuple[Any
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(prompts), *shape, generator=generator).to(model.device)
     try:
-        with torch.compiler.set_stance("force_eager"):  # not worth compiling for one size
-            model.velocity(x, 0.5, prompts)
+        model.velocity(x, 0.5, prompts)
     finally:
         for hook in hooks:
             hook.remove()

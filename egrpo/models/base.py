@@ -19,7 +19,6 @@ from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
 from egrpo.models.latents import Latents, latents_of
 from egrpo.models.loading import load_part, load_text_pipeline, resolve_device
-from egrpo.models.modules import compile_blocks
 from egrpo.models.trainable import Trainable
 
 if TYPE_CHECKING:
@@ -78,8 +77,6 @@ class FlowModel(Trainable):
             self.transformer.enable_layerwise_casting(
                 storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype
             )
-        if settings.compile:
-            compile_blocks(self.transformer)
 
     def _check_scale(self) -> None:
         """Refuse a VAE whose config.json gives no scale of latents: it is read when decoding."""
@@ -180,16 +177,21 @@ class FlowModel(Trainable):
         Args:
             conditioning: embeddings of B prompts, row by row.
             module: the transformer to use; None takes ``self.transformer``.
-            paths: names the batch for kept features, see :meth:`keep_features`.
+            paths: names the batch for kept features, see :mod:`egrpo.models.features`.
         """
         module = module or self.transformer
-        x = x.to(self.dtype)
-        with self.features_of(module, paths, sigma):
+        rows, x = len(x), x.to(self.dtype)
+        if self.twin is not None and module is self.twin.network:
+            size = self.twin.size(rows)
+            if size != rows:  # a batch of a shape that is compiled already
+                index = torch.arange(size, device=x.device).clamp(max=rows - 1)
+                x, conditioning = x[index], conditioning.rows(index)
+        with self._call(module, x, paths, sigma):
             if self.settings.guidance_scale <= 1:
-                return self.network(module, x, sigma, conditioning.tensors)
+                return self.network(module, x, sigma, conditioning.tensors)[:rows]
             both = padded([conditioning.negative, conditioning.tensors])
             negative, prompt = self.network(module, torch.cat([x, x]), sigma, both).chunk(2)
-        return self.guide(prompt, negative)
+        return self.guide(prompt, negative)[:rows]
 
     @during("decoding")
     @torch.no_grad()

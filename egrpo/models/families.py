@@ -33,6 +33,7 @@ class SD3(FlowModel):
     pipeline = "StableDiffusion3Pipeline"
     transformer_class = "SD3Transformer2DModel"
     lora_targets = ATTENTION
+    equal_lengths = True
     tokens = 256
 
     def encode_prompt(self, pipe: Any, text: str) -> Tensors:
@@ -72,6 +73,7 @@ class Flux(FlowModel):
         *ATTENTION,
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    equal_lengths = True
     tokens = 512
 
     @staticmethod

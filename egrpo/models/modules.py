@@ -15,9 +15,15 @@ def repeated_blocks(network: Any) -> dict[str, Any]:
 
 
 def compile_blocks(network: Any) -> None:
-    """Compile the repeated blocks."""
+    """Compile the repeated blocks, each shape of batch for itself.
+
+    Blocks of one kind share what is compiled.
+    """
+    import torch._dynamo  # takes a second
+
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks by shapes; beyond, none is compiled
     for block in repeated_blocks(network).values():
-        block.compile()
+        block.compile(dynamic=False)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from egrpo.core.seeds import normal
 from egrpo.errors import UserError, refusing
 from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter
 from egrpo.models.conditioning import Conditioning
-from egrpo.models.features import KeptFeatures
 from egrpo.models.loading import from_pretrained
-from egrpo.models.modules import compile_blocks, repeated_blocks, whole
+from egrpo.models.modules import repeated_blocks, whole
+from egrpo.models.twin import Twin
 from egrpo.store.files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -32,17 +32,19 @@ class Trainable(ABC):
 
     Attributes:
         lora_targets: layers adapted by default.
+        equal_lengths: whether all prompts have one length, so that batches come in few shapes.
     """
 
     lora_targets: ClassVar[tuple[str, ...]]
+    equal_lengths: ClassVar[bool] = False
     settings: Model
     device: torch.device
     dtype: torch.dtype
     transformer: Any
 
     def __init__(self) -> None:
-        self._copy: Any = None  # of the transformer, see `sampling`
-        self.features: KeptFeatures | None = None
+        self.twin: Twin | None = None  # of the transformer, see `sampling`
+        self.sharded = False
         self.reference: Any = None
 
     @abstractmethod
@@ -61,14 +63,9 @@ class Trainable(ABC):
         if self.settings.tuning == "full":
             self.reference = copy.deepcopy(self.transformer) if reference else None
             self.transformer.requires_grad_(True)
-            self.keep_features()
             return list(self.transformer.parameters())
         from peft import LoraConfig
 
-        if self.settings.merge_lora_for_sampling:
-            self._copy = copy.deepcopy(self.transformer)
-            if self.settings.compile:
-                compile_blocks(self._copy)  # a copy has none of it
         lora = self.settings.lora
         config = LoraConfig(
             r=lora.rank,
@@ -84,7 +81,6 @@ class Trainable(ABC):
         for name, layer in self.lora_layers():  # peft's start, drawn as all noise is
             first = layer.lora_A["default"].weight
             first.data.copy_(normal(tuple(first.shape), seed, "lora", name) / lora.rank)
-        self.keep_features()
         return parameters
 
     def _trained(self) -> list[nn.Parameter]:
@@ -121,59 +117,71 @@ class Trainable(ABC):
             The trainable parameters, of which this process now holds its part.
 
         Raises:
-            UserError: if there is a copy for sampling, which could not follow.
+            UserError: if a setting asks for a twin, which could not follow.
         """
         from torch.distributed.fsdp import fully_shard
 
-        if self._copy is not None:
-            key = "feature_cache" if self.settings.feature_cache else "merge_lora_for_sampling"
+        m = self.settings
+        twins = {
+            "feature_cache": m.feature_cache is not None,
+            "merge_lora_for_sampling": m.merge_lora_for_sampling and m.tuning == "lora",
+            "compile": m.compile is True,
+            "fp8_sampling": m.fp8_sampling,
+        }
+        for key in (key for key, asked in twins.items() if asked):
             raise UserError(f"model.{key}: makes a copy of the weights; switch it off for FSDP")
         for block in repeated_blocks(self.transformer).values():
             fully_shard(block)
         fully_shard(self.transformer)
+        self.sharded = True
         return self._trained()
 
     @contextmanager
-    def sampling(self, *, exact: bool = False) -> Iterator[Any]:
+    def sampling(self, *, exact: bool = False, batch: int = 1) -> Iterator[Any]:
         """The network that samples, with the weights of this moment; what it keeps is freed after.
 
-        It is the transformer, or a copy of it: one that has the LoRA merged into its weights, that
-        keeps features from step to step (unless ``exact``), or both.
+        It is the transformer, or its twin (:mod:`egrpo.models.twin`) where the settings ask for
+        one; ``exact`` leaves out a twin that keeps features. ``batch``: rows of the largest batch.
         """
-        copied = self._copy is not None and not (exact and self.features is not None)
-        if copied and self.settings.merge_lora_for_sampling:
-            with torch.no_grad():
-                for name, layer in self.lora_layers():
-                    merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
-                    self._copy.get_submodule(name).weight.copy_(merged)
-        try:
-            yield self._copy if copied else self.transformer
-        finally:
-            if self.features is not None:
-                self.features.forget()
-
-    def keep_features(self) -> None:
-        """Make what samples keep features from step to step, where the settings say so.
-
-        Without a merged copy that is a twin that shares all weights with the transformer, which
-        itself stays exact.
-        """
-        if self.settings.feature_cache is None:
+        twin = self._twin()
+        if twin is None or (exact and twin.features is not None):
+            yield self.transformer
             return
-        if self._copy is None:
-            shared = [*self.transformer.parameters(), *self.transformer.buffers()]
-            self._copy = copy.deepcopy(self.transformer, {id(t): t for t in shared})
-        self.features = KeptFeatures(self._copy, self.settings.feature_cache, self.dtype)
+        twin.sizes = (max(1, batch // 4), batch)
+        twin.follow()
+        try:
+            yield twin.network
+        finally:
+            if twin.features is not None:
+                twin.features.forget()
 
-    def features_of(
-        self, module: nn.Module, paths: tuple[int, ...] | None, sigma: float
+    def _twin(self) -> Twin | None:
+        """Made where the settings ask for it, of the layers that are there by then."""
+        m = self.settings
+        compiled = m.compile is True or (
+            m.compile == "auto"
+            and self.device.type == "cuda"
+            and self.equal_lengths
+            and m.feature_cache is None
+        )
+        adapted = dict(self.lora_layers()) if m.merge_lora_for_sampling else {}
+        wanted = adapted or compiled or m.fp8_sampling or m.feature_cache is not None
+        if self.twin is None and wanted and not self.sharded:
+            self.twin = Twin(self.transformer, m, adapted, compiled=compiled)
+        return self.twin
+
+    def _call(
+        self, module: nn.Module, x: Tensor, paths: tuple[int, ...] | None, sigma: float
     ) -> AbstractContextManager[None]:
-        """The kept features of one batch; of none where the module keeps nothing."""
-        if self.features is None or module is not self._copy:
+        """Of one network call: the features kept for its batch, and the time to compile."""
+        twin = self.twin
+        if twin is None or module is not twin.network:
             return nullcontext()
+        if twin.features is None:
+            return twin.timed(x)
         if paths is None:
             raise ValueError("a network that keeps features needs the paths of its batch")
-        return self.features.of(paths, sigma)
+        return twin.features.of(paths, sigma)
 
     def save(self, folder: Path, *, write: bool = True) -> None:
         """Write what was trained so that stock diffusers loads it.
@@ -207,7 +215,7 @@ class Trainable(ABC):
         write_adapter(folder / ADAPTER_FILE, tensors, plain)
 
     def load(self, folder: Path) -> None:
-        """Bring in what :meth:`save` wrote, LoRA merged into the weights.
+        """Bring in what :meth:`save` wrote.
 
         Raises:
             UserError: if the folder does not hold what ``model.tuning`` says.
@@ -224,7 +232,7 @@ class Trainable(ABC):
             use_safetensors=True,
             local_files_only=True,
         )
-        self.transformer = module.to(self.device)
+        self.transformer, self.twin = module.to(self.device), None
 
     def _load_adapter(self, folder: Path) -> None:
         path, rank = folder / ADAPTER_FILE, self.settings.lora.rank
@@ -238,17 +246,24 @@ class Trainable(ABC):
             )
         with refusing(f"{path}: cannot be loaded"):
             self.transformer.load_lora_adapter(
-                folder, weight_name=ADAPTER_FILE, prefix="transformer", use_safetensors=True
+                folder,
+                weight_name=ADAPTER_FILE,
+                prefix="transformer",
+                use_safetensors=True,
+                adapter_name="default",
             )
         expected = {
-            f"transformer.{name}.{part}.weight"
-            for name, _ in self.lora_layers()
+            f"transformer.{name}.{part}.weight": getattr(layer, part)["default"].weight
+            for name, layer in self.lora_layers()
             for part in ("lora_A", "lora_B")
         }
-        differing = expected ^ set(tensors)
+        differing = set(expected) ^ set(tensors)
         if differing:
             raise UserError(
                 f"{path}: does not fit this model: {min(differing)} is in one and not in the other "
                 f"(and {len(differing) - 1} more); train the run again"
             )
-        self.transformer.fuse_lora()
+        for key, p in expected.items():  # diffusers rounds them to the model's type
+            p.data = tensors[key].to(self.device)
+        self.transformer.requires_grad_(False)
+        self.twin = None

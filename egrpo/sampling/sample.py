@@ -69,7 +69,7 @@ class Sampler:
         def noise(tree: int, start: int, sample: int) -> Tensor:
             return normal(shape, *purpose, ids[tree], start, sample)
 
-        with model.sampling(exact=exact) as network:
+        with model.sampling(exact=exact, batch=self.micro_batch) as network:
             where = {"dtype": model.dtype, "device": model.device}
             return self._run(trees, velocity, cheaper, noise, **where)
 

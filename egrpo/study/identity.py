@@ -42,7 +42,8 @@ that are monitored and profiled. Each is named by its texts, so one more prompt 
 file leaves the smaller sets as they are."""
 
 CUT = frozenset(
-    "micro_batch train_micro_batch decode_batch gradient_checkpointing vae_slicing device".split()
+    "micro_batch train_micro_batch decode_batch gradient_checkpointing vae_slicing device"
+    " compile".split()
 )
 """How the work is cut to fit the memory, and where it is done: this changes roundings and nothing
 else, so a run goes on from its state after a change."""

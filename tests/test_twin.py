@@ -1,0 +1,152 @@
+"""The twin that samples: cheaper, and near enough; what trains stays exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import trainer_for
+from test_families import PROMPTS, family_trainer, loaded, sampled
+from test_families import _folders as _folders  # their pipelines
+
+from egrpo.errors import UserError
+from egrpo.models.conditioning import Embeddings
+from egrpo.models.twin import rounded
+from egrpo.train.trainer import Trainer
+
+LOW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+def velocities(trainer: Trainer, *, exact: bool) -> torch.Tensor:
+    """[4, C, h, w] in float64, by the transformer or by what samples."""
+    model = trainer.model
+    x = torch.randn(4, *model.image_shape, generator=torch.manual_seed(3))
+    prompts = trainer.conditioning.batch([0, 1, 2, 3], model.device)
+    with torch.no_grad(), model.sampling(batch=4) as network:
+        return model.velocity(x, 0.7, prompts, None if exact else network).double()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_rounding_is_right_in_the_mean_and_never_further_than_a_neighbor(dtype: Any) -> None:
+    generator = torch.manual_seed(0)
+    value = torch.randn(64, generator=generator)
+    many = value.repeat(20_000, 1)
+    low = rounded(many, dtype, generator).double()
+    gap = torch.finfo(dtype).eps * value.double().abs()
+    assert ((low - value).abs() <= gap).all()
+    assert len(low[:, 0].unique()) == 2
+    error = (low.mean(0) - value).abs() / (gap / 20_000**0.5)
+    assert error.max() < 3  # a rounding's std is half a gap at most
+    assert torch.equal(rounded(low.float()[0], dtype, generator).double(), low[0])
+
+
+def moved(trainer: Trainer, size: float) -> None:
+    """An update as training makes it: the second factors leave zero."""
+    generator = torch.manual_seed(1)
+    for _, layer in trainer.model.lora_layers():
+        weight = layer.lora_B["default"].weight
+        weight.data.copy_(size * torch.randn(weight.shape, generator=generator))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-3])
+def test_small_updates_are_not_lost_in_16_bit(size: float, embeddings: Embeddings) -> None:
+    """What they change is nearer to what they change in float32 than nearest rounding's is."""
+    changes: dict[str, torch.Tensor] = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = trainer_for(embeddings, **{"model.dtype": dtype})
+        before = velocities(trainer, exact=False)
+        moved(trainer, size)
+        changes[dtype] = velocities(trainer, exact=False) - before
+        weights = [(w.double(), p.weight.double()) for w, p in _pairs(trainer)]
+        update = torch.cat([(a - b).flatten() for a, b in weights])
+        true = torch.cat([d.flatten().double() for d in _deltas(trainer)])
+        slope = float(update @ true / (true @ true))
+        assert slope == pytest.approx(1.0, abs=1e-5 if dtype == "float32" else 0.1)
+    nearest = torch.cat(
+        [((b.float() + d).bfloat16().double() - b.double()).flatten() for b, d in _sums(trainer)]
+    )
+    assert float(nearest @ true / (true @ true)) < 0.9
+
+
+def _pairs(trainer: Trainer) -> list[tuple[torch.Tensor, Any]]:
+    twin = trainer.model.twin
+    assert twin is not None
+    return [(mine.weight, layer.get_base_layer()) for layer, mine in twin.adapted]
+
+
+def _deltas(trainer: Trainer) -> list[torch.Tensor]:
+    return [layer.get_delta_weight("default") for _, layer in trainer.model.lora_layers()]
+
+
+def _sums(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    layers = [layer for _, layer in trainer.model.lora_layers()]
+    return [(one.get_base_layer().weight, one.get_delta_weight("default")) for one in layers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_compiled_for_real_the_ratio_is_one_and_nothing_is_compiled_twice(
+    family: str, tmp_path: Path
+) -> None:
+    """Inductor on this machine: a whole rollout and its training pass, then another."""
+    from torch._dynamo.utils import counters
+
+    of = {"model.compile": True, "train.micro_batch": 8}
+    trainer = family_trainer(family, tmp_path, **of)
+    plain = family_trainer(family, tmp_path, **{**of, "model.compile": False})
+    counters.clear()
+    rollout, ids, trees = sampled(trainer)
+    twin = trainer.model.twin
+    assert twin is not None
+    assert twin.compiled
+    assert 0 < len(twin.seen) <= 2
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    values = [(-1.0) ** e for e in range(len(rollout.edges))]
+    metrics = trainer.learner.optimize(1, rollout, ids, trees, values)
+    assert metrics["on_policy_ratio_deviation"] == 0.0
+    sampled(trainer)
+    assert counters["stats"]["unique_graphs"] == compiled
+    same, _, _ = sampled(plain)
+    torch.testing.assert_close(rollout.leaves, same.leaves, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_padding_changes_no_image() -> None:
+    models = [loaded("sd3", compile=compiled) for compiled in (True, False)]
+    prompts = models[0].encode(PROMPTS[:3], negative=False).batch([0, 1, 2], models[0].device)
+    x = torch.randn(3, *models[0].image_shape, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        found = []
+        for model in models:
+            with model.sampling(batch=8) as network:
+                found.append(model.velocity(x, 0.7, prompts, network))
+    assert {shape[0] for shape in models[0].twin.seen} == {8}  # type: ignore[union-attr]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+FP8 = {"model.dtype": "bfloat16", "model.fp8_sampling": True}
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_float8_is_near_and_follows_the_adapter(merge: bool, embeddings: Embeddings) -> None:
+    pytest.importorskip("torchao")
+    trainer = trainer_for(embeddings, **FP8, **{"model.merge_lora_for_sampling": merge})
+    before = [velocities(trainer, exact=exact) for exact in (True, False)]
+    assert 0 < (before[0] - before[1]).norm() < 0.2 * before[0].norm()
+    moved(trainer, 0.05)
+    after = [velocities(trainer, exact=exact) for exact in (True, False)]
+    one, other = (a - b for a, b in zip(after, before, strict=True))
+    cosine = float((one * other).sum() / (one.norm() * other.norm()))
+    assert cosine > 0.5
+    rollout, ids, trees = sampled(trainer)
+    values = [(-1.0) ** e for e in range(len(rollout.edges))]
+    metrics = trainer.learner.optimize(1, rollout, ids, trees, values)
+    assert metrics["on_policy_ratio_deviation"] == 0.0
+
+
+def test_float8_needs_bfloat16_without_float8_storage(embeddings: Embeddings) -> None:
+    with pytest.raises(UserError, match="fp8_sampling: needs dtype: bfloat16"):
+        trainer_for(embeddings, **{"model.fp8_sampling": True})
