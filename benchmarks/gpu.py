@@ -1,14 +1,12 @@
-"""Full-size models with random weights on a GPU: what an evaluation, a rollout and a step cost.
+"""Full-size networks with random weights on a GPU: evaluations, rollouts, training, iterations.
 
-``python benchmarks/gpu.py [--models sd35_medium flux_dev] [--sizes 512 720 1024]
+``python benchmarks/gpu.py [--quick] [--models flux_dev sd35_medium] [--limit SECONDS]
 [--write docs/benchmarks/gpu.md]``
 
-Needs torch, diffusers, transformers, peft and accelerate, and of this package ``core`` and
-``models`` alone: no weights, no network, no tracking. TFLOP/s are *model* FLOPs (the formula is
-:func:`forward_flops`) over time, beside the ceiling of one large matrix product measured in the
-same run. Everything runs through the adapter and the executor that training uses. An iteration
-here has one active step (``--active``): the paper's eight take about eight times as long, with the
-same kind of work.
+Each row is shown and written when it is measured, so that a case that fails, or a time that is
+over, loses no other. Shares are of the *model* FLOPs (``full_size.forward_flops``) in the matrix
+product of 8192 that is measured first. Needs torch, diffusers, transformers, peft, pydantic, and
+torchao for float8; no weights, no network.
 """
 
 from __future__ import annotations
@@ -17,417 +15,289 @@ import gc
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from common import parser, table, tell, versions
+from common import parser, table, versions
+from full_size import ARCHITECTURES, Architecture, build, forward_flops, prompts
 
-from egrpo.config.models import Model
-from egrpo.core.executor import Executor
-from egrpo.core.plan import make_plan
 from egrpo.core.schedule import shifted_sigmas
-from egrpo.methods.shapes import planned_branches
+from egrpo.methods import METHOD_MODELS
+from egrpo.methods.base import Context
+from egrpo.models.attention import repeatable
 from egrpo.models.base import FlowModel
-from egrpo.models.conditioning import Conditioning
-from egrpo.models.families import FAMILIES, SD3, Flux
+from egrpo.sampling.sample import Sampler
 
 GIB = 2.0**30
+GROUP = 12
+SIZES = {"flux_dev": (720,), "sd35_medium": (512, 1024), "tiny": (64,), "tiny_sd3": (64,)}
+METHODS = "egrpo egrpo_efficient flow_grpo mixgrpo".split()
+HEAD = "model|pixels|what|batch|evaluations|seconds|ms each|of the product|peak GiB".split("|")
 
-VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-}
-"""The VAE of FLUX.1; SD3's has the same shape."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One model: its adapter, the transformer's config, and its prompt embeddings."""
-
-    family: type[FlowModel]
-    config: dict[str, Any]
-    text: int
-    width: int
-    pooled: int
-    vae: dict[str, Any] = field(default_factory=lambda: VAE)
-
-    def tiny(self, **config: Any) -> Architecture:
-        """The same family, small."""
-        few = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32}
-        few |= {"pooled_projection_dim": 32, **config}
-        vae = VAE | {"block_out_channels": [32] * 4, "layers_per_block": 1}
-        return Architecture(self.family, self.config | few, text=8, width=32, pooled=32, vae=vae)
-
-
-SD35_MEDIUM = Architecture(  # stabilityai/stable-diffusion-3.5-medium, transformer/config.json
-    SD3,
-    {
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384,
-        "dual_attention_layers": tuple(range(13)),
-        "qk_norm": "rms_norm",
-    },
-    text=333,  # 77 of CLIP and 256 of T5
-    width=4096,
-    pooled=2048,
-)
-FLUX_DEV = Architecture(  # black-forest-labs/FLUX.1-dev, transformer/config.json
-    Flux,
-    {
-        "patch_size": 1,
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-        "axes_dims_rope": (16, 56, 56),
-    },
-    text=512,
-    width=4096,
-    pooled=768,
-)
-TINY_SD3 = {"sample_size": 16, "num_layers": 2, "caption_projection_dim": 64}
-TINY_SD3 |= {"pos_embed_max_size": 32, "dual_attention_layers": (0,)}
-ARCHITECTURES = {
-    "sd35_medium": SD35_MEDIUM,
-    "flux_dev": FLUX_DEV,
-    "tiny": FLUX_DEV.tiny(num_layers=1, num_single_layers=1, axes_dims_rope=(8, 12, 12)),
-    "tiny_sd3": SD35_MEDIUM.tiny(**TINY_SD3),
-}
-
-
-def forward_flops(architecture: Architecture, height: int, width: int) -> float:
-    """Model FLOPs of one network evaluation; a multiply-add counts two.
-
-    With d = model width, I image tokens, L text tokens, N = I + L:
-
-    * linear layers of a double block: 12 d^2 weights (qkv 3, output 1, MLP 8) a token, of image and
-      text stream alike; SD3's last block has no text output and MLP: 9 d^2 less a text token;
-      its dual attention adds 4 d^2 an image token;
-    * linear layers of a single block (FLUX): 12 d^2 (qkv 3, MLP 4, output 5) a token;
-    * attention: two products of N x N x d in every block, 4 N^2 d FLOPs; dual: 4 I^2 d more;
-    * embeddings: patches, text, and the output layer. Modulation, once per image, is left out
-      except for its weights: 6 d^2 a stream and double block, 3 d^2 a single block.
-    """
-    c = architecture.config
-    d = c["attention_head_dim"] * c["num_attention_heads"]
-    image, text = (height // 16) * (width // 16), architecture.text
-    both, double = image + text, c["num_layers"]
-    single = c.get("num_single_layers", 0)
-    linear = 12.0 * d * d * both * (double + single)
-    attention = 4.0 * both * both * d * (double + single)
-    modulation = 12.0 * d * d * double + 3.0 * d * d * single
-    if architecture.family is SD3:
-        dual = len(c["dual_attention_layers"])
-        linear += 4.0 * d * d * image * dual - 9.0 * d * d * text
-        attention += 4.0 * image * image * d * dual
-        modulation += 3.0 * d * d * dual - 4.0 * d * d  # the last block's text has 2, not 6
-    patch = c["in_channels"] * (4 if architecture.family is SD3 else 1)
-    linear += d * (2.0 * patch * image + c["joint_attention_dim"] * text)
-    return 2.0 * (linear + modulation) + attention
+OFF = {"compile": False, "merge_lora_for_sampling": False, "fp8_sampling": False}
+EAGER = {**OFF, "merge_lora_for_sampling": True}
+SHIPPED = {**EAGER, "compile": True}
+UNMERGED = {**OFF, "compile": True}
+FLOAT8 = {**SHIPPED, "fp8_sampling": True}
 
 
 @dataclass
 class Bench:
-    """A device, and how to time on it."""
+    """A device, the pages written so far, and the time that is left."""
 
     device: torch.device
     dtype: torch.dtype
-    repeats: int
+    ends: float
+    page: Path | None
+    ceiling: float = 0.0
+    rows: list[list[str]] = field(default_factory=list)
 
     def sync(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, work: Callable[[], Any], warm: int = 1) -> float:
-        """Best of the repeats."""
-        for _ in range(warm):
-            work()
-        times = []
-        for _ in range(self.repeats):
-            with self.timed() as took:
-                work()
-            times.append(took["s"])
-        return min(times)
-
-    @contextmanager
-    def timed(self) -> Iterator[dict[str, float]]:
-        """Seconds within."""
+    def once(self, work: Callable[[], Any]) -> float:
+        """Seconds of one call."""
         self.sync()
-        out, begun = {"s": 0.0}, time.perf_counter()
-        yield out
+        begun = time.perf_counter()
+        work()
         self.sync()
-        out["s"] = time.perf_counter() - begun
+        return time.perf_counter() - begun
 
-    @contextmanager
-    def memory(self) -> Iterator[dict[str, float]]:
-        """Peak of the allocated memory within, GiB (CUDA; 0 elsewhere)."""
-        out = {"gib": 0.0}
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        yield out
-        if self.device.type == "cuda":
-            out["gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
+    def best(self, work: Callable[[], Any], repeats: int = 2) -> float:
+        """Of some calls, after one that compiles and warms up."""
+        self.once(work)
+        return min(self.once(work) for _ in range(repeats))
 
-    def ceiling(self) -> float:
-        """TFLOP/s of one large matrix product in the model's type."""
+    def measure_ceiling(self) -> None:
+        """FLOP/s of one large matrix product in the model's type."""
         n = 8192 if self.device.type == "cuda" else 512
         a = torch.randn(n, n, device=self.device).to(self.dtype)
-        best = self.seconds(lambda: a @ a, warm=3)
-        return 2.0 * n**3 / best / 1e12
+        self.ceiling = 2.0 * n**3 / self.best(lambda: a @ a, 10)
 
+    def row(self, of: tuple[str, int], what: str, batch: int, measured: Callable[[], Cost]) -> None:
+        """Measure and keep one row; of a failing case what it said."""
+        if time.monotonic() > self.ends:
+            cells = ["time is over"]
+        else:
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            try:
+                cells = self._cells(measured())
+            except Exception as error:  # one case loses no other
+                cells = [f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"]
+        peak = torch.cuda.max_memory_allocated() / GIB if self.device.type == "cuda" else 0.0
+        cells += [""] * (4 - len(cells)) + [f"{peak:.1f}"]
+        self.rows.append([of[0], str(of[1]), what, str(batch), *cells])
+        print(" | ".join(self.rows[-1]), flush=True)
+        if self.page:
+            self.page.parent.mkdir(parents=True, exist_ok=True)
+            self.page.write_text(self.text(), encoding="utf-8")
 
-def build(a: Architecture, bench: Bench, height: int, width: int, **more: Any) -> FlowModel:
-    """The adapter around a network and a VAE with random weights."""
-    settings: dict[str, Any] = {
-        "path": "random",
-        "family": next(name for name, family in FAMILIES.items() if family is a.family),
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "device": str(bench.device),
-        "height": height,
-        "width": width,
-        "guidance_scale": 1.0,
-        "embedded_guidance": 3.5,
-        "lora": {"rank": 32, "alpha": 64},
-        "vae_slicing": True,
-    }
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(bench.dtype)  # 12 billion float32 weights would not fit first
-    try:
-        with torch.device(bench.device):
-            network = getattr(diffusers, a.family.transformer_class)(**a.config)
-            vae = diffusers.AutoencoderKL(**a.vae)
-    finally:
-        torch.set_default_dtype(before)
-    for module in (network, vae):
-        module.eval().requires_grad_(False)
-    return a.family(Model.model_validate(settings | more), parts=(network, vae))
+    def _cells(self, cost: Cost) -> list[str]:
+        share = cost.flops / cost.seconds / self.ceiling
+        each = 1000 * cost.seconds / cost.count
+        return [
+            str(cost.count),
+            f"{cost.seconds:.3g}",
+            f"{each:.4g}",
+            f"{100 * share:.0f} %" if cost.flops else "",
+        ]
 
-
-def prompts(architecture: Architecture, bench: Bench, count: int) -> Conditioning:
-    """Random embeddings of ``count`` prompts."""
-    shape = (count, architecture.text, architecture.width)
-    generator = torch.Generator().manual_seed(0)
-    made = {
-        "embeds": torch.randn(shape, generator=generator),
-        "pooled": torch.randn(count, architecture.pooled, generator=generator),
-    }
-    return Conditioning({k: v.to(bench.device, bench.dtype) for k, v in made.items()}, {})
-
-
-def evaluation(model: FlowModel, a: Architecture, bench: Bench, batch: int) -> tuple[float, float]:
-    """Seconds of one network evaluation at a micro-batch, and peak memory in GiB."""
-    x = torch.randn(batch, *model.image_shape, device=bench.device)
-    cond = prompts(a, bench, 1).rows(torch.zeros(batch, dtype=torch.int64, device=bench.device))
-    with torch.no_grad(), bench.memory() as used:
-        seconds = bench.seconds(lambda: model.velocity(x, 0.7, cond))
-    return seconds / batch, used["gib"]
-
-
-@dataclass(frozen=True)
-class Work:
-    """An iteration's size: steps of the sampler, how many of them branch, samples of a branch,
-    most latents in one evaluation, latents decoded at once."""
-
-    steps: int
-    active: int
-    group: int
-    batch: int
-    decode: int = 4
+    def text(self) -> str:
+        """The page."""
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name() if cuda else platform.machine()
+        return (
+            "# Full-size networks on a GPU\n\n"
+            "Written by `python benchmarks/gpu.py`, random weights. "
+            f"{versions(name)}, diffusers {diffusers.__version__}; {time.strftime('%Y-%m-%d')}. "
+            f"Matrix product in {str(self.dtype).removeprefix('torch.')}: "
+            f"{self.ceiling / 1e12:.0f} TFLOP/s.\n\n{table(HEAD, self.rows, 3)}\n"
+        )
 
 
 @dataclass
-class Iteration:
-    """What one E-GRPO iteration of one prompt took: seconds by part, evaluations, memory."""
+class Cost:
+    """What some evaluations (or images) took."""
 
-    seconds: dict[str, float]
-    inside: float
-    forward: int
-    sources: int
-    gib: float
+    count: int
+    seconds: float
+    flops: float = 0.0
 
 
-def iteration(
-    model: FlowModel, a: Architecture, bench: Bench, parameters: Any, work: Work
-) -> Iteration:
-    """Rollout, decoding, and one optimizer step, as the trainer does them, for one prompt."""
-    sigmas = shifted_sigmas(work.steps, 3.0)
-    plan = make_plan(sigmas, list(range(work.active)), threshold=2.2, noise_level=0.7)
-    cond = prompts(a, bench, 1)
-    inside, seconds = 0.0, {}
+class Case:
+    """One network at one size, with an adapter."""
 
-    def velocity(x: Any, sigma: float, rows: Any) -> Any:
-        nonlocal inside
-        with bench.timed() as took:
-            v = model.velocity(x, sigma, cond.rows(rows))
-        inside += took["s"]
-        return v
+    def __init__(self, bench: Bench, name: str, side: int, rank: int) -> None:
+        self.bench, self.name, self.side = bench, name, side
+        self.a: Architecture = ARCHITECTURES[name]
+        self.flops = forward_flops(self.a, side, side)
+        lora = {"rank": rank, "alpha": 2 * rank}
+        more = {"lora": lora, "compile": False}
+        self.model: FlowModel = build(self.a, bench.device, bench.dtype, side, side, **more)
+        self.parameters = self.model.prepare_training(0)
+        for _, layer in self.model.lora_layers():  # as after some updates
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
+        self.sigmas = shifted_sigmas(16, 3.0)
 
-    def noise(tree: int, start: int, sample: int) -> Any:
-        generator = torch.Generator().manual_seed(1000 * start + sample)
-        return torch.randn(model.image_shape, generator=generator)
+    def row(self, what: str, batch: int, measured: Callable[[], Cost]) -> None:
+        """See :meth:`Bench.row`."""
+        self.bench.row((self.name, self.side), what, batch, measured)
 
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    with bench.memory() as used:
-        with bench.timed() as seconds["rollout"]:
-            rollout = Executor(
-                [planned_branches(plan, work.group)],
-                sigmas,
-                velocity,
-                noise,
-                noise_level=0.7,
-                micro_batch=work.batch,
-                train_micro_batch=1,
-                dtype=bench.dtype,
-                device=bench.device,
-            ).rollout()
-        with bench.timed() as seconds["decode"]:
-            model.decode(rollout.leaves, work.decode)
-        with bench.timed() as seconds["train"]:
-            for part in rollout.batches:
-                v = model.velocity(part.x, sigmas[part.start], cond.rows(part.tree))
+    def use(self, **settings: Any) -> None:
+        """Sample by other settings from now on."""
+        self.model.settings = self.model.settings.model_copy(update=settings)
+        self.model.twin = None
+        gc.collect()
+        if self.bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def evaluation(self, batch: int) -> Cost:
+        """Network evaluations as suffixes have them."""
+        m, bench = self.model, self.bench
+        x = torch.randn(batch, *m.image_shape, device=bench.device)
+        rows = prompts(self.a, bench.device, bench.dtype, 1)
+        cond = rows.rows(torch.zeros(batch, dtype=torch.int64, device=bench.device))
+        with torch.no_grad(), m.sampling(batch=batch) as network:
+            seconds = bench.best(lambda: m.velocity(x, 0.7, cond, network))
+        return Cost(batch, seconds, self.flops * batch)
+
+    def sampler(self, batch: int, sigmas: Any = None) -> Sampler:
+        """The sampler of one random prompt."""
+        cond = prompts(self.a, torch.device("cpu"), self.bench.dtype, 1)
+        of = self.model, cond, sigmas or self.sigmas, batch
+        return Sampler(*of, noise_level=0.7, train_micro_batch=1)
+
+    def grown(self, method: str, **settings: Any) -> tuple[Any, Any]:
+        """A method's grid and its tree of one prompt in the first iteration."""
+        made = METHOD_MODELS[method].model_validate({"name": method, **settings})
+        sigmas = shifted_sigmas(made.steps, 3.0)
+        plan = made.plan(sigmas, ()) if made.needs_plan else None
+        return sigmas, made.tree(Context(plan, sigmas, 1, (0, "tree", 1, 0)))
+
+    def rollout(self, batch: int, active: int) -> Cost:
+        """A rollout of E-GRPO, after an evaluation that compiled what it needs."""
+        sigmas, tree = self.grown("egrpo", group_size=GROUP, active=list(range(active)))
+        sampler = self.sampler(batch, sigmas)
+        seconds = self.bench.once(lambda: sampler.rollout([0], [tree], "bench"))
+        return Cost(tree.cost.forward, seconds, self.flops * tree.cost.forward)
+
+    def train(self, count: int, *, deterministic: bool) -> Cost:
+        """Forward and backward passes of single branch points.
+
+        Frozen weights need no gradient: a backward pass has one forward's FLOPs, not two.
+        """
+        m, bench = self.model, self.bench
+        x = torch.randn(1, *m.image_shape, device=bench.device)
+        cond = prompts(self.a, bench.device, bench.dtype, 1)
+
+        def work() -> None:
+            with repeatable(bench.device) if deterministic else nullcontext():
+                m.velocity(x, 0.7, cond).float().square().mean().backward()
+
+        seconds = bench.best(lambda: [work() for _ in range(count)], 1)
+        return Cost(count, seconds, 2 * self.flops * count)
+
+    def decode(self, count: int, batch: int) -> Cost:
+        """Decoding."""
+        z = torch.randn(count, *self.model.image_shape, device=self.bench.device)
+        return Cost(count, self.bench.best(lambda: self.model.decode(z, batch), 1))
+
+    def iteration(self, method: str, batch: int) -> Cost:
+        """Rollout, decoding and training pass of one prompt, as the trainer does them."""
+        sigmas, tree = self.grown(method)
+        sampler, m = self.sampler(batch, sigmas), self.model
+        cond = prompts(self.a, self.bench.device, self.bench.dtype, 1)
+
+        def work() -> None:
+            found = sampler.rollout([0], [tree], "bench")
+            m.decode(found.leaves, 4)
+            for part in found.batches:
+                v = m.velocity(part.x, sigmas[part.start], cond.rows(part.tree))
                 part.log_ratio(v, sigmas, 0.7).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    sources = sum(len(part.x) for part in rollout.batches)
-    parts = {name: took["s"] for name, took in seconds.items()}
-    return Iteration(parts, inside, rollout.forward, sources, used["gib"])
+
+        return Cost(tree.cost.forward + tree.passes(1), self.bench.once(work))
 
 
-EVALUATION_HEAD = "model|pixels|mode|batch|ms an evaluation|TFLOP/s|of the ceiling|peak GiB".split(
-    "|"
-)
-ITERATION_HEAD = (
-    "model|pixels|batch|checkpointing|evaluations forward / trained|rollout s|of the ceiling|"
-    "outside the network|decode s|train s|of the ceiling|peak GiB"
-).split("|")
+@contextmanager
+def cudnn() -> Iterator[None]:
+    """Attention by cuDNN's kernel, which only the sampler could use."""
+    torch._dynamo.reset()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch._dynamo.reset()
 
 
-def filled(row: list[str], head: list[str]) -> list[str]:
-    """A row that may end early."""
-    return row + [""] * (len(head) - len(row))
-
-
-def measure(
-    name: str, bench: Bench, sizes: list[int], batches: list[int], work: Work, *, compiled: bool
-) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows of the two tables of one model: evaluations, and iterations."""
-    a, ceiling = ARCHITECTURES[name], bench.ceiling()
-    evaluations, iterations = [], []
-    for side in sizes:
-        flops = forward_flops(a, side, side)
-        for mode in ("eager", "compiled") if compiled else ("eager",):
-            model = build(a, bench, side, side, compile=mode == "compiled")
-            times: dict[int, float] = {}
-            for batch in batches:
-                row = [name, str(side), mode, str(batch)]
-                try:
-                    times[batch], gib = evaluation(model, a, bench, batch)
-                except torch.OutOfMemoryError:
-                    evaluations.append(filled([*row, "out of memory"], EVALUATION_HEAD))
-                    break
-                rate = flops / times[batch] / 1e12
-                row += [f"{1000 * times[batch]:.1f}", f"{rate:.3g}"]
-                evaluations.append([*row, f"{100 * rate / ceiling:.0f} %", f"{gib:.1f}"])
-            if mode == "eager":
-                sized = replace(work, batch=min(times, key=times.__getitem__, default=batches[0]))
-                iterations += _iterations(model, name, bench, side, sized, flops / 1e12 / ceiling)
-            del model
-            gc.collect()
-            if bench.device.type == "cuda":
-                torch.cuda.empty_cache()
-    return evaluations, iterations
-
-
-def _iterations(
-    model: FlowModel, name: str, bench: Bench, side: int, work: Work, least: float
-) -> list[list[str]]:
-    """All together; with gradient checkpointing; and one sample at a time, as public code does.
-
-    ``least``: seconds of an evaluation at the ceiling.
-    """
-    parameters = model.prepare_training(0)
-    rows = []
-    alone = replace(work, batch=1, decode=1)
-    for sized, checkpointing in ((work, "no"), (alone, "no"), (work, "yes")):
-        if checkpointing == "yes":
-            model.enable_gradient_checkpointing()
-        row = [name, str(side), str(sized.batch), checkpointing]
-        try:
-            found = iteration(model, ARCHITECTURES[name], bench, parameters, sized)
-        except torch.OutOfMemoryError:
-            rows.append(filled([*row, "out of memory"], ITERATION_HEAD))
-            continue
-        took = found.seconds
-        # frozen weights need no gradient: the backward pass is one forward's FLOPs, not two
-        training = 2.0 * least * found.sources / took["train"]
-        row += [f"{found.forward} / {found.sources}", f"{took['rollout']:.2f}"]
-        row += [f"{100 * least * found.forward / took['rollout']:.0f} %"]
-        row += [f"{100 * (1 - found.inside / took['rollout']):.1f} %", f"{took['decode']:.2f}"]
-        rows.append([*row, f"{took['train']:.2f}", f"{100 * training:.0f} %", f"{found.gib:.1f}"])
-    return rows
-
-
-def machine(device: torch.device) -> str:
-    """Device and versions, in words."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return f"{versions(name or platform.machine())}, diffusers {diffusers.__version__}"
+def measure(case: Case, *, quick: bool) -> None:
+    """All rows of one network at one size; the most important ones first."""
+    case.use(**OFF)
+    case.row("evaluation: neither merged nor compiled", GROUP, lambda: case.evaluation(GROUP))
+    case.use(**SHIPPED)
+    case.row("evaluation as shipped: merged, compiled", GROUP, lambda: case.evaluation(GROUP))
+    case.row("rollout as shipped", GROUP, lambda: case.rollout(GROUP, 1))
+    if not quick and case.side == 512:
+        for method in METHODS:
+            what = f"iteration of {method}"
+            case.row(what, GROUP, lambda method=method: case.iteration(method, GROUP))
+    case.use(**FLOAT8)
+    case.row("evaluation: merged, compiled, float8", GROUP, lambda: case.evaluation(GROUP))
+    case.row("rollout with float8", GROUP, lambda: case.rollout(GROUP, 1))
+    case.use(**OFF)
+    case.row("decoding", 4, lambda: case.decode(4 if quick else 12, 4))
+    if case.side != 512:
+        for deterministic in (True, False):
+            what = f"training pass, {'' if deterministic else 'not '}deterministic"
+            case.row(what, 1, lambda d=deterministic: case.train(2, deterministic=d))
+    case.model.enable_gradient_checkpointing()
+    what = "training pass, checkpointing, deterministic"
+    case.row(what, 1, lambda: case.train(2, deterministic=True))
+    case.model.transformer.disable_gradient_checkpointing()
+    case.model.transformer.eval()
+    if quick:
+        return
+    case.row("evaluation: one sample at a time", 1, lambda: case.evaluation(1))
+    case.use(**EAGER)
+    case.row("evaluation: merged", GROUP, lambda: case.evaluation(GROUP))
+    with cudnn():
+        case.use(**SHIPPED)
+        case.row("evaluation as shipped, cuDNN", GROUP, lambda: case.evaluation(GROUP))
+        case.use(**FLOAT8)
+        case.row("evaluation: float8, cuDNN", GROUP, lambda: case.evaluation(GROUP))
+    case.use(**UNMERGED)
+    case.row("evaluation: compiled", GROUP, lambda: case.evaluation(GROUP))
 
 
 def main() -> None:
-    """Measure and print, or write."""
+    """Measure everything that is asked for."""
     words = parser(__doc__)
-    words.add_argument("--models", nargs="+", default=["sd35_medium", "flux_dev"])
-    words.add_argument("--sizes", nargs="+", type=int, default=[512, 720, 1024])
-    words.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 12])
-    words.add_argument("--steps", type=int, default=16)
-    words.add_argument("--active", type=int, default=1)
-    words.add_argument("--group", type=int, default=12)
-    words.add_argument("--repeats", type=int, default=3)
-    words.add_argument("--compile", action="store_true")
+    words.add_argument("--models", nargs="+", default=["flux_dev", "sd35_medium"])
+    words.add_argument("--quick", action="store_true")
+    words.add_argument("--limit", type=float, default=360.0)
     given = words.parse_args()
-    kind = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    bench = Bench(torch.device(kind[0]), kind[1], given.repeats)
-    work = Work(given.steps, given.active, given.group, 1)
-    evaluations, iterations = [], []
+    cuda = torch.cuda.is_available()
+    kind = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.bfloat16)
+    bench = Bench(torch.device(kind[0]), kind[1], time.monotonic() + given.limit, given.write)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as attention_backend: auto
+    bench.measure_ceiling()
     for name in given.models:
-        of_one = measure(name, bench, given.sizes, given.batches, work, compiled=given.compile)
-        evaluations += of_one[0]
-        iterations += of_one[1]
-    tell(
-        "# Full-size models with random weights\n\n"
-        f"Written by `python benchmarks/gpu.py`. {machine(bench.device)}.\n"
-        f"Ceiling: {bench.ceiling():.0f} TFLOP/s of a matrix product in {bench.dtype}.\n\n"
-        f"## Network evaluations\n\n{table(EVALUATION_HEAD, evaluations)}\n\n"
-        f"## E-GRPO iterations: one prompt, {given.active} of {given.steps} steps active, "
-        f"groups of {given.group}, LoRA of rank 32\n\n{table(ITERATION_HEAD, iterations)}\n",
-        given.write,
-    )
+        for side in SIZES[name][-1:] if given.quick else SIZES[name]:
+            if time.monotonic() > bench.ends:
+                break
+            case = Case(bench, name, side, rank=128 if name == "flux_dev" else 32)
+            measure(case, quick=given.quick)
+            case.use(**OFF)
+            del case
+            gc.collect()
+    print(bench.text())
 
 
 if __name__ == "__main__":

@@ -88,10 +88,20 @@ def dynamic(most: float, tokens: int, **more: Any) -> Any:
     return scheduler(use_dynamic_shifting=True, **mu, **more)
 
 
-BLOCKS = {"attention_head_dim": 16, "num_attention_heads": 2}
+HEAD = 16
+"""Width of an attention head; the real ones have 64 (SD3.5) and 128."""
 
 
-def sd3() -> Any:
+def blocks(head: int) -> dict[str, int]:
+    return {"attention_head_dim": head, "num_attention_heads": 2}
+
+
+def axes(head: int) -> tuple[int, int, int]:
+    """Of rotary embeddings: frame or text, rows, columns."""
+    return head // 4, 3 * head // 8, 3 * head // 8
+
+
+def sd3(head: int = HEAD) -> Any:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     parts = {}
@@ -104,9 +114,9 @@ def sd3() -> Any:
             in_channels=4,
             out_channels=4,
             num_layers=2,
-            **BLOCKS,
+            **blocks(head),
             joint_attention_dim=64,
-            caption_projection_dim=32,
+            caption_projection_dim=2 * head,
             pooled_projection_dim=64,
             pos_embed_max_size=16,
             qk_norm="rms_norm",
@@ -117,7 +127,7 @@ def sd3() -> Any:
     )
 
 
-def flux() -> Any:
+def flux(head: int = HEAD) -> Any:
     from diffusers import FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
@@ -129,11 +139,11 @@ def flux() -> Any:
             in_channels=16,
             num_layers=1,
             num_single_layers=2,
-            **BLOCKS,
+            **blocks(head),
             joint_attention_dim=32,
             pooled_projection_dim=32,
             guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
+            axes_dims_rope=axes(head),
         ),
         vae=vae(4),
         scheduler=dynamic(1.15, 4096),
@@ -144,7 +154,7 @@ def flux() -> Any:
     )
 
 
-def qwen_image() -> Any:
+def qwen_image(head: int = HEAD) -> Any:
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -162,9 +172,9 @@ def qwen_image() -> Any:
             in_channels=16,
             out_channels=4,
             num_layers=2,
-            **BLOCKS,
+            **blocks(head),
             joint_attention_dim=32,
-            axes_dims_rope=(4, 6, 6),
+            axes_dims_rope=axes(head),
         ),
         vae=AutoencoderKLQwenImage(
             **{"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1},
@@ -178,7 +188,7 @@ def qwen_image() -> Any:
     )
 
 
-def z_image() -> Any:
+def z_image(head: int = HEAD) -> Any:
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
@@ -186,9 +196,9 @@ def z_image() -> Any:
     given = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 16}
     config = Qwen3Config(**sizes(layers=3), **given)
     transformer = ZImageTransformer2DModel(
-        **{"in_channels": 4, "dim": 32, "cap_feat_dim": 32},
+        **{"in_channels": 4, "dim": 2 * head, "cap_feat_dim": 32},
         **{"n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
-        **{"axes_dims": [4, 6, 6], "axes_lens": [1024, 32, 32]},
+        **{"axes_dims": list(axes(head)), "axes_lens": [1024, 32, 32]},
     )
     torch.nn.init.normal_(transformer.x_pad_token)
     torch.nn.init.normal_(transformer.cap_pad_token)

@@ -123,6 +123,10 @@ class Train(Settings):
     """Most latents decoded at once."""
     gradient_checkpointing: bool = setting(False)
     """Recompute activations in the backward pass."""
+    deterministic: bool | Literal["auto"] = setting("auto")
+    """On CUDA, gradients in an order that does not change, so that two trainings end with the same
+    weights, bit for bit; slower. auto: where less than a tenth of all evaluations is trained. On
+    the CPU it is always so."""
     checkpoint_every: Count = setting(10, unit="iterations")
     """Iterations between checkpoints."""
     monitor_every: int = setting(10, unit="iterations", ge=0)

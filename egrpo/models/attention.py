@@ -7,6 +7,7 @@ bfloat16, 24 heads of 128). Forward passes and heads of 64 were right.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,6 +72,27 @@ def use_attention(transformer: Any, backend: str) -> None:
         )
     with refusing(f"model.attention_backend: {backend}"):  # no such name, package or GPU
         transformer.set_attention_backend(backend)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Within it what is computed on CUDA has the same bits every time.
+
+    Gradients of flash and memory-efficient attention are otherwise added up in any order.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it
+    filling: Any = torch.utils.deterministic  # it fills memory that it hands out, for nothing
+    before = torch.are_deterministic_algorithms_enabled()
+    fills, filling.fill_uninitialized_memory = filling.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        filling.fill_uninitialized_memory = fills
 
 
 def takes_backend(network: nn.Module) -> bool:

@@ -43,7 +43,7 @@ file leaves the smaller sets as they are."""
 
 CUT = frozenset(
     "micro_batch train_micro_batch decode_batch gradient_checkpointing vae_slicing device"
-    " compile".split()
+    " compile deterministic".split()
 )
 """How the work is cut to fit the memory, and where it is done: this changes roundings and nothing
 else, so a run goes on from its state after a change."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from egrpo.core.loss import velocity_distance
 from egrpo.core.rollout import Rollout, TrainBatch, UpdateSize, update_sizes
 from egrpo.core.tree import Tree
 from egrpo.errors import UserError, during
-from egrpo.models.attention import check_attention
+from egrpo.models.attention import check_attention, repeatable
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
 from egrpo.models.modules import shard_like, whole
@@ -89,11 +89,15 @@ class AveragedWeights:
 class Learner:
     """The weights that are trained, with their optimizer, its ``steps`` so far and their average.
 
-    Makes the model ready for training.
+    Makes the model ready for training. ``deterministic``: two trainings end with the same weights,
+    bit for bit, also where kernels would add up in any order.
     """
 
-    def __init__(self, run: RunConfig, rollouts: Rollouts, counts: Counts) -> None:
+    def __init__(
+        self, run: RunConfig, rollouts: Rollouts, counts: Counts, *, deterministic: bool
+    ) -> None:
         self.run, self.rollouts, self.counts = run, rollouts, counts
+        self.deterministic = deterministic
         sampler, self.processes = rollouts.sampler, rollouts.processes
         self.model, self.sigmas = sampler.model, sampler.sigmas
         self.conditioning = sampler.conditioning
@@ -140,7 +144,9 @@ class Learner:
             batches = rollout.batches_of(part, kept)
             for batch in batches:
                 index = torch.tensor(batch.edges, device=device)
-                worst = self._backward(batch, prompts, values[index], weights[index], size, sums)
+                of = batch, prompts, values[index], weights[index], size, sums
+                with repeatable(device) if self.deterministic else nullcontext():
+                    worst = self._backward(*of)
                 if number == 0:
                     deviation = max(deviation, worst)
             if self.processes.sharded:

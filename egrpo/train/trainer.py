@@ -38,6 +38,9 @@ from egrpo.train.monitor import Monitor
 from egrpo.train.records import Counts, Metrics, peak_memory_mib, reward_metrics, rollout_rows
 from egrpo.train.rollouts import Finish, Rollouts
 
+FEW = 0.1
+"""A method that trains a smaller share of its evaluations has the same bits for next to nothing."""
+
 
 class Trainer:
     """One run's model, rewards and counters, and what an iteration does with them."""
@@ -69,7 +72,11 @@ class Trainer:
         )
         self.rollouts = Rollouts(run, sampler, self.processes)
         self.counts = Counts(run, self.processes)
-        self.learner = Learner(run, self.rollouts, self.counts)
+        cost = self.cost(1)
+        deterministic = (
+            cost.train < FEW * cost.total if t.deterministic == "auto" else t.deterministic
+        )
+        self.learner = Learner(run, self.rollouts, self.counts, deterministic=deterministic)
         self.parameters, self.average = self.learner.parameters, self.learner.average
         looking = Sampler(self.model, conditioning, monitor_sigmas(run), t.micro_batch)
         self.monitor = Monitor(run, looking, monitored, self.rewards, self.learner)
