@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -148,7 +149,10 @@ def clip_tokens(settings: Model) -> int:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds of a piece of work, without its first time, which warms up."""
+    """Median seconds of a piece of work, without its first time, which warms up.
+
+    What else runs on the machine for a moment does not count.
+    """
 
     def wait() -> None:
         if device.type == "cuda":
@@ -156,12 +160,13 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
     work()
     wait()
-    begun, times = time.perf_counter(), 0
-    while not times or time.perf_counter() - begun < SECONDS:
+    times: list[float] = []
+    while sum(times) < SECONDS or not times:
+        begun = time.perf_counter()
         work()
-        times += 1
         wait()
-    return (time.perf_counter() - begun) / times
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
 
 
 def _batch(model: FlowModel, prompt: Conditioning, size: int) -> tuple[torch.Tensor, Conditioning]:
