@@ -142,14 +142,47 @@ def _layout(configs: tuple[Path, ...]) -> Layout:
     return Layout(load_study(*configs))
 
 
+RUNS = click.option(
+    "--run", "runs", multiple=True, help="Run; given again, several; left out: all."
+)
+
+
 @_of_study("cost")
+@RUNS
+@click.option("--card", help="Hours on this card: its name, or a part of it, such as H200.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-def cost_command(configs: tuple[Path, ...], as_json: bool) -> None:
-    """Network evaluations of each run of a study, before it runs. Needs no torch."""
+def cost_command(
+    configs: tuple[Path, ...], runs: tuple[str, ...], card: str | None, as_json: bool
+) -> None:
+    """Network evaluations of each run of a study, before it runs, and hours. Needs no torch.
+
+    Hours are shown with --card, or where `egrpo measure` measured the study's models; the last line
+    sums them up over all seeds.
+    """
     from egrpo.ops.cost import cost_table, study_cost
 
     study = _layout(configs).study
-    click.echo(json.dumps(study_cost(study), indent=1) if as_json else cost_table(study))
+    if as_json:
+        click.echo(json.dumps(study_cost(study, runs, card), indent=1))
+    else:
+        click.echo(cost_table(study, runs, card))
+
+
+@_of_study("measure")
+@RUNS
+def measure_command(configs: tuple[Path, ...], runs: tuple[str, ...]) -> None:
+    """Time a study's models on this machine, a minute each, so that `egrpo cost` says hours.
+
+    Each model and size of the runs once: sampling, training and decoding in the batches that the
+    first run with it sets. The rows are kept in `rates.tsv` of the study's results.
+    """
+    from egrpo.ops.rates import table_of
+    from egrpo.ops.timing import measure
+
+    at = _layout(configs)
+    rates = measure(at, runs, click.echo)
+    click.echo(table_of(rates))
+    click.echo(f"{at.rates}: `{shlex.join(['egrpo', 'cost', *map(str, configs)])}` reads it")
 
 
 @_of_study("doctor")
@@ -197,7 +230,7 @@ def status_command(configs: tuple[Path, ...]) -> None:
 
 
 @_of_study("keep")
-@click.option("--run", "runs", multiple=True, help="Run; given again, several; left out: all.")
+@RUNS
 def keep_command(configs: tuple[Path, ...], runs: tuple[str, ...]) -> None:
     """Keep results that other code made, as if today's had: you say that they are the same.
 

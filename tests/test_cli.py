@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from click.testing import CliRunner
+from conftest import ROOT, small_run
 
+from egrpo.cli import main
+from egrpo.errors import UserError
+from egrpo.ops import timing
+from egrpo.ops.rates import Rate, architecture, find_rate, read_rates, write_rates
 from egrpo.study.layout import Layout
 from egrpo.study.orders import order_of_run
 from egrpo.study.resolve import Study
@@ -54,7 +60,8 @@ def default_study(tmp_path: Path) -> list[str]:
 
 
 def test_plan_and_cost_import_no_torch(default_study: list[str]) -> None:
-    for words in (["plan", "--json"], ["cost", *default_study, "--json"]):
+    cost = ["cost", *default_study, "--json"]
+    for words in (["plan", "--json"], cost, [*cost, "--run", "egrpo-s0", "--card", "H200"]):
         code = (
             "import sys\nfrom egrpo.cli import main\n"
             f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
@@ -120,9 +127,139 @@ def test_cost_shows_the_arms_side_by_side(default_study: list[str]) -> None:
     assert "needs its profile; `snakemake --cores all plans` makes it" in text
 
 
-def test_a_job_reads_no_results_but_those_that_it_was_planned_for(tmp_path: Path) -> None:
-    from conftest import small_run
+# -- hours ---------------------------------------------------------------------------------------
 
+TOY = Rate("card A", "sd3-3x64", "", 32, 32, "float32", 0.5, 1.5, 2.0, "a test")
+
+
+def test_rates_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "rates.tsv"
+    other = replace(TOY, card="card B", training_ms=None, decoding_ms=None)
+    write_rates(path, [TOY, other])
+    assert read_rates(path) == [TOY, other]
+    faster = replace(TOY, sampling_ms=0.25)
+    write_rates(path, [faster])
+    assert read_rates(path) == [other, faster], "a new row takes the place of the old one"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "parts"),
+    [
+        ("card\t", "name\t", ["the first line must name the columns"]),
+        ("\t0.5\t", "\t\t", ["line 2", "sampling_ms is needed"]),
+        ("\t0.5\t", "\t-1\t", ["line 2", "above 0"]),
+        ("\t0.5\t", "\tnan\t", ["line 2", "above 0"]),
+        ("\t32\t32", "\t32\tx", ["line 2", "invalid literal"]),
+        ("\ta test", "", ["line 2", "`egrpo measure` writes such a file again"]),
+    ],
+)
+def test_a_damaged_table_of_rates_is_one_line(
+    tmp_path: Path, before: str, after: str, parts: list[str]
+) -> None:
+    path = tmp_path / "rates.tsv"
+    write_rates(path, [TOY])
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(UserError) as told:
+        read_rates(path)
+    for part in (str(path), *parts):
+        assert part in str(told.value)
+
+
+def test_the_shipped_rates_are_of_models_as_their_configs_say() -> None:
+    import gpu
+
+    rates = read_rates()
+    assert len({rate.key for rate in rates}) == len(rates) >= 3
+    known = {
+        "stabilityai/stable-diffusion-3.5-medium": ("sd3", gpu.SD35_MEDIUM),
+        "black-forest-labs/FLUX.1-dev": ("flux", gpu.FLUX_DEV),
+    }
+    for rate in rates:
+        family, of = known[rate.name]
+        assert rate.model == architecture(family, of.config)
+
+
+def test_a_rate_is_found_by_shape_by_name_and_by_size() -> None:
+    toy = small_run().model
+    assert find_rate([TOY, replace(TOY, sampling_ms=0.25)], toy)[0] == replace(
+        TOY, sampling_ms=0.25
+    )
+    assert find_rate([replace(TOY, dtype="bfloat16"), replace(TOY, model="sd3-4x64")], toy) == (
+        None,
+        "no rate of sd3-3x64 in float32: `egrpo measure` on such a card makes one",
+    )
+    wide = toy.model_copy(update={"width": 64})
+    rate, note = find_rate([replace(TOY, height=512), TOY, replace(TOY, height=8)], wide)
+    assert rate == replace(TOY, width=64, sampling_ms=1.0, training_ms=3.0, decoding_ms=4.0)
+    assert note == "sd3-3x64 in float32 at 32x64: the rate of 32x32, scaled by pixels"
+    flux = replace(TOY, model="flux-57x3072", name="black-forest-labs/FLUX.1-dev")
+    for path, there in (
+        ("black-forest-labs/FLUX.1-dev", True),
+        ("models/FLUX.1-dev", True),  # not downloaded yet
+        ("models/FLUX.1-schnell", False),
+    ):
+        named = toy.model_copy(update={"path": path, "family": "flux"})
+        assert (find_rate([TOY, flux], named)[0] == flux) == there
+
+
+def test_hours_are_evaluations_times_rates(default_study: list[str], tmp_path: Path) -> None:
+    write_rates(tmp_path / "results/laptop/rates.tsv", [TOY])
+    names = ["egrpo-s0", "egrpo-s1", "flow_grpo-s0", "egrpo_auto-s0"]
+    words = [word for name in names for word in ("--run", name)]
+    costs = json.loads(egrpo("cost", *default_study, "--json", *words).stdout)
+    assert list(costs) == [*names, "all runs"]
+    egrpo_s, flow = (costs[name]["time"]["seconds_per_iteration"] for name in names[1:3])
+    # of 4 prompts: 8 of the 1,004 evaluations in the batches of training, 96 images
+    assert egrpo_s == pytest.approx(4 * (996 * 0.5 + 8 * 0.75 + 8 * 1.5 + 96 * 2.0) / 1000)
+    # 24 of 240 by the sampler; 216 sampled, trained, and seen by the base model; 24 images
+    assert flow == pytest.approx(4 * (24 * 0.5 + 216 * (0.75 + 1.5 + 0.75) + 24 * 2.0) / 1000)
+    # monitors: before, and after each tenth iteration; 8 prompts, 4 samples, 50 steps
+    monitors = 7 * 8 * 4 * (50 * 0.5 + 2.0) / 1000
+    assert costs["egrpo-s0"]["time"]["hours"] == pytest.approx((60 * egrpo_s + monitors) / 3600)
+    whole = costs["all runs"]
+    assert whole["hours"] == pytest.approx((120 * egrpo_s + 60 * flow + 3 * monitors) / 3600)
+    assert (whole["runs"], whole["without"]) == (3, ["egrpo_auto-s0"])
+    text = egrpo("cost", *default_study, *words).stdout
+    assert "s/iteration" in text
+    assert f"runs together: 3, {whole['hours']:.3g} h on one card A; not counted: 1" in text
+
+
+def test_hours_on_a_card_say_what_they_estimate(default_study: list[str], tmp_path: Path) -> None:
+    rates = [replace(TOY, training_ms=None, decoding_ms=None), replace(TOY, card="card B")]
+    write_rates(tmp_path / "results/laptop/rates.tsv", rates)
+    words = ("cost", *default_study, "--run", "egrpo-s0")
+    text = egrpo(*words, "--card", "card a").stdout
+    refused(egrpo(*words, "--card", "card"), "several cards; known: card A; card B")
+    refused(egrpo(*words, "--card", "T4"), "no rates of such a card; known: NVIDIA H200", "card A")
+    refused(egrpo("cost", *default_study, "--run", "x"), "--run x: the study has no such run")
+    assert "a forward and backward is taken as 2 sampling evaluations" in text
+    assert "decoding of sd3-3x64 is not measured there, and left out" in text
+    text = egrpo(*words, "--card", "h200").stdout
+    assert "no rate of sd3-3x64 in float32" in text
+    assert "runs together: 0, 0 h on one NVIDIA H200; not counted: 1" in text
+    assert "card B" in egrpo(*words).stdout, "without --card: what was measured last"
+
+
+def test_measured_rates_are_kept_for_cost(
+    default_study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    words = [*default_study, "--run", "egrpo-s0", "--run", "flow_grpo-s1"]
+    done = CliRunner().invoke(main, ["measure", *words])
+    assert done.exit_code == 0, done.output
+    (rate,) = read_rates(tmp_path / "results/laptop/rates.tsv")  # one model, one size: once
+    assert (rate.model, rate.height, rate.width, rate.dtype) == ("sd3-3x64", 32, 32, "float32")
+    assert rate.training_ms is not None
+    assert rate.decoding_ms is not None
+    assert "batches 96/16/96" in rate.source
+    told = CliRunner().invoke(main, ["cost", *words]).output
+    assert f"h on one {rate.card}" in told
+    gone = tmp_path / "gone.yaml"
+    gone.write_text("model: {path: nowhere/to/be/found}\n")
+    refused(egrpo("measure", *words[:2], gone), "model.path: nowhere/to/be/found: no such folder")
+
+
+def test_a_job_reads_no_results_but_those_that_it_was_planned_for(tmp_path: Path) -> None:
     run = small_run().model_copy(update={"study": "small"})
     at = Layout(Study("small", str(tmp_path), {run.run: run}))
     order = order_of_run(at, run.run)

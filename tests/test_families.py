@@ -34,6 +34,7 @@ from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import load_conditioning, save_conditioning
 from egrpo.models.latents import size_problems
 from egrpo.models.packing import packed, token_positions, unpacked
+from egrpo.ops import timing
 from egrpo.planning.grids import evaluation_sigmas, training_sigmas
 from egrpo.planning.trees import closed_form_plan
 from egrpo.train.trainer import Trainer
@@ -219,6 +220,29 @@ def test_training_changes_the_loss_and_its_adapter_loads_in_stock_diffusers(
     pipe = stock(family)
     pipe.load_lora_weights(tmp_path / "adapter")
     same_as_stock(pipe, family, images, noise, PROMPTS[:2], guidance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_measuring_gives_the_network_what_training_gives_it(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Embeddings of the shape that encoding makes, and times of all that a rate holds."""
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    kept = {} if family == "z_image" else {"model.feature_cache": {"interval": 2}}
+    run = family_run(family, **{"model.guidance_scale": GUIDANCE[family], **kept})
+    encoded = load_model(run.model, text=True).encode(PROMPTS[:1], negative=False).tensors
+    made = timing.random_prompt(load_model(run.model)).tensors
+    assert made.keys() == encoded.keys()
+    for name, tensor in encoded.items():
+        free = name == "embeds" and "lengths" in encoded
+        assert made[name].shape[free + 1 :] == tensor.shape[free + 1 :], name
+    lines: list[str] = []
+    rate = timing.measure_run(run, lines.append)
+    assert rate.model.startswith(f"{family}-")
+    assert min(rate.sampling_ms, rate.training_ms or 0, rate.decoding_ms or 0) > 0
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        *("loading", "sampling", "training", "decoding")
+    ]
 
 
 def loss_of(trainer: Trainer, rollout: Rollout, ids: list[int], values: list[float]) -> Any:

@@ -23,7 +23,14 @@ from egrpo.core.spread import Spread
 from egrpo.errors import UserError
 from egrpo.planning.grids import training_sigmas
 from egrpo.planning.plan import measured_spread
-from egrpo.planning.trees import check_trees, iteration_cost, plan_of, prompt_ids, run_cost
+from egrpo.planning.trees import (
+    check_trees,
+    iteration_cost,
+    plan_of,
+    prompt_ids,
+    run_cost,
+    tree_of,
+)
 from egrpo.store.files import read_json, write_json
 from egrpo.store.tables import ENTROPY_PROFILE, read_table, write_table
 from egrpo.study import files as load
@@ -467,10 +474,12 @@ def test_a_trained_step_has_noise() -> None:
 @pytest.mark.parametrize("method", ["flow_grpo_fast", "dancegrpo", "mixgrpo"])
 def test_predicted_cost_of_a_run_sums_its_iterations(method: str) -> None:
     run = small_run("x", **{"method.name": method, "train.iterations": 30})
-    whole = run_cost(run, None, 50)
+    whole, images = run_cost(run, None, 50)
+    leaves = len(tree_of(run, None, 1, 0).leaves)
+    assert images == 30 * run.train.prompts_per_iteration * leaves
     each = [iteration_cost(run, None, n, 50).total for n in range(1, 31)]
     assert whole.total == sum(each) > 0
-    other = run_cost(run.model_copy(update={"seed": 1}), None, 50)
+    other, _ = run_cost(run.model_copy(update={"seed": 1}), None, 50)
     assert (whole == other) == (method != "flow_grpo_fast"), "random windows cost differently"
 
 

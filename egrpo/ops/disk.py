@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,13 @@ from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.errors import UserError
 from egrpo.models.families import FAMILIES
 from egrpo.ops.memory import BYTES, lora_parameters
-from egrpo.planning.trees import closed_form_plan, needs_plan, reads_profile, tree_of
+from egrpo.planning.trees import (
+    closed_form_plan,
+    monitor_images,
+    needs_plan,
+    reads_profile,
+    tree_of,
+)
 from egrpo.store.checkpoint import KEEP
 from egrpo.store.weights import Part, read_part
 from egrpo.study.resolve import Study
@@ -97,9 +102,7 @@ def _png_bytes(model: Model) -> float:
 
 def monitor_bytes(run: RunConfig) -> float:
     """The monitors' images of a run."""
-    t = run.train
-    measured = 1 + math.ceil(t.iterations / t.monitor_every) if t.monitor_every else 0
-    return measured * t.monitor_prompts * t.monitor_samples * _png_bytes(run.model)
+    return monitor_images(run) * _png_bytes(run.model)
 
 
 def evaluation_bytes(run: RunConfig) -> float:

@@ -18,6 +18,7 @@ import torch
 from egrpo.config.models import TOKEN, RunConfig
 from egrpo.errors import UserError
 from egrpo.models.families import FAMILIES
+from egrpo.ops.rates import layers_and_width
 from egrpo.store.weights import Part, read_part
 
 Stage = Literal["train", "profile", "evaluate"]
@@ -91,8 +92,7 @@ def memory(run: RunConfig, transformer: Part, vae: Part, stage: Stage = "train")
     m = run.evaluation_model if stage == "evaluate" else run.model
     size, t = BYTES[m.dtype], run.train
     config = transformer.config
-    width = int(config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"])
-    layers = config.get("n_layers") or config["num_layers"] + config.get("num_single_layers", 0)
+    layers, width = layers_and_width(config)
     text = FAMILIES[m.family].tokens if m.max_sequence_length is None else m.max_sequence_length
     tokens = (m.height // TOKEN) * (m.width // TOKEN) + text
     # of one image: a layer's unit of activations is two bytes in 16 bit

@@ -117,9 +117,7 @@ def keep(at: Layout, names: Sequence[str]) -> Iterator[str]:
     Raises:
         UserError: for a run that the study does not have.
     """
-    for name in names or at.study.runs:
-        if name not in at.study.runs:
-            raise UserError(f"--run {name}: the study has no such run")
+    for name in at.study.chosen(names):
         for stage in stages_of(at.study.runs[name]):
             yield f"{name}: {stage} {_keep(at, stage, name)}"
     at.identities.digests.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -145,7 +146,19 @@ def iteration_cost(run: RunConfig, plan: Plan | None, iteration: int, count: int
     return cost_of(run, (tree_of(run, plan, iteration, prompt) for prompt in ids))
 
 
-def run_cost(run: RunConfig, plan: Plan | None, count: int) -> RunCost:
-    """Cost of a run with ``count`` training prompts."""
-    each = [iteration_cost(run, plan, n, count) for n in range(1, run.train.iterations + 1)]
-    return RunCost(*map(sum, zip(*each, strict=True)))
+def run_cost(run: RunConfig, plan: Plan | None, count: int) -> tuple[RunCost, int]:
+    """Cost of a run with ``count`` training prompts, and the images that its rollouts decode."""
+    costs, images = [], 0
+    for iteration in range(1, run.train.iterations + 1):
+        ids = prompt_ids(run, iteration, count)
+        trees = [tree_of(run, plan, iteration, prompt) for prompt in ids]
+        costs.append(cost_of(run, trees))
+        images += sum(len(tree.leaves) for tree in trees)
+    return RunCost(*map(sum, zip(*costs, strict=True))), images
+
+
+def monitor_images(run: RunConfig) -> int:
+    """Images of all monitors: of the untrained model, every so often, and after the end."""
+    t = run.train
+    looks = 1 + math.ceil(t.iterations / t.monitor_every) if t.monitor_every else 0
+    return looks * t.monitor_prompts * t.monitor_samples

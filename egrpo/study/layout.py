@@ -66,6 +66,11 @@ class Layout:
         return self.identities.of(stage, self.study.runs[run])
 
     @property
+    def rates(self) -> Path:
+        """What ``egrpo measure`` found on the user's cards."""
+        return self.root / "rates.tsv"
+
+    @property
     def store(self) -> Path:
         """Where runs are tracked; studies of one results folder share the database."""
         return self.root / "store.json"

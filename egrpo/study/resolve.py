@@ -39,6 +39,14 @@ class Study:
     figures: Mapping[str, FigureSpec] = field(default_factory=dict)
     libraries: str = "warn"
 
+    def chosen(self, names: Iterable[str]) -> list[str]:
+        """The runs that ``--run`` names, or all where it names none; UserError for no run."""
+        wanted = list(dict.fromkeys(names)) or list(self.runs)
+        for name in wanted:
+            if name not in self.runs:
+                raise UserError(f"--run {name}: the study has no such run")
+        return wanted
+
 
 def resolve(data: Tree, source: str) -> Study:
     """All runs of a study from its settings (as read from YAML).
