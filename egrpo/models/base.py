@@ -59,8 +59,10 @@ class FlowModel(Trainable):
         self.transformer = self.vae = None
         if text:
             return
+        # a card may have room for float8 alone
+        first = torch.device("cpu") if settings.fp8_weights else self.device
         self.transformer, self.vae = parts or (
-            load_part(settings, self.transformer_class, "transformer", self.device),
+            load_part(settings, self.transformer_class, "transformer", first),
             load_part(settings, self.vae_class, "vae", self.device),
         )
         self.config = self.transformer.config
@@ -77,6 +79,7 @@ class FlowModel(Trainable):
             self.transformer.enable_layerwise_casting(
                 storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype
             )
+            self.transformer.to(self.device)
 
     def _check_scale(self) -> None:
         """Refuse a VAE whose config.json gives no scale of latents: it is read when decoding."""

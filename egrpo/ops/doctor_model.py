@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from egrpo.config.models import Model, RunConfig
 from egrpo.errors import UserError, one_line
 from egrpo.models.families import FAMILIES
-from egrpo.ops.memory import GIB, advice, memory
+from egrpo.ops.memory import CONTEXT, GIB, Memory, Stage, advice, memory
+from egrpo.planning.trees import needs_plan
 from egrpo.settings import is_hub_id
 from egrpo.store.weights import Part, read_part
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 Told = tuple[Literal["ok", "warn", "FAIL"], str, str]
 """How grave it is, what was looked at, what was found."""
-
-CONTEXT = 1.0
-"""GiB that CUDA and its libraries take."""
 
 
 def model_findings(run: RunConfig) -> Iterator[Told]:
@@ -97,15 +95,30 @@ def _check_weights(model: Model, part: Part) -> None:
 
 
 def _memory(run: RunConfig, parts: dict[str, Part], free: float | None) -> Told:
-    need = memory(run, parts["transformer"], parts["vae"])
-    items = ", ".join(f"{k} {v:.2g}" for k, v in {**need.fixed, **need.phases}.items())
-    text = f"about {need.peak:.2g} GiB for training ({items})"
+    stages: list[Stage] = ["train", "evaluate"]
+    if needs_plan(run):
+        stages.append("profile")
+    needs = {stage: memory(run, parts["transformer"], parts["vae"], stage) for stage in stages}
+    stage = max(stages, key=lambda stage: needs[stage].peak)
+    need, card = needs[stage], run.model.device != "cpu"
+    text = _needs(needs) + (f"; on a card with room up to {_shown(needs):.2g}" if card else "")
     if free is None:
         return "warn", "memory", text
-    if need.peak + CONTEXT * (run.model.device != "cpu") < free:
+    if need.peak + CONTEXT * card < free:
         return "ok", "memory", text
-    remedy = advice(run, "train", need.worst)
+    remedy = advice(run, stage, need.worst)
     return "FAIL", "memory", f"{text}, {free:.2g} GiB free: {remedy}"
+
+
+def _needs(needs: Mapping[Stage, Memory]) -> str:
+    train = needs["train"]
+    items = ", ".join(f"{k} {v:.2g}" for k, v in {**train.fixed, **train.phases}.items())
+    others = [f"{stage} {need.peak:.2g}" for stage, need in needs.items() if stage != "train"]
+    return f"about {train.peak:.2g} GiB for training ({items}), {', '.join(others)}"
+
+
+def _shown(needs: Mapping[Stage, Memory]) -> float:
+    return max(need.on_card for need in needs.values())
 
 
 def attention(model: Model, part: Part, capability: tuple[int, int]) -> Told:

@@ -1,8 +1,7 @@
 """Memory of a GPU: an estimate before a run, and advice in one line where it ends during one.
 
-The estimate counts what is known exactly (weights, trained parameters, their optimizer) and
-approximates activations; each term says how. It is meant to find runs that cannot fit, not to
-find the last gigabyte.
+Weights and what training adds to them are counted by the headers of the model's files, activations
+by :mod:`egrpo.ops.activations`. Against what was measured on an H200: ``docs/models.md``.
 """
 
 from __future__ import annotations
@@ -10,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from egrpo.config.models import TOKEN, RunConfig
+from egrpo.config.models import Model, RunConfig
 from egrpo.errors import UserError
 from egrpo.models.families import FAMILIES
+from egrpo.models.twin import SMALL as MODULATION
+from egrpo.ops.activations import BLOCK, Activations, trained_layers
 from egrpo.ops.rates import layers_and_width
+from egrpo.ops.reward_sizes import reward_bytes
 from egrpo.store.weights import Part, read_part
 
 Stage = Literal["train", "profile", "evaluate"]
@@ -37,15 +40,17 @@ BATCHES: dict[Stage, dict[str, str]] = {
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2.0**30
 
-SAVED = 34
-"""Bytes of activations that a transformer layer keeps for the backward pass, per token and unit of
-width, in 16 bit with fused attention (Korthikanti et al., arXiv 2205.05198, eq. 2)."""
+CONTEXT = 1.0
+"""GiB that CUDA and its libraries take beside torch's tensors; a round number, not measured."""
 
-WORKING = 24
-"""Bytes that one layer needs while it runs: its input, qkv, and the two halves of its MLP."""
+DECODER = 8
+"""Feature maps of the decoder's first width at full resolution alive at once: its last block begins
+with twice that width, and holds its input, a copy in the order that group norm wants, the norm's
+result and the nonlinearity's."""
 
-DECODER = 6
-"""Feature maps of the decoder's first width at full resolution that are alive at once."""
+MERGING = 20
+"""Bytes a weight while an adapted layer is merged: its update, the sum and the rounding's random
+numbers in 32 bit, twice."""
 
 SMALL = 0.01
 """A remedy that saves less than this part of the need is not worth naming."""
@@ -53,17 +58,19 @@ SMALL = 0.01
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated memory of a stage by item, GiB, without rewards and CUDA's context.
+    """Estimated memory of a stage by item, GiB.
 
-    ``fixed`` is there all the time, ``phases`` come on top of it in turn.
+    ``fixed`` is there all the time, ``phases`` come on top of it in turn. ``growth``: batches that
+    grow leave blocks that no larger one fits into, so many times what the largest needs.
     """
 
     fixed: Mapping[str, float]
     phases: Mapping[str, float]
+    growth: float = 1.0
 
     @property
     def peak(self) -> float:
-        """Of the largest phase."""
+        """Of the largest phase: what torch's tensors take, without CUDA's context."""
         return max(map(self.during, self.phases))
 
     @property
@@ -75,50 +82,122 @@ class Memory:
         """Everything that is there in one phase."""
         return sum(self.fixed.values()) + self.phases.get(phase, 0.0)
 
+    @property
+    def on_card(self) -> float:
+        """What a card with room to spare shows, with the context.
+
+        Torch keeps the blocks that sampling leaves, and decoding's, which are larger, come beside
+        them; those of training fit into either. A card without room gets them back.
+        """
+        left = self.growth * self.phases["sampling"] + self.phases["decoding"]
+        return sum(self.fixed.values()) + max(left, *self.phases.values()) + CONTEXT
+
 
 def lora_parameters(run: RunConfig, part: Part) -> int:
     """Parameters of the adapters: rank times inputs plus outputs of each adapted layer."""
-    targets = tuple(run.model.lora.targets or FAMILIES[run.model.family].lora_targets)
-    rank, total = run.model.lora.rank, 0
+    lora = run.model.model_copy(update={"tuning": "lora"})
+    layers = trained_layers(lora, part)
+    return run.model.lora.rank * sum(outputs + inputs for _, outputs, inputs in layers)
+
+
+def stored_bytes(model: Model, part: Part) -> float:
+    """The transformer's weights; with ``fp8_weights`` diffusers leaves some layers as they are."""
+    size = BYTES[model.dtype]
+    if not model.fp8_weights:
+        return float(part.parameters * size)
+    return sum(prod(shape) * (1 if cast else size) for shape, cast in _cast(model, part))
+
+
+def _cast(model: Model, part: Part) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """(shape, whether it is stored as float8) of each weight."""
+    import diffusers
+
+    network: Any = getattr(diffusers, FAMILIES[model.family].transformer_class)
+    left = network._skip_layerwise_casting_patterns or ()
     for name, shape in part.shapes.items():
-        layer = name.removesuffix(".weight")
-        if len(shape) == 2 and any(layer == t or layer.endswith(f".{t}") for t in targets):
-            total += rank * (shape[0] + shape[1])
-    return total
+        yield shape, len(shape) > 0 and not any(pattern in name for pattern in left)
+
+
+def twin_bytes(model: Model, part: Part, *, adapted: bool) -> tuple[float, float]:
+    """What the twin that samples has for itself, and what merging its largest layer needs.
+
+    Merged layers in ``dtype``, and with ``fp8_sampling`` the blocks' linear layers in a byte a
+    weight. ``adapted``: whether there are adapters.
+    """
+    merged = adapted and model.tuning == "lora" and model.merge_lora_for_sampling
+    own = {name: o * i for name, o, i in trained_layers(model, part)} if merged else {}
+    held = {name: weights * BYTES[model.dtype] for name, weights in own.items()}
+    if model.fp8_sampling:
+        for name, shape in part.shapes.items():
+            layer = name.removesuffix(".weight")
+            if len(shape) != 2 or not BLOCK.search(name) or MODULATION.search(layer):
+                continue
+            if shape[0] % 16 == shape[1] % 16 == 0:
+                held[layer] = prod(shape)
+    return float(sum(held.values())), float(MERGING * max(own.values(), default=0))
 
 
 def memory(run: RunConfig, transformer: Part, vae: Part, stage: Stage = "train") -> Memory:
     """Estimate what a stage of a run needs."""
     m = run.evaluation_model if stage == "evaluate" else run.model
     size, t = BYTES[m.dtype], run.train
-    config = transformer.config
-    layers, width = layers_and_width(config)
-    text = FAMILIES[m.family].tokens if m.max_sequence_length is None else m.max_sequence_length
-    tokens = (m.height // TOKEN) * (m.width // TOKEN) + text
-    # of one image: a layer's unit of activations is two bytes in 16 bit
-    row = tokens * width * size / 2 * (2 if m.guidance_scale > 1 else 1)
-    stored = transformer.parameters * (1 if m.fp8_weights else size)
-    fixed = {"transformer": float(stored), "vae": float(vae.parameters * size)}
     batch = {phase: setting_of(run, key) for phase, key in BATCHES[stage].items()}
+    activations, lora = Activations(m, transformer), m.tuning == "lora"
+    stored = stored_bytes(m, transformer)
+    twin, merging = twin_bytes(m, transformer, adapted=stage != "profile")
+    trained = lora_parameters(run, transformer) if lora else transformer.parameters
+    beside = lora and stage != "profile" and not m.merge_lora_for_sampling
     first = int(vae.config.get("block_out_channels", [vae.config.get("base_dim", 96)])[0])
     side = min(m.height, 512) * min(m.width, 512) if m.vae_tiling else m.height * m.width
     at_once = 1 if m.vae_slicing or m.vae_tiling else batch["decoding"]
+    fixed = {
+        "transformer": stored,
+        "vae": float(vae.parameters * size),
+        "sampler's own weights": twin,
+        "adapters": 4.0 * trained * (lora and stage != "profile"),
+        "rewards": float(sum(reward_bytes(run).values())),
+    }
     phases = {
-        "sampling": row * batch["sampling"] * WORKING,
-        "decoding": side * first * size * DECODER * at_once,
+        "sampling": max(batch["sampling"] * activations.working(size, beside=beside), merging),
+        "decoding": float(side * first * size * DECODER * at_once),
     }
     if stage == "train":
-        lora = m.tuning == "lora"
-        copies = m.merge_lora_for_sampling if lora else t.kl_weight > 0
-        fixed["transformer"] += stored * copies
-        trained = lora_parameters(run, transformer) if lora else transformer.parameters
-        # gradient and two moments, all float32; LoRA's weights are float32 and not in `stored`
-        fixed["trained parameters, gradients, optimizer"] = trained * (
-            (16 if lora else 12) + 4 * (t.ema_decay is not None)
-        )
-        kept = layers * 2 + SAVED if t.gradient_checkpointing else layers * SAVED
-        phases["training"] = row * batch["training"] * kept
-    return Memory(*({k: v / GIB for k, v in items.items()} for items in (fixed, phases)))
+        fixed["transformer"] += stored * (not lora and t.kl_weight > 0)
+        fixed["optimizer"] = trained * (8.0 + 4.0 * (t.ema_decay is not None))
+        kept = activations.kept(size, checkpointing=t.gradient_checkpointing)
+        phases["training"] = 4.0 * trained + batch["training"] * kept + _upcast(run, transformer)
+    fixed, phases = ({k: v / GIB for k, v in items.items() if v} for items in (fixed, phases))
+    return Memory(fixed, phases, _growth(run) if stage == "profile" else 1.0)
+
+
+def _upcast(run: RunConfig, part: Part) -> float:
+    """Layers stored as float8 that the backward pass keeps as ``dtype``: all without checkpointing.
+
+    One block's with it, about a layer's share.
+    """
+    if not run.model.fp8_weights:
+        return 0.0
+    cast = sum(prod(shape) for shape, is_cast in _cast(run.model, part) if is_cast)
+    layers, _ = layers_and_width(part.config)
+    share = layers if run.train.gradient_checkpointing else 1
+    return BYTES[run.model.dtype] * cast / share
+
+
+def _growth(run: RunConfig) -> float:
+    """Of the profile: ever more branches run side by side, until batches are full."""
+    p, most = run.profile, run.profile.micro_batch
+    m, records = run.model, [0]
+    compiled = m.compile is True or (
+        m.compile == "auto" and FAMILIES[m.family].equal_lengths and m.feature_cache is None
+    )
+    for index in range(run.method.steps):
+        live = 1 + p.samples * sum(max(0, index - span + 1) for span in p.spans)
+        for size in (most, live % most) if live >= most else (live,):
+            if compiled:  # padded to one of two sizes
+                size = most // 4 if size <= most // 4 else most
+            if size > records[-1]:
+                records.append(size)
+    return sum(records) / most
 
 
 @contextmanager
@@ -158,10 +237,8 @@ def advice(run: RunConfig, stage: Stage, phase: str) -> str:
     for key, value, setting, now in tried:
         after = memory(with_setting(run, key, value), *parts, stage).during(phase)
         saved.append((before - after, setting, now))
-    for name, reward in run.rewards.items():  # those that share the model's GPU could leave it
-        if getattr(reward, "device", "elsewhere") is None:
-            size = sum(Path(p).stat().st_size for p in reward.files.values() if Path(p).is_file())
-            saved.append((size / GIB, f"rewards.{name}.device: cpu", ""))
+    for name, size in reward_bytes(run).items():
+        saved.append((size / GIB, f"rewards.{name}.device: cpu", ""))
     told = [
         f"{setting} ({'; '.join(filter(None, (now, _about(less))))})"
         for less, setting, now in sorted(saved, reverse=True)
@@ -178,6 +255,7 @@ def remedies(run: RunConfig, stage: Stage, phase: str) -> Iterator[tuple[str, An
     switches: list[tuple[str, Any]] = [
         ("model.fp8_weights", True),
         ("model.merge_lora_for_sampling", False),
+        ("model.fp8_sampling", False),
     ]
     if phase == "decoding":
         switches += [("model.vae_slicing", True), ("model.vae_tiling", True)]
@@ -185,7 +263,8 @@ def remedies(run: RunConfig, stage: Stage, phase: str) -> Iterator[tuple[str, An
         switches += [("train.gradient_checkpointing", True), ("model.tuning", "lora")]
     for key, value in switches:
         now = setting_of(run, key)
-        if now != value and not (key == "model.fp8_weights" and run.model.tuning == "full"):
+        stored = key == "model.fp8_weights"
+        if now != value and not (stored and (run.model.tuning == "full" or run.model.fp8_sampling)):
             yield key, now, value
 
 

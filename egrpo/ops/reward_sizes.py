@@ -1,0 +1,63 @@
+"""What the networks of rewards take on the model's GPU, by the shapes in their local files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egrpo.config.models import RunConfig
+from egrpo.errors import UserError
+from egrpo.store.weights import read_header
+
+WEIGHTS = ("path", "clip")
+"""Settings of rewards that name weights; others name tokenizers and the like."""
+
+HALF = 2
+"""A TorchScript file, whose shapes cannot be read without running it, is OpenAI's: 16 bit."""
+
+
+def reward_bytes(run: RunConfig) -> dict[str, float]:
+    """Name -> bytes of the rewards that share the model's GPU: float32 weights.
+
+    Files that are not there, as of hub ids, count nothing; nor do activations, which are small.
+    """
+    found = {}
+    for name, reward in run.rewards.items():
+        if getattr(reward, "device", "elsewhere") is None:
+            paths = [Path(path) for key, path in reward.files.items() if key in WEIGHTS]
+            found[name] = 4.0 * sum(map(_numbers_of, paths))
+    return found
+
+
+def _numbers_of(path: Path) -> int:
+    """Of a file, or of those in a folder."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = files or sorted(path.glob("*.bin"))
+    return sum(_numbers(file, file.stat().st_mtime_ns) for file in files)
+
+
+@cache
+def _numbers(file: Path, changed: int) -> int:
+    """Floating-point numbers in a file of weights; ``changed`` tells another one apart."""
+    try:
+        if file.suffix == ".safetensors":
+            return sum(prod(shape) for shape in read_header(file).values())
+        state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except UserError:
+        return 0  # said where rewards are loaded
+    except Exception:  # other formats of torch, of which some cannot be mapped
+        return file.stat().st_size // HALF
+    return sum(tensor.numel() for tensor in _tensors(state))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    for value in state.values() if isinstance(state, Mapping) else ():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            yield value
