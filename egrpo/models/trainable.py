@@ -45,6 +45,7 @@ class Trainable(ABC):
     def __init__(self) -> None:
         self.twin: Twin | None = None  # of the transformer, see `sampling`
         self.sharded = False
+        self.fits: int | None = None  # latents in one call, see egrpo.sampling.fit
         self.reference: Any = None
 
     @abstractmethod
