@@ -46,6 +46,8 @@ class Profile(Settings):
     """Intervals of model.feature_cache that `snakemake suffixes` compares as well."""
     fp8: bool = setting(True)
     """Whether it compares float8 weights (model.fp8_weights) as well."""
+    fp8_sampling: bool = setting(False)
+    """Whether it compares float8 products (model.fp8_sampling) as well."""
     shown_prompts: int = setting(2, unit="prompts", ge=0)
     """First prompts whose images are kept."""
 
