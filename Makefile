@@ -2,6 +2,7 @@
 # make paper  every table and figure of the paper at laptop scale; hours, resumable
 # make test   all tests but those that need a SLURM
 # make test-slurm   those: a cluster of emulated nodes on this machine, which needs root
+# make test-gpu   those that a CUDA device runs; skipped without one
 # make docs   the docs site
 # make ui     browse the results in MLflow
 # PYTHON=python3.12 make …  chooses the interpreter that .venv is made with
@@ -12,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help demo paper test test-slurm lint hooks docs ui clean
+.PHONY: help demo paper test test-slurm test-gpu lint hooks docs ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +38,9 @@ test: .venv/ready ## all tests but those that need a SLURM
 
 test-slurm: .venv/ready ## the workflow on a real SLURM: emulated nodes on this machine, needs root
 	python -m pytest -m slurm -rs
+
+test-gpu: .venv/ready ## what only a CUDA device can show; skipped, with the reason, without one
+	python -m pytest -m gpu -rs tests/test_gpu.py
 
 lint: .venv/ready ## the linters that .ci/run runs
 	ruff check .

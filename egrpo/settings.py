@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import unquote
 
 from annotated_types import Ge, Gt, Lt
@@ -16,6 +16,7 @@ EXPERIMENTS = f"{PAPER}, experiments"
 CHOICE = "this project's choice"
 
 Count = Annotated[int, Ge(1)]
+Batch = Count | Literal["auto"]
 Fraction = Annotated[float, Gt(0.0), Lt(1.0)]
 
 MOST = 2**53

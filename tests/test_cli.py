@@ -166,13 +166,13 @@ def test_a_damaged_table_of_rates_is_one_line(
 
 
 def test_the_shipped_rates_are_of_models_as_their_configs_say() -> None:
-    import gpu
+    import full_size
 
     rates = read_rates()
     assert len({rate.key for rate in rates}) == len(rates) >= 3
     known = {
-        "stabilityai/stable-diffusion-3.5-medium": ("sd3", gpu.SD35_MEDIUM),
-        "black-forest-labs/FLUX.1-dev": ("flux", gpu.FLUX_DEV),
+        "stabilityai/stable-diffusion-3.5-medium": ("sd3", full_size.SD35_MEDIUM),
+        "black-forest-labs/FLUX.1-dev": ("flux", full_size.FLUX_DEV),
     }
     for rate in rates:
         family, of = known[rate.name]

@@ -47,6 +47,8 @@ def test_exact_suffix_agrees_with_itself_and_others_cost_less(
             "profile.strides": [1, 3],
             "profile.solvers": ["ode", "dpm2"],
             "profile.features": [3],
+            "profile.fp8_sampling": True,
+            "model.dtype": "bfloat16",
         },
     )
     out = tmp_path / "suffixes.parquet"
@@ -56,7 +58,7 @@ def test_exact_suffix_agrees_with_itself_and_others_cost_less(
         for r in pq.read_table(out).to_pylist()
         if r["reward"] == "clip"
     }
-    others = {n: rows.pop((1, "ode", n)) for n in ("features 3", "fp8")}
+    others = {n: rows.pop((1, "ode", n)) for n in ("features 3", "fp8", "fp8 products")}
     for row in others.values():  # as many evaluations, if not whole ones
         assert row["nfe"] == row["nfe_exact"]
         assert 0.3 < row["rank_correlation"] <= 1.0

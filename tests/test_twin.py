@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from test_families import _folders as _folders  # their pipelines
 from egrpo.errors import UserError
 from egrpo.models.conditioning import Embeddings
 from egrpo.models.twin import rounded
+from egrpo.sampling import fit
 from egrpo.train.trainer import Trainer
 
 LOW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
@@ -86,16 +89,15 @@ def _sums(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_compiled_for_real_the_ratio_is_one_and_nothing_is_compiled_twice(
-    family: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """Inductor on this machine: a whole rollout and its training pass, then another."""
     from torch._dynamo.utils import counters
 
     of = {"model.compile": True, "train.micro_batch": 8}
-    trainer = family_trainer(family, tmp_path, **of)
-    plain = family_trainer(family, tmp_path, **{**of, "model.compile": False})
+    trainer = family_trainer("flux", tmp_path, **of)
+    plain = family_trainer("flux", tmp_path, **{**of, "model.compile": False})
     counters.clear()
     rollout, ids, trees = sampled(trainer)
     twin = trainer.model.twin
@@ -125,6 +127,55 @@ def test_padding_changes_no_image() -> None:
                 found.append(model.velocity(x, 0.7, prompts, network))
     assert {shape[0] for shape in models[0].twin.seen} == {8}  # type: ignore[union-attr]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+# -- the batch that fits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("each", "loaded", "side", "latents"),
+    [(2.0, 40.0, 90, 16), (0.5, 10.0, 90, 32), (0.001, 1.0, 16, 1024), (200.0, 1.0, 90, 1)],
+)
+def test_auto_takes_what_fits_and_no_more_than_fills_the_card(
+    each: float,
+    loaded: float,
+    side: int,
+    latents: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A card of 100 GiB, with GiB of each latent and of what is loaded; 2 x 2 latents a token."""
+    card = SimpleNamespace(total_memory=100 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: loaded * 2**30)
+    monkeypatch.setattr(fit, "_peak", lambda _, __, rows: (3 + rows * each) * 2**30)
+    model: Any = SimpleNamespace(
+        device=torch.device("cuda"),
+        image_shape=(16, side, side),
+        latents=SimpleNamespace(patch=2),
+        sampling=nullcontext,
+        fits=None,
+    )
+    conditioning: Any = None
+    assert fit.batch_of(model, conditioning, "auto") == latents
+    assert f"micro_batch: auto: {latents} latents" in capsys.readouterr().err
+    assert fit.batch_of(model, conditioning, "auto") == latents  # measured once
+    assert capsys.readouterr().err == ""
+    assert fit.batch_of(model, conditioning, 7) == 7
+
+
+def test_auto_is_chosen_before_a_state_is_restored(
+    embeddings: Embeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a checkpoint brings to the card must not change the batches of what follows."""
+    asked: list[int] = []
+    monkeypatch.setattr(fit, "largest_batch", lambda *_: asked.append(1) or 12)
+    trainer = trainer_for(embeddings)
+    assert trainer.run.train.micro_batch == "auto"
+    assert asked == [1]
+    sampled(trainer)
+    trainer.monitor.look(0)
+    assert asked == [1]
 
 
 FP8 = {"model.dtype": "bfloat16", "model.fp8_sampling": True}

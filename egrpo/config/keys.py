@@ -25,7 +25,7 @@ def run_key(run: RunConfig) -> str:
 
 def evaluation_key(run: RunConfig) -> str:
     """Names the base model and how it is evaluated: runs that share it can be compared."""
-    tuned = {"tuning", "lora", "merge_lora_for_sampling", "feature_cache"}
+    tuned = {"tuning", "lora", "merge_lora_for_sampling", "feature_cache", "compile"}
     return digest(
         {
             "model": run.model.model_dump(exclude=tuned),

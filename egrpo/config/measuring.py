@@ -7,7 +7,16 @@ from typing import Self
 from pydantic import PositiveFloat, model_validator
 
 from egrpo.methods.base import Solver
-from egrpo.settings import EXPERIMENTS, PAPER, Count, Fraction, Settings, setting, without_password
+from egrpo.settings import (
+    EXPERIMENTS,
+    PAPER,
+    Batch,
+    Count,
+    Fraction,
+    Settings,
+    setting,
+    without_password,
+)
 
 
 class Profile(Settings):
@@ -21,8 +30,8 @@ class Profile(Settings):
     """Spans that are measured."""
     noise_fraction: Fraction = setting(0.1, source=f"{PAPER}, Fig. 1a")
     """Yardstick: share of random noise on the final image."""
-    micro_batch: Count = setting(96, unit="latents")
-    """Most latents in one evaluation."""
+    micro_batch: Batch = setting("auto", unit="latents")
+    """Most latents in one evaluation; auto as in train."""
     decode_batch: Count = setting(96, unit="latents")
     """Most latents decoded at once."""
     shown: list[list[int]] = setting(
@@ -37,6 +46,8 @@ class Profile(Settings):
     """Intervals of model.feature_cache that `snakemake suffixes` compares as well."""
     fp8: bool = setting(True)
     """Whether it compares float8 weights (model.fp8_weights) as well."""
+    fp8_sampling: bool = setting(False)
+    """Whether it compares float8 products (model.fp8_sampling) as well."""
     shown_prompts: int = setting(2, unit="prompts", ge=0)
     """First prompts whose images are kept."""
 
@@ -62,8 +73,8 @@ class Evaluate(Settings):
     """Images of each prompt."""
     prompts: Count | None = setting(None, unit="prompts")
     """First prompts that are used; null for all."""
-    micro_batch: Count = setting(96, unit="latents")
-    """Most latents in one evaluation."""
+    micro_batch: Batch = setting("auto", unit="latents")
+    """Most latents in one evaluation; auto as in train."""
     grid_prompts: Count = setting(8, unit="prompts")
     """Prompts shown in the image grids."""
     bootstrap: int | None = setting(None, unit="resamples")

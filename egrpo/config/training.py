@@ -8,7 +8,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 
 from egrpo.methods.awm import AWM
 from egrpo.methods.base import FLOW, GUARD, NFT, Loss
-from egrpo.settings import EXPERIMENTS, PAPER, Count, Fraction, Settings, setting
+from egrpo.settings import EXPERIMENTS, PAPER, Batch, Count, Fraction, Settings, setting
 
 
 class Advantage(Settings):
@@ -115,8 +115,9 @@ class Train(Settings):
     prompts_at_once: Count | None = setting(None, unit="prompts")
     """Prompts sampled together, of a process; the rewards of one such part are computed while the
     next is sampled. null: all."""
-    micro_batch: Count = setting(96, unit="latents")
-    """Most latents in one evaluation while sampling."""
+    micro_batch: Batch = setting("auto", unit="latents")
+    """Most latents in one evaluation while sampling. auto: 96 on a CPU; on CUDA what fits the card
+    beside all else, up to what fills it, measured when a job begins."""
     train_micro_batch: Count = setting(16, unit="latents")
     """Most branch points in one forward/backward."""
     decode_batch: Count = setting(96, unit="latents")

@@ -136,7 +136,7 @@ def _groups(
         return images
 
     k = run.profile.samples
-    leaves = sampler.rollout([prompt_id], [tree], "profile").leaves
+    leaves = sampler.rollout([prompt_id], [tree], "profile", exact=True).leaves
     images = some(sampler.model.decode(leaves, run.profile.decode_batch), "")
     first = int(images.valid.argmax())  # that is an image
     noisy, latents = noisy_copies(sampler.model, leaves[first], run, prompt_id)

@@ -34,7 +34,8 @@ from egrpo.store.tables import SUFFIXES, write_table
 class Variant(NamedTuple):
     """One way to finish the samples: stride and solver of the suffix, and form of the network.
 
-    That is "exact", "features <n>" (really evaluated every n-th step), or "fp8" (weights).
+    That is "exact", "features <n>" (really evaluated every n-th step), "fp8" (weights are
+    stored so), or "fp8 products" (multiplied so).
     """
 
     granularity: int = 1
@@ -46,6 +47,8 @@ class Variant(NamedTuple):
 
 
 EXACT = Variant()
+FLOAT8 = {"fp8": "fp8_weights", "fp8 products": "fp8_sampling"}
+"""Settings of the model that make these networks."""
 
 
 class Outcome(NamedTuple):
@@ -79,14 +82,15 @@ def suffixes(
     for missing weights or embeddings, or a variant that makes no image of a prompt.
     """
     texts, conditioning = load_conditioning(embeddings["profile"])
-    model = load_model(run.model)
+    plain = run.model.model_copy(update={"feature_cache": None, "fp8_sampling": False})
+    model = load_model(plain)
     rewards = load_rewards(run.rewards, str(model.device))
     ids = list(range(min(run.profile.prompts, len(texts))))
     wanted = variants(run)
     found: dict[Variant, list[Outcome]] = {variant: [] for variant in wanted}
     with Progress(len(ids) * len(wanted), "suffixes", unit="rollout") as progress:
         for network, group in groupby(wanted, key=lambda v: v.network):
-            model = _network(run.model, network, model)
+            model = _network(plain, network, model)
             batch, level = run.profile.micro_batch, plan.noise_level
             sampler = Sampler(model, conditioning, plan.sigmas, batch, noise_level=level)
             for variant, prompt_id in product(list(group), ids):
@@ -104,7 +108,7 @@ def variants(run: RunConfig) -> list[Variant]:
     """The exact rollout, and what ``profile`` asks for, by network."""
     p = run.profile
     networks = [f"features {n}" for n in p.features if run.model.family != "z_image"]
-    networks += ["fp8"] if p.fp8 else []
+    networks += ["fp8"] * p.fp8 + ["fp8 products"] * p.fp8_sampling
     suffix = (Variant(stride, solver) for stride, solver in product(p.strides, p.solvers))
     return list(dict.fromkeys([EXACT, *suffix, *(Variant(network=n) for n in networks)]))
 
@@ -113,8 +117,8 @@ def _network(settings: Model, network: str, loaded: FlowModel) -> FlowModel:
     """The base model in one of its forms; ``loaded`` where that is the exact one."""
     if network == "exact":
         return loaded
-    if network == "fp8":
-        return load_model(settings.model_copy(update={"fp8_weights": True}))
+    if network in FLOAT8:
+        return load_model(settings.model_copy(update={FLOAT8[network]: True}))
     cache = FeatureCache(interval=int(network.split()[1]))
     return load_model(settings.model_copy(update={"feature_cache": cache}))
 
@@ -196,7 +200,8 @@ def _markdown(run: RunConfig, prompts: int, rows: Sequence[dict[str, Any]]) -> s
         "# Cheaper rollouts\n\n"
         f"Base model, plan of run {run.run}, {prompts} prompts, groups of {run.profile.samples} "
         "samples. Network: exact; `features n`, really evaluated every n-th step of a suffix "
-        "(TaylorSeer); fp8, weights rounded to float8. Rank correlation (Spearman) of a group's "
+        "(TaylorSeer); fp8, weights rounded to float8; fp8 products, multiplied in "
+        "float8. Rank correlation (Spearman) of a group's "
         "rewards with those of the exact rollout from the same branches, mean over groups, 95% "
         "interval over prompts; spread: std of the reward within a group, evaluations and seconds "
         "of the rollout, each over that of the exact one.\n\n"

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING
+
+from egrpo.errors import say
 
 if TYPE_CHECKING:
     from egrpo.config.models import Model
     from egrpo.models.base import FlowModel
+
+LONG = 10.0
+"""Seconds of loading that are worth a line."""
+
+for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    # where torchao is installed they warn at every start, of what is not used here
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def load_model(settings: Model, device: str | None = None, *, text: bool = False) -> FlowModel:
@@ -19,4 +30,9 @@ def load_model(settings: Model, device: str | None = None, *, text: bool = False
     """
     from egrpo.models.families import FAMILIES
 
-    return FAMILIES[settings.family](settings, device, text=text)
+    begun = time.monotonic()
+    model = FAMILIES[settings.family](settings, device, text=text)
+    took = time.monotonic() - begun
+    if took > LONG:
+        say(f"model.path: {settings.path}: loaded in {took:.0f} s")
+    return model

@@ -45,6 +45,7 @@ class Trainable(ABC):
     def __init__(self) -> None:
         self.twin: Twin | None = None  # of the transformer, see `sampling`
         self.sharded = False
+        self.fits: int | None = None  # latents in one call, see egrpo.sampling.fit
         self.reference: Any = None
 
     @abstractmethod
@@ -60,6 +61,7 @@ class Trainable(ABC):
         Gaussian of standard deviation 1/rank, a function of ``seed`` and the layer's name.
         ``reference``: :meth:`reference_velocity` will be asked for.
         """
+        self.twin = None
         if self.settings.tuning == "full":
             self.reference = copy.deepcopy(self.transformer) if reference else None
             self.transformer.requires_grad_(True)

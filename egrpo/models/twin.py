@@ -148,7 +148,7 @@ def float8_layers(network: Any) -> Iterator[nn.Linear]:
 
 def _float8(weight: Tensor) -> Any:
     """The weight in float8, a scale a row; inputs of its products are rounded row by row, too."""
-    with refusing("model.fp8_sampling"):
+    with refusing("model.fp8_sampling: needs pip install 'egrpo[float8]'"):
         from torchao.float8.inference import Float8MMConfig
         from torchao.quantization import Float8Tensor, PerRow
         from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs

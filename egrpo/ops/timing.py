@@ -21,6 +21,7 @@ from egrpo.models.conditioning import Conditioning
 from egrpo.ops.memory import advice_where_memory_ends
 from egrpo.ops.rates import Rate, architecture, write_rates
 from egrpo.planning.grids import training_sigmas
+from egrpo.sampling.fit import batch_of
 from egrpo.settings import is_hub_id
 from egrpo.store.files import read_json
 from egrpo.study.layout import Layout
@@ -84,13 +85,14 @@ def measure_run(run: RunConfig, tell: Tell) -> Rate:
     check_attention(model, prompt)
     card = card_of(model.device)
     tell(f"  loading: {time.monotonic() - begun:.1f} s, on {card}")
-    sampling = 1000 * sampling_seconds(model, run, prompt)
-    tell(f"  sampling: {sampling:.4g} ms an evaluation, {t.micro_batch} latents at once")
+    size = batch_of(model, prompt, t.micro_batch)
+    sampling = 1000 * sampling_seconds(model, run, prompt, size)
+    tell(f"  sampling: {sampling:.4g} ms an evaluation, {size} latents at once")
     training = 1000 * training_seconds(model, parameters, t.train_micro_batch, prompt)
     tell(f"  training: {training:.4g} ms an evaluation, {t.train_micro_batch} latents at once")
     decoding = 1000 * decoding_seconds(model, t.decode_batch)
     tell(f"  decoding: {decoding:.4g} ms an image, {t.decode_batch} at once")
-    batches = f"batches {t.micro_batch}/{t.train_micro_batch}/{t.decode_batch}"
+    batches = f"batches {size}/{t.train_micro_batch}/{t.decode_batch}"
     today = datetime.date.today().isoformat()
     return Rate(
         card=card,
@@ -177,20 +179,19 @@ def _batch(model: FlowModel, prompt: Conditioning, size: int) -> tuple[torch.Ten
 
 
 @during("sampling")
-def sampling_seconds(model: FlowModel, run: RunConfig, prompt: Conditioning) -> float:
+def sampling_seconds(model: FlowModel, run: RunConfig, prompt: Conditioning, size: int) -> float:
     """Seconds of one evaluation of one latent, in the network and the batch of rollouts.
 
     Where features are kept from step to step, the mean over the whole grid.
     """
-    size = run.train.micro_batch
     x, prompts = _batch(model, prompt, size)
     kept = run.model.feature_cache is not None
     sigmas = training_sigmas(run)[:-1] if kept else (SIGMA,)
-    with torch.no_grad(), model.sampling() as network:
+    with torch.no_grad(), model.sampling(batch=size) as network:
 
         def work() -> None:
-            if model.features is not None:
-                model.features.forget()
+            if kept and model.twin and model.twin.features:
+                model.twin.features.forget()
             for sigma in sigmas:
                 model.velocity(x, sigma, prompts, network, tuple(range(size)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from egrpo.images import Images
 from egrpo.methods.shapes import chains
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
+from egrpo.sampling.fit import batch_of
+
+PIXELS = 2**22
+"""Of plain images that are decoded at once, at most: four of 1024 x 1024."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Sampler:
     Attributes:
         model, conditioning: what samples, and the embeddings that prompt ids number.
         sigmas: the grid, T + 1 floats from 1 to 0.
-        micro_batch: most latents in one network call.
+        micro_batch: most latents in one network call; auto: what fits, see :attr:`batch`.
         noise_level: a or eta of the stochastic edges.
         train_micro_batch, parts, matching: of trained edges, see
             :class:`~egrpo.core.executor.Executor`.
@@ -38,11 +42,16 @@ class Sampler:
     model: FlowModel
     conditioning: Conditioning
     sigmas: Sigmas
-    micro_batch: int
+    micro_batch: int | Literal["auto"]
     noise_level: float = 0.0
     train_micro_batch: int | None = None
     parts: int = 1
     matching: Matching = SQUARED_ERROR
+
+    @property
+    def batch(self) -> int:
+        """Most latents in one network call."""
+        return batch_of(self.model, self.conditioning, self.micro_batch)
 
     @during("sampling")
     def rollout(
@@ -69,7 +78,7 @@ class Sampler:
         def noise(tree: int, start: int, sample: int) -> Tensor:
             return normal(shape, *purpose, ids[tree], start, sample)
 
-        with model.sampling(exact=exact, batch=self.micro_batch) as network:
+        with model.sampling(exact=exact, batch=self.batch) as network:
             where = {"dtype": model.dtype, "device": model.device}
             return self._run(trees, velocity, cheaper, noise, **where)
 
@@ -83,7 +92,9 @@ class Sampler:
             size = self.model.settings.height, self.model.settings.width
             return Images.whole(torch.empty(0, 3, *size, dtype=torch.uint8)), 0
         rollout = self.rollout(ids, self.chains(len(ids), samples), "evaluate", exact=True)
-        images = self.model.decode(rollout.leaves, self.micro_batch).cpu()
+        m = self.model.settings
+        at_once = min(self.batch, max(1, PIXELS // (m.height * m.width)))
+        images = self.model.decode(rollout.leaves, at_once).cpu()
         return images, rollout.forward * self.model.evaluations_per_velocity
 
     def chains(self, prompts: int, samples: int) -> list[Tree]:
@@ -101,7 +112,7 @@ class Sampler:
         run = Executor(
             *(trees, self.sigmas, velocity, noise),
             noise_level=self.noise_level,
-            micro_batch=self.micro_batch,
+            micro_batch=self.batch,
             train_micro_batch=self.train_micro_batch,
             suffix_velocity=cheaper,
             parts=self.parts,

@@ -273,7 +273,12 @@ SUFFIXES = Table(
         ("run", TEXT, "", "run whose plan was used"),
         ("granularity", INT, "grid intervals", "stride of the suffix"),
         ("solver", TEXT, "", "ode (Euler) or dpm2 (second-order DPM-Solver++)"),
-        ("network", TEXT, "", "exact, features <n> (evaluated every n-th step), or fp8"),
+        (
+            "network",
+            TEXT,
+            "",
+            "exact, features <n> (evaluated every n-th step), fp8 or fp8 products",
+        ),
         REWARD,
         ("rank_correlation", REAL, "1", "Spearman's, with the exact suffix, mean over groups"),
         ("low", REAL, "1", "lower end of its 95% interval over prompts"),

@@ -80,6 +80,8 @@ class Trainer:
         self.parameters, self.average = self.learner.parameters, self.learner.average
         looking = Sampler(self.model, conditioning, monitor_sigmas(run), t.micro_batch)
         self.monitor = Monitor(run, looking, monitored, self.rewards, self.learner)
+        if t.micro_batch == "auto":  # before a state is restored: the same where that is begun
+            self.model.fits = min(self.processes.gather(sampler.batch))
         self.iteration = 0
         self.seconds = self.peak_mib = 0.0
         self.silent: set[str] = set()  # rewards that were said to have had no score
