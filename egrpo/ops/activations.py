@@ -1,8 +1,8 @@
 """Memory of activations: what a network keeps for its backward pass, and needs while it runs.
 
 All in bytes a token and unit of width. Tensors were counted on meta tensors with the real blocks at
-full width (``tests/test_memory.py`` counts again): those that autograd saves, and those alive at
-once. Attention is fused and the type 16 bit; in float32 both are taken as twice as much.
+full width (``tests/test_activations.py`` counts again): those that autograd saves, and those alive
+at once. Attention is fused and the type 16 bit; in float32 both are taken as twice as much.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ KEPT: Mapping[str, Mapping[str, int]] = {
 * SD3's second attention, of image tokens alone: 8 + 12.
 
 Frozen linear layers keep nothing, nor does a product with a modulation that is not trained."""
+
+CLIP_TOKENS = 77
 
 COPY = 4
 """An adapted layer keeps its input, which the adapter reads in float32."""
@@ -67,9 +69,10 @@ class Activations:
 
     @property
     def text(self) -> int:
-        """Text tokens, at most."""
+        """Text tokens, at most; ``max_sequence_length`` does not count SD3's of CLIP."""
         given = self.model.max_sequence_length
-        return FAMILIES[self.model.family].tokens if given is None else given
+        tokens = FAMILIES[self.model.family].tokens if given is None else given
+        return tokens + CLIP_TOKENS * (self.model.family == "sd3")
 
     @property
     def rows(self) -> int:

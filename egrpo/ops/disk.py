@@ -11,7 +11,7 @@ from egrpo.config.models import Model, RunConfig
 from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.errors import UserError
 from egrpo.models.families import FAMILIES
-from egrpo.ops.memory import BYTES, lora_parameters
+from egrpo.ops.weights import BYTES, lora_parameters
 from egrpo.planning.trees import (
     closed_form_plan,
     monitor_images,

@@ -113,7 +113,10 @@ def _memory(run: RunConfig, parts: dict[str, Part], free: float | None) -> Told:
 def _needs(needs: Mapping[Stage, Memory]) -> str:
     train = needs["train"]
     items = ", ".join(f"{k} {v:.2g}" for k, v in {**train.fixed, **train.phases}.items())
-    others = [f"{stage} {need.peak:.2g}" for stage, need in needs.items() if stage != "train"]
+    names: dict[Stage, str] = {"evaluate": "evaluation", "profile": "the profile"}
+    others = [
+        f"{needs[stage].peak:.2g} for {name}" for stage, name in names.items() if stage in needs
+    ]
     return f"about {train.peak:.2g} GiB for training ({items}), {', '.join(others)}"
 
 

@@ -9,19 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from egrpo.config.models import Model, RunConfig
+from egrpo.config.models import TOKEN, RunConfig
 from egrpo.errors import UserError
 from egrpo.models.families import FAMILIES
-from egrpo.models.twin import SMALL as MODULATION
-from egrpo.ops.activations import BLOCK, Activations, trained_layers
-from egrpo.ops.rates import layers_and_width
+from egrpo.models.loading import resolve_device
+from egrpo.ops.activations import Activations
 from egrpo.ops.reward_sizes import reward_bytes
+from egrpo.ops.weights import (
+    BYTES,
+    lora_parameters,
+    stored_bytes,
+    twin_bytes,
+    upcast_bytes,
+)
+from egrpo.sampling.fit import FULL, ON_CPU
+from egrpo.sampling.sample import PIXELS
 from egrpo.store.weights import Part, read_part
 
 Stage = Literal["train", "profile", "evaluate"]
@@ -37,7 +44,6 @@ BATCHES: dict[Stage, dict[str, str]] = {
 }
 """The phases of a stage and the setting that bounds the batch of each."""
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2.0**30
 
 CONTEXT = 1.0
@@ -48,9 +54,8 @@ DECODER = 8
 with twice that width, and holds its input, a copy in the order that group norm wants, the norm's
 result and the nonlinearity's."""
 
-MERGING = 20
-"""Bytes a weight while an adapted layer is merged: its update, the sum and the rounding's random
-numbers in 32 bit, twice."""
+TRIED = 3
+"""Latents of the call by which ``micro_batch: auto`` measures: the least that it needs."""
 
 SMALL = 0.01
 """A remedy that saves less than this part of the need is not worth naming."""
@@ -93,55 +98,18 @@ class Memory:
         return sum(self.fixed.values()) + max(left, *self.phases.values()) + CONTEXT
 
 
-def lora_parameters(run: RunConfig, part: Part) -> int:
-    """Parameters of the adapters: rank times inputs plus outputs of each adapted layer."""
-    lora = run.model.model_copy(update={"tuning": "lora"})
-    layers = trained_layers(lora, part)
-    return run.model.lora.rank * sum(outputs + inputs for _, outputs, inputs in layers)
-
-
-def stored_bytes(model: Model, part: Part) -> float:
-    """The transformer's weights; with ``fp8_weights`` diffusers leaves some layers as they are."""
-    size = BYTES[model.dtype]
-    if not model.fp8_weights:
-        return float(part.parameters * size)
-    return sum(prod(shape) * (1 if cast else size) for shape, cast in _cast(model, part))
-
-
-def _cast(model: Model, part: Part) -> Iterator[tuple[tuple[int, ...], bool]]:
-    """(shape, whether it is stored as float8) of each weight."""
-    import diffusers
-
-    network: Any = getattr(diffusers, FAMILIES[model.family].transformer_class)
-    left = network._skip_layerwise_casting_patterns or ()
-    for name, shape in part.shapes.items():
-        yield shape, len(shape) > 0 and not any(pattern in name for pattern in left)
-
-
-def twin_bytes(model: Model, part: Part, *, adapted: bool) -> tuple[float, float]:
-    """What the twin that samples has for itself, and what merging its largest layer needs.
-
-    Merged layers in ``dtype``, and with ``fp8_sampling`` the blocks' linear layers in a byte a
-    weight. ``adapted``: whether there are adapters.
-    """
-    merged = adapted and model.tuning == "lora" and model.merge_lora_for_sampling
-    own = {name: o * i for name, o, i in trained_layers(model, part)} if merged else {}
-    held = {name: weights * BYTES[model.dtype] for name, weights in own.items()}
-    if model.fp8_sampling:
-        for name, shape in part.shapes.items():
-            layer = name.removesuffix(".weight")
-            if len(shape) != 2 or not BLOCK.search(name) or MODULATION.search(layer):
-                continue
-            if shape[0] % 16 == shape[1] % 16 == 0:
-                held[layer] = prod(shape)
-    return float(sum(held.values())), float(MERGING * max(own.values(), default=0))
-
-
 def memory(run: RunConfig, transformer: Part, vae: Part, stage: Stage = "train") -> Memory:
     """Estimate what a stage of a run needs."""
     m = run.evaluation_model if stage == "evaluate" else run.model
     size, t = BYTES[m.dtype], run.train
-    batch = {phase: setting_of(run, key) for phase, key in BATCHES[stage].items()}
+    batch = {phase: _batch(run, key) for phase, key in BATCHES[stage].items()}
+    # plain images, of monitors and evaluation, are decoded in batches of their own
+    plain = max(1, min(batch["sampling"], PIXELS // (m.height * m.width)))
+    if stage == "evaluate":
+        batch["decoding"] = plain
+    elif stage == "train" and t.monitor_every:
+        shown = min(plain, t.monitor_prompts * t.monitor_samples)
+        batch["decoding"] = max(batch["decoding"], shown)
     activations, lora = Activations(m, transformer), m.tuning == "lora"
     stored = stored_bytes(m, transformer)
     twin, merging = twin_bytes(m, transformer, adapted=stage != "profile")
@@ -165,28 +133,49 @@ def memory(run: RunConfig, transformer: Part, vae: Part, stage: Stage = "train")
         fixed["transformer"] += stored * (not lora and t.kl_weight > 0)
         fixed["optimizer"] = trained * (8.0 + 4.0 * (t.ema_decay is not None))
         kept = activations.kept(size, checkpointing=t.gradient_checkpointing)
-        phases["training"] = 4.0 * trained + batch["training"] * kept + _upcast(run, transformer)
+        phases["training"] = (
+            4.0 * trained + batch["training"] * kept + upcast_bytes(run, transformer)
+        )
     fixed, phases = ({k: v / GIB for k, v in items.items() if v} for items in (fixed, phases))
-    return Memory(fixed, phases, _growth(run) if stage == "profile" else 1.0)
+    return Memory(fixed, phases, _growth(run, stage))
 
 
-def _upcast(run: RunConfig, part: Part) -> float:
-    """Layers stored as float8 that the backward pass keeps as ``dtype``: all without checkpointing.
+def _batch(run: RunConfig, key: str) -> int:
+    """The setting's number of latents; of auto, which takes what fits, the least."""
+    batch = setting_of(run, key)
+    if batch != "auto":
+        return int(batch)
+    return ON_CPU if _on_cpu(run) else TRIED
 
-    One block's with it, about a layer's share.
+
+def _taken(run: RunConfig, key: str, tokens: int) -> int:
+    """Latents of ``tokens`` image tokens that auto takes at most, where a card has room."""
+    if setting_of(run, key) != "auto" or _on_cpu(run):
+        return _batch(run, key)
+    return max(TRIED, FULL // tokens)
+
+
+def _tokens(run: RunConfig, stage: Stage) -> int:
+    m = run.evaluation_model if stage == "evaluate" else run.model
+    return (m.height // TOKEN) * (m.width // TOKEN)
+
+
+def _on_cpu(run: RunConfig) -> bool:
+    return resolve_device(run.model.device).type == "cpu"
+
+
+def _growth(run: RunConfig, stage: Stage) -> float:
+    """How many times the largest batch's memory sampling leaves behind.
+
+    In the profile ever more branches run side by side, until batches are full.
     """
-    if not run.model.fp8_weights:
-        return 0.0
-    cast = sum(prod(shape) for shape, is_cast in _cast(run.model, part) if is_cast)
-    layers, _ = layers_and_width(part.config)
-    share = layers if run.train.gradient_checkpointing else 1
-    return BYTES[run.model.dtype] * cast / share
-
-
-def _growth(run: RunConfig) -> float:
-    """Of the profile: ever more branches run side by side, until batches are full."""
-    p, most = run.profile, run.profile.micro_batch
-    m, records = run.model, [0]
+    key = BATCHES[stage]["sampling"]
+    if setting_of(run, key) == "auto":
+        return _taken(run, key, _tokens(run, stage)) / _batch(run, key)
+    if stage != "profile":
+        return 1.0
+    p, most, records = run.profile, _batch(run, key), [0]
+    m = run.model
     compiled = m.compile is True or (
         m.compile == "auto" and FAMILIES[m.family].equal_lengths and m.feature_cache is None
     )
@@ -232,10 +221,12 @@ def advice(run: RunConfig, stage: Stage, phase: str) -> str:
         named = [f"{setting} ({now})" for *_, setting, now in tried]
         return f"set {', or '.join(named)}" if named else "use a larger GPU"
     parts = read_part(folder, "transformer"), read_part(folder, "vae")
-    before = memory(run, *parts, stage).during(phase)
+    key = BATCHES[stage]["sampling"]
+    taken = with_setting(run, key, _taken(run, key, _tokens(run, stage)))
+    before = memory(taken, *parts, stage).during(phase)
     saved: list[tuple[float, str, str]] = []
     for key, value, setting, now in tried:
-        after = memory(with_setting(run, key, value), *parts, stage).during(phase)
+        after = memory(with_setting(taken, key, value), *parts, stage).during(phase)
         saved.append((before - after, setting, now))
     for name, size in reward_bytes(run).items():
         saved.append((size / GIB, f"rewards.{name}.device: cpu", ""))
@@ -250,8 +241,8 @@ def advice(run: RunConfig, stage: Stage, phase: str) -> str:
 def remedies(run: RunConfig, stage: Stage, phase: str) -> Iterator[tuple[str, Any, Any]]:
     """(setting, value now, value to try) of what may lower the memory of a phase."""
     key = BATCHES[stage].get(phase)
-    if key is not None and setting_of(run, key) > 1:
-        yield key, setting_of(run, key), setting_of(run, key) // 2
+    if key is not None and (size := _taken(run, key, _tokens(run, stage))) > 1:
+        yield key, setting_of(run, key), size // 2
     switches: list[tuple[str, Any]] = [
         ("model.fp8_weights", True),
         ("model.merge_lora_for_sampling", False),

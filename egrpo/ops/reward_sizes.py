@@ -13,13 +13,14 @@ from torch import Tensor
 
 from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
+from egrpo.rewards.torchscript import is_torchscript
 from egrpo.store.weights import read_header
 
 WEIGHTS = ("path", "clip")
 """Settings of rewards that name weights; others name tokenizers and the like."""
 
 HALF = 2
-"""A TorchScript file, whose shapes cannot be read without running it, is OpenAI's: 16 bit."""
+"""Bytes of a number in files whose shapes are not read: TorchScript, as OpenAI's in 16 bit."""
 
 
 def reward_bytes(run: RunConfig) -> dict[str, float]:
@@ -48,10 +49,12 @@ def _numbers(file: Path, changed: int) -> int:
     try:
         if file.suffix == ".safetensors":
             return sum(prod(shape) for shape in read_header(file).values())
+        if is_torchscript(str(file)):
+            return file.stat().st_size // HALF
         state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     except UserError:
         return 0  # said where rewards are loaded
-    except Exception:  # other formats of torch, of which some cannot be mapped
+    except Exception:  # torch's older format, which cannot be mapped, or no weights at all
         return file.stat().st_size // HALF
     return sum(tensor.numel() for tensor in _tensors(state))
 
