@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import full_size
 import gpu
 import laptop
 import pytest
 import torch
 from conftest import small_run
-
-BENCH = gpu.Bench(torch.device("cpu"), torch.float32, 1)
 
 
 def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
@@ -28,26 +29,40 @@ def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
 def test_gpu_benchmark_counts_the_flops_of_the_architecture(name: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    a = gpu.ARCHITECTURES[name]
-    model = gpu.build(a, BENCH, 64, 96)
+    a, of = full_size.ARCHITECTURES[name], (torch.device("cpu"), torch.float32)
+    model = full_size.build(a, *of, 64, 96)
     x = torch.randn(1, *model.image_shape)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model.velocity(x, 0.5, gpu.prompts(a, BENCH, 1))
+        model.velocity(x, 0.5, full_size.prompts(a, *of, 1))
     counted = counter.get_total_flops()
     # left out: embeddings of time and pooled text, and the output's modulation
-    assert gpu.forward_flops(a, 64, 96) == pytest.approx(counted, rel=0.12)
+    assert full_size.forward_flops(a, 64, 96) == pytest.approx(counted, rel=0.12)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_sd3"])
-def test_gpu_benchmark_runs_end_to_end_on_a_cpu(name: str) -> None:
-    work = gpu.Work(steps=4, active=2, group=2, batch=1)
-    evaluations, iterations = gpu.measure(name, BENCH, [32], [1, 2], work, compiled=False)
-    assert [row[3] for row in evaluations] == ["1", "2"]
-    assert all(len(row) == len(gpu.EVALUATION_HEAD) for row in evaluations)
-    assert [row[3] for row in iterations] == ["no", "no", "yes"]
-    assert iterations[1][2] == "1"  # one sample at a time
-    assert all(len(row) == len(gpu.ITERATION_HEAD) for row in iterations)
-    # 4 steps, 2 active: the anchor's 2, and 2 samples after each branch
-    assert iterations[0][4].endswith("/ 2")
-    assert "batch" in gpu.table(gpu.EVALUATION_HEAD, evaluations)
+@pytest.mark.slow
+def test_gpu_benchmark_runs_end_to_end_on_a_cpu_and_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row, one of which fails."""
+    monkeypatch.setitem(gpu.SIZES, "tiny", (64,))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("an illegal memory access\nand more")
+
+    monkeypatch.setattr(gpu.Case, "decode", broken)
+    page = tmp_path / "gpu.md"
+    words = ["gpu.py", "--models", "tiny", "--limit", "600", "--write", str(page)]
+    monkeypatch.setattr("sys.argv", words)
+    gpu.main()
+    rows = [
+        line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| tiny")
+    ]
+    assert all(len(row) == len(gpu.HEAD) for row in rows)
+    failed = [row for row in rows if "RuntimeError: an illegal memory access" in row[4]]
+    assert [row[2] for row in failed] == ["decoding"]
+    whole = [row for row in rows if row not in failed]
+    assert len(whole) >= 10
+    assert all(float(row[6]) > 0 for row in whole)
+    rollouts = [row for row in whole if "rollout" in row[2]]
+    assert {row[4] for row in rollouts} == {str(1 + 12 * 15)}  # 12 samples after one branch point

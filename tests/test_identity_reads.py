@@ -72,15 +72,15 @@ def test_what_a_model_opens_is_in_its_identity(
 
 
 REWARDS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "clip": lambda of: {"path": "assets/toy/clip.pt"},
-    "preference": lambda of: {"path": "assets/toy/preference.safetensors"},
+    "clip": lambda of: {"path": of("toy") + "/clip.pt"},
+    "preference": lambda of: {"path": of("toy") + "/preference.safetensors"},
     "open_clip": lambda of: {
         "path": of("hps_file"),
         "architecture": of("architecture"),
         "tag": None,
     },
     "hpsv2": lambda of: {"path": of("hps_file"), "architecture": of("architecture")},
-    "aesthetic": lambda of: {"path": of("head_file")[0], "clip": "assets/toy/clip.pt"},
+    "aesthetic": lambda of: {"path": of("head_file")[0], "clip": of("toy") + "/clip.pt"},
     "pickscore": lambda of: {"path": of("pickscore")[0]},
     "imagereward": lambda of: of("imagereward")[0],
     "custom": lambda of: {"function": "reads_files:Reward", "options": {"file": of("own")}},
@@ -94,6 +94,16 @@ class Reward:
     def __call__(self, images, prompts):
         return [self.scale] * len(images)
 """
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> str:
+    """A copy of the toy's rewards: the kernel tells of everyone who opens a file."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    for name in ("clip.pt", "preference.safetensors"):
+        shutil.copyfile(ROOT / "assets/toy" / name, folder / name)
+    return str(folder)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ with the package; ``egrpo measure`` writes another one for the user's own card.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -147,6 +148,10 @@ def _cell(value: str | int | float | None) -> str:
 # -- which rate is a run's ------------------------------------------------------------------------
 
 
+LAYERS = re.compile(r"n_layers|num_(\w+_)?layers")
+"""Numbers of blocks: ``num_layers`` and ``num_single_layers`` of FLUX, ``n_layers`` of Z-Image."""
+
+
 def layers_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
     """Blocks of a transformer and width of its tokens, by its config.json.
 
@@ -154,8 +159,10 @@ def layers_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
         KeyError, TypeError, ValueError: if it says neither.
     """
     width = config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]
-    layers = config.get("n_layers") or config["num_layers"] + config.get("num_single_layers", 0)
-    return int(layers), int(width)
+    kinds = [n for key, n in config.items() if LAYERS.fullmatch(key) and isinstance(n, int)]
+    if not sum(kinds):
+        raise KeyError("layers")
+    return sum(kinds), int(width)
 
 
 def architecture(family: str, config: Mapping[str, Any]) -> str:

@@ -129,13 +129,12 @@ def random_prompt(model: FlowModel) -> Conditioning:
     if not width:
         raise UserError(f"model.path: {model.settings.path}: does not say the width of prompts")
     pooled = config.get("pooled_projection_dim")
-    # families with pooled texts pad all prompts to one length, the others none
-    padded = model.sequence_length + clip_tokens(model.settings)
-    length = padded if pooled else min(SHORT, model.sequence_length)
+    whole = model.sequence_length + clip_tokens(model.settings)
+    length = whole if model.equal_lengths else min(SHORT, model.sequence_length)
     tensors = {"embeds": torch.randn(1, length, width, device=device, dtype=dtype)}
     if pooled:
         tensors["pooled"] = torch.randn(1, pooled, device=device, dtype=dtype)
-    else:
+    if not model.equal_lengths:
         tensors["lengths"] = torch.tensor([length], device=device)
     return Conditioning(tensors, tensors if model.evaluations_per_velocity > 1 else {})
 
