@@ -658,7 +658,8 @@ def test_a_study_that_was_edited_since(made: Made, tmp_path: Path) -> None:
 
 
 def test_the_command_and_an_unknown_run(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))  # where its own reward lies
+    # where its own reward lies, and all that this imports
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests:{ROOT}/benchmarks")
     words = [part for path in made.configs for part in ("--config", path)]
     refused(egrpo("export", "mergd", *words), "no run 'mergd'; did you mean merged?")
     refused(egrpo("export", "x", *words), "no run 'x'; there are merged, whole, least")
