@@ -119,6 +119,22 @@ def machine() -> str:
     return versions(f"{name}; {torch.backends.cpu.get_cpu_capability()}")
 
 
+def compiled_share(trainer: Trainer, repeats: int) -> float:
+    """Time of a rollout whose twin is compiled, over that of the same one as it is; median."""
+    model, plain = trainer.model, trainer.model.settings
+    model.settings, model.twin = plain.model_copy(update={"compile": True}), None
+    trainer.rollout(1, *trainer.trees(1))
+    compiled, model.settings, model.twin = model.twin, plain, None
+    trainer.rollout(1, *trainer.trees(1))
+    eager, turns = model.twin, []
+    for _ in range(repeats):
+        pair = []
+        for model.twin in (compiled, eager):
+            pair.append(timed(lambda: trainer.rollout(1, *trainer.trees(1))))
+        turns.append(pair[0] / pair[1])
+    return statistics.median(turns)
+
+
 def measure(run: RunConfig, threads: int, repeats: int) -> list[tuple[str, str, str]]:
     """Rows of the table of one E-GRPO run: (what, measured, target)."""
     torch.set_num_threads(threads)
@@ -140,12 +156,14 @@ def measure(run: RunConfig, threads: int, repeats: int) -> list[tuple[str, str, 
     rollout, bare, seconds = (min(turn[k] for turn in turns) for k in range(3))
     overhead = statistics.median(turn[0] / turn[1] for turn in turns) - 1
     memory = peak_memory_mib()
+    compiled = compiled_share(trainer, repeats)
     alone = min(timed(lambda: one_by_one(trainer, 1)) for _ in range(2))
     return [
         ("network evaluations of one rollout", f"{evaluations:,}", ""),
         ("bare forward of the same batches", f"{1e3 * bare / evaluations:.3f} ms each", ""),
         ("rollout", f"{1e3 * rollout / evaluations:.3f} ms each", ""),
         ("rollout overhead, median", f"{100 * overhead:.1f} %", "at most 15 %"),
+        ("rollout with model.compile, median", f"{compiled:.2f} of that", "at most 0.7"),
         ("E-GRPO iteration", f"{seconds:.2f} s", "at most 1 s"),
         *(
             (f"of it {name[5:].replace('_', ' ')}", f"{parts[name]:.2f} s", "")
