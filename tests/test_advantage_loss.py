@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -141,6 +142,15 @@ def test_advantages_of_single_steps(rewards, weights, how, counts):
         result = compute(rewards, trees, weights, **how)
         np.testing.assert_allclose(result.values, wanted, atol=1e-9)
         assert result[1:] == counts
+
+
+def test_one_valid_score_of_a_batch_says_nothing():
+    """Nothing to normalize by, over the batch either; and no warning of it."""
+    rewards = {"r": [[1.0, NAN, NAN], [NAN] * 3]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = compute(rewards, one_step(2, 3), A, combine="gdpo")
+    assert not result.values.any()
 
 
 def test_rewards_are_summed_then_normalized_where_they_apply():
