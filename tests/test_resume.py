@@ -157,6 +157,8 @@ def test_a_run_made_shorter_ends_with_a_monitor(jobs: Jobs) -> None:
     with pytest.raises(SystemExit):
         Job(trainer, State(run, state), lambda: trainer.iteration == 2).finish(None, fresh=True)
     same_bits(straight, jobs(short("once", 2)))
+    jobs(short("once", 2))
+    assert "damaged" not in jobs.said()  # the journal has one line of each iteration
 
 
 # -- the journal -----------------------------------------------------------------------------

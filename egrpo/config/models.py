@@ -114,6 +114,11 @@ class Model(Settings):
     """Evaluations whose log-probability nobody needs multiply in float8, those of monitors and
     evaluation too: faster from compute capability 8.9 on; needs torchao and `dtype: bfloat16`."""
 
+    @property
+    def evaluations_per_velocity(self) -> int:
+        """Network evaluations of one velocity: two under classifier-free guidance."""
+        return 2 if self.guidance_scale > 1 else 1
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.fp8_sampling and (self.dtype != "bfloat16" or self.fp8_weights):

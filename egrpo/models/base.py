@@ -129,7 +129,7 @@ class FlowModel(Trainable):
     @property
     def evaluations_per_velocity(self) -> int:
         """Network evaluations of one velocity: two under classifier-free guidance."""
-        return 2 if self.settings.guidance_scale > 1 else 1
+        return self.settings.evaluations_per_velocity
 
     @property
     def latents(self) -> Latents:

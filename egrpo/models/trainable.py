@@ -149,7 +149,7 @@ class Trainable(ABC):
         if twin is None or (exact and twin.features is not None):
             yield self.transformer
             return
-        twin.sizes = (max(1, batch // 4), batch)
+        twin.batch = batch
         twin.follow()
         try:
             yield twin.network
@@ -160,17 +160,20 @@ class Trainable(ABC):
     def _twin(self) -> Twin | None:
         """Made where the settings ask for it, of the layers that are there by then."""
         m = self.settings
-        compiled = m.compile is True or (
-            m.compile == "auto"
-            and self.device.type == "cuda"
-            and self.equal_lengths
-            and m.feature_cache is None
-        )
+        if self.twin is not None or self.sharded:
+            return self.twin
+        compiled = self.compiles(m, cuda=self.device.type == "cuda")
         adapted = dict(self.lora_layers()) if m.merge_lora_for_sampling else {}
-        wanted = adapted or compiled or m.fp8_sampling or m.feature_cache is not None
-        if self.twin is None and wanted and not self.sharded:
+        if adapted or compiled or m.fp8_sampling or m.feature_cache is not None:
             self.twin = Twin(self.transformer, m, adapted, compiled=compiled)
         return self.twin
+
+    @classmethod
+    def compiles(cls, settings: Model, *, cuda: bool) -> bool:
+        """Whether the blocks of what samples are compiled."""
+        if settings.compile != "auto":
+            return settings.compile
+        return cuda and cls.equal_lengths and settings.feature_cache is None
 
     def _call(
         self, module: nn.Module, x: Tensor, paths: tuple[int, ...] | None, sigma: float

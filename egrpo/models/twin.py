@@ -49,13 +49,21 @@ def rounded(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Te
     return cut.view(torch.float32).to(dtype)
 
 
+def padded_rows(rows: int, batch: int) -> int:
+    """Rows of the batch that ``rows`` are padded to where blocks are compiled, ``batch`` at most.
+
+    Two sizes, so that little is compiled and little is wasted.
+    """
+    return next((size for size in (max(1, batch // 4), batch) if size >= rows), rows)
+
+
 class Twin:
     """The twin of one transformer.
 
     Attributes:
         network: shares all weights with the transformer but those it holds in another form.
-        compiled: whether its blocks are; then batches are padded to one of ``sizes``.
-        sizes: rows of the batches it may be given.
+        compiled: whether its blocks are; then batches are padded, see :func:`padded_rows`.
+        batch: rows of the largest batch it is given.
         seconds: what compiling took so far.
         features: what it keeps from step to step.
     """
@@ -80,7 +88,7 @@ class Twin:
         if settings.feature_cache is not None:
             self.features = KeptFeatures(self.network, settings.feature_cache, dtype)
         self.compiled, self.seconds = compiled, 0.0
-        self.sizes: tuple[int, ...] = (1,)
+        self.batch = 1
         self.seen: set[tuple[int, ...]] = set()
         if compiled:
             compile_blocks(self.network)
@@ -104,9 +112,7 @@ class Twin:
 
     def size(self, rows: int) -> int:
         """Rows of the batch that ``rows`` are padded to."""
-        if not self.compiled:
-            return rows
-        return next((size for size in self.sizes if size >= rows), rows)
+        return padded_rows(rows, self.batch) if self.compiled else rows
 
     @contextmanager
     def timed(self, x: Tensor) -> Iterator[None]:

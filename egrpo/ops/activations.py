@@ -34,6 +34,8 @@ KEPT: Mapping[str, Mapping[str, int]] = {
 Frozen linear layers keep nothing, nor does a product with a modulation that is not trained."""
 
 CLIP_TOKENS = 77
+"""Text tokens that SD3 has beside those of ``max_sequence_length``, if its tokenizer says nothing
+else, as the toy's does."""
 
 COPY = 4
 """An adapted layer keeps its input, which the adapter reads in float32."""
@@ -77,7 +79,7 @@ class Activations:
     @property
     def rows(self) -> int:
         """Evaluations of a velocity."""
-        return 2 if self.model.guidance_scale > 1 else 1
+        return self.model.evaluations_per_velocity
 
     def working(self, size: int, *, beside: bool) -> float:
         """Bytes of an evaluation without gradients; ``beside``: adapters are not merged.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from egrpo.config.models import Model, RunConfig
+from egrpo.config.models import RunConfig
 from egrpo.ops.rates import Rate, find_rate, on_card, read_rates
 from egrpo.planning.trees import RunCost, monitor_images
 from egrpo.study.layout import Layout
@@ -76,7 +76,7 @@ def time_of(
     rollout = (cost.forward - repeated) * sampling + images * decoding
     iterations = rollout + plain + cost.train * training
     shown = monitor_images(run)
-    evaluations = shown * run.evaluate.steps * guidance_factor(run.model)
+    evaluations = shown * run.evaluate.steps * run.model.evaluations_per_velocity
     monitors = evaluations * sampling + shown * decoding
     return {
         "card": rate.card,
@@ -94,11 +94,6 @@ def forward_passes(run: RunConfig) -> int:
     weights, which a LoRA spares; checkpointing runs the forward pass again.
     """
     return 2 + (run.model.tuning == "full") + run.train.gradient_checkpointing
-
-
-def guidance_factor(model: Model) -> int:
-    """Network evaluations of one velocity."""
-    return 2 if model.guidance_scale > 1 else 1
 
 
 def together(costs: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:

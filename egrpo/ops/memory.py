@@ -18,6 +18,7 @@ from egrpo.config.models import TOKEN, RunConfig
 from egrpo.errors import UserError
 from egrpo.models.families import FAMILIES
 from egrpo.models.loading import resolve_device
+from egrpo.models.twin import padded_rows
 from egrpo.ops.activations import Activations
 from egrpo.ops.reward_sizes import reward_bytes
 from egrpo.ops.weights import (
@@ -27,7 +28,7 @@ from egrpo.ops.weights import (
     twin_bytes,
     upcast_bytes,
 )
-from egrpo.sampling.fit import FULL, ON_CPU
+from egrpo.sampling.fit import FULL, ON_CPU, TRIED
 from egrpo.sampling.sample import PIXELS
 from egrpo.store.weights import Part, read_part
 
@@ -53,9 +54,6 @@ DECODER = 8
 """Feature maps of the decoder's first width at full resolution alive at once: its last block begins
 with twice that width, and holds its input, a copy in the order that group norm wants, the norm's
 result and the nonlinearity's."""
-
-TRIED = 3
-"""Latents of the call by which ``micro_batch: auto`` measures: the least that it needs."""
 
 SMALL = 0.01
 """A remedy that saves less than this part of the need is not worth naming."""
@@ -175,17 +173,13 @@ def _growth(run: RunConfig, stage: Stage) -> float:
     if stage != "profile":
         return 1.0
     p, most, records = run.profile, _batch(run, key), [0]
-    m = run.model
-    compiled = m.compile is True or (
-        m.compile == "auto" and FAMILIES[m.family].equal_lengths and m.feature_cache is None
-    )
+    compiled = FAMILIES[run.model.family].compiles(run.model, cuda=True)
     for index in range(run.method.steps):
         live = 1 + p.samples * sum(max(0, index - span + 1) for span in p.spans)
         for size in (most, live % most) if live >= most else (live,):
-            if compiled:  # padded to one of two sizes
-                size = most // 4 if size <= most // 4 else most
-            if size > records[-1]:
-                records.append(size)
+            rows = padded_rows(size, most) if compiled else size
+            if rows > records[-1]:
+                records.append(rows)
     return sum(records) / most
 
 

@@ -18,6 +18,7 @@ from egrpo.models import load_model
 from egrpo.models.attention import check_attention
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
+from egrpo.ops.activations import CLIP_TOKENS
 from egrpo.ops.memory import advice_where_memory_ends
 from egrpo.ops.rates import Rate, architecture, write_rates
 from egrpo.planning.grids import training_sigmas
@@ -31,10 +32,6 @@ SECONDS = 5.0
 
 SIGMA = 0.7
 """Flow time of an evaluation; its value changes no time."""
-
-CLIP_TOKENS = 77
-"""Text tokens that SD3 has beside those of ``max_sequence_length``, if its tokenizer says nothing
-else, as the toy's does."""
 
 SHORT = 64
 """Tokens of a prompt, where families do not pad theirs to the longest."""

@@ -128,7 +128,7 @@ class RunCost(NamedTuple):
 
 def cost_of(run: RunConfig, trees: Iterable[Tree]) -> RunCost:
     """What rolling out and training ``trees`` will execute."""
-    factor = 2 if run.model.guidance_scale > 1 else 1
+    factor = run.model.evaluations_per_velocity
     each = list(trees)
     forward = factor * sum(tree.cost.forward for tree in each)
     train = factor * sum(tree.passes(run.train.updates) for tree in each)

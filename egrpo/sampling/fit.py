@@ -16,6 +16,9 @@ ON_CPU = 96
 FULL = 2**16
 """Image tokens of one call beyond which a card gains nothing: half of them fill an H200."""
 
+TRIED = 3
+"""Latents of the larger of the two calls that are measured: the least that must fit."""
+
 SHARE = 0.85
 """Of a card's memory that may be used; the rest is for CUDA, rewards at work, and fragments."""
 
@@ -40,8 +43,8 @@ def largest_batch(model: FlowModel, conditioning: Conditioning) -> int:
     if model.device.type != "cuda":
         return ON_CPU
     with torch.no_grad(), model.sampling():  # its network is on the card from here on
-        one, three = (_peak(model, conditioning, rows) for rows in (1, 3))
-    each = max((three - one) / 2, 1.0)
+        one, more = (_peak(model, conditioning, rows) for rows in (1, TRIED))
+    each = max((more - one) / (TRIED - 1), 1.0)
     _, rows, columns = model.image_shape
     patch = model.latents.patch
     wanted = -(-FULL * patch**2 // (rows * columns))

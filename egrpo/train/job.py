@@ -191,6 +191,7 @@ class Job:
         metrics |= self._look()
         self._check_bounds(history)
         if self.main:
+            journal.rewind(self.state.log, number - 1)  # a line of each iteration
             self.state.record(self.trainer, metrics, rows)
         self._save()
 

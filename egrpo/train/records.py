@@ -44,8 +44,7 @@ class Counts(dict[str, int]):
         predicted = cost_of(self.run, trees)
         if kept is not None:
             sizes = update_sizes(trees, rollout.edges, self.run.train.updates, kept).values()
-            guided = 2 if self.run.model.guidance_scale > 1 else 1
-            train = sum(s.sources for s in sizes) * guided
+            train = sum(s.sources for s in sizes) * self.run.model.evaluations_per_velocity
             predicted = RunCost(predicted.forward, train, references(self.run) * train)
         everyone = self.processes.gather(self.spent)
         for name, wanted in predicted._asdict().items():
