@@ -32,9 +32,9 @@ demo: .venv/ready ## the default study: profile, plan, training, evaluation, tab
 paper: .venv/ready ## every table and figure of the paper, at laptop scale; resumable
 	snakemake --cores all paper
 
-# a file is one worker's; the longest one first
+# a file is one worker's; the longest ones first
 test: .venv/ready ## all tests but those that need a SLURM
-	python -m pytest -m "not slurm" -n 2 --dist loadfile tests/test_workflow.py tests
+	python -m pytest -m "not slurm" -n 2 --dist loadfile tests/test_workflow_paper.py tests/test_workflow.py tests
 
 test-slurm: .venv/ready ## the workflow on a real SLURM: emulated nodes on this machine, needs root
 	python -m pytest -m slurm -rs

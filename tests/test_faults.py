@@ -31,8 +31,8 @@ from conftest import (
     trainer_for,
     wait_for,
 )
+from small_study import study
 from test_processes import same
-from test_workflow import study
 
 from egrpo.errors import UserError
 from egrpo.figures.curves import curves_figure

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT, make_stages
+from small_study import study
 from test_processes import same
-from test_workflow import study
 
 from egrpo.planning.trees import needs_plan
 from egrpo.study.layout import Layout

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
-from test_workflow import TABLE, planned, results, snakemake, study
+from small_study import TABLE, planned, results, snakemake, study
 
 STRANGE = "x$(touch PWNED)y 'a' \"b\" ü;#%41*[0-9]&|~`touch PWNED`\\z"
 """Name of a folder that a shell, a URI or a pattern would read as something else."""

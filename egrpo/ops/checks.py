@@ -9,7 +9,8 @@ from egrpo.config.prompts import Prompt, read_prompts, train_prompts
 from egrpo.config.rewards import Preference, Verifier, VerifierExact
 from egrpo.errors import UserError
 from egrpo.models.latents import size_problems
-from egrpo.planning.trees import needs_plan
+from egrpo.planning.trees import check_trees, needs_plan
+from egrpo.study.files import check_files
 from egrpo.study.resolve import Study
 from egrpo.world.prompts import parse_prompt
 from egrpo.world.shapes import IMAGE_SIZE
@@ -21,6 +22,8 @@ def check_study(study: Study, source: str) -> None:
     Raises:
         UserError: naming the setting and a run.
     """
+    check_files(study, source)
+    check_trees(study.runs)
     for problem in problems(study):
         raise UserError(f"{source}: {problem}")
 

@@ -19,10 +19,8 @@ from snakemake.settings.enums import RerunTrigger
 from egrpo.errors import UserError
 from egrpo.ops.checks import check_study
 from egrpo.ops.status import change, other_libraries
-from egrpo.planning.trees import check_trees
 from egrpo.store.files import lock, refused, write_text
 from egrpo.study.due import Due, default_figures
-from egrpo.study.files import check_files
 from egrpo.study.layout import PAGES, SHARED, Layout
 from egrpo.study.resolve import load_study, resolve, source_of
 from egrpo.study.standing import want
@@ -60,8 +58,6 @@ try:
     study = (
         resolve(config, CONFIG_FILES) if IMPORTED else load_study(*CONFIG_PATHS, options=OPTIONS)
     )
-    check_files(study, CONFIG_FILES)
-    check_trees(study.runs)
     check_study(study, CONFIG_FILES)
 except UserError as error:
     raise in_one_line(error) from None
