@@ -9,6 +9,7 @@ import atexit
 import functools
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from egrpo.study.due import Due, default_figures
 from egrpo.study.layout import PAGES, SHARED, Layout
 from egrpo.study.resolve import load_study, resolve, source_of
 from egrpo.study.standing import want
+from egrpo.warm import VARIABLE as WARM
 
 # Files and --config are read and laid over each other by the package, as by its commands: Snakemake
 # merges what is to be replaced, makes texts of numbers below the top of --config, and passes over a
@@ -83,6 +85,9 @@ onstart:
         want(at)
     except (UserError, OSError) as error:
         raise in_one_line(error) from None
+    if workflow.local_exec:
+        os.environ[WARM] = f"{os.getpid()}:{tempfile.mkdtemp(prefix='egrpo-')}"
+        atexit.register(shutil.rmtree, os.environ[WARM].partition(":")[2], ignore_errors=True)
     for line in other_libraries(at):
         logger.warning(line)
     if workflow.rerun_triggers != {RerunTrigger.MTIME}:

@@ -9,8 +9,6 @@ rule evaluate_base:
         **outputs("base"),
     log:
         f"{STUDY}/logs/evaluate_base/{{key}}.log",
-    benchmark:
-        f"{STUDY}/benchmarks/evaluate_base/{{key}}.tsv"
     conda:
         "../../envs/egrpo.yaml"
     threads: 1
@@ -32,8 +30,6 @@ rule evaluate:
         **outputs("evaluate"),
     log:
         f"{STUDY}/logs/evaluate/{{run}}.log",
-    benchmark:
-        f"{STUDY}/benchmarks/evaluate/{{run}}.tsv"
     conda:
         "../../envs/egrpo.yaml"
     threads: 1

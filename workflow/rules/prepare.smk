@@ -25,8 +25,6 @@ rule embed:
         **outputs("embed"),
     log:
         f"{STUDY}/logs/embed/{{key}}.log",
-    benchmark:
-        f"{STUDY}/benchmarks/embed/{{key}}.tsv"
     conda:
         "../../envs/egrpo.yaml"
     threads: 1

@@ -9,8 +9,6 @@ rule profile:
         **outputs("profile"),
     log:
         f"{STUDY}/logs/profile/{{key}}.log",
-    benchmark:
-        f"{STUDY}/benchmarks/profile/{{key}}.tsv"
     conda:
         "../../envs/egrpo.yaml"
     threads: 1
@@ -58,8 +56,6 @@ rule suffix_quality:
         },
     log:
         f"{STUDY}/logs/suffixes/{{run}}.log",
-    benchmark:
-        f"{STUDY}/benchmarks/suffixes/{{run}}.tsv"
     conda:
         "../../envs/egrpo.yaml"
     threads: 1

@@ -14,8 +14,6 @@ rule toy_world:
         folder=directory(f"{at.root.parent}/toy_world"),
     log:
         f"{at.root.parent}/toy_world.log",
-    benchmark:
-        f"{at.root.parent}/toy_world.tsv"
     conda:
         "../../envs/egrpo.yaml"
     threads: 2

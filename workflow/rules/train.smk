@@ -11,8 +11,6 @@ rule train:
         **outputs("train"),
     log:
         f"{STUDY}/logs/train/{{run}}.log",
-    benchmark:
-        f"{STUDY}/benchmarks/train/{{run}}.tsv"
     conda:
         "../../envs/egrpo.yaml"
     threads: 1
