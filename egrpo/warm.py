@@ -108,7 +108,7 @@ def serve(path: Path, parent: int) -> list[str] | None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen(64)
-    while gone not in select.select([listener, gone], [], [])[0]:
+    while gone not in select.select([listener.fileno(), gone], [], [])[0]:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
@@ -133,7 +133,7 @@ def _watch(connection: socket.socket) -> list[str] | None:
     for file in files:  # a pipe ends when the job ends
         os.close(file)
     ended = os.pidfd_open(number)
-    waiting = [connection]
+    waiting = [connection.fileno()]
     while ended not in (ready := select.select([ended, *waiting], [], [])[0]):
         if ready:
             which = connection.recv(1)
