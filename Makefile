@@ -25,12 +25,15 @@ help: ## list the targets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# progress; paths, reasons and commands are in the log whose name comes last
+QUIET := --quiet host reason rules
+
 demo: .venv/ready ## the default study: profile, plan, training, evaluation, table
-	snakemake --cores all
+	snakemake --cores all $(QUIET)
 	egrpo report
 
 paper: .venv/ready ## every table and figure of the paper, at laptop scale; resumable
-	snakemake --cores all paper
+	snakemake --cores all $(QUIET) paper
 
 # a file is one worker's; the longest ones first
 test: .venv/ready ## all tests but those that need a SLURM
