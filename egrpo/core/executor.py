@@ -12,12 +12,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import count, groupby
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from egrpo.core.noise import DETERMINISTIC, NOISING, SQUARED_ERROR, Matching
+from egrpo.core.noise import NOISING, SQUARED_ERROR, Matching
 from egrpo.core.rollout import Edge, Rollout, Segment, TrainBatch
 from egrpo.core.schedule import Sigmas
 from egrpo.core.transitions import data_prediction, dpm2_mean, transition, working
@@ -26,9 +26,9 @@ from egrpo.core.tree import ROOT, Node, Tree
 VelocityFn = Callable[[Tensor, float, Tensor], Tensor]
 """``velocity(x [B, ...], sigma, tree [B] int64) -> v [B, ...]``; ``tree`` selects the prompt."""
 
-SuffixFn = Callable[[Tensor, float, Tensor, tuple[int, ...]], Tensor]
-"""The same with the path [B] that each latent is on: along deterministic steps it stays the same,
-so that what was computed for a batch a step ago belongs to the batch with the same paths."""
+SuffixFn = Callable[[Tensor, float, Tensor, tuple[Edge, ...]], Tensor]
+"""The same with the path [B] that each latent is on, named by its tree and its first node there
+(:attr:`Tree.paths`): what was computed for a batch a step ago belongs to that of equal paths."""
 
 NoiseFn = Callable[[int, int, int], Tensor]
 """``noise(tree, start, sample)``: standard normal of one latent's shape. ``start`` is the grid
@@ -86,8 +86,6 @@ class Executor:
             for k, part in of_edges.items():
                 source = t, self.trees[t].source(k)
                 self.first[source] = min(part, self.first.get(source, part))
-        self.paths: dict[Edge, int] = {}
-        self.new_path = count()
         self.waiting: dict[int, list[tuple[list[Edge], Tensor]]] = defaultdict(list)
         self.memory: dict[Edge, tuple[int, Tensor]] = {}  # index and data prediction of a parent
         self.edges: list[Edge] = []
@@ -133,7 +131,6 @@ class Executor:
             for k, node in enumerate(tree.nodes)
             if node.parent == ROOT
         ]
-        self.paths |= {key: next(self.new_path) for key in keys}
         self.waiting[0].append((keys, self._draw(keys, -1).to(self.dtype)))
 
     def _arrived(self, index: int) -> tuple[list[Edge], Tensor]:
@@ -170,7 +167,7 @@ class Executor:
             if source or self.suffix_velocity is None:
                 v = self.velocity(x, self.sigmas[index], tree)
             else:
-                paths = tuple(self.paths[key] for key in here)
+                paths = tuple((t, self.trees[t].paths[k]) for t, k in here)
                 v = self.suffix_velocity(x, self.sigmas[index], tree, paths)
             self.forward += len(here)
             self._branch(index, here, x, v, tree)
@@ -180,14 +177,11 @@ class Executor:
         bundles: dict[tuple[str, int, bool, int], list[tuple[int, Edge]]] = defaultdict(list)
         behind = {key: self.memory.pop(key) for key in keys if key in self.memory}
         for row, key in enumerate(keys):
-            path = self.paths.pop(key)
-            children = [(key[0], child) for child in self.trees[key[0]].children[key[1]]]
-            for child in children:
-                node = self._node(child)
-                alone = len(children) == 1 and node.dynamics in DETERMINISTIC
-                self.paths[child] = path if alone else next(self.new_path)
+            for child in self.trees[key[0]].children[key[1]]:
+                node = self._node((key[0], child))
                 before = behind[key][0] if node.dynamics == "dpm2" and key in behind else -1
-                bundles[node.dynamics, node.index, node.trained, before].append((row, child))
+                kind = node.dynamics, node.index, node.trained, before
+                bundles[kind].append((row, (key[0], child)))
         segments: list[Segment] = []
         edges: list[Edge] = []
         for (dynamics, stop, trained, before), bundle in bundles.items():

@@ -173,7 +173,7 @@ class FlowModel(Trainable):
         sigma: float,
         conditioning: Conditioning,
         module: nn.Module | None = None,
-        paths: tuple[int, ...] | None = None,
+        paths: tuple[object, ...] | None = None,
     ) -> Tensor:
         """Velocity [B, C, h, w] of ``x`` at flow time ``sigma``, guidance inside.
 

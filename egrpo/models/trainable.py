@@ -176,7 +176,7 @@ class Trainable(ABC):
         return cuda and cls.equal_lengths and settings.feature_cache is None
 
     def _call(
-        self, module: nn.Module, x: Tensor, paths: tuple[int, ...] | None, sigma: float
+        self, module: nn.Module, x: Tensor, paths: tuple[object, ...] | None, sigma: float
     ) -> AbstractContextManager[None]:
         """Of one network call: the features kept for its batch, and the time to compile."""
         twin = self.twin
