@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from egrpo.store.files import replacing
 from egrpo.world.prompts import COLORS, POSITIONS, SHAPES, SIZES, Attributes
+
+if TYPE_CHECKING:
+    from toy_world.recipe import TransformerSettings, VaeSettings
 
 Log = Callable[[str], None]
 
@@ -90,6 +94,21 @@ def plateau_optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def descend(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    clipped: Sequence[torch.nn.Parameter] = (),
+) -> None:
+    """One step against the gradient of the loss; that of ``clipped`` has norm 1 at most."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clipped:
+        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def generator(seed: int, phase: int) -> torch.Generator:
     """The random numbers of one phase of the recipe, independent of all other phases."""
     return torch.Generator().manual_seed(seed * 1000 + phase)
@@ -122,14 +141,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(
-    images: NDArray[np.uint8],
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    kl_weight: float,
-    seed: int,
-    log: Log,
+    images: NDArray[np.uint8], settings: VaeSettings, *, seed: int, log: Log
 ) -> AutoencoderKL:
     """Squared and absolute pixel error plus a small KL term; sets the latent statistics.
 
@@ -139,20 +151,17 @@ def train_vae(
     rng = generator(seed, 1)
     torch.manual_seed(seed * 1000 + 1)
     vae = new_vae().train()
-    optimizer, schedule = cosine_optimizer(list(vae.parameters()), learning_rate, steps)
+    parameters, steps = list(vae.parameters()), settings.steps
+    optimizer, schedule = cosine_optimizer(parameters, settings.learning_rate, steps)
     for step in progress(steps, "vae", log):
-        rows = torch.randint(len(images), (batch,), generator=rng)
+        rows = torch.randint(len(images), (settings.batch,), generator=rng)
         pixels = to_tensor(images[rows.numpy()])
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng)
         error = vae.decode(posterior.mean + posterior.std * noise).sample - pixels
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = error.square().mean() + 0.3 * error.abs().mean() + kl_weight * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        loss = error.square().mean() + 0.3 * error.abs().mean() + settings.kl_weight * kl
+        descend(loss, optimizer, schedule, parameters)
         if step % max(1, steps // 10) == 0:
             log(f"vae: step {step}, mse {error.square().mean().item():.5f}, kl {kl.item():.3f}")
     vae.eval()
@@ -345,14 +354,7 @@ class TrainingSet:
 
 
 def train_transformer(
-    data: TrainingSet,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    ema_decay: float,
-    seed: int,
-    log: Log,
+    data: TrainingSet, settings: TransformerSettings, *, seed: int, log: Log
 ) -> SD3Transformer2DModel:
     """Flow matching: x_t = (1 - t) x_0 + t noise, target velocity noise - x_0, timestep 1000 t.
 
@@ -363,7 +365,8 @@ def train_transformer(
     model = new_transformer().train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
-    optimizer, schedule = plateau_optimizer(parameters, learning_rate, steps)
+    steps, batch = settings.steps, settings.batch
+    optimizer, schedule = plateau_optimizer(parameters, settings.learning_rate, steps)
     running = 0.0
     for step in progress(steps, "transformer", log):
         rows = torch.randint(len(data.latents), (batch,), generator=rng)
@@ -380,13 +383,9 @@ def train_transformer(
             return_dict=False,
         )[0]
         loss = (velocity - (noise - clean)).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, optimizer, schedule, parameters)
         # A shorter memory at the start, so that the initial weights are soon forgotten.
-        decay = min(ema_decay, (1.0 + step) / (10.0 + step))
+        decay = min(settings.ema_decay, (1.0 + step) / (10.0 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - decay)
         running += (loss.item() - running) * max(0.005, 1.0 / (step + 1))
         if step % max(1, steps // 20) == 0:
