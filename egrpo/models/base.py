@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -184,12 +185,11 @@ class FlowModel(Trainable):
         """
         module = module or self.transformer
         rows, x = len(x), x.to(self.dtype)
-        if self.twin is not None and module is self.twin.network:
-            size = self.twin.size(rows)
-            if size != rows:  # a batch of a shape that is compiled already
-                index = torch.arange(size, device=x.device).clamp(max=rows - 1)
-                x, conditioning = x[index], conditioning.rows(index)
-        with self._call(module, x, paths, sigma):
+        twin = self.twin if self.twin is not None and module is self.twin.network else None
+        if twin is not None and (size := twin.size(rows)) != rows:  # a shape that is compiled
+            index = torch.arange(size, device=x.device).clamp(max=rows - 1)
+            x, conditioning = x[index], conditioning.rows(index)
+        with nullcontext() if twin is None else twin.call(x, paths, sigma):
             if self.settings.guidance_scale <= 1:
                 return self.network(module, x, sigma, conditioning.tensors)[:rows]
             both = padded([conditioning.negative, conditioning.tensors])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -174,19 +174,6 @@ class Trainable(ABC):
         if settings.compile != "auto":
             return settings.compile
         return cuda and cls.equal_lengths and settings.feature_cache is None
-
-    def _call(
-        self, module: nn.Module, x: Tensor, paths: tuple[object, ...] | None, sigma: float
-    ) -> AbstractContextManager[None]:
-        """Of one network call: the features kept for its batch, and the time to compile."""
-        twin = self.twin
-        if twin is None or module is not twin.network:
-            return nullcontext()
-        if twin.features is None:
-            return twin.timed(x)
-        if paths is None:
-            raise ValueError("a network that keeps features needs the paths of its batch")
-        return twin.features.of(paths, sigma)
 
     def save(self, folder: Path, *, write: bool = True) -> None:
         """Write what was trained so that stock diffusers loads it.

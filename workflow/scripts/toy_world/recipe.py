@@ -102,16 +102,11 @@ def load_settings(path: str | Path) -> WorldSettings:
 
 def scale_steps(settings: WorldSettings, factor: float) -> WorldSettings:
     """The same recipe with fewer (or more) steps and images, for tests and first looks."""
-
-    def scaled(value: int, least: int) -> int:
-        return max(least, round(value * factor))
-
     tree = settings.model_dump()
-    for part in ("vae", "transformer", "clip", "preference"):
-        tree[part]["steps"] = scaled(tree[part]["steps"], 2)
-    tree["images"] = scaled(tree["images"], 384)
-    tree["evaluation"]["pairs"] = scaled(tree["evaluation"]["pairs"], 16)
-    tree["evaluation"]["images_per_prompt"] = scaled(tree["evaluation"]["images_per_prompt"], 1)
+    least = [(tree[part], "steps", 2) for part in ("vae", "transformer", "clip", "preference")]
+    least += [(tree["evaluation"], "pairs", 16), (tree["evaluation"], "images_per_prompt", 1)]
+    for part, key, bound in [*least, (tree, "images", 384)]:
+        part[key] = max(bound, round(part[key] * factor))
     return WorldSettings.model_validate(tree)
 
 
