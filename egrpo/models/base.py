@@ -45,16 +45,14 @@ class FlowModel(Trainable):
     vae_class: ClassVar[str] = "AutoencoderKL"
     tokens: ClassVar[int]
 
-    def __init__(
-        self, settings: Model, device: str | None = None, *, parts: Any = None, text: bool = False
-    ) -> None:
+    def __init__(self, settings: Model, *, parts: Any = None, text: bool = False) -> None:
         """Load the transformer and the VAE, or take the two modules in ``parts``.
 
         ``text``: neither, for :meth:`encode` alone.
         """
         super().__init__()
         self.settings = settings
-        self.device = resolve_device(device or settings.device)
+        self.device = resolve_device(settings.device)
         self.dtype = getattr(torch, settings.dtype)
         self.vae: Any
         self.transformer = self.vae = None

@@ -231,15 +231,15 @@ def sample_prompts(
     return tp.decode_latents(pipeline.vae, latents), prompts * repeats
 
 
-def save_grid(images: NDArray[np.uint8], path: Path, columns: int, zoom: int = 3) -> None:
-    """PNG of images [n, H, W, 3] row by row, each pixel drawn zoom times as large."""
+def save_grid(images: NDArray[np.uint8], path: Path, columns: int) -> None:
+    """PNG of images [n, H, W, 3] row by row, each pixel drawn three times as large."""
     from PIL import Image
 
     rows = len(images) // columns
     _, height, width, _ = images.shape
     grid = images[: rows * columns].reshape(rows, columns, height, width, 3)
     sheet = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
-    sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    sheet = sheet.repeat(3, axis=0).repeat(3, axis=1)
     Image.fromarray(sheet).save(path, optimize=True)
 
 
