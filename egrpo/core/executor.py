@@ -86,7 +86,7 @@ class Executor:
             for k, part in of_edges.items():
                 source = t, self.trees[t].source(k)
                 self.first[source] = min(part, self.first.get(source, part))
-        self.waiting: dict[int, list[tuple[list[Edge], Tensor]]] = defaultdict(list)
+        self.waiting: dict[int, dict[Edge, Tensor]] = defaultdict(dict)  # latents, by index
         self.memory: dict[Edge, tuple[int, Tensor]] = {}  # index and data prediction of a parent
         self.edges: list[Edge] = []
         self.batches: list[TrainBatch] = []
@@ -131,18 +131,14 @@ class Executor:
             for k, node in enumerate(tree.nodes)
             if node.parent == ROOT
         ]
-        self.waiting[0].append((keys, self._draw(keys, -1).to(self.dtype)))
+        self.waiting[0].update(zip(keys, self._draw(keys, -1).to(self.dtype), strict=True))
 
     def _arrived(self, index: int) -> tuple[list[Edge], Tensor]:
         """Everything that waits at ``index``: sources by optimizer step, then the rest, each in
         order of (tree, node)."""
-        chunks = self.waiting.pop(index, [])
-        keys = [key for chunk, _ in chunks for key in chunk]
-        x = torch.cat([latents for _, latents in chunks])
-        order = sorted(
-            range(len(keys)), key=lambda row: (self.first.get(keys[row], math.inf), keys[row])
-        )
-        return [keys[r] for r in order], x[self._index(order)]
+        latents = self.waiting.pop(index)
+        keys = sorted(latents, key=lambda key: (self.first.get(key, math.inf), key))
+        return keys, torch.stack([latents[key] for key in keys])
 
     def _chunks(self, keys: list[Edge]) -> Iterator[tuple[slice, bool]]:
         """Slices of ordered keys, and whether of sources; those of each part have their own."""
@@ -199,7 +195,7 @@ class Executor:
                 data = data_prediction(*of[:2], self.sigmas[index])
                 self.memory |= {c: (index, d) for c, d in zip(arriving, data, strict=True)}
             x_next = mean.to(self.dtype)  # rounded BEFORE any log-probability is taken
-            self.waiting[stop].append((arriving, x_next))
+            self.waiting[stop].update(zip(arriving, x_next, strict=True))
             if trained:
                 segments.append(Segment(dynamics, stop, rows, x_next))
                 edges.extend(arriving)
@@ -231,16 +227,12 @@ class Executor:
 
     def _noise_leaves(self, keys: list[Edge], leaves: Tensor) -> None:
         """Follow the noising edges out of the leaves, one grid index after another."""
-        rows: dict[Edge, int] = {}
-        arriving: dict[int, list[Edge]] = defaultdict(list)
-        for row, (t, k) in enumerate(keys):
+        for (t, k), leaf in zip(keys, leaves, strict=True):
             for child in self.trees[t].children[k]:
-                rows[t, child] = row
-                arriving[self._node((t, child)).index].append((t, child))
-        for index, nodes in sorted(arriving.items()):
-            sigma = self.sigmas[index]
-            nodes.sort(key=lambda key: (self.first[key], key))
-            data = working(leaves[self._index(rows[key] for key in nodes)])
+                self.waiting[self.trees[t].nodes[child].index][t, child] = leaf
+        for index in sorted(self.waiting):
+            nodes, begun = self._arrived(index)
+            sigma, data = self.sigmas[index], working(begun)
             eps = self._draw(nodes, -2 - index).to(data.dtype)
             x = ((1.0 - sigma) * data + sigma * eps).to(self.dtype)
             target = eps - data
