@@ -19,7 +19,7 @@ from egrpo.images import Images
 from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
 from egrpo.models.latents import Latents, latents_of
-from egrpo.models.loading import load_part, load_text_pipeline, resolve_device
+from egrpo.models.loading import load_part, load_text_pipeline
 from egrpo.models.trainable import Trainable
 
 if TYPE_CHECKING:
@@ -50,12 +50,8 @@ class FlowModel(Trainable):
 
         ``text``: neither, for :meth:`encode` alone.
         """
-        super().__init__()
-        self.settings = settings
-        self.device = resolve_device(settings.device)
-        self.dtype = getattr(torch, settings.dtype)
-        self.vae: Any
-        self.transformer = self.vae = None
+        super().__init__(settings)
+        self.vae: Any = None
         if text:
             return
         # a card may have room for float8 alone

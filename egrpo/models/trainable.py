@@ -16,7 +16,7 @@ from egrpo.core.seeds import normal
 from egrpo.errors import UserError, refusing
 from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter
 from egrpo.models.conditioning import Conditioning
-from egrpo.models.loading import from_pretrained
+from egrpo.models.loading import from_pretrained, resolve_device
 from egrpo.models.modules import repeated_blocks, whole
 from egrpo.models.twin import Twin
 from egrpo.store.files import replacing, write_text
@@ -37,12 +37,12 @@ class Trainable(ABC):
 
     lora_targets: ClassVar[tuple[str, ...]]
     equal_lengths: ClassVar[bool] = False
-    settings: Model
-    device: torch.device
-    dtype: torch.dtype
-    transformer: Any
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Model) -> None:
+        self.settings = settings
+        self.device = resolve_device(settings.device)
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.transformer: Any = None
         self.twin: Twin | None = None  # of the transformer, see `sampling`
         self.sharded = False
         self.fits: int | None = None  # latents in one call, see egrpo.sampling.fit
