@@ -13,8 +13,9 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,57 +57,46 @@ def progress(steps: int, name: str, log: Log) -> Iterator[int]:
             log(f"{name}: step {step + 1}/{steps}, {rate:.1f} steps/s, {left:.0f} s left")
 
 
-def adamw(parameters: Sequence[torch.nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """The optimizer of every phase; no weight decay, as the data never runs out."""
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
+class Descent:
+    """AdamW at a scheduled rate; no weight decay, as the data never runs out."""
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        learning_rate: float,
+        factor: Callable[[int], float],
+    ) -> None:
+        self.parameters = list(parameters)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def step(self, loss: Tensor, *, clip: bool = False) -> None:
+        """One step against the gradient of the loss, if asked with norm 1 at most."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
 
 
-def cosine_optimizer(
-    parameters: Sequence[torch.nn.Parameter], learning_rate: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a linear warm-up over the first 3% of the steps and cosine decay to zero."""
-    optimizer = adamw(parameters, learning_rate)
+def cosine(step: int, steps: int) -> float:
+    """Linear warm-up over the first 3% of the steps and cosine decay to zero."""
     warmup = max(1, steps * 3 // 100)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def plateau_optimizer(
-    parameters: Sequence[torch.nn.Parameter], learning_rate: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a short warm-up, a constant rate, and linear decay over the last quarter.
+def plateau(step: int, steps: int) -> float:
+    """A short warm-up, a constant rate, and linear decay over the last quarter.
 
     Before the decay the rate does not depend on the number of steps, so that a longer recipe
     starts out as a shorter one does.
     """
-    optimizer = adamw(parameters, learning_rate)
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / 200, 4.0 * (steps - step) / steps)
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def descend(
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    clipped: Sequence[torch.nn.Parameter] = (),
-) -> None:
-    """One step against the gradient of the loss; that of ``clipped`` has norm 1 at most."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if clipped:
-        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
-    optimizer.step()
-    schedule.step()
+    return min(1.0, (step + 1) / 200, 4.0 * (steps - step) / steps)
 
 
 def generator(seed: int, phase: int) -> torch.Generator:
@@ -151,8 +141,8 @@ def train_vae(
     rng = generator(seed, 1)
     torch.manual_seed(seed * 1000 + 1)
     vae = new_vae().train()
-    parameters, steps = list(vae.parameters()), settings.steps
-    optimizer, schedule = cosine_optimizer(parameters, settings.learning_rate, steps)
+    steps = settings.steps
+    descent = Descent(vae.parameters(), settings.learning_rate, partial(cosine, steps=steps))
     for step in progress(steps, "vae", log):
         rows = torch.randint(len(images), (settings.batch,), generator=rng)
         pixels = to_tensor(images[rows.numpy()])
@@ -161,7 +151,7 @@ def train_vae(
         error = vae.decode(posterior.mean + posterior.std * noise).sample - pixels
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = error.square().mean() + 0.3 * error.abs().mean() + settings.kl_weight * kl
-        descend(loss, optimizer, schedule, parameters)
+        descent.step(loss, clip=True)
         if step % max(1, steps // 10) == 0:
             log(f"vae: step {step}, mse {error.square().mean().item():.5f}, kl {kl.item():.3f}")
     vae.eval()
@@ -366,7 +356,7 @@ def train_transformer(
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     steps, batch = settings.steps, settings.batch
-    optimizer, schedule = plateau_optimizer(parameters, settings.learning_rate, steps)
+    descent = Descent(parameters, settings.learning_rate, partial(plateau, steps=steps))
     running = 0.0
     for step in progress(steps, "transformer", log):
         rows = torch.randint(len(data.latents), (batch,), generator=rng)
@@ -383,7 +373,7 @@ def train_transformer(
             return_dict=False,
         )[0]
         loss = (velocity - (noise - clean)).square().mean()
-        descend(loss, optimizer, schedule, parameters)
+        descent.step(loss, clip=True)
         # A shorter memory at the start, so that the initial weights are soon forgotten.
         decay = min(settings.ema_decay, (1.0 + step) / (10.0 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - decay)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize, pad
-from toy_world.train_pipeline import Log, cosine_optimizer, descend, generator, progress
+from toy_world.train_pipeline import Descent, Log, cosine, generator, progress
 
 from egrpo.world.preference import PreferenceModel
 from egrpo.world.prompts import Attributes, to_prompt
@@ -102,8 +103,7 @@ def train_clip(
     torch.manual_seed(seed * 1000 + 5)
     # Only the used rows of the embedding are trained; the rest stays zero.
     model = CLIP(64, 32, 3, 64, 8, CONTEXT_LENGTH, len(used), 64, 1, 3).train()
-    parameters = list(model.parameters())
-    optimizer, schedule = cosine_optimizer(parameters, settings.learning_rate, steps)
+    descent = Descent(model.parameters(), settings.learning_rate, partial(cosine, steps=steps))
     target = torch.arange(batch)
     for step in progress(steps, "clip", log):
         rows = torch.randperm(count, generator=rng)[:batch]
@@ -116,7 +116,7 @@ def train_clip(
         text_features = normalize(clip_text_features(model, tokens[rows]), dim=-1)
         logits = model.logit_scale.exp() * image_features @ text_features.T
         loss = 0.5 * (cross_entropy(logits, target) + cross_entropy(logits.T, target))
-        descend(loss, optimizer, schedule)
+        descent.step(loss)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100.0))
         if step % max(1, steps // 10) == 0:
@@ -215,8 +215,7 @@ def train_preference(
     torch.manual_seed(seed * 1000 + 6)
     model = PreferenceModel().train()
     steps, batch = settings.steps, settings.batch
-    parameters = list(model.parameters())
-    optimizer, schedule = cosine_optimizer(parameters, settings.learning_rate, steps)
+    descent = Descent(model.parameters(), settings.learning_rate, partial(cosine, steps=steps))
     for step in progress(steps, "preference", log):
         pairs = synthetic_pairs(combinations, batch, rng)
         gap = pairs.utility[:, 0] - pairs.utility[:, 1]
@@ -225,7 +224,7 @@ def train_preference(
         scores = model(pairs.images.flatten(0, 1)).reshape(batch, 2)
         sign = torch.where(first, 1.0, -1.0)
         loss = -logsigmoid(sign * (scores[:, 0] - scores[:, 1])).mean()
-        descend(loss, optimizer, schedule)
+        descent.step(loss)
         if step % max(1, steps // 5) == 0:
             log(f"preference: step {step}, loss {loss.item():.4f}")
     model.eval().requires_grad_(False)
