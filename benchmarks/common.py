@@ -43,7 +43,10 @@ def versions(device: str) -> str:
 
 
 def study(folder: Path, settings: dict[str, Any], runs: str) -> Path:
-    """The default study made small, with its table of runs, and all results in ``folder``."""
+    """The default study made small, with its table of runs, and all results in ``folder``.
+
+    Each run once, and all of them where ``settings`` name no default runs; no table or figure.
+    """
     import yaml
 
     from egrpo.config.load import overlay, read_yaml
@@ -52,7 +55,8 @@ def study(folder: Path, settings: dict[str, Any], runs: str) -> Path:
     (folder / "runs.tsv").write_text(runs)
     places = {"results": str(folder / "results"), "runs": str(folder / "runs.tsv")}
     path = folder / "config.yaml"
-    made = overlay(read_yaml(ROOT / "config/config.yaml"), settings) | places
+    bare = dict.fromkeys(("seeds", "default_runs", "paper", "tables", "figures"))
+    made = overlay(read_yaml(ROOT / "config/config.yaml"), bare | settings) | places
     path.write_text(yaml.safe_dump(made, sort_keys=False))
     return path
 

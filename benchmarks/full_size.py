@@ -141,9 +141,6 @@ def build(
         "device": str(device),
         "height": height,
         "width": width,
-        "guidance_scale": 1.0,
-        "embedded_guidance": 3.5,
-        "lora": {"rank": 32, "alpha": 64},
         "vae_slicing": True,
     }
     before = torch.get_default_dtype()

@@ -283,9 +283,8 @@ def main() -> None:
     words.add_argument("--quick", action="store_true")
     words.add_argument("--limit", type=float, default=360.0)
     given = words.parse_args()
-    cuda = torch.cuda.is_available()
-    kind = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.bfloat16)
-    bench = Bench(torch.device(kind[0]), kind[1], time.monotonic() + given.limit, given.write)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench(device, torch.bfloat16, time.monotonic() + given.limit, given.write)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as attention_backend: auto
     bench.measure_ceiling()
     for name in given.models:

@@ -29,11 +29,6 @@ OFTEN = 0.75
 
 SMALL: dict[str, Any] = {
     "study": "kills",
-    "seeds": None,
-    "default_runs": None,
-    "paper": None,
-    "tables": None,
-    "figures": None,
     "profile": {"prompts": 4, "samples": 4, "spans": [1, 2, 3]},
     "train": {
         "iterations": 12,

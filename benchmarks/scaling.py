@@ -82,7 +82,7 @@ class Costs:
         return sum(self.parts(processes).values())
 
 
-def flux(image_side: int = 720) -> Costs:
+def flux() -> Costs:
     """FLUX.1-dev, config/presets/flux_dev_hps.yaml, on H100s: every number is an estimate.
 
     11.9e9 weights, 19 double and 38 single blocks of width 3072 (its config); 4 * n^2 * d
@@ -90,7 +90,7 @@ def flux(image_side: int = 720) -> Costs:
     the forward again (gradient checkpointing), backward to the activations. E-GRPO's iteration
     from `egrpo cost`: 1,004 evaluations and 8 trained sources a prompt, 96 images.
     """
-    tokens = (image_side // 16) ** 2 + 512
+    tokens = (720 // 16) ** 2 + 512
     operations = 2 * 11.9e9 * tokens + 57 * 4 * tokens**2 * 3072
     evaluation = operations / (0.45 * 989e12)
     adapter = 360e6 * 4  # bytes of gradients of a rank-128 adapter
@@ -236,8 +236,9 @@ def toy(one: dict[str, float], talk: dict[str, float], prompts: int) -> Costs:
 # -- the page ------------------------------------------------------------------------------------
 
 
-def page(folder: Path, prompts: int = 4) -> str:
+def page(folder: Path) -> str:
     """Measure, check, compute."""
+    prompts = 4
     one, two = (trained(folder / f"{n} at once", prompts, n) for n in (1, 2))
     talk = talking(folder / "talk", prompts)
     costs = toy(one, talk, prompts)

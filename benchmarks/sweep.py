@@ -27,10 +27,6 @@ NODES = 4
 
 SHORT: dict[str, Any] = {
     "study": "sweep",
-    "seeds": None,
-    "paper": None,
-    "tables": None,
-    "figures": None,
     "methods": {"egrpo": {"group_size": 3, "active": 3}, "flow_grpo": {"group_size": 4}},
     "train": {"iterations": 2, "prompts_per_iteration": 2, "monitor_every": 0},
     "evaluate": {"steps": 4, "samples": 1, "prompts": 4},

@@ -32,8 +32,8 @@ from egrpo.models import attention, load_model
 from egrpo.models.adapter import ADAPTER_FILE, CONFIG, read_adapter
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import load_conditioning, save_conditioning
+from egrpo.models.families import packed, token_positions, unpacked
 from egrpo.models.latents import size_problems
-from egrpo.models.packing import packed, token_positions, unpacked
 from egrpo.ops import timing
 from egrpo.planning.grids import evaluation_sigmas, training_sigmas
 from egrpo.planning.trees import closed_form_plan

@@ -20,6 +20,13 @@ AUTO = "train(auto) evaluate(auto) suffix_quality " + TELL
 SHOWN = "pages publish"
 TRAIN_TEXTS = f"embed profile plan train evaluate suffix_quality {TELL}"
 SCORES = f"profile suffix_quality evaluate evaluate_base {TELL}"
+HELDOUT_TEXTS = f"embed evaluate evaluate_base {TELL}"
+TRAINED = f"plan(auto) suffix_quality(auto) {RUN}"
+
+TRAIN, HELDOUT = "toy/prompts/train.txt", "toy/prompts/heldout.txt"
+MORE = ("append", "a large red circle")
+PURPLE, SMALLER = ("first", "purple", "blue"), ("first", "large", "small")
+HALVED = ("replace", "0.5", "0.25")
 
 
 class Change(NamedTuple):
@@ -70,13 +77,8 @@ GROUPS: dict[str, list[Change]] = {
         _set("methods.egrpo.granularities", [2], f"plan suffix_quality {RUN}"),
         _set("methods.flow_grpo.group_size", 6, "", "settings of a method that no run has"),
         _set("advantage.clamp", 3.0, RUN),
-        _set("train.rewards", {"jpeg": 1.0}, f"plan(auto) suffix_quality(auto) {RUN}"),
-        _set(
-            "train.rewards.verifier",
-            2.0,
-            f"plan(auto) suffix_quality(auto) {RUN}",
-            "the weight of a trained reward",
-        ),
+        _set("train.rewards", {"jpeg": 1.0}, TRAINED),
+        _set("train.rewards.verifier", 2.0, TRAINED, "the weight of a trained reward"),
         _set("train.iterations", 5, RUN, "`train.iterations`: training goes on"),
         _set("train.learning_rate_scale", 2.0, RUN),
         _set("train.learning_rate_full", 1e-3, SHOWN, "`train.learning_rate_full`, with LoRA"),
@@ -105,7 +107,7 @@ GROUPS: dict[str, list[Change]] = {
         _set("profile.strides", [1, 2], f"suffix_quality {SHOWN}"),
         _set("evaluate.steps", 5, f"evaluate evaluate_base {TELL}"),
         _set("evaluate.samples", 2, f"evaluate evaluate_base {TELL}"),
-        _set("evaluate.prompts", 5, f"embed evaluate evaluate_base {TELL}"),
+        _set("evaluate.prompts", 5, HELDOUT_TEXTS),
         _set("evaluate.micro_batch", 5, SHOWN),
         _set("evaluate.grid_prompts", 1, TELL),
         _set("tracking.every_seconds", 9.0, SHOWN),
@@ -133,37 +135,12 @@ GROUPS: dict[str, list[Change]] = {
             "a checkpoint that is no part of the pipeline", "toy/pipeline/extra/w.safetensors", ""
         ),
         _file("weights of an evaluated reward", "toy/clip.pt", SCORES),
-        _file(
-            "a prompt to train on, one of the profiled",
-            "toy/prompts/train.txt",
-            TRAIN_TEXTS,
-            ("first", "purple", "blue"),
-        ),
-        _file(
-            "one more prompt to train on",
-            "toy/prompts/train.txt",
-            f"embed {RUN}",
-            ("append", "a large red circle"),
-        ),
-        _file("empty lines among the prompts", "toy/prompts/train.txt", "", ("append", "\n")),
-        _file(
-            "one more held-out prompt",
-            "toy/prompts/heldout.txt",
-            f"embed evaluate evaluate_base {TELL}",
-            ("append", "a large red circle"),
-        ),
-        _file(
-            "a held-out prompt, one of the monitored",
-            "toy/prompts/heldout.txt",
-            f"embed evaluate evaluate_base {TELL}",
-            ("first", "large", "small"),
-        ),
-        _file(
-            "the module of a reward of one's own",
-            "own_reward.py",
-            SCORES,
-            ("replace", "0.5", "0.25"),
-        ),
+        _file("a prompt to train on, one of the profiled", TRAIN, TRAIN_TEXTS, PURPLE),
+        _file("one more prompt to train on", TRAIN, f"embed {RUN}", MORE),
+        _file("empty lines among the prompts", TRAIN, "", ("append", "\n")),
+        _file("one more held-out prompt", HELDOUT, HELDOUT_TEXTS, MORE),
+        _file("a held-out prompt, one of the monitored", HELDOUT, HELDOUT_TEXTS, SMALLER),
+        _file("the module of a reward of one's own", "own_reward.py", SCORES, HALVED),
         _file("a module that it imports", "own_helper.py", SCORES, ("replace", "1.0", "2.0")),
         _file("a file that its options name", "table.json", SCORES, ("replace", "1", "2")),
         _file("a comment in its module", "own_reward.py", "", ("append", "# a remark")),
@@ -173,7 +150,7 @@ GROUPS: dict[str, list[Change]] = {
         Change("every time set years back", "", "touch", value=-1e8),
         Change("results copied without their times", "", "copy"),
         Change("model, rewards and prompts moved, the settings name the new folder", SHOWN, "move"),
-        Change("other content, an older time", TRAIN_TEXTS, "older", "toy/prompts/train.txt"),
+        Change("other content, an older time", TRAIN_TEXTS, "older", TRAIN),
         Change("a result of a run is lost", f"evaluate {TELL}", "lose", "scores.parquet"),
         Change("the adapter of a run is lost", RUN, "lose", "adapter"),
         Change("a file of a result is cut short", f"evaluate {TELL}", "cut", "images.parquet"),

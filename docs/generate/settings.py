@@ -88,15 +88,11 @@ def section(field: FieldInfo) -> type[BaseModel] | None:
 
 def named(field: FieldInfo) -> type[BaseModel] | None:
     """The settings model of the values of a field that maps names to sections."""
-    return _part(field) if get_origin(field.annotation) is dict else None
+    return possible(field) if get_origin(field.annotation) is dict else None
 
 
 def possible(field: FieldInfo) -> type[BaseModel] | None:
-    """The settings model of a section that may be null."""
-    return None if get_origin(field.annotation) is dict else _part(field)
-
-
-def _part(field: FieldInfo) -> type[BaseModel] | None:
+    """The settings model of a section that may be null, or of one by name."""
     kinds = (kind for kind in get_args(field.annotation) if isinstance(kind, type))
     return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
@@ -215,7 +211,7 @@ def table(model: type[BaseModel], prefix: str = "", skip: tuple[str, ...] = ()) 
 def _sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """Sections below a settings model, by dotted key."""
     for name, field in model.model_fields.items():
-        found = section(field) or named(field) or possible(field)
+        found = section(field) or possible(field)
         if found is not None and name not in ("method", "rewards"):
             key = f"{prefix}{name}" + (".<name>" if named(field) else "")
             yield key, found

@@ -228,11 +228,9 @@ def _nodes(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:
 
 def _by_depth(tree: Tree) -> bool:
     """Whether an image counts in several groups, as in a splitting tree."""
-    seen: dict[int, int] = {}
-    for k, below in tree.leaves_below.items():
-        if any(seen.setdefault(leaf, tree.nodes[k].group) != tree.nodes[k].group for leaf in below):
-            return True
-    return False
+    below = tree.leaves_below.items()
+    groups = {(leaf, tree.nodes[k].group) for k, leaves in below for leaf in leaves}
+    return len(groups) > len({leaf for leaf, _ in groups})
 
 
 def _groups(axes: Axes, tree: Tree, at: dict[int, Point]) -> None:

@@ -217,11 +217,8 @@ def kept(below: Tree, top: Mapping[str, Any], where: tuple[str, ...]) -> Tree:
 def load_run(path: str | Path) -> RunConfig:
     """Read the resolved settings of one run, as the workflow wrote them."""
     data = read_yaml(path)
-    settings = numbers(data)
-    for key in ("run", "arm"):
-        if key in data:
-            settings[key] = data[key]  # a run may be called 1e-4
-    return load_run_settings(settings, path)
+    named = {key: data[key] for key in ("run", "arm") if key in data}  # may be called 1e-4
+    return load_run_settings(numbers(data) | named, path)
 
 
 def load_run_settings(settings: Tree, path: str | Path) -> RunConfig:

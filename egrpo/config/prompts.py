@@ -54,9 +54,8 @@ def read_prompts(path: str | Path, column: str = COLUMN) -> list[Prompt]:
         raise UserError(f"{path}: no such prompt file (prompts.train, prompts.heldout)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: prompt file cannot be read as UTF-8: {error}") from None
-    found = [
-        _prompt(record, column, where) for where, record in FORMATS[suffix](text, path, column)
-    ]
+    records = FORMATS[suffix](text, path, column)
+    found = [_prompt(record, column, where) for where, record in records]
     prompts = [prompt for prompt in found if prompt.text]
     if not prompts:
         raise UserError(f"{path}: holds no prompt")

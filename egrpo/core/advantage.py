@@ -9,7 +9,7 @@ Source: E-GRPO (arXiv 2601.00423); unbiased std as in its and DanceGRPO's code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -156,9 +156,7 @@ def advantages(
         clamp: bound of the absolute advantage.
     """
     units, unit = comparison_units(trees, edges)
-    keys = [(t, trees[t].nodes[node].group) for t, node in units]
-    numbering = {key: n for n, key in enumerate(dict.fromkeys(keys))}
-    groups = np.array([numbering[key] for key in keys], dtype=np.int64)
+    groups = _numbered((t, trees[t].nodes[node].group) for t, node in units)
     raw = {name: finite(rewards[name]) for name in weights}
     summed = weighted_sum(raw, weights, leaf_trees(trees))
     invalid = int(np.isnan(summed).sum())
@@ -190,9 +188,12 @@ def comparison_units(
     The trained steps of one trajectory share its reward; as one they enter mean and std once,
     however many of them there are.
     """
-    keys = [(t, trees[t].nodes[node].group, trees[t].leaves_below[node]) for t, node in edges]
-    units: dict[tuple[int, int, tuple[int, ...]], tuple[int, int]] = {}
-    for key, edge in zip(keys, edges, strict=True):
-        units.setdefault(key, edge)
-    place = {key: n for n, key in enumerate(units)}
-    return list(units.values()), np.array([place[key] for key in keys], dtype=np.int64)
+    place = _numbered((t, trees[t].nodes[k].group, trees[t].leaves_below[k]) for t, k in edges)
+    _, first = np.unique(place, return_index=True)
+    return [edges[e] for e in first], place
+
+
+def _numbered(keys: Iterable[Hashable]) -> Ints:
+    """Each key's number, in the order in which they first occur."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)

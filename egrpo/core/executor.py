@@ -12,12 +12,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import count, groupby
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from egrpo.core.noise import DETERMINISTIC, NOISING, SQUARED_ERROR, Matching
+from egrpo.core.noise import NOISING, SQUARED_ERROR, Matching
 from egrpo.core.rollout import Edge, Rollout, Segment, TrainBatch
 from egrpo.core.schedule import Sigmas
 from egrpo.core.transitions import data_prediction, dpm2_mean, transition, working
@@ -26,9 +26,9 @@ from egrpo.core.tree import ROOT, Node, Tree
 VelocityFn = Callable[[Tensor, float, Tensor], Tensor]
 """``velocity(x [B, ...], sigma, tree [B] int64) -> v [B, ...]``; ``tree`` selects the prompt."""
 
-SuffixFn = Callable[[Tensor, float, Tensor, tuple[int, ...]], Tensor]
-"""The same with the path [B] that each latent is on: along deterministic steps it stays the same,
-so that what was computed for a batch a step ago belongs to the batch with the same paths."""
+SuffixFn = Callable[[Tensor, float, Tensor, tuple[Edge, ...]], Tensor]
+"""The same with the path [B] that each latent is on, named by its tree and its first node there
+(:attr:`Tree.paths`): what was computed for a batch a step ago belongs to that of equal paths."""
 
 NoiseFn = Callable[[int, int, int], Tensor]
 """``noise(tree, start, sample)``: standard normal of one latent's shape. ``start`` is the grid
@@ -86,9 +86,7 @@ class Executor:
             for k, part in of_edges.items():
                 source = t, self.trees[t].source(k)
                 self.first[source] = min(part, self.first.get(source, part))
-        self.paths: dict[Edge, int] = {}
-        self.new_path = count()
-        self.waiting: dict[int, list[tuple[list[Edge], Tensor]]] = defaultdict(list)
+        self.waiting: dict[int, dict[Edge, Tensor]] = defaultdict(dict)  # latents, by index
         self.memory: dict[Edge, tuple[int, Tensor]] = {}  # index and data prediction of a parent
         self.edges: list[Edge] = []
         self.batches: list[TrainBatch] = []
@@ -133,19 +131,14 @@ class Executor:
             for k, node in enumerate(tree.nodes)
             if node.parent == ROOT
         ]
-        self.paths |= {key: next(self.new_path) for key in keys}
-        self.waiting[0].append((keys, self._draw(keys, -1).to(self.dtype)))
+        self.waiting[0].update(zip(keys, self._draw(keys, -1).to(self.dtype), strict=True))
 
     def _arrived(self, index: int) -> tuple[list[Edge], Tensor]:
         """Everything that waits at ``index``: sources by optimizer step, then the rest, each in
         order of (tree, node)."""
-        chunks = self.waiting.pop(index, [])
-        keys = [key for chunk, _ in chunks for key in chunk]
-        x = torch.cat([latents for _, latents in chunks])
-        order = sorted(
-            range(len(keys)), key=lambda row: (self.first.get(keys[row], math.inf), keys[row])
-        )
-        return [keys[r] for r in order], x[self._index(order)]
+        latents = self.waiting.pop(index)
+        keys = sorted(latents, key=lambda key: (self.first.get(key, math.inf), key))
+        return keys, torch.stack([latents[key] for key in keys])
 
     def _chunks(self, keys: list[Edge]) -> Iterator[tuple[slice, bool]]:
         """Slices of ordered keys, and whether of sources; those of each part have their own."""
@@ -170,7 +163,7 @@ class Executor:
             if source or self.suffix_velocity is None:
                 v = self.velocity(x, self.sigmas[index], tree)
             else:
-                paths = tuple(self.paths[key] for key in here)
+                paths = tuple((t, self.trees[t].paths[k]) for t, k in here)
                 v = self.suffix_velocity(x, self.sigmas[index], tree, paths)
             self.forward += len(here)
             self._branch(index, here, x, v, tree)
@@ -180,14 +173,11 @@ class Executor:
         bundles: dict[tuple[str, int, bool, int], list[tuple[int, Edge]]] = defaultdict(list)
         behind = {key: self.memory.pop(key) for key in keys if key in self.memory}
         for row, key in enumerate(keys):
-            path = self.paths.pop(key)
-            children = [(key[0], child) for child in self.trees[key[0]].children[key[1]]]
-            for child in children:
-                node = self._node(child)
-                alone = len(children) == 1 and node.dynamics in DETERMINISTIC
-                self.paths[child] = path if alone else next(self.new_path)
+            for child in self.trees[key[0]].children[key[1]]:
+                node = self._node((key[0], child))
                 before = behind[key][0] if node.dynamics == "dpm2" and key in behind else -1
-                bundles[node.dynamics, node.index, node.trained, before].append((row, child))
+                kind = node.dynamics, node.index, node.trained, before
+                bundles[kind].append((row, (key[0], child)))
         segments: list[Segment] = []
         edges: list[Edge] = []
         for (dynamics, stop, trained, before), bundle in bundles.items():
@@ -205,7 +195,7 @@ class Executor:
                 data = data_prediction(*of[:2], self.sigmas[index])
                 self.memory |= {c: (index, d) for c, d in zip(arriving, data, strict=True)}
             x_next = mean.to(self.dtype)  # rounded BEFORE any log-probability is taken
-            self.waiting[stop].append((arriving, x_next))
+            self.waiting[stop].update(zip(arriving, x_next, strict=True))
             if trained:
                 segments.append(Segment(dynamics, stop, rows, x_next))
                 edges.extend(arriving)
@@ -237,16 +227,12 @@ class Executor:
 
     def _noise_leaves(self, keys: list[Edge], leaves: Tensor) -> None:
         """Follow the noising edges out of the leaves, one grid index after another."""
-        rows: dict[Edge, int] = {}
-        arriving: dict[int, list[Edge]] = defaultdict(list)
-        for row, (t, k) in enumerate(keys):
+        for (t, k), leaf in zip(keys, leaves, strict=True):
             for child in self.trees[t].children[k]:
-                rows[t, child] = row
-                arriving[self._node((t, child)).index].append((t, child))
-        for index, nodes in sorted(arriving.items()):
-            sigma = self.sigmas[index]
-            nodes.sort(key=lambda key: (self.first[key], key))
-            data = working(leaves[self._index(rows[key] for key in nodes)])
+                self.waiting[self.trees[t].nodes[child].index][t, child] = leaf
+        for index in sorted(self.waiting):
+            nodes, begun = self._arrived(index)
+            sigma, data = self.sigmas[index], working(begun)
             eps = self._draw(nodes, -2 - index).to(data.dtype)
             x = ((1.0 - sigma) * data + sigma * eps).to(self.dtype)
             target = eps - data

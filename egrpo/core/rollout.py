@@ -93,7 +93,7 @@ class TrainBatch:
         and of one scale at all steps.
         """
         distances = self._distances(v, self.v, sigmas, noise_level)
-        scale = torch.cat([torch.full_like(d, std, dtype=torch.float32) for d, std in distances])
+        scale = self._each([std for _, std in distances])
         shift = torch.cat([d / (2.0 * std) for d, std in distances])
         return scale * self.log_ratio(v, sigmas, noise_level) + shift
 
@@ -113,14 +113,13 @@ class TrainBatch:
         s is what the code calls the standard deviation: of an SDE its diffusion coefficient,
         std / sqrt(|dt|), so that this is |dt| times the KL divergence; of CPS the whole std.
         """
-        whole = torch.cat([torch.full_like(s.rows, s.dynamics == "cps") for s in self.segments])
-        factor = torch.where(whole.bool(), 1.0, self.lengths(sigmas))
-        return factor * self.divergence(v, v_ref, sigmas, noise_level)
+        start = sigmas[self.start]
+        factors = [1.0 if s.dynamics == "cps" else start - sigmas[s.stop] for s in self.segments]
+        return self._each(factors) * self.divergence(v, v_ref, sigmas, noise_level)
 
     def lengths(self, sigmas: Sigmas) -> Tensor:
         """Flow time |dt| that each edge covers, [E]."""
-        spans = ((seg.rows, sigmas[self.start] - sigmas[seg.stop]) for seg in self.segments)
-        return torch.cat([torch.full_like(r, dt, dtype=torch.float32) for r, dt in spans])
+        return self._each([sigmas[self.start] - sigmas[seg.stop] for seg in self.segments])
 
     def targets(self) -> Tensor:
         """Velocities [E, ...] that noising edges are matched with."""
@@ -147,6 +146,11 @@ class TrainBatch:
             edges=tuple(number for number in self.edges if number in kept),
             log_prob=self.log_prob[keep],
         )
+
+    def _each(self, numbers: Sequence[float]) -> Tensor:
+        """[E] float32 of one number a segment."""
+        pairs = zip(self.segments, numbers, strict=True)
+        return torch.cat([torch.full_like(s.rows, n, dtype=torch.float32) for s, n in pairs])
 
     def _moments(
         self, seg: Segment, v: Tensor, sigmas: Sigmas, noise_level: float

@@ -25,53 +25,53 @@ def working(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _euler(x: Tensor, v: Tensor, t: float, end: float, _: float) -> Tensor:
+def _euler(x: Tensor, v: Tensor, sigmas: Sigmas, i: int, j: int, _: float) -> Tensor:
     """``x + v*dt``."""
-    return x + v * (end - t)
+    return x + v * (sigmas[j] - sigmas[i])
 
 
-def _flow_sde(x: Tensor, v: Tensor, t: float, end: float, s: float) -> Tensor:
+def _flow_sde(x: Tensor, v: Tensor, sigmas: Sigmas, i: int, j: int, a: float) -> Tensor:
     """``x*(1 + s^2/(2t)*dt) + v*(1 + s^2*(1-t)/(2t))*dt`` (Flow-GRPO, arXiv 2505.05470, eq. 9)."""
-    s2, dt = s**2, end - t
+    t, dt, s2 = sigmas[i], sigmas[j] - sigmas[i], flow_sde_scale(sigmas, i, a) ** 2
     return x * (1 + s2 / (2 * t) * dt) + v * (1 + s2 * (1 - t) / (2 * t)) * dt
 
 
-def _dance_sde(x: Tensor, v: Tensor, t: float, end: float, eta: float) -> Tensor:
+def _dance_sde(x: Tensor, v: Tensor, sigmas: Sigmas, i: int, j: int, eta: float) -> Tensor:
     """``x + v*dt - eta^2/2 * score * dt``, ``score = -(x - (1-t)*x0)/t^2``, ``x0 = x - t*v``.
 
     DanceGRPO, arXiv 2505.07818.
     """
+    t, dt = sigmas[i], sigmas[j] - sigmas[i]
     score = -(x - (1 - t) * (x - t * v)) / t**2
-    return x + (end - t) * v - 0.5 * eta**2 * score * (end - t)
+    return x + dt * v - 0.5 * eta**2 * score * dt
 
 
-def _cps(x: Tensor, v: Tensor, t: float, end: float, level: float) -> Tensor:
+def _cps(x: Tensor, v: Tensor, sigmas: Sigmas, i: int, j: int, a: float) -> Tensor:
     """``(1-s')*x0 + sqrt(s'^2 - std^2)*x1`` with ``x0 = x - t*v``, ``x1 = x + (1-t)*v``.
 
     Coefficients-preserving sampling (arXiv 2509.05952); s' = sigma_j.
     """
-    kept = end * math.cos(level * math.pi / 2.0)  # sqrt(s'^2 - std^2)
+    t, end = sigmas[i], sigmas[j]
+    kept = end * math.cos(a * math.pi / 2.0)  # sqrt(s'^2 - std^2)
     return (1 - end) * (x - t * v) + kept * (x + (1 - t) * v)
 
 
-MEAN: dict[str, Callable[[Tensor, Tensor, float, float, float], Tensor]] = {
+MEAN: dict[str, Callable[[Tensor, Tensor, Sigmas, int, int, float], Tensor]] = {
     "ode": _euler,
     "dpm2": _euler,  # of the first step of a chain; see dpm2_mean for the others
     "flow_sde": _flow_sde,
     "dance_sde": _dance_sde,
     "cps": _cps,
 }
-"""Mean by name of the dynamics: ``MEAN[name](x, v, t, sigma_j, noise scale)``."""
+"""Mean by name of the dynamics: ``MEAN[name](x, v, sigmas, start, stop, noise_level)``."""
 
 
 def transition(
     x: Tensor, v: Tensor, sigmas: Sigmas, start: int, stop: int, dynamics: str, noise_level: float
 ) -> tuple[Tensor, float]:
     """Mean [B, ...] and standard deviation (one float) of the edge ``start -> stop``."""
-    flow = dynamics == "flow_sde"
-    scale = flow_sde_scale(sigmas, start, noise_level) if flow else noise_level
-    mean = MEAN[dynamics](working(x), working(v), sigmas[start], sigmas[stop], scale)
-    return mean, STD[dynamics](sigmas, start, stop, noise_level)
+    step = (sigmas, start, stop, noise_level)
+    return MEAN[dynamics](working(x), working(v), *step), STD[dynamics](*step)
 
 
 def data_prediction(x: Tensor, v: Tensor, sigma: float) -> Tensor:

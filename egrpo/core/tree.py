@@ -113,6 +113,15 @@ class Tree:
         return tuple(tuple(c) for c in lists)
 
     @cached_property
+    def paths(self) -> tuple[int, ...]:
+        """For each node the first one of its path: of deterministic steps without a branch."""
+        first = list(range(len(self.nodes)))
+        for k, node in enumerate(self.nodes):
+            if node.dynamics in DETERMINISTIC and len(self.children[node.parent]) == 1:
+                first[k] = first[node.parent]
+        return tuple(first)
+
+    @cached_property
     def leaves(self) -> tuple[int, ...]:
         """Positions of the nodes at sigma = 0."""
         return tuple(k for k, node in enumerate(self.nodes) if node.index == self.steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from egrpo.core.schedule import Sigmas
 from egrpo.methods.base import BATCH_STD, COMMON, NFT, Entry, rates
@@ -55,20 +55,12 @@ class DiffusionNft(ForwardProcess):
         advantage: Tensor,
         weight: Tensor,
         *,
-        loss: str,
-        clip_range: float,
         clamp: float,
+        **_: Any,
     ) -> Objective:
         """Its own loss (eq. 5): advantages of ``clamp`` count as fully positive or negative."""
         from egrpo.core.loss import negative_aware_objective
 
-        return negative_aware_objective(
-            v[batch.rows],
-            batch.v[batch.rows],
-            batch.targets(),
-            sigmas[batch.start],
-            advantage,
-            weight,
-            self.beta,
-            clamp,
-        )
+        rows, sigma = batch.rows, sigmas[batch.start]
+        edges = (v[rows], batch.v[rows], batch.targets(), sigma, advantage, weight)
+        return negative_aware_objective(*edges, self.beta, clamp)

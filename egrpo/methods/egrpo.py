@@ -26,12 +26,25 @@ DEPARTURES = (
 )
 
 
-class Merging(Branching):
-    """What the methods that merge steps share."""
+class Egrpo(Branching):
+    """E-GRPO: consecutive low-entropy steps merged into one SDE step by a threshold."""
 
     source = PAPER
     recipe = {**rates(full=2e-6), **COMMON}
     needs_plan: ClassVar[bool] = True
+    entry = Entry(
+        "E-GRPO",
+        "the first half of the steps, one at a time; steps of low entropy merged",
+        "One trajectory without noise, the anchor, runs from the initial noise. At each active "
+        "step G samples leave it by one stochastic step, and go on without noise: what differs "
+        "between their images is the work of that one step, so the reward is credited where it "
+        "arose. Where one step has too little entropy to make a difference, several are merged "
+        "into one, as many as the threshold asks for (the bands). The samples of a step share the "
+        "network's input, so each active step costs one forward+backward; almost all of the cost "
+        "is the suffixes.",
+        DEPARTURES,
+        {"active": 5, "threshold": 2.4},
+    )
 
     threshold: float | Literal["auto"] = setting(
         2.2, source=f"{PAPER}, Table 4", unit="of `measure`"
@@ -50,6 +63,8 @@ class Merging(Branching):
     allocation: Literal["uniform", "profile"] = setting("uniform", source=PAPER)
     """Samples of the active steps: group_size each, or as many in all, shared out in proportion to
     the profile's spread of the trained rewards (at least 2 each)."""
+    name: Literal["egrpo"] = setting("egrpo")
+    """Name of the method."""
 
     @property
     def automatic(self) -> Automatic | None:
@@ -97,28 +112,7 @@ class Merging(Branching):
             yield f"threshold: must be 0 with dynamics: cps, {why}"
 
 
-class Egrpo(Merging):
-    """E-GRPO: consecutive low-entropy steps merged into one SDE step by a threshold."""
-
-    entry = Entry(
-        "E-GRPO",
-        "the first half of the steps, one at a time; steps of low entropy merged",
-        "One trajectory without noise, the anchor, runs from the initial noise. At each active "
-        "step G samples leave it by one stochastic step, and go on without noise: what differs "
-        "between their images is the work of that one step, so the reward is credited where it "
-        "arose. Where one step has too little entropy to make a difference, several are merged "
-        "into one, as many as the threshold asks for (the bands). The samples of a step share the "
-        "network's input, so each active step costs one forward+backward; almost all of the cost "
-        "is the suffixes.",
-        DEPARTURES,
-        {"active": 5, "threshold": 2.4},
-    )
-
-    name: Literal["egrpo"] = setting("egrpo")
-    """Name of the method."""
-
-
-class EgrpoEfficient(Merging):
+class EgrpoEfficient(Egrpo):
     """E-GRPO with rollouts of a tenth of the cost, so that there are ten times as many updates."""
 
     defaults = {
@@ -135,8 +129,8 @@ class EgrpoEfficient(Merging):
         "evaluations [here](results.md#at-equal-cost), shown ahead of all but one; not in the "
         "paper.",
         DEPARTURES,
-        {"active": 5, "threshold": 2.4},
+        Egrpo.entry.settings,
     )
 
-    name: Literal["egrpo_efficient"] = setting("egrpo_efficient")
+    name: Literal["egrpo_efficient"] = setting("egrpo_efficient")  # type: ignore[assignment]
     """Name of the method."""

@@ -20,8 +20,8 @@ for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quant
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def load_model(settings: Model, device: str | None = None, *, text: bool = False) -> FlowModel:
-    """The adapter of the settings' family with its weights on the device.
+def load_model(settings: Model, *, text: bool = False) -> FlowModel:
+    """The adapter of the settings' family with its weights on their device.
 
     ``text``: without those that make images, to encode prompts.
 
@@ -31,7 +31,7 @@ def load_model(settings: Model, device: str | None = None, *, text: bool = False
     from egrpo.models.families import FAMILIES
 
     begun = time.monotonic()
-    model = FAMILIES[settings.family](settings, device, text=text)
+    model = FAMILIES[settings.family](settings, text=text)
     took = time.monotonic() - begun
     if took > LONG:
         say(f"model.path: {settings.path}: loaded in {took:.0f} s")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from egrpo.images import Images
 from egrpo.models.attention import use_attention
 from egrpo.models.conditioning import Conditioning, padded
 from egrpo.models.latents import Latents, latents_of
-from egrpo.models.loading import load_part, load_text_pipeline, resolve_device
+from egrpo.models.loading import load_part, load_text_pipeline
 from egrpo.models.trainable import Trainable
 
 if TYPE_CHECKING:
@@ -44,19 +45,13 @@ class FlowModel(Trainable):
     vae_class: ClassVar[str] = "AutoencoderKL"
     tokens: ClassVar[int]
 
-    def __init__(
-        self, settings: Model, device: str | None = None, *, parts: Any = None, text: bool = False
-    ) -> None:
+    def __init__(self, settings: Model, *, parts: Any = None, text: bool = False) -> None:
         """Load the transformer and the VAE, or take the two modules in ``parts``.
 
         ``text``: neither, for :meth:`encode` alone.
         """
-        super().__init__()
-        self.settings = settings
-        self.device = resolve_device(device or settings.device)
-        self.dtype = getattr(torch, settings.dtype)
-        self.vae: Any
-        self.transformer = self.vae = None
+        super().__init__(settings)
+        self.vae: Any = None
         if text:
             return
         # a card may have room for float8 alone
@@ -173,7 +168,7 @@ class FlowModel(Trainable):
         sigma: float,
         conditioning: Conditioning,
         module: nn.Module | None = None,
-        paths: tuple[int, ...] | None = None,
+        paths: tuple[object, ...] | None = None,
     ) -> Tensor:
         """Velocity [B, C, h, w] of ``x`` at flow time ``sigma``, guidance inside.
 
@@ -184,12 +179,11 @@ class FlowModel(Trainable):
         """
         module = module or self.transformer
         rows, x = len(x), x.to(self.dtype)
-        if self.twin is not None and module is self.twin.network:
-            size = self.twin.size(rows)
-            if size != rows:  # a batch of a shape that is compiled already
-                index = torch.arange(size, device=x.device).clamp(max=rows - 1)
-                x, conditioning = x[index], conditioning.rows(index)
-        with self._call(module, x, paths, sigma):
+        twin = self.twin if self.twin is not None and module is self.twin.network else None
+        if twin is not None and (size := twin.size(rows)) != rows:  # a shape that is compiled
+            index = torch.arange(size, device=x.device).clamp(max=rows - 1)
+            x, conditioning = x[index], conditioning.rows(index)
+        with nullcontext() if twin is None else twin.call(x, paths, sigma):
             if self.settings.guidance_scale <= 1:
                 return self.network(module, x, sigma, conditioning.tensors)[:rows]
             both = padded([conditioning.negative, conditioning.tensors])

@@ -52,7 +52,7 @@ class KeptFeatures:
         apply_taylorseer_cache(module, config)
 
     @contextmanager
-    def of(self, paths: tuple[int, ...], sigma: float) -> Iterator[None]:
+    def of(self, paths: tuple[object, ...], sigma: float) -> Iterator[None]:
         """Within it the module uses and renews what it keeps of the batch with these paths.
 
         A batch that is cut differently than a step ago has nothing to go by: all that was kept is

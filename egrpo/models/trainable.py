@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +16,7 @@ from egrpo.core.seeds import normal
 from egrpo.errors import UserError, refusing
 from egrpo.models.adapter import ADAPTER_FILE, read_adapter, write_adapter
 from egrpo.models.conditioning import Conditioning
-from egrpo.models.loading import from_pretrained
+from egrpo.models.loading import from_pretrained, resolve_device
 from egrpo.models.modules import repeated_blocks, whole
 from egrpo.models.twin import Twin
 from egrpo.store.files import replacing, write_text
@@ -37,12 +37,12 @@ class Trainable(ABC):
 
     lora_targets: ClassVar[tuple[str, ...]]
     equal_lengths: ClassVar[bool] = False
-    settings: Model
-    device: torch.device
-    dtype: torch.dtype
-    transformer: Any
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Model) -> None:
+        self.settings = settings
+        self.device = resolve_device(settings.device)
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.transformer: Any = None
         self.twin: Twin | None = None  # of the transformer, see `sampling`
         self.sharded = False
         self.fits: int | None = None  # latents in one call, see egrpo.sampling.fit
@@ -174,19 +174,6 @@ class Trainable(ABC):
         if settings.compile != "auto":
             return settings.compile
         return cuda and cls.equal_lengths and settings.feature_cache is None
-
-    def _call(
-        self, module: nn.Module, x: Tensor, paths: tuple[int, ...] | None, sigma: float
-    ) -> AbstractContextManager[None]:
-        """Of one network call: the features kept for its batch, and the time to compile."""
-        twin = self.twin
-        if twin is None or module is not twin.network:
-            return nullcontext()
-        if twin.features is None:
-            return twin.timed(x)
-        if paths is None:
-            raise ValueError("a network that keeps features needs the paths of its batch")
-        return twin.features.of(paths, sigma)
 
     def save(self, folder: Path, *, write: bool = True) -> None:
         """Write what was trained so that stock diffusers loads it.

@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,6 +113,16 @@ class Twin:
     def size(self, rows: int) -> int:
         """Rows of the batch that ``rows`` are padded to."""
         return padded_rows(rows, self.batch) if self.compiled else rows
+
+    def call(
+        self, x: Tensor, paths: tuple[object, ...] | None, sigma: float
+    ) -> AbstractContextManager[None]:
+        """Around a call of the network: the features kept for its batch, or the time to compile."""
+        if self.features is None:
+            return self.timed(x)
+        if paths is None:
+            raise ValueError("a network that keeps features needs the paths of its batch")
+        return self.features.of(paths, sigma)
 
     @contextmanager
     def timed(self, x: Tensor) -> Iterator[None]:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from egrpo.errors import UserError
 from egrpo.images import Images
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from egrpo.config.rewards import RewardSettings
 
 Scores = npt.NDArray[np.float32]

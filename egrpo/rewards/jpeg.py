@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from PIL import Image
+from torch import Tensor
 
 
 class Jpeg:
@@ -21,8 +20,6 @@ class Jpeg:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[n] float32, in kB (1000 bytes), negative."""
-        from PIL import Image
-
         sizes = []
         for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
             buffer = io.BytesIO()

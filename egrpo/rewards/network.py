@@ -172,17 +172,12 @@ def load_strictly(module: Any, state: Mapping[str, Tensor], path: str) -> None:
     Raises:
         UserError: naming a weight that is missing, unknown or of another shape.
     """
-    expected = module.state_dict()
-    shapes = {key: tuple(value.shape) for key, value in expected.items()}
-    wrong = [
-        *(f"{key} is missing" for key in expected if key not in state),
-        *(f"{key} is not a weight of this network" for key in state if key not in expected),
-        *(
-            f"{key} has shape {tuple(state[key].shape)}, not {shape}"
-            for key, shape in shapes.items()
-            if key in state and state[key].shape != shape
-        ),
-    ]
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    wrong = [f"{key} is missing" for key in expected if key not in given]
+    wrong += [f"{key} is not a weight of this network" for key in given if key not in expected]
+    both = [(key, given[key], shape) for key, shape in expected.items() if key in given]
+    wrong += [f"{key} has shape {has}, not {shape}" for key, has, shape in both if has != shape]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(f"{path}: does not fit: {wrong[0]}{more}")

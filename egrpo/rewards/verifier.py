@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from egrpo.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from egrpo.world.verifier import verify
 
 
 class Verifier:
@@ -28,8 +27,6 @@ class Verifier:
         Raises:
             UserError: if a prompt lies outside the toy world's grammar.
         """
-        from egrpo.world.verifier import verify
-
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         try:
             verdict = verify(pixels, prompts)

@@ -72,7 +72,7 @@ class Sampler:
         def velocity(x: Tensor, sigma: float, tree: Tensor) -> Tensor:
             return model.velocity(x, sigma, prompts.rows(tree))
 
-        def cheaper(x: Tensor, sigma: float, tree: Tensor, paths: tuple[int, ...]) -> Tensor:
+        def cheaper(x: Tensor, sigma: float, tree: Tensor, paths: tuple[object, ...]) -> Tensor:
             return model.velocity(x, sigma, prompts.rows(tree), network, paths)
 
         def noise(tree: int, start: int, sample: int) -> Tensor:

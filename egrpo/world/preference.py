@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from egrpo.store.checkpoint import read_tensors
 from egrpo.store.files import replacing
 
 FORMAT = "egrpo-toy-preference-1"
@@ -66,15 +67,13 @@ def load_preference(path: str | Path) -> PreferenceModel:
 
     Raises `ValueError` when the file is missing, of another format, or lacks weights.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     where = Path(path)
     if not where.is_file():
         raise ValueError(f"preference weights not found at {where}; see assets/toy/README.md")
     try:
-        with safe_open(str(where), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(where)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{where} is not a safetensors file: {error}") from None
     if metadata.get("format") != FORMAT:

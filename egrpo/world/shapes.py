@@ -67,17 +67,15 @@ def signed_distance(shape: int, dx: FloatArray, dy: FloatArray, radius: FloatArr
     return np.minimum(np.maximum(ax - arm, ay - half), np.maximum(ax - half, ay - arm))
 
 
-def coverage(
-    shape: int, x: FloatArray, y: FloatArray, radius: FloatArray, softness: float = 1.0
-) -> FloatArray:
+def coverage(shape: int, x: FloatArray, y: FloatArray, radius: FloatArray) -> FloatArray:
     """Anti-aliased coverage in [0, 1], [n, H, W], of shapes at centroids (x, y) [n] in pixels.
 
-    softness: width of the edge ramp in pixels.
+    Edges are ramps of one pixel.
     """
     dx = PIXELS[None, None, :] - x[:, None, None]
     dy = PIXELS[None, :, None] - y[:, None, None]
     distance = signed_distance(shape, dx, dy, radius[:, None, None])
-    return np.clip(np.float32(0.5) - distance / np.float32(softness), 0.0, 1.0)
+    return np.clip(np.float32(0.5) - distance, 0.0, 1.0)
 
 
 def uniforms(seeds: NDArray[np.int64], draws: int) -> FloatArray:

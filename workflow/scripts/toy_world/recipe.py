@@ -11,23 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
+import torch
 import yaml
+from diffusers import StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from toy_world import train_pipeline as tp
+from toy_world import train_scorers as ts
 
+from egrpo.world.preference import load_preference, save_preference
 from egrpo.world.prompts import Attributes, prompt_lines, split, to_prompt
 from egrpo.world.shapes import render
 from egrpo.world.verifier import verify
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
-
-Log = Callable[[str], None]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0.0, le=0.1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -40,40 +41,36 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class VaeSettings(_Frozen):
-    """Training of the VAE; kl_weight multiplies the mean KL per latent dimension in nats."""
+class Training(_Frozen):
+    """What all trainings have."""
 
     steps: Count
     batch: Count
     learning_rate: Rate
+
+
+class VaeSettings(Training):
+    """Training of the VAE; kl_weight multiplies the mean KL per latent dimension in nats."""
+
     kl_weight: Annotated[float, Field(ge=0.0)]
 
 
-class TransformerSettings(_Frozen):
+class TransformerSettings(Training):
     """Flow matching; caption_corruption is the probability that one attribute is replaced."""
 
-    steps: Count
-    batch: Count
-    learning_rate: Rate
     ema_decay: Probability
     caption_corruption: Probability
 
 
-class ClipSettings(_Frozen):
+class ClipSettings(Training):
     """Contrastive training; noise is the largest standard deviation, in units of [0, 1]."""
 
-    steps: Count
-    batch: Count
-    learning_rate: Rate
     noise: Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class PreferenceSettings(_Frozen):
+class PreferenceSettings(Training):
     """Bradley-Terry training; label_noise is the probability that a choice is flipped."""
 
-    steps: Count
-    batch: Count
-    learning_rate: Rate
     label_noise: Probability
 
 
@@ -105,16 +102,11 @@ def load_settings(path: str | Path) -> WorldSettings:
 
 def scale_steps(settings: WorldSettings, factor: float) -> WorldSettings:
     """The same recipe with fewer (or more) steps and images, for tests and first looks."""
-
-    def scaled(value: int, least: int) -> int:
-        return max(least, round(value * factor))
-
     tree = settings.model_dump()
-    for part in ("vae", "transformer", "clip", "preference"):
-        tree[part]["steps"] = scaled(tree[part]["steps"], 2)
-    tree["images"] = scaled(tree["images"], 384)
-    tree["evaluation"]["pairs"] = scaled(tree["evaluation"]["pairs"], 16)
-    tree["evaluation"]["images_per_prompt"] = scaled(tree["evaluation"]["images_per_prompt"], 1)
+    least = [(tree[part], "steps", 2) for part in ("vae", "transformer", "clip", "preference")]
+    least += [(tree["evaluation"], "pairs", 16), (tree["evaluation"], "images_per_prompt", 1)]
+    for part, key, bound in [*least, (tree, "images", 384)]:
+        part[key] = max(bound, round(part[key] * factor))
     return WorldSettings.model_validate(tree)
 
 
@@ -124,16 +116,11 @@ def training_images(combinations: Sequence[Attributes], count: int, seed: int) -
     return render(attributes, np.arange(count, dtype=np.int64) + seed * 1_000_000)
 
 
-def build(settings: WorldSettings, output_dir: str | Path, log: Log = print) -> dict[str, object]:
+def build(settings: WorldSettings, output_dir: str | Path, log: tp.Log = print) -> dict[str, float]:
     """Trains and saves the whole toy world below output_dir; returns what it measured.
 
     Writes prompts/, pipeline/, clip.pt, preference.safetensors, measured.json, samples.png.
     """
-    import torch
-    from toy_world.train_scorers import train_clip, train_preference
-
-    from egrpo.world.preference import save_preference
-
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings.threads)
@@ -143,13 +130,10 @@ def build(settings: WorldSettings, output_dir: str | Path, log: Log = print) -> 
     images = training_images(train, settings.images, settings.seed)
     log(f"world: {len(images)} images of {len(train)} combinations")
 
-    seed = settings.seed
-    build_pipeline(settings, images, output / "pipeline", log)
-    state = train_clip(images, train, seed=seed, log=log, **settings.clip.model_dump())
-    torch.save(state, output / "clip.pt")
-    model = train_preference(
-        train, images[:4096], seed=seed, log=log, **settings.preference.model_dump()
-    )
+    how = {"seed": settings.seed, "log": log}
+    tp.save_pipeline(trained_pipeline(settings, train, images, log), output / "pipeline")
+    torch.save(ts.train_clip(images, train, settings.clip, **how), output / "clip.pt")
+    model = ts.train_preference(train, images[:4096], settings.preference, **how)
     save_preference(model, output / "preference.safetensors")
 
     measured = measure(settings, output)
@@ -166,41 +150,31 @@ def write_prompts(folder: Path) -> None:
         (folder / f"{name}.txt").write_text(prompt_lines(combinations), encoding="utf-8")
 
 
-def build_pipeline(
-    settings: WorldSettings, images: NDArray[np.uint8], folder: Path, log: Log
-) -> None:
-    """Trains VAE and transformer on the training images and saves the pipeline."""
-    import torch
-    from toy_world import train_pipeline as tp
-
-    train, _ = split()
-    seed = settings.seed
-    vae = tp.train_vae(images, seed=seed, log=log, **settings.vae.model_dump())
-    pipeline = tp.assemble(vae, seed)
+def trained_pipeline(
+    settings: WorldSettings, train: Sequence[Attributes], images: NDArray[np.uint8], log: tp.Log
+) -> StableDiffusion3Pipeline:
+    """The pipeline with VAE and transformer trained on the images of the training combinations."""
+    how = {"seed": settings.seed, "log": log}
+    vae = tp.train_vae(images, settings.vae, **how)
+    pipeline = tp.assemble(vae, settings.seed)
     context, pooled = tp.encode_prompts(pipeline, [to_prompt(c) for c in train])
-    options = settings.transformer.model_dump()
     data = tp.TrainingSet(
         latents=tp.encode_images(vae, images),
         caption=torch.arange(len(images)) % len(train),
         context=context,
         pooled=pooled,
-        table=tp.caption_table(train, options.pop("caption_corruption")),
+        table=tp.caption_table(train, settings.transformer.caption_corruption),
     )
-    pipeline.register_modules(transformer=tp.train_transformer(data, seed=seed, log=log, **options))
-    tp.save_pipeline(pipeline, folder)
+    transformer = tp.train_transformer(data, settings.transformer, **how)
+    pipeline.register_modules(transformer=transformer)
+    return pipeline
 
 
-def measure(settings: WorldSettings, output: Path) -> dict[str, object]:
+def measure(settings: WorldSettings, output: Path) -> dict[str, float]:
     """Quality of the files in output, each loaded as a user would; writes samples.png."""
-    import torch
-    from toy_world import train_pipeline as tp
-    from toy_world import train_scorers as ts
-
-    from egrpo.world.preference import load_preference
-
     pipeline = tp.load_pipeline(output / "pipeline")
     train, heldout = split()
-    result: dict[str, object] = {}
+    result: dict[str, float] = {}
 
     everything = [*train, *heldout]
     count = settings.evaluation.images_per_prompt
@@ -208,36 +182,34 @@ def measure(settings: WorldSettings, output: Path) -> dict[str, object]:
     renders = render([everything[r] for r in rows], MEASURE_SEED + np.arange(len(rows)))
     decoded = tp.decode_latents(pipeline.vae, tp.encode_images(pipeline.vae, renders))
     error = (decoded.astype(np.float64) - renders) / 255.0
-    result["vae_rmse"] = round(float(np.sqrt((error**2).mean())), 5)
+    result["vae_rmse"] = np.sqrt((error**2).mean())
     all_prompts = [to_prompt(everything[r]) for r in rows]
     for name, pixels in (("renders", renders), ("reconstructions", decoded)):
         verdict = verify(pixels, all_prompts)
-        result[f"{name}_smooth"] = round(float(verdict.smooth.mean()), 4)
-        result[f"{name}_exact"] = round(float(verdict.exact.mean()), 4)
+        result |= {f"{name}_smooth": verdict.smooth.mean(), f"{name}_exact": verdict.exact.mean()}
 
     for name, combinations in (("train", train), ("heldout", heldout)):
         samples, prompts = sample_prompts(pipeline, combinations, settings, count)
         verdict = verify(samples, prompts)
         for field in ("smooth", "exact", "color", "shape", "position", "size"):
-            result[f"{name}_{field}"] = round(float(getattr(verdict, field).mean()), 4)
+            result[f"{name}_{field}"] = getattr(verdict, field).mean()
         if name == "heldout":
             save_grid(samples[:48], output / "samples.png", columns=12)
 
     names = [to_prompt(c) for c in everything]
     first, margin = ts.clip_ranking(str(output / "clip.pt"), renders, rows, names)
-    result["clip_top1_of_240"] = round(float(first.mean()), 4)
-    result["clip_top1_of_240_heldout"] = round(float(first[rows >= len(train)].mean()), 4)
-    result["clip_margin"] = round(float(margin.mean()), 4)
+    result["clip_top1_of_240"] = first.mean()
+    result["clip_top1_of_240_heldout"] = first[rows >= len(train)].mean()
+    result["clip_margin"] = margin.mean()
 
     model = load_preference(output / "preference.safetensors")
-    pairs = ts.synthetic_pairs(
-        everything, settings.evaluation.pairs, tp.generator(settings.seed, 8)
-    )
-    result["preference_pair_accuracy"] = round(ts.preference_accuracy(model, pairs), 4)
+    rng = tp.generator(settings.seed, 8)
+    pairs = ts.synthetic_pairs(everything, settings.evaluation.pairs, rng)
+    result["preference_pair_accuracy"] = ts.preference_accuracy(model, pairs)
     scores = model(torch.from_numpy(renders).permute(0, 3, 1, 2))
-    result["preference_renders_mean"] = round(float(scores.mean()), 4)
-    result["preference_renders_std"] = round(float(scores.std()), 4)
-    return result
+    result["preference_renders_mean"] = scores.mean()
+    result["preference_renders_std"] = scores.std()
+    return {name: round(float(v), 5 if name == "vae_rmse" else 4) for name, v in result.items()}
 
 
 def sample_prompts(
@@ -247,8 +219,6 @@ def sample_prompts(
     repeats: int,
 ) -> tuple[NDArray[np.uint8], list[str]]:
     """Base samples uint8 [n, 32, 32, 3] and their prompts, `repeats` of each combination."""
-    from toy_world import train_pipeline as tp
-
     prompts = [to_prompt(c) for c in combinations]
     context, pooled = tp.encode_prompts(pipeline, prompts)
     latents = tp.sample(
@@ -261,15 +231,15 @@ def sample_prompts(
     return tp.decode_latents(pipeline.vae, latents), prompts * repeats
 
 
-def save_grid(images: NDArray[np.uint8], path: Path, columns: int, zoom: int = 3) -> None:
-    """PNG of images [n, H, W, 3] row by row, each pixel drawn zoom times as large."""
+def save_grid(images: NDArray[np.uint8], path: Path, columns: int) -> None:
+    """PNG of images [n, H, W, 3] row by row, each pixel drawn three times as large."""
     from PIL import Image
 
     rows = len(images) // columns
     _, height, width, _ = images.shape
     grid = images[: rows * columns].reshape(rows, columns, height, width, 3)
     sheet = grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
-    sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    sheet = sheet.repeat(3, axis=0).repeat(3, axis=1)
     Image.fromarray(sheet).save(path, optimize=True)
 
 
