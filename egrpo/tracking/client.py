@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 LONGEST_VALUE = 6000  # characters of a param
-PARAMS_PER_BATCH = 100
 MOST_RECORDS = 50_000  # that MLflow gives in one search
 
 
@@ -137,8 +136,7 @@ def find_or_create_run(
 
     record = find_or_create(client, experiment, "train", key, run.run, run_tags(run, parent))
     params = [Param(k, v) for k, v in settings(run).items() if k not in record.data.params]
-    for start in range(0, len(params), PARAMS_PER_BATCH):
-        client.log_batch(record.info.run_id, params=params[start : start + PARAMS_PER_BATCH])
+    client.log_batch(record.info.run_id, params=params)
     return record.info.run_id
 
 
@@ -151,8 +149,7 @@ def keep_tags(client: MlflowClient, record: Run, tags: Mapping[str, str]) -> Non
 
     held = record.data.tags
     missing = [RunTag(k, v) for k, v in tags.items() if held.get(k) != v]
-    if missing:
-        client.log_batch(record.info.run_id, tags=missing)
+    client.log_batch(record.info.run_id, tags=missing)
 
 
 def tag_warnings(client: MlflowClient, run_id: str, kinds: Iterable[str]) -> None:
