@@ -35,24 +35,21 @@ class OneLineErrors(click.Group):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            _say(str(error))
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Exception as error:
             from egrpo.store.files import refused
 
-            told = refused(error)
+            told = error if isinstance(error, UserError) else refused(error)
             if told is not None:
                 _say(str(told))
-            elif sys.stderr.isatty():
-                from rich.console import Console
-
-                Console(stderr=True).print_exception(suppress=[click])
-                sys.exit(1)
-            else:
+                sys.exit(2)
+            if not sys.stderr.isatty():
                 raise
-        sys.exit(2)
+            from rich.console import Console
+
+            Console(stderr=True).print_exception(suppress=[click])
+            sys.exit(1)
 
 
 def _say(message: str) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from egrpo.config.models import RunConfig
     from egrpo.core.plan import Plan
     from egrpo.ops.memory import Stage
-    from egrpo.train.job import Live, Tracker
 
 
 def make(stage: str, path: Path, *, threads: int | None = None, name: str = "") -> None:
@@ -76,7 +75,11 @@ def _compute(stage: str, order: Order, name: str) -> None:
     if stands(at, stage, name, at.identity(kind, run.run)):
         say(f"{stage} {name}: kept, it is of these settings, files and code")
         return
-    with _room(at, stage, name) as made, _advice(run, stage):
+    with _room(at, stage, name) as made, ExitStack() as advised:
+        if stage in MEMORY:
+            from egrpo.ops.memory import advice_where_memory_ends
+
+            advised.enter_context(advice_where_memory_ends(run, MEMORY[stage]))
         more = RUN_STAGES[stage](at, run, made)
         if _main_process():
             deliver(at, stage, name, record, made, **(more or {}))
@@ -95,15 +98,6 @@ def _room(at: Layout, stage: str, name: str) -> Iterator[Path]:
     finally:
         if _main_process():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _advice(run: RunConfig, stage: str) -> AbstractContextManager[None]:
-    """What to set where a GPU's memory ends."""
-    if stage not in MEMORY:
-        return nullcontext()
-    from egrpo.ops.memory import advice_where_memory_ends
-
-    return advice_where_memory_ends(run, MEMORY[stage])
 
 
 def _main_process() -> bool:
@@ -167,13 +161,18 @@ def suffixes(at: Layout, run: RunConfig, made: Path) -> None:
 
 def train(at: Layout, run: RunConfig, made: Path) -> dict[str, Any]:
     """Train one run, from wherever its state is."""
+    from egrpo.tracking.live import LiveTracker
     from egrpo.train.job import train
 
     plan, files = _plan(at, run), _embedded(at, run, "train", "monitor")
     state = at.state(run.run) / at.identity("trajectory", run.run)
     if _main_process():
         _begin_state(at, run, state)
-    train(run, plan, files, state=state, output=made, live=_live(run, at.store))
+
+    def live(key: str, journal: Path, images: Path) -> LiveTracker:
+        return LiveTracker(run, key, at.store, journal, images)
+
+    train(run, plan, files, state=state, output=made, live=live)
     return {"weights": tree_digest(made / "adapter")} if _main_process() else {}
 
 
@@ -204,17 +203,6 @@ def _copy_state(run: RunConfig, there: Path, state: Path) -> None:
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         say(f"{run.run}: the state in {there} cannot be taken over ({one_line(error)})")
-
-
-def _live(run: RunConfig, store: Path) -> Live:
-    """MLflow, imported where it is needed."""
-
-    def track(key: str, log: Path, images: Path) -> AbstractContextManager[Tracker]:
-        from egrpo.tracking.live import LiveTracker
-
-        return LiveTracker(run, key, store, log, images)
-
-    return track
 
 
 def evaluate(at: Layout, run: RunConfig, made: Path) -> dict[str, Any]:
@@ -254,13 +242,7 @@ def base(at: Layout, run: RunConfig, made: Path) -> None:
 
 
 RUN_STAGES: dict[str, Callable[[Layout, RunConfig, Path], dict[str, Any] | None]] = {
-    "embed": embed,
-    "profile": profile,
-    "plan": plan,
-    "suffixes": suffixes,
-    "train": train,
-    "evaluate": evaluate,
-    "base": base,
+    stage.__name__: stage for stage in (embed, profile, plan, suffixes, train, evaluate, base)
 }
 MEMORY: dict[str, Stage] = {
     **{"profile": "profile", "suffixes": "profile", "train": "train"},
@@ -353,12 +335,6 @@ def publish(at: Layout, name: str) -> list[Path]:
 
 
 TOLD: dict[str, Callable[[Layout, str], list[Path]]] = {
-    "comparison": comparison,
-    "table": table,
-    "figure": figure,
-    "figures": figures,
-    "about": about,
-    "page": page,
-    "prepare": prepare,
-    "publish": publish,
+    stage.__name__: stage
+    for stage in (comparison, table, figure, figures, about, page, prepare, publish)
 }

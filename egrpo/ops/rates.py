@@ -65,17 +65,9 @@ class Rate:
         Attention grows faster, and small batches are bound by other things: an estimate.
         """
         factor = height * width / (self.height * self.width)
-        times = (self.sampling_ms, self.training_ms, self.decoding_ms)
-        sampling, training, decoding = (None if t is None else factor * t for t in times)
-        assert sampling is not None
-        return replace(
-            self,
-            height=height,
-            width=width,
-            sampling_ms=sampling,
-            training_ms=training,
-            decoding_ms=decoding,
-        )
+        known = {name: time for name in TIMES if (time := getattr(self, name)) is not None}
+        times = {name: factor * time for name, time in known.items()}
+        return replace(self, height=height, width=width, **times)
 
 
 COLUMNS = tuple(field.name for field in fields(Rate))
