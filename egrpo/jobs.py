@@ -39,13 +39,10 @@ if TYPE_CHECKING:
 
 
 def make(stage: str, path: Path, *, threads: int | None = None, name: str = "") -> None:
-    """Do what an order asks of a stage.
+    """Do what an order asks of a stage, of :data:`RUN_STAGES` or :data:`TOLD`.
 
-    Args:
-        stage: one of :data:`RUN_STAGES` or :data:`TOLD`.
-        path: the order.
-        threads: of the CPU, for torch; None: its own choice.
-        name: of what is shared, its identity; of what is told, its name.
+    ``threads`` of the CPU are for torch, which chooses itself where they are None; ``name`` is the
+    identity of what is shared, or the name of what is told.
 
     Raises:
         UserError: for bad input; files or code that changed since the order was written; results

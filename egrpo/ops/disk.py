@@ -33,8 +33,7 @@ RECORD = 35, 40
 def disk(study: Study, *, copies: bool) -> dict[str, float]:
     """Bytes that all runs of a study take in the end, by what takes them.
 
-    Args:
-        copies: whether MLflow keeps its copies on this disk too.
+    ``copies``: whether MLflow keeps its copies on this disk too.
     """
     found: dict[str, float] = defaultdict(float)
     seen: set[tuple[str, str]] = set()

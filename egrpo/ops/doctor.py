@@ -40,9 +40,7 @@ LESS = {
 def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding]:
     """Findings on a study, as they are made.
 
-    Args:
-        paths: the study's YAML; further files are laid over it.
-        rewards: load every reward model, to know that its weights fit.
+    With ``rewards`` every reward model is loaded, to know that its weights fit.
     """
     yield from _findings("versions", _versions())
     yield from _findings("cache", _cache())

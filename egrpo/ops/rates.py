@@ -102,15 +102,11 @@ def read_rates(path: Path = SHIPPED) -> list[Rate]:
 
 def _rate(cells: Mapping[str, str]) -> Rate:
     """A row; ValueError says what is wrong with it."""
-    found: dict[str, Any] = dict(cells)
-    for name in WHOLE:
-        found[name] = int(cells[name])
-    for name in TIMES:
-        found[name] = float(cells[name]) if cells[name] else None
-    numbers = [found[name] for name in (*WHOLE, *TIMES) if found[name] is not None]
-    if found["sampling_ms"] is None or not all(0 < n < math.inf for n in numbers):
+    numbers: dict[str, Any] = {name: int(cells[name]) for name in WHOLE}
+    numbers |= {name: float(cells[name]) for name in TIMES if cells[name]}
+    if "sampling_ms" not in numbers or not all(0 < n < math.inf for n in numbers.values()):
         raise ValueError("sizes and milliseconds must be above 0, and sampling_ms is needed")
-    return Rate(**found)
+    return Rate(**{**cells, **dict.fromkeys(TIMES), **numbers})
 
 
 def write_rates(path: Path, rates: Iterable[Rate]) -> None:

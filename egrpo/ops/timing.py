@@ -42,10 +42,7 @@ Tell = Callable[[str], None]
 def measure(at: Layout, names: Iterable[str], tell: Tell) -> list[Rate]:
     """Measure each model, size and type of the runs once, and add the rows to the study's rates.
 
-    Args:
-        at: of the study.
-        names: of its runs; empty: all.
-        tell: is given one line a step.
+    No names are all runs; ``tell`` is given one line a step.
 
     Raises:
         UserError: for an unknown run, a model that cannot be loaded, or too little memory.

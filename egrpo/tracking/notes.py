@@ -19,12 +19,8 @@ the runs page lists training runs, means over seeds and evaluations.
 
 
 def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> str:
-    """Description of a training run.
-
-    Args:
-        comparison: rows of the comparison about this run; may be empty.
-        model: MLflow's id of its logged model.
-    """
+    """Description of a training run: ``comparison`` has the rows about it, which may be none;
+    ``model`` is MLflow's id of its logged model."""
     threshold = getattr(run.method, "threshold", None)
     parts = [
         f"Method `{run.method.name}`" + ("" if threshold is None else f", threshold {threshold}"),

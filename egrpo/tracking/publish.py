@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 def publish(at: Layout, store: Path, table: Path, output: Path) -> None:
     """Deliver what is missing of every run, its evaluation, and the study's tables and figures.
 
-    Args:
-        store: JSON file written by ``prepare``.
-        table: comparison of the study's runs with their base.
-        output: JSON file: run id -> MLflow's run id, and ``uri``, ``experiment_id``.
+    ``store`` is the file that ``prepare`` wrote, ``table`` compares the runs with their base.
+    ``output`` is JSON: run id -> MLflow's run id, and ``uri``, ``experiment_id``.
 
     Raises:
         UserError: a result is missing, or the server is away.
@@ -84,10 +82,8 @@ def publish_run(
 ) -> tuple[str, str]:
     """Deliver what is missing of a training run and of its evaluation; their ids in MLflow.
 
-    Args:
-        parent: MLflow's id of the study's run.
-        comparison: rows of the comparison about this run.
-        color: of its curves, as `#0072B2`.
+    ``parent`` is MLflow's id of the study's run, ``comparison`` has the rows about this one,
+    ``color`` is that of its curves, as `#0072B2`.
     """
     folder = at.run(run.run)
     key = read_json(folder / "train.json").get("key")
