@@ -6,15 +6,14 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.config.rewards import AnyReward, Custom
 from egrpo.errors import UserError, one_line
-from egrpo.ops.checks import problems
+from egrpo.ops.checks import different, problems
 from egrpo.ops.clean import leftovers, size_of, summary
 from egrpo.ops.disk import disk
 from egrpo.ops.doctor_model import Finding, Level, model_findings, usable
@@ -57,7 +56,7 @@ def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding
         return
     yield Finding("ok", "config", f"{len(study.runs)} runs of study {study.name}")
     runs = study.runs.values()
-    for run in _different(runs, lambda run: (run.prompts, run.guided)):
+    for run in different(runs, lambda run: (run.prompts, run.guided)):
         for key in ("train", "heldout"):
             yield from _findings("prompts", _prompts(run, key))
     for problem in problems(study):
@@ -67,7 +66,7 @@ def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding
     devices |= {getattr(r, "device", None) or "" for run in runs for r in run.rewards.values()}
     for name in sorted(devices - {""}):
         yield from _findings("device", _device(name))
-    for run in _different(runs, lambda run: run.model):
+    for run in different(runs, lambda run: run.model):
         yield from model_findings(run)
     asked = {(n, repr(r)): (n, r, run) for run in runs for n, r in run.rewards.items()}
     for name, reward, run in asked.values() if rewards else ():
@@ -84,14 +83,6 @@ def _findings(what: str, told: Told) -> Iterator[Finding]:
             yield Finding(level, what, text)
     except UserError as error:
         yield Finding("FAIL", what, str(error))
-
-
-def _different(runs: Iterable[RunConfig], key: Callable[[RunConfig], Any]) -> Iterable[RunConfig]:
-    """The first run of each different value."""
-    found: dict[str, RunConfig] = {}
-    for run in runs:
-        found.setdefault(repr(key(run)), run)
-    return found.values()
 
 
 def _versions() -> Told:

@@ -19,6 +19,7 @@ from egrpo.models.attention import check_attention
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
 from egrpo.ops.activations import CLIP_TOKENS
+from egrpo.ops.checks import different
 from egrpo.ops.memory import advice_where_memory_ends
 from egrpo.ops.rates import Rate, architecture, write_rates
 from egrpo.planning.grids import training_sigmas
@@ -47,12 +48,10 @@ def measure(at: Layout, names: Iterable[str], tell: Tell) -> list[Rate]:
     Raises:
         UserError: for an unknown run, a model that cannot be loaded, or too little memory.
     """
-    runs: dict[tuple[str, int, int, str], RunConfig] = {}
-    for run in map(at.study.runs.__getitem__, at.study.chosen(names)):
-        m = run.model
-        runs.setdefault((m.path, m.height, m.width, m.dtype), run)
+    runs = [at.study.runs[name] for name in at.study.chosen(names)]
+    models = ("path", "height", "width", "dtype")
     rates = []
-    for run in runs.values():
+    for run in different(runs, lambda run: [getattr(run.model, name) for name in models]):
         with advice_where_memory_ends(run, "train"):
             rates.append(measure_run(run, tell))
         write_rates(at.rates, rates[-1:])  # one that fails loses none of those before
