@@ -118,17 +118,19 @@ class Activations:
         return self.text if TEXT.search(name) else self.image
 
 
-def trained_layers(model: Model, part: Part) -> Iterator[tuple[str, int, int]]:
+def trained_layers(
+    model: Model, part: Part, tuning: str | None = None
+) -> Iterator[tuple[str, int, int]]:
     """(name, outputs, inputs) of the linear layers with an adapter; of all, where all are trained.
 
-    Without those that see a row an image, not one a token.
+    Without those that see a row an image, not one a token. ``tuning``: None is the model's.
     """
     targets = tuple(model.lora.targets or FAMILIES[model.family].lora_targets)
     for name, shape in part.shapes.items():
         layer = name.removesuffix(".weight")
         if len(shape) != 2 or layer == name:
             continue
-        if model.tuning == "full":
+        if (tuning or model.tuning) == "full":
             wanted = BLOCK.search(name) is not None and not MODULATION.search(layer)
         else:
             wanted = any(layer == t or layer.endswith(f".{t}") for t in targets)

@@ -94,12 +94,7 @@ def _find_or_create_experiment(client: MlflowClient, name: str, artifacts: str |
 
 
 def find_or_create(
-    client: MlflowClient,
-    experiment: str,
-    kind: str,
-    key: str,
-    name: str,
-    tags: Mapping[str, str],
+    client: MlflowClient, experiment: str, kind: str, key: str, name: str, tags: Mapping[str, str]
 ) -> Run:
     """The run with this kind and key, with these tags; created as ``name`` if there is none.
 

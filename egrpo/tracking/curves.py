@@ -55,10 +55,7 @@ def held(client: MlflowClient, run_id: str, wanted: Collection[int] | None = Non
 
 
 def deliver(
-    client: MlflowClient,
-    run_id: str,
-    lines: Sequence[Mapping[str, Any]],
-    known: Held | None = None,
+    client: MlflowClient, run_id: str, lines: Sequence[Mapping[str, Any]], known: Held | None = None
 ) -> int:
     """Send the metrics of all iterations that the server does not have complete; their number.
 
