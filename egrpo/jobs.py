@@ -17,20 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from egrpo.errors import one_line, say
 from egrpo.store.files import checkpoints_in, read_json, write_json
+from egrpo.study import standing
 from egrpo.study.due import Due
 from egrpo.study.identity import SETS, changes
 from egrpo.study.layout import PAGES, SHARED, Layout
 from egrpo.study.orders import Order, check_inputs, read_order
-from egrpo.study.standing import (
-    deliver,
-    require,
-    same_weights,
-    stands,
-    state_of,
-    tree_digest,
-    weights_of,
-    write_receipt,
-)
 
 if TYPE_CHECKING:
     from egrpo.config.models import RunConfig
@@ -69,7 +60,7 @@ def _compute(stage: str, order: Order, name: str) -> None:
         kind = f"embed-{_set_of(at, run, name)}"
     name = name or (at.identity(stage, run.run) if stage in SHARED else run.run)
     record = check_inputs(order, kind)
-    if stands(at, stage, name, at.identity(kind, run.run)):
+    if standing.stands(at, stage, name, at.identity(kind, run.run)):
         say(f"{stage} {name}: kept, it is of these settings, files and code")
         return
     with _room(at, stage, name) as made, ExitStack() as advised:
@@ -79,7 +70,7 @@ def _compute(stage: str, order: Order, name: str) -> None:
             advised.enter_context(advice_where_memory_ends(run, MEMORY[stage]))
         more = RUN_STAGES[stage](at, run, made)
         if _main_process():
-            deliver(at, stage, name, record, made, **(more or {}))
+            standing.deliver(at, stage, name, record, made, **(more or {}))
 
 
 @contextmanager
@@ -116,7 +107,7 @@ def _plan(at: Layout, run: RunConfig) -> Plan | None:
 
     if not needs_plan(run):
         return None
-    require(at, "plan", run.run, at.identity("plan", run.run))
+    standing.require(at, "plan", run.run, at.identity("plan", run.run))
     return load_plan(at.run(run.run) / "plan.json")
 
 
@@ -170,13 +161,13 @@ def train(at: Layout, run: RunConfig, made: Path) -> dict[str, Any]:
         return LiveTracker(run, key, at.store, journal, images)
 
     train(run, plan, files, state=state, output=made, live=live)
-    return {"weights": tree_digest(made / "adapter")} if _main_process() else {}
+    return {"weights": standing.tree_digest(made / "adapter")} if _main_process() else {}
 
 
 def _begin_state(at: Layout, run: RunConfig, state: Path) -> None:
     """Say beside a state what it is of; of a new one, which others are left and why."""
     record = at.identities.record("trajectory", run)
-    there = state_of(at, run.run)
+    there = standing.state_of(at, run.run)
     if there != state:
         _copy_state(run, there, state)
     elif not checkpoints_in(state):
@@ -208,8 +199,8 @@ def evaluate(at: Layout, run: RunConfig, made: Path) -> dict[str, Any]:
     from egrpo.measure.evaluate import evaluate
     from egrpo.store.files import write_text
 
-    require(at, "train", run.run, at.identity("train", run.run))
-    folder, weights = at.run(run.run), weights_of(at, run.run)
+    standing.require(at, "train", run.run, at.identity("train", run.run))
+    folder, weights = at.run(run.run), standing.weights_of(at, run.run)
     evaluate(
         run,
         _embedded(at, run, "heldout"),
@@ -217,7 +208,7 @@ def evaluate(at: Layout, run: RunConfig, made: Path) -> dict[str, Any]:
         made,
         training=folder,
         sources=at.identities.sources(run, weights),
-        before=same_weights(at, run.run),
+        before=standing.same_weights(at, run.run),
     )
     if _main_process():
         write_text(made / "config.yaml", yaml_of(run.model_dump()))
@@ -255,8 +246,8 @@ def _tell(stage: str, order: Order, name: str) -> None:
     at = order.at
     for run in at.study.runs:
         for made in order.record.get("reads", ()):
-            require(at, made, run, at.identity(made, run))
-    write_receipt(at, stage, name, order.record, TOLD[stage](at, name))
+            standing.require(at, made, run, at.identity(made, run))
+    standing.write_receipt(at, stage, name, order.record, TOLD[stage](at, name))
 
 
 def comparison(at: Layout, name: str) -> list[Path]:

@@ -54,11 +54,6 @@ class Rate:
         """What there is one row of."""
         return self.card, self.model, self.height, self.width, self.dtype
 
-    @property
-    def size(self) -> str:
-        """Height and width, for messages."""
-        return f"{self.height}x{self.width}"
-
     def scaled(self, height: int, width: int) -> Rate:
         """The rate of another size, as if all times grew with the number of pixels.
 
@@ -185,8 +180,8 @@ def find_rate(rates: Sequence[Rate], model: Model) -> tuple[Rate | None, str]:
         if (rate.height, rate.width) == size:
             return rate, ""
     nearest = min(found, key=lambda r: abs(math.log(r.height * r.width / math.prod(size))))
-    scaled = nearest.scaled(*size)
-    return scaled, f"{what} at {scaled.size}: the rate of {nearest.size}, scaled by pixels"
+    here, there = f"{model.height}x{model.width}", f"{nearest.height}x{nearest.width}"
+    return nearest.scaled(*size), f"{what} at {here}: the rate of {there}, scaled by pixels"
 
 
 def _shape(model: Model) -> str | None:

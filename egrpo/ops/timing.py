@@ -83,7 +83,9 @@ def measure_run(run: RunConfig, tell: Tell) -> Rate:
     tell(f"  sampling: {sampling:.4g} ms an evaluation, {size} latents at once")
     training = 1000 * training_seconds(model, parameters, t.train_micro_batch, prompt)
     tell(f"  training: {training:.4g} ms an evaluation, {t.train_micro_batch} latents at once")
-    decoding = 1000 * decoding_seconds(model, t.decode_batch)
+    latents = torch.randn(t.decode_batch, *model.image_shape, device=model.device)
+    whole = seconds_of(lambda: model.decode(latents, t.decode_batch), model.device)
+    decoding = 1000 * whole / t.decode_batch
     tell(f"  decoding: {decoding:.4g} ms an image, {t.decode_batch} at once")
     batches = f"batches {size}/{t.train_micro_batch}/{t.decode_batch}"
     today = datetime.date.today().isoformat()
@@ -205,9 +207,3 @@ def training_seconds(
     for p in parameters:
         p.grad = None
     return seconds / (size * model.evaluations_per_velocity)
-
-
-def decoding_seconds(model: FlowModel, size: int) -> float:
-    """Seconds of one image decoded, in the batch of training."""
-    latents = torch.randn(size, *model.image_shape, device=model.device)
-    return seconds_of(lambda: model.decode(latents, size), model.device) / size

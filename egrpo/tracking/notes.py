@@ -39,19 +39,15 @@ def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> st
         text += pipes(HEADER, map(cells, rows))
         text += ["", "Means over held-out prompts; \\* trained on this reward.", ""]
     if model is not None:
+        lora = "pipe.load_lora_weights(folder)  # a diffusers pipeline of the base model"
+        full = "pipe.transformer = type(pipe.transformer).from_pretrained(folder)"
         text += [
             "The trained weights are the logged model of this run:",
             "",
             "```python",
             f'folder = mlflow.artifacts.download_artifacts("models:/{model}")',
-            _loading(run),
+            lora if run.model.tuning == "lora" else full,
             "```",
             "",
         ]
     return "\n".join(text)
-
-
-def _loading(run: RunConfig) -> str:
-    if run.model.tuning == "lora":
-        return "pipe.load_lora_weights(folder)  # a diffusers pipeline of the base model"
-    return "pipe.transformer = type(pipe.transformer).from_pretrained(folder)"
