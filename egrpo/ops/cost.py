@@ -13,18 +13,8 @@ from egrpo.config.models import RunConfig
 from egrpo.config.prompts import train_prompts
 from egrpo.core.plan import Plan
 from egrpo.ops.rates import Rate, find_rate, on_card, read_rates
+from egrpo.planning import trees
 from egrpo.planning.plan import load_plan
-from egrpo.planning.trees import (
-    RunCost,
-    closed_form_plan,
-    cost_of,
-    monitor_images,
-    needs_plan,
-    prompt_ids,
-    reads_profile,
-    run_cost,
-    tree_of,
-)
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
 from egrpo.study.standing import stands
@@ -76,21 +66,21 @@ def run_costs(study: Study, names: Sequence[str], rates: Sequence[Rate]) -> Cost
     files = {study.runs[name].prompts for name in names}
     counts = {of: len(train_prompts(of.train, of.limit, of.column)) for of in files}
 
-    def shown(cost: RunCost) -> dict[str, int]:
+    def shown(cost: trees.RunCost) -> dict[str, int]:
         return {**cost._asdict(), "total": cost.total}
 
     out: Costs = {}
     for name in names:
         run = study.runs[name]
         plan, count = known_plan(run, at), counts[run.prompts]
-        if plan is None and needs_plan(run):
+        if plan is None and trees.needs_plan(run):
             out[name] = None
             continue
-        tree = tree_of(run, plan, 1, prompt_ids(run, 1, count)[0])
-        whole, images = run_cost(run, plan, count)
+        tree = trees.tree_of(run, plan, 1, trees.prompt_ids(run, 1, count)[0])
+        whole, images = trees.run_cost(run, plan, count)
         out[name] = {
             "method": run.method.name,
-            "prompt": shown(cost_of(run, [tree])),
+            "prompt": shown(trees.cost_of(run, [tree])),
             "run": shown(whole),
             "train_at_most": run.method.prunes,
             **({"time": time_of(run, whole, images, rates)} if rates else {}),
@@ -100,8 +90,8 @@ def run_costs(study: Study, names: Sequence[str], rates: Sequence[Rate]) -> Cost
 
 def known_plan(run: RunConfig, at: Layout) -> Plan | None:
     """The plan of a run: computed, or read where it was made from a profile; None for no plan."""
-    if not reads_profile(run):
-        return closed_form_plan(run)
+    if not trees.reads_profile(run):
+        return trees.closed_form_plan(run)
     made = stands(at, "plan", run.run, at.identity("plan", run.run))
     return load_plan(at.run(run.run) / "plan.json") if made else None
 
@@ -194,7 +184,7 @@ def known_rates(at: Layout, card: str | None) -> list[Rate]:
 
 
 def time_of(
-    run: RunConfig, cost: RunCost, images: int, rates: Sequence[Rate]
+    run: RunConfig, cost: trees.RunCost, images: int, rates: Sequence[Rate]
 ) -> dict[str, Any] | None:
     """What a run takes on the card of ``rates``; None without a rate of its model.
 
@@ -226,7 +216,7 @@ def time_of(
     plain = (repeated + cost.reference) * training / passes
     rollout = (cost.forward - repeated) * sampling + images * decoding
     iterations = rollout + plain + cost.train * training
-    shown = monitor_images(run)
+    shown = trees.monitor_images(run)
     evaluations = shown * run.evaluate.steps * run.model.evaluations_per_velocity
     monitors = evaluations * sampling + shown * decoding
     return {
