@@ -119,9 +119,7 @@ def _front_matter(
         if row["mean"] is not None
     ]
     tags = [TASK, "diffusers", "flow-matching", "grpo", "egrpo"]
-    more: dict[str, Any] = {}
-    if hub_id:
-        more["base_model_relation"] = "adapter" if lora else "finetune"
+    relation = "adapter" if lora else "finetune"
     return ModelCardData(
         base_model=hub_id,
         license=license,
@@ -131,7 +129,7 @@ def _front_matter(
         model_name=f"{run.study} {run.run}",
         eval_results=results,
         widget=[{"text": s.prompt, "output": {"url": s.file}} for s in samples],
-        **more,
+        **({"base_model_relation": relation} if hub_id else {}),
     ).to_yaml()
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
+
 from egrpo.config.models import RunConfig
-from egrpo.report.evaluations import Row, read_images
-from egrpo.store.tables import SCORES, read_table
+from egrpo.report.evaluations import Row
+from egrpo.store.tables import IMAGES, SCORES, read_table
 from egrpo.study.layout import Layout
 from egrpo.tracking.client import find_or_create, run_tags
 from egrpo.tracking.deliver import digest_of, finish, send_datasets, send_values
@@ -71,14 +72,17 @@ def _send_tables(
     held = {f.path for f in client.list_artifacts(run_id)}
     shown = run.evaluate.grid_prompts
     if "images.json" not in held:  # log_table appends to one that is there
-        prompts, samples = zip(*_first_images(folder, shown), strict=True)
-        table = {"prompt": list(prompts), "samples": [Shown(_two(own)) for own in samples]}
+        first = _first_images(folder, shown)
+        table = {
+            "prompt": [prompt for _, prompt in first],
+            "samples": [Shown(_two(own)) for own in first.values()],
+        }
         client.log_table(run_id, table, "images.json")
     if "scores.json" not in held:
         client.log_table(run_id, _scores_table(scores, tuple(run.train.rewards)), "scores.json")
     if "before_after.png" not in held and folder != base:
-        both = [_first_images(f, shown) for f in (base, folder)]
-        grid = _grid([[own[0] for _, own in samples] for samples in both])
+        both = [_first_images(f, shown).values() for f in (base, folder)]
+        grid = _grid([[own[0] for own in samples] for samples in both])
         client.log_image(run_id, grid, "before_after.png")
 
 
@@ -111,16 +115,18 @@ def _scores_table(scores: list[Row], first: tuple[str, ...]) -> dict[str, list[A
     }
 
 
-def _first_images(folder: Path, prompts: int) -> list[tuple[str, list[Image]]]:
-    """The first prompts, each with all its samples."""
+def _first_images(folder: Path, prompts: int) -> dict[tuple[int, str], list[Image]]:
+    """All samples of the first prompts, by prompt id and prompt."""
     from PIL import Image
 
-    found = read_images(folder / "images.parquet")
-    groups = groupby(sorted(found), lambda key: (key[0], key[2]))
-    return [
-        (prompt, [Image.open(io.BytesIO(found[key])).convert("RGB") for key in keys])
-        for (_, prompt), keys in islice(groups, prompts)
-    ]
+    table = read_table(folder / "images.parquet", IMAGES)
+    first = sorted(set(table["prompt_id"].to_pylist()))[:prompts]
+    chosen = table.filter(pc.field("prompt_id").isin(first))
+    found: dict[tuple[int, str], list[Image.Image]] = {}
+    for row in chosen.sort_by([("prompt_id", "ascending"), ("sample", "ascending")]).to_pylist():
+        image = Image.open(io.BytesIO(row["png"])).convert("RGB")
+        found.setdefault((row["prompt_id"], row["prompt"]), []).append(image)
+    return found
 
 
 def _two(samples: list[Image]) -> Image:
