@@ -62,35 +62,31 @@ def open_client(uri: str, timeout: int = 10, retries: int = 1) -> MlflowClient:
 
 
 def find_or_create_study(client: MlflowClient, uri: str, study: str) -> tuple[str, str]:
-    """Ids of a study's experiment and of its parent run, made where they are missing.
+    """Ids of a study's experiment and of its parent run, made where they are missing, also when
+    another process makes them at the same time.
 
     Raises:
         UserError: if the experiment was deleted in MLflow.
     """
-    experiment = _find_or_create_experiment(client, study, artifact_folder(uri, study))
-    return experiment, find_or_create(client, experiment, "study", study, study, {}).info.run_id
-
-
-def _find_or_create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    """Its id, also when another process creates it at the same time."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
+    found = client.get_experiment_by_name(study)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=artifacts)
+            client.create_experiment(study, artifact_location=artifact_folder(uri, study))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise UserError(f"MLflow: experiment {name!r} can be neither created nor read")
+        found = client.get_experiment_by_name(study)
+    if found is None:
+        raise UserError(f"MLflow: experiment {study!r} can be neither created nor read")
+    experiment = found.experiment_id
     if found.lifecycle_stage == "deleted":
         raise UserError(
-            f"MLflow: experiment {name!r} is deleted; `mlflow experiments restore "
-            f"--experiment-id {found.experiment_id}` brings it back, or rename the study"
+            f"MLflow: experiment {study!r} is deleted; `mlflow experiments restore "
+            f"--experiment-id {experiment}` brings it back, or rename the study"
         )
-    return found.experiment_id
+    return experiment, find_or_create(client, experiment, "study", study, study, {}).info.run_id
 
 
 def find_or_create(
