@@ -206,12 +206,12 @@ def advice(run: RunConfig, stage: Stage, phase: str) -> str:
     taken = with_setting(run, BATCHES[stage]["sampling"], _taken(run, stage, "sampling"))
     before = memory(taken, *parts, stage).during(phase)
     sizes = reward_bytes(run).items()
-    saved = [(size / GIB, f"rewards.{name}.device: cpu (") for name, size in sizes]
+    saved = [(size / GIB, f"rewards.{name}.device: cpu", "") for name, size in sizes]
     for key, now, value in tried:
         after = memory(with_setting(taken, key, value), *parts, stage).during(phase)
-        saved.append((before - after, f"{key}: {_yaml(value)} (now {_yaml(now)}; "))
+        saved.append((before - after, f"{key}: {_yaml(value)}", f"now {_yaml(now)}; "))
     found = sorted(saved, reverse=True)
-    told = [f"{setting}{_about(less)})" for less, setting in found if less > SMALL * before]
+    told = [f"{what} ({now}{_about(less)})" for less, what, now in found if less > SMALL * before]
     return f"set {', or '.join(told)}" if told else "no setting lowers it by much: use a larger GPU"
 
 
