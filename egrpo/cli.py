@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from egrpo import __version__
-from egrpo.errors import UserError
+from egrpo.errors import DEFAULT, UserError, command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,24 +35,21 @@ class OneLineErrors(click.Group):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            _say(str(error))
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Exception as error:
             from egrpo.store.files import refused
 
-            told = refused(error)
+            told = error if isinstance(error, UserError) else refused(error)
             if told is not None:
                 _say(str(told))
-            elif sys.stderr.isatty():
-                from rich.console import Console
-
-                Console(stderr=True).print_exception(suppress=[click])
-                sys.exit(1)
-            else:
+                sys.exit(2)
+            if not sys.stderr.isatty():
                 raise
-        sys.exit(2)
+            from rich.console import Console
+
+            Console(stderr=True).print_exception(suppress=[click])
+            sys.exit(1)
 
 
 def _say(message: str) -> None:
@@ -111,9 +108,6 @@ def plan_command(**options: Any) -> None:
 
     click.echo(plan_text(**options))
 
-
-# as in egrpo.errors, whose import would slow the shell's completion down
-DEFAULT = Path("config/config.yaml")
 
 CONFIGS_HELP = """
 
@@ -316,7 +310,6 @@ CONFIGS = click.option(
 @CONFIGS
 def report_command(configs: tuple[Path, ...]) -> None:
     """Print the comparison of all runs with their base model."""
-    from egrpo.errors import command
     from egrpo.report.report import print_report
 
     at = _layout(configs)
@@ -367,7 +360,6 @@ def completion_command(shell: str) -> None:
 @click.option("--port", type=int, default=5000, show_default=True, help="Wanted port; 0 for any.")
 def ui_command(configs: tuple[Path, ...], port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
-    from egrpo.errors import command
     from egrpo.tracking.ui import serve
 
     serve(_layout(configs).store, port, made_by=command(configs))

@@ -11,41 +11,29 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egrpo.errors import one_line, say
 from egrpo.store.files import checkpoints_in, read_json, write_json
+from egrpo.study import standing
+from egrpo.study.due import Due
 from egrpo.study.identity import SETS, changes
-from egrpo.study.layout import SHARED, Layout
+from egrpo.study.layout import PAGES, SHARED, Layout
 from egrpo.study.orders import Order, check_inputs, read_order
-from egrpo.study.standing import (
-    deliver,
-    require,
-    same_weights,
-    stands,
-    state_of,
-    tree_digest,
-    weights_of,
-    write_receipt,
-)
 
 if TYPE_CHECKING:
     from egrpo.config.models import RunConfig
     from egrpo.core.plan import Plan
     from egrpo.ops.memory import Stage
-    from egrpo.train.job import Live, Tracker
 
 
 def make(stage: str, path: Path, *, threads: int | None = None, name: str = "") -> None:
-    """Do what an order asks of a stage.
+    """Do what an order asks of a stage, of :data:`RUN_STAGES` or :data:`TOLD`.
 
-    Args:
-        stage: one of :data:`RUN_STAGES` or :data:`TOLD`.
-        path: the order.
-        threads: of the CPU, for torch; None: its own choice.
-        name: of what is shared, its identity; of what is told, its name.
+    ``threads`` of the CPU are for torch, which chooses itself where they are None; ``name`` is the
+    identity of what is shared, or the name of what is told.
 
     Raises:
         UserError: for bad input; files or code that changed since the order was written; results
@@ -55,7 +43,7 @@ def make(stage: str, path: Path, *, threads: int | None = None, name: str = "") 
     if stage in TOLD:
         _tell(stage, order, name)
         return
-    if threads and stage not in LIGHT:
+    if threads and stage != "plan":  # that needs no torch
         import torch
 
         torch.set_num_threads(threads)
@@ -72,13 +60,17 @@ def _compute(stage: str, order: Order, name: str) -> None:
         kind = f"embed-{_set_of(at, run, name)}"
     name = name or (at.identity(stage, run.run) if stage in SHARED else run.run)
     record = check_inputs(order, kind)
-    if stands(at, stage, name, at.identity(kind, run.run)):
+    if standing.stands(at, stage, name, at.identity(kind, run.run)):
         say(f"{stage} {name}: kept, it is of these settings, files and code")
         return
-    with _room(at, stage, name) as made, _advice(run, stage):
-        more = RUN_STAGES[stage](order, made)
+    with _room(at, stage, name) as made, ExitStack() as advised:
+        if stage in MEMORY:
+            from egrpo.ops.memory import advice_where_memory_ends
+
+            advised.enter_context(advice_where_memory_ends(run, MEMORY[stage]))
+        more = RUN_STAGES[stage](at, run, made)
         if _main_process():
-            deliver(at, stage, name, record, made, **(more or {}))
+            standing.deliver(at, stage, name, record, made, **(more or {}))
 
 
 @contextmanager
@@ -94,15 +86,6 @@ def _room(at: Layout, stage: str, name: str) -> Iterator[Path]:
     finally:
         if _main_process():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _advice(run: RunConfig, stage: str) -> AbstractContextManager[None]:
-    """What to set where a GPU's memory ends."""
-    if stage not in MEMORY:
-        return nullcontext()
-    from egrpo.ops.memory import advice_where_memory_ends
-
-    return advice_where_memory_ends(run, MEMORY[stage])
 
 
 def _main_process() -> bool:
@@ -124,43 +107,39 @@ def _plan(at: Layout, run: RunConfig) -> Plan | None:
 
     if not needs_plan(run):
         return None
-    require(at, "plan", run.run, at.identity("plan", run.run))
+    standing.require(at, "plan", run.run, at.identity("plan", run.run))
     return load_plan(at.run(run.run) / "plan.json")
 
 
-def embed(order: Order, made: Path) -> None:
+def embed(at: Layout, run: RunConfig, made: Path) -> None:
     """Encode a set of prompts, so that no later job loads a text encoder."""
     from egrpo.measure.embed import embed
 
-    at, run = order.at, order.run
     name = made.name.split("-")[1]
     embed(run, at.identities.prompts(run, _set_of(at, run, name)), made / f"{name}.safetensors")
 
 
-def profile(order: Order, made: Path) -> None:
+def profile(at: Layout, run: RunConfig, made: Path) -> None:
     """Measure the entropy profile of the base model."""
     from egrpo.measure.profile import profile
 
-    at, run = order.at, order.run
     files = made / "entropy_profile.parquet", made / "branches.parquet"
     profile(run, _embedded(at, run, "profile"), *files)
 
 
-def plan(order: Order, made: Path) -> None:
+def plan(at: Layout, run: RunConfig, made: Path) -> None:
     """Choose, by an entropy threshold, how many steps each SDE step merges."""
     from egrpo.planning.plan import plan
 
-    at, run = order.at, order.run
     plan(run, at.profile(run.run), made / "plan.json", made / "merge_plan.parquet")
 
 
-def suffixes(order: Order, made: Path) -> None:
+def suffixes(at: Layout, run: RunConfig, made: Path) -> None:
     """Compare cheaper suffixes of the branches with the exact one, on the base model."""
     from egrpo.measure.suffixes import suffixes
     from egrpo.report.render import write_texts
     from egrpo.store.tables import SUFFIXES
 
-    at, run = order.at, order.run
     plan = _plan(at, run)
     assert plan is not None  # the rule is for runs with one
     table = made / "suffixes.parquet"
@@ -168,23 +147,27 @@ def suffixes(order: Order, made: Path) -> None:
     write_texts(table, SUFFIXES, rows, text)
 
 
-def train(order: Order, made: Path) -> dict[str, Any]:
+def train(at: Layout, run: RunConfig, made: Path) -> dict[str, Any]:
     """Train one run, from wherever its state is."""
+    from egrpo.tracking.live import LiveTracker
     from egrpo.train.job import train
 
-    at, run = order.at, order.run
     plan, files = _plan(at, run), _embedded(at, run, "train", "monitor")
     state = at.state(run.run) / at.identity("trajectory", run.run)
     if _main_process():
         _begin_state(at, run, state)
-    train(run, plan, files, state=state, output=made, live=_live(run, at.store))
-    return {"weights": tree_digest(made / "adapter")} if _main_process() else {}
+
+    def live(key: str, journal: Path, images: Path) -> LiveTracker:
+        return LiveTracker(run, key, at.store, journal, images)
+
+    train(run, plan, files, state=state, output=made, live=live)
+    return {"weights": standing.tree_digest(made / "adapter")} if _main_process() else {}
 
 
 def _begin_state(at: Layout, run: RunConfig, state: Path) -> None:
     """Say beside a state what it is of; of a new one, which others are left and why."""
     record = at.identities.record("trajectory", run)
-    there = state_of(at, run.run)
+    there = standing.state_of(at, run.run)
     if there != state:
         _copy_state(run, there, state)
     elif not checkpoints_in(state):
@@ -210,26 +193,14 @@ def _copy_state(run: RunConfig, there: Path, state: Path) -> None:
         say(f"{run.run}: the state in {there} cannot be taken over ({one_line(error)})")
 
 
-def _live(run: RunConfig, store: Path) -> Live:
-    """MLflow, imported where it is needed."""
-
-    def track(key: str, log: Path, images: Path) -> AbstractContextManager[Tracker]:
-        from egrpo.tracking.live import LiveTracker
-
-        return LiveTracker(run, key, store, log, images)
-
-    return track
-
-
-def evaluate(order: Order, made: Path) -> dict[str, Any]:
+def evaluate(at: Layout, run: RunConfig, made: Path) -> dict[str, Any]:
     """Sample the held-out prompts with a trained run's weights, and score all that it made."""
     from egrpo.config.load import yaml_of
     from egrpo.measure.evaluate import evaluate
     from egrpo.store.files import write_text
 
-    at, run = order.at, order.run
-    require(at, "train", run.run, at.identity("train", run.run))
-    folder, weights = at.run(run.run), weights_of(at, run.run)
+    standing.require(at, "train", run.run, at.identity("train", run.run))
+    folder, weights = at.run(run.run), standing.weights_of(at, run.run)
     evaluate(
         run,
         _embedded(at, run, "heldout"),
@@ -237,18 +208,17 @@ def evaluate(order: Order, made: Path) -> dict[str, Any]:
         made,
         training=folder,
         sources=at.identities.sources(run, weights),
-        before=same_weights(at, run.run),
+        before=standing.same_weights(at, run.run),
     )
     if _main_process():
         write_text(made / "config.yaml", yaml_of(run.model_dump()))
     return {"weights": weights}
 
 
-def base(order: Order, made: Path) -> None:
+def base(at: Layout, run: RunConfig, made: Path) -> None:
     """Sample the held-out prompts with the base model and score them."""
     from egrpo.measure.evaluate import evaluate
 
-    at, run = order.at, order.run
     evaluate(
         run,
         _embedded(at, run, "heldout"),
@@ -259,22 +229,14 @@ def base(order: Order, made: Path) -> None:
     )
 
 
-RUN_STAGES: dict[str, Callable[[Order, Path], dict[str, Any] | None]] = {
-    "embed": embed,
-    "profile": profile,
-    "plan": plan,
-    "suffixes": suffixes,
-    "train": train,
-    "evaluate": evaluate,
-    "base": base,
+RUN_STAGES: dict[str, Callable[[Layout, RunConfig, Path], dict[str, Any] | None]] = {
+    stage.__name__: stage for stage in (embed, profile, plan, suffixes, train, evaluate, base)
 }
 MEMORY: dict[str, Stage] = {
     **{"profile": "profile", "suffixes": "profile", "train": "train"},
     **{"evaluate": "evaluate", "base": "evaluate"},
 }
 """Stages that fill a GPU, and which memory they need."""
-LIGHT = ("plan",)
-"""Stages that need no torch."""
 
 
 # -- what is told of several runs -----------------------------------------------------------
@@ -284,93 +246,83 @@ def _tell(stage: str, order: Order, name: str) -> None:
     at = order.at
     for run in at.study.runs:
         for made in order.record.get("reads", ()):
-            require(at, made, run, at.identity(made, run))
-    outputs = TOLD[stage](order, name)
-    write_receipt(at, stage, name, order.record, outputs)
+            standing.require(at, made, run, at.identity(made, run))
+    standing.write_receipt(at, stage, name, order.record, TOLD[stage](at, name))
 
 
-def comparison(order: Order, name: str) -> list[Path]:
+def comparison(at: Layout, name: str) -> list[Path]:
     """Compare every run with its base model."""
     from egrpo.report.results import make_comparison
 
-    at = order.at
     make_comparison(at, at.table(name))
-    return texts_of(at, name)
+    return _texts(at, name)
 
 
-def table(order: Order, name: str) -> list[Path]:
+def table(at: Layout, name: str) -> list[Path]:
     """One table of results, over seeds and prompts."""
     from egrpo.report.results import write_result_table
 
-    write_result_table(name, order.at.study.tables[name], order.at)
-    return texts_of(order.at, name)
+    write_result_table(name, at.study.tables[name], at)
+    return _texts(at, name)
 
 
-def texts_of(at: Layout, name: str) -> list[Path]:
+def _texts(at: Layout, name: str) -> list[Path]:
     """A table and its forms as text."""
     return [at.table(name).with_suffix(ending) for ending in (".parquet", ".csv", ".md", ".html")]
 
 
-def figure(order: Order, name: str) -> list[Path]:
+def figure(at: Layout, name: str) -> list[Path]:
     """One figure of the study."""
     from egrpo.figures.draw import draw_figure
 
-    draw_figure(name, order.at.study.figures[name], order.at)
-    return [order.at.figure(name), order.at.figure(name).with_suffix(".svg")]
+    draw_figure(name, at.study.figures[name], at)
+    return [at.figure(name), at.figure(name).with_suffix(".svg")]
 
 
-def figures(order: Order, name: str) -> list[Path]:
+def figures(at: Layout, name: str) -> list[Path]:
     """Entropy, spread, reward curves and the before/after grid of the default runs."""
     from egrpo.figures.draw import draw
 
-    draw(order.at)
+    draw(at)
     names = ("curves", "before_after", "entropy", "spread")
-    return [path for name in names if (path := order.at.figure(name)).exists()]
+    return [path for name in names if (path := at.figure(name)).exists()]
 
 
-def about(order: Order, name: str) -> list[Path]:
+def about(at: Layout, name: str) -> list[Path]:
     """Versions, commits and all settings of some runs as one page."""
     from egrpo.report.provenance import write_about
 
-    write_about(order.at, order.at.about(name))
-    return [order.at.about(name)]
+    write_about(at, at.about(name))
+    return [at.about(name)]
 
 
-def page(order: Order, name: str) -> list[Path]:
+def page(at: Layout, name: str) -> list[Path]:
     """Tell the story of a study on one page that needs no network."""
     from egrpo.page.page import make_page
 
-    at = order.at
-    shown = set(order.record["targets"])
+    shown = Due(at).names(PAGES[name])
     tables = {n: spec for n, spec in at.study.tables.items() if n in shown}
     make_page(name, at, tables, {n: s for n, s in at.study.figures.items() if n in shown})
     return [at.page(name)]
 
 
-def prepare(order: Order, name: str) -> list[Path]:
+def prepare(at: Layout, name: str) -> list[Path]:
     """Prepare the MLflow store before any run uses it."""
     from egrpo.tracking.prepare import prepare
 
-    prepare(order.at.study, order.at.store)
-    return [order.at.store]
+    prepare(at.study, at.store)
+    return [at.store]
 
 
-def publish(order: Order, name: str) -> list[Path]:
+def publish(at: Layout, name: str) -> list[Path]:
     """Deliver to MLflow whatever it does not have yet; doing it again adds nothing."""
     from egrpo.tracking.publish import publish
 
-    at = order.at
     publish(at, at.store, at.table(name), at.published(name))
     return [at.published(name)]
 
 
-TOLD: dict[str, Callable[[Order, str], list[Path]]] = {
-    "comparison": comparison,
-    "table": table,
-    "figure": figure,
-    "figures": figures,
-    "about": about,
-    "page": page,
-    "prepare": prepare,
-    "publish": publish,
+TOLD: dict[str, Callable[[Layout, str], list[Path]]] = {
+    stage.__name__: stage
+    for stage in (comparison, table, figure, figures, about, page, prepare, publish)
 }

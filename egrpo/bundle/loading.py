@@ -14,11 +14,8 @@ from egrpo.study.sharing import without_folder
 
 def loading(run: RunConfig, hub_id: str | None, prompt: str) -> str:
     """Python that draws one image with stock diffusers as the evaluation drew its own."""
-    model, lora, family = (
-        run.evaluation_model,
-        run.model.tuning == "lora",
-        FAMILIES[run.model.family],
-    )
+    model, family = run.evaluation_model, FAMILIES[run.model.family]
+    lora = run.model.tuning == "lora"
     names = {"FlowMatchEulerDiscreteScheduler", family.pipeline}
     return render(
         "loading.py.j2",

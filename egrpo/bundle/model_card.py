@@ -119,9 +119,8 @@ def _front_matter(
         if row["mean"] is not None
     ]
     tags = [TASK, "diffusers", "flow-matching", "grpo", "egrpo"]
-    more: dict[str, Any] = {}
-    if hub_id:
-        more["base_model_relation"] = "adapter" if lora else "finetune"
+    kind = "adapter" if lora else "finetune"
+    relation: dict[str, Any] = {"base_model_relation": kind} if hub_id else {}
     return ModelCardData(
         base_model=hub_id,
         license=license,
@@ -131,7 +130,7 @@ def _front_matter(
         model_name=f"{run.study} {run.run}",
         eval_results=results,
         widget=[{"text": s.prompt, "output": {"url": s.file}} for s in samples],
-        **more,
+        **relation,
     ).to_yaml()
 
 

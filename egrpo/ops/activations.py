@@ -76,22 +76,18 @@ class Activations:
         tokens = FAMILIES[self.model.family].tokens if given is None else given
         return tokens + CLIP_TOKENS * (self.model.family == "sd3")
 
-    @property
-    def rows(self) -> int:
-        """Evaluations of a velocity."""
-        return self.model.evaluations_per_velocity
-
     def working(self, size: int, *, beside: bool) -> float:
         """Bytes of an evaluation without gradients; ``beside``: adapters are not merged.
 
         An adapted layer has its result, the adapter's in float32, and their sum in float32.
         """
         merged, rest = WORKING[self.model.family]
-        row = self._row * size / 2
+        row, rows = self._row * size / 2, self.model.evaluations_per_velocity
         if not beside:
-            return self.rows * merged * row
-        largest = max((self._tokens(n) * out for n, out, _ in self.trained()), default=0)
-        return self.rows * max(merged * row, rest * row + (size + 8) * largest)
+            return rows * merged * row
+        layers = trained_layers(self.model, self.part)
+        largest = max((self._tokens(name) * out for name, out, _ in layers), default=0)
+        return rows * max(merged * row, rest * row + (size + 8) * largest)
 
     def kept(self, size: int, *, checkpointing: bool) -> float:
         """Bytes of a forward pass that are there when its backward pass begins.
@@ -99,29 +95,22 @@ class Activations:
         With checkpointing each block keeps its input, and one at a time is computed again.
         """
         config, total = self.part.config, 0.0
+        layers, width = layers_and_width(config)
         for key, kept in KEPT[self.model.family].items():
             found = config.get(key) or 0
             blocks = found if isinstance(found, int) else len(found)
             tokens = self.image if key == "dual_attention_layers" else self.image + self.text
-            total += blocks * kept * tokens * self._width * size / 2
-        total += sum(COPY * inputs * self._tokens(name) for name, _, inputs in self.trained())
+            total += blocks * kept * tokens * width * size / 2
+        for name, _, inputs in trained_layers(self.model, self.part):
+            total += COPY * inputs * self._tokens(name)
         if checkpointing:
-            layers, _ = layers_and_width(config)
             total = layers * size * self._row + total / layers
-        return self.rows * total
-
-    def trained(self) -> Iterator[tuple[str, int, int]]:
-        """(name, outputs, inputs) of the linear layers that are adapted, or trained."""
-        yield from trained_layers(self.model, self.part)
-
-    @property
-    def _width(self) -> int:
-        return layers_and_width(self.part.config)[1]
+        return self.model.evaluations_per_velocity * total
 
     @property
     def _row(self) -> int:
         """Tokens times width."""
-        return (self.image + self.text) * self._width
+        return (self.image + self.text) * layers_and_width(self.part.config)[1]
 
     def _tokens(self, name: str) -> int:
         if JOINT.search(name):
@@ -129,17 +118,19 @@ class Activations:
         return self.text if TEXT.search(name) else self.image
 
 
-def trained_layers(model: Model, part: Part) -> Iterator[tuple[str, int, int]]:
+def trained_layers(
+    model: Model, part: Part, tuning: str | None = None
+) -> Iterator[tuple[str, int, int]]:
     """(name, outputs, inputs) of the linear layers with an adapter; of all, where all are trained.
 
-    Without those that see a row an image, not one a token.
+    Without those that see a row an image, not one a token. ``tuning``: None is the model's.
     """
     targets = tuple(model.lora.targets or FAMILIES[model.family].lora_targets)
     for name, shape in part.shapes.items():
         layer = name.removesuffix(".weight")
         if len(shape) != 2 or layer == name:
             continue
-        if model.tuning == "full":
+        if (tuning or model.tuning) == "full":
             wanted = BLOCK.search(name) is not None and not MODULATION.search(layer)
         else:
             wanted = any(layer == t or layer.endswith(f".{t}") for t in targets)

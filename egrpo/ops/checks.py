@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import Prompt, read_prompts, train_prompts
@@ -35,15 +36,21 @@ def problems(study: Study) -> Iterator[str]:
     """
     said: set[str] = set()
     # a sweep's runs differ elsewhere
-    asked = {
-        repr((r.model, r.prompts, r.rewards, r.train.rewards, r.evaluate)): r
-        for r in reversed(study.runs.values())
-    }
-    for run in reversed(asked.values()):
+    for run in different(
+        study.runs.values(), lambda r: (r.model, r.prompts, r.rewards, r.train.rewards, r.evaluate)
+    ):
         for problem in (*size_problems(run), *reward_problems(run)):
             if problem not in said:
                 said.add(problem)
                 yield f"{problem} (run {run.run})"
+
+
+def different(runs: Iterable[RunConfig], key: Callable[[RunConfig], Any]) -> Iterable[RunConfig]:
+    """The first run of each different value."""
+    found: dict[str, RunConfig] = {}
+    for run in runs:
+        found.setdefault(repr(key(run)), run)
+    return found.values()
 
 
 def reward_problems(run: RunConfig) -> Iterator[str]:

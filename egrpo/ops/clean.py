@@ -10,29 +10,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from egrpo.config.load import read_yaml
 from egrpo.errors import UserError
-from egrpo.planning.trees import needs_plan
 from egrpo.store.files import lock, read_json
-from egrpo.study.identity import SETS
+from egrpo.study.due import Due
 from egrpo.study.layout import SHARED, Layout
 from egrpo.study.orders import order_of_run
 
 KEY = "[0-9a-f]{10}"
 RUN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-FILES = {
-    "profiles": r"(entropy_profile|branches)\.parquet",
-    "base": r"(scores|images)\.parquet",
-    "runs": r"config\.yaml|plan\.json|train\.json|adapter|monitor|snapshots"
-    r"|suffixes\.(parquet|csv|md|html)"
-    r"|(merge_plan|train_metrics|metrics|rollouts|scores|images|snapshots|snapshot_images)\.parquet",
-}
-"""What stages make in their folders."""
 STATE_FILES = r"checkpoint-.*|journal.*|lock|monitor|snapshots|until-\d+|identity\.json|\..*\.tmp"
 """What training makes in its state folder."""
 
@@ -79,21 +70,17 @@ def _superseded(at: Layout) -> Iterator[tuple[Path, tuple[Path, ...]]]:
             yield path, (path,)
     for path in _below(root / ".made", r".+"):
         yield path, (path,)
-    shared = {
-        "embed": {at.embeddings(run, which) for run in runs for which in SETS},
-        "profile": {at.profile(run).parent for run in runs if needs_plan(runs[run])},
-        "base": {at.base(run) for run in runs},
-    }
-    for stage, wanted in shared.items():
+    wanted = Due(at).owners
+    for stage in SHARED:
         for name in _made(root, stage, "evaluate_base" if stage == "base" else stage):
             path = at.outputs(stage, name)[0] if stage == "embed" else at.folder(stage, name)
-            if path not in wanted and re.fullmatch(KEY, name) and not path.is_symlink():
-                files = (path,) if stage == "embed" else _below(path, FILES[SHARED[stage]])
-                yield path, tuple(file for file in files if file.exists())
+            if (stage, name) not in wanted and re.fullmatch(KEY, name) and not path.is_symlink():
+                yield path, _there(at.outputs(stage, name))
     of_runs = _made(root, "train", "train", "plan", "run_config") | _made(root, "plan", "plan")
     for path in _below(root / "runs", RUN):
         if path.name not in runs and path.name in of_runs:
-            yield path, _below(path, FILES["runs"])
+            own = ("plan", "train", "evaluate", "suffixes")
+            yield path, _there(file for stage in own for file in at.outputs(stage, path.name))
     for folder in _below(root / "state", RUN):
         if folder.name in of_runs:
             kept = _states(at, folder.name) if folder.name in runs else set()
@@ -131,6 +118,11 @@ def _below(folder: Path, pattern: str) -> tuple[Path, ...]:
         return ()
     found = (path for path in sorted(folder.iterdir()) if re.fullmatch(pattern, path.name))
     return tuple(path for path in found if not path.is_symlink())
+
+
+def _there(outputs: Iterable[Path]) -> tuple[Path, ...]:
+    """Those that are there, and no link."""
+    return tuple(path for path in sorted(outputs) if path.exists() and not path.is_symlink())
 
 
 def _states(at: Layout, run: str) -> set[str]:

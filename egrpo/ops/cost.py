@@ -1,4 +1,8 @@
-"""What a study will execute, before anything runs. Needs no torch."""
+"""What a study will execute, before anything runs, and how long it takes. Needs no torch.
+
+Evaluations are counted. With measured rates of a card they give seconds of an iteration and hours
+of a run: of rollouts, training passes, penalties, decoding and monitors.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,9 @@ from typing import Any
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import train_prompts
 from egrpo.core.plan import Plan
-from egrpo.ops.hours import LEFT_OUT, TOGETHER, known_rates, time_of, together
-from egrpo.ops.rates import Rate, find_rate
+from egrpo.ops.rates import Rate, find_rate, on_card, read_rates
+from egrpo.planning import trees
 from egrpo.planning.plan import load_plan
-from egrpo.planning.trees import (
-    RunCost,
-    closed_form_plan,
-    cost_of,
-    needs_plan,
-    prompt_ids,
-    reads_profile,
-    run_cost,
-    tree_of,
-)
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
 from egrpo.study.standing import stands
@@ -40,6 +34,14 @@ NOTE = (
     "first iteration"
 )
 WAITS = "needs its profile; `snakemake --cores all plans` makes it"
+
+LEFT_OUT = (
+    "s/iteration: rollout, decoding, training, penalties; h/run: with monitors. Left out: loading, "
+    "compiling, rewards, optimizer, checkpoints, profile, evaluation"
+)
+MS_PER_HOUR = 3.6e6
+TOGETHER = "all runs"
+"""Of costs by run, the key of their sum: no run has a space in its name."""
 
 Costs = dict[str, dict[str, Any] | None]
 
@@ -64,21 +66,21 @@ def run_costs(study: Study, names: Sequence[str], rates: Sequence[Rate]) -> Cost
     files = {study.runs[name].prompts for name in names}
     counts = {of: len(train_prompts(of.train, of.limit, of.column)) for of in files}
 
-    def shown(cost: RunCost) -> dict[str, int]:
+    def shown(cost: trees.RunCost) -> dict[str, int]:
         return {**cost._asdict(), "total": cost.total}
 
     out: Costs = {}
     for name in names:
         run = study.runs[name]
         plan, count = known_plan(run, at), counts[run.prompts]
-        if plan is None and needs_plan(run):
+        if plan is None and trees.needs_plan(run):
             out[name] = None
             continue
-        tree = tree_of(run, plan, 1, prompt_ids(run, 1, count)[0])
-        whole, images = run_cost(run, plan, count)
+        tree = trees.tree_of(run, plan, 1, trees.prompt_ids(run, 1, count)[0])
+        whole, images = trees.run_cost(run, plan, count)
         out[name] = {
             "method": run.method.name,
-            "prompt": shown(cost_of(run, [tree])),
+            "prompt": shown(trees.cost_of(run, [tree])),
             "run": shown(whole),
             "train_at_most": run.method.prunes,
             **({"time": time_of(run, whole, images, rates)} if rates else {}),
@@ -88,8 +90,8 @@ def run_costs(study: Study, names: Sequence[str], rates: Sequence[Rate]) -> Cost
 
 def known_plan(run: RunConfig, at: Layout) -> Plan | None:
     """The plan of a run: computed, or read where it was made from a profile; None for no plan."""
-    if not reads_profile(run):
-        return closed_form_plan(run)
+    if not trees.reads_profile(run):
+        return trees.closed_form_plan(run)
     made = stands(at, "plan", run.run, at.identity("plan", run.run))
     return load_plan(at.run(run.run) / "plan.json") if made else None
 
@@ -161,3 +163,85 @@ def _time_notes(study: Study, costs: Costs, rates: Sequence[Rate]) -> list[str]:
         *dict.fromkeys([*estimated, *lacking]),
         f"runs together: {whole['runs']}, {_digits(whole['hours'])} h on one {rates[0].card}{rest}",
     ]
+
+
+# -- hours on a card ------------------------------------------------------------------------------
+
+
+def known_rates(at: Layout, card: str | None) -> list[Rate]:
+    """The rates of a card by its name or a part of it; later ones count more.
+
+    The study's own measurements count more than those that ship. None is the card that was measured
+    last for this study; empty where none was.
+
+    Raises:
+        UserError: if the card is not known, or the study's table is damaged.
+    """
+    own = read_rates(at.rates) if at.rates.exists() else []
+    if card is None:
+        return [rate for rate in own if rate.card == own[-1].card]
+    return on_card([*read_rates(), *own], card)
+
+
+def time_of(
+    run: RunConfig, cost: trees.RunCost, images: int, rates: Sequence[Rate]
+) -> dict[str, Any] | None:
+    """What a run takes on the card of ``rates``; None without a rate of its model.
+
+    ``cost`` and ``images``, which are decoded, are of all iterations.
+
+    Returns:
+        ``card``, ``seconds_per_iteration`` (mean), ``hours`` of one card, with monitors,
+        ``source`` of the rate, and ``notes``: what is estimated, one sentence each.
+
+    Raises:
+        UserError: if the folder of the model has no readable config.json.
+    """
+    rate, note = find_rate(rates, run.model)
+    if rate is None:
+        return None
+    passes = forward_passes(run)
+    training, notes = rate.training_ms, [note]
+    if training is None:
+        training = passes * rate.sampling_ms
+        notes.append(
+            f"training of {rate.model} is not measured there: a forward and backward is taken as "
+            f"{passes} sampling evaluations"
+        )
+    if rate.decoding_ms is None:
+        notes.append(f"decoding of {rate.model} is not measured there, and left out")
+    sampling, decoding = rate.sampling_ms, rate.decoding_ms or 0.0
+    # what training repeats is sampled in its batches, by the transformer without a merged LoRA
+    repeated = min(cost.train, cost.forward)
+    plain = (repeated + cost.reference) * training / passes
+    rollout = (cost.forward - repeated) * sampling + images * decoding
+    iterations = rollout + plain + cost.train * training
+    shown = trees.monitor_images(run)
+    evaluations = shown * run.evaluate.steps * run.model.evaluations_per_velocity
+    monitors = evaluations * sampling + shown * decoding
+    return {
+        "card": rate.card,
+        "seconds_per_iteration": iterations / 1000 / run.train.iterations,
+        "hours": (iterations + monitors) / MS_PER_HOUR,
+        "source": rate.source,
+        "notes": [text for text in notes if text],
+    }
+
+
+def forward_passes(run: RunConfig) -> int:
+    """Forward passes whose work one forward and backward of training is.
+
+    The backward pass takes one for the gradients of activations, and another one for those of
+    weights, which a LoRA spares; checkpointing runs the forward pass again.
+    """
+    return 2 + (run.model.tuning == "full") + run.train.gradient_checkpointing
+
+
+def together(costs: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """The sum over runs whose time is known: ``hours``, ``runs``; ``without``: the other runs."""
+    hours = {name: cost["time"]["hours"] for name, cost in costs.items() if cost and cost["time"]}
+    return {
+        "hours": sum(hours.values()),
+        "runs": len(hours),
+        "without": [name for name in costs if name not in hours],
+    }

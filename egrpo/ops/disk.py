@@ -12,13 +12,7 @@ from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.errors import UserError
 from egrpo.models.families import FAMILIES
 from egrpo.ops.weights import BYTES, lora_parameters
-from egrpo.planning.trees import (
-    closed_form_plan,
-    monitor_images,
-    needs_plan,
-    reads_profile,
-    tree_of,
-)
+from egrpo.planning import trees
 from egrpo.store.checkpoint import KEEP
 from egrpo.store.weights import Part, read_part
 from egrpo.study.resolve import Study
@@ -33,8 +27,7 @@ RECORD = 35, 40
 def disk(study: Study, *, copies: bool) -> dict[str, float]:
     """Bytes that all runs of a study take in the end, by what takes them.
 
-    Args:
-        copies: whether MLflow keeps its copies on this disk too.
+    ``copies``: whether MLflow keeps its copies on this disk too.
     """
     found: dict[str, float] = defaultdict(float)
     seen: set[tuple[str, str]] = set()
@@ -56,7 +49,7 @@ def disk(study: Study, *, copies: bool) -> dict[str, float]:
         found["images"] += monitor_bytes(run) * (2 + copies) + evaluation_bytes(run)
         if first("base", evaluation_key(run)):
             found["images"] += evaluation_bytes(run)
-        if needs_plan(run) and first("profile", repr((run.model, run.profile, run.rewards))):
+        if trees.needs_plan(run) and first("profile", repr((run.model, run.profile, run.rewards))):
             shown = run.profile.shown_prompts * len(run.profile.shown) * run.profile.samples
             found["images"] += shown * _png_bytes(run.model)
         found["records"] += records[run.arm]
@@ -102,7 +95,7 @@ def _png_bytes(model: Model) -> float:
 
 def monitor_bytes(run: RunConfig) -> float:
     """The monitors' images of a run."""
-    return monitor_images(run) * _png_bytes(run.model)
+    return trees.monitor_images(run) * _png_bytes(run.model)
 
 
 def evaluation_bytes(run: RunConfig) -> float:
@@ -113,8 +106,9 @@ def evaluation_bytes(run: RunConfig) -> float:
 
 def record_bytes(run: RunConfig) -> float:
     """Journal and rollouts table; 0 where the plan waits for a profile."""
-    if reads_profile(run):
+    if trees.reads_profile(run):
         return 0.0
-    edges = tree_of(run, closed_form_plan(run)).cost.train * run.train.prompts_per_iteration
+    tree = trees.tree_of(run, trees.closed_form_plan(run))
+    edges = run.train.iterations * run.train.prompts_per_iteration * tree.cost.train
     edge, reward = RECORD
-    return float(run.train.iterations * edges * (edge + reward * len(run.train.rewards)))
+    return float(edges * (edge + reward * len(run.train.rewards)))

@@ -6,19 +6,17 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts, train_prompts
 from egrpo.config.rewards import AnyReward, Custom
 from egrpo.errors import UserError, one_line
-from egrpo.ops.checks import problems
+from egrpo.ops.checks import different, problems
 from egrpo.ops.clean import leftovers, size_of, summary
 from egrpo.ops.disk import disk
-from egrpo.ops.doctor_model import model_findings, usable
+from egrpo.ops.doctor_model import Finding, Level, model_findings, usable
 from egrpo.ops.memory import GIB
 from egrpo.planning.trees import check_trees, closed_form_plan, cost_of, reads_profile, tree_of
 from egrpo.report.provenance import MISSING, versions
@@ -26,7 +24,6 @@ from egrpo.study.files import file_problems
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study, load_study
 
-Level = Literal["ok", "warn", "FAIL"]
 Told = Iterator[tuple[Level, str]]
 
 LESS = {
@@ -39,24 +36,10 @@ LESS = {
 """What makes a part of the disk smaller."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line: how grave, what was looked at, what was found."""
-
-    level: Level
-    what: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.level:<5} {self.what:<12} {self.text}"
-
-
 def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding]:
     """Findings on a study, as they are made.
 
-    Args:
-        paths: the study's YAML; further files are laid over it.
-        rewards: load every reward model, to know that its weights fit.
+    With ``rewards`` every reward model is loaded, to know that its weights fit.
     """
     yield from _findings("versions", _versions())
     yield from _findings("cache", _cache())
@@ -73,7 +56,7 @@ def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding
         return
     yield Finding("ok", "config", f"{len(study.runs)} runs of study {study.name}")
     runs = study.runs.values()
-    for run in _different(runs, lambda run: (run.prompts, run.guided)):
+    for run in different(runs, lambda run: (run.prompts, run.guided)):
         for key in ("train", "heldout"):
             yield from _findings("prompts", _prompts(run, key))
     for problem in problems(study):
@@ -83,8 +66,8 @@ def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding
     devices |= {getattr(r, "device", None) or "" for run in runs for r in run.rewards.values()}
     for name in sorted(devices - {""}):
         yield from _findings("device", _device(name))
-    for run in _different(runs, lambda run: run.model):
-        yield from (Finding(*found) for found in model_findings(run))
+    for run in different(runs, lambda run: run.model):
+        yield from model_findings(run)
     asked = {(n, repr(r)): (n, r, run) for run in runs for n, r in run.rewards.items()}
     for name, reward, run in asked.values() if rewards else ():
         yield from _findings("reward", _reward(name, reward, run))
@@ -102,14 +85,6 @@ def _findings(what: str, told: Told) -> Iterator[Finding]:
         yield Finding("FAIL", what, str(error))
 
 
-def _different(runs: Iterable[RunConfig], key: Callable[[RunConfig], Any]) -> Iterable[RunConfig]:
-    """The first run of each different value."""
-    found: dict[str, RunConfig] = {}
-    for run in runs:
-        found.setdefault(repr(key(run)), run)
-    return found.values()
-
-
 def _versions() -> Told:
     found = versions()
     missing = [name for name, version in found.items() if version == MISSING]
@@ -125,10 +100,8 @@ def _versions() -> Told:
 def _cache() -> Told:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     if not os.access(_existing(folder), os.W_OK):
-        yield (
-            "FAIL",
-            f"{folder}: cannot be written, and Snakemake keeps files there; set XDG_CACHE_HOME",
-        )
+        why = "cannot be written, and Snakemake keeps files there; set XDG_CACHE_HOME"
+        yield "FAIL", f"{folder}: {why}"
 
 
 def _existing(folder: Path) -> Path:
@@ -223,10 +196,7 @@ def _disk(study: Study, configs: tuple[Path, ...]) -> Told:
     text = f"{free:.1f} GiB free under {study.results}, about {need:.1f} GiB to come"
     text += f" ({', '.join(f'{name} {parts[name]:.2g}' for name in largest)}"
     text += f"; {there:.1f} are there)" if there > 0.1 else ")"
-    if need < free:
-        yield "ok", text
-    else:
-        yield "FAIL", f"{text}: lower {LESS[largest[0]]}"
+    yield ("ok", text) if need < free else ("FAIL", f"{text}: lower {LESS[largest[0]]}")
     if old:
         words = shlex.join(["egrpo", "clean", *map(str, configs)])
         yield "warn", f"{root}: {summary(old)}; `{words}` lists them"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from egrpo.config.models import Model, RunConfig
 from egrpo.errors import UserError, one_line
@@ -17,27 +17,37 @@ from egrpo.store.weights import Part, read_part
 if TYPE_CHECKING:
     import torch
 
-Told = tuple[Literal["ok", "warn", "FAIL"], str, str]
-"""How grave it is, what was looked at, what was found."""
+Level = Literal["ok", "warn", "FAIL"]
 
 
-def model_findings(run: RunConfig) -> Iterator[Told]:
+class Finding(NamedTuple):
+    """One line: how grave, what was looked at, what was found."""
+
+    level: Level
+    what: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.what:<12} {self.text}"
+
+
+def model_findings(run: RunConfig) -> Iterator[Finding]:
     """What is right and wrong with a run's model and its memory."""
     import torch
 
     model = run.model
     if is_hub_id(model.path):
         text = f"{model.path} at {model.revision}: a hub id; its files are not checked"
-        yield "warn", "model", text
+        yield Finding("warn", "model", text)
         return
     try:
         parts = {name: read_part(Path(model.path), name) for name in ("transformer", "vae")}
         _check_weights(model, parts["transformer"])
     except UserError as error:
-        yield "FAIL", "model", str(error)
+        yield Finding("FAIL", "model", str(error))
         return
     billions = parts["transformer"].parameters / 1e9
-    yield "ok", "model", f"{model.path}: {model.family}, {billions:.3g} billion weights"
+    yield Finding("ok", "model", f"{model.path}: {model.family}, {billions:.3g} billion weights")
     try:
         device, free = usable(model.device)
     except UserError:  # told of the device
@@ -94,37 +104,33 @@ def _check_weights(model: Model, part: Part) -> None:
         )
 
 
-def _memory(run: RunConfig, parts: dict[str, Part], free: float | None) -> Told:
+def _memory(run: RunConfig, parts: dict[str, Part], free: float | None) -> Finding:
     stages: list[Stage] = ["train", "evaluate"]
     if needs_plan(run):
         stages.append("profile")
     needs = {stage: memory(run, parts["transformer"], parts["vae"], stage) for stage in stages}
     stage = max(stages, key=lambda stage: needs[stage].peak)
     need, card = needs[stage], run.model.device != "cpu"
-    text = _needs(needs) + (f"; on a card with room up to {_shown(needs):.2g}" if card else "")
+    text = _needs(needs)
+    if card:
+        text += f"; on a card with room up to {max(n.on_card for n in needs.values()):.2g}"
     if free is None:
-        return "warn", "memory", text
+        return Finding("warn", "memory", text)
     if need.peak + CONTEXT * card < free:
-        return "ok", "memory", text
+        return Finding("ok", "memory", text)
     remedy = advice(run, stage, need.worst)
-    return "FAIL", "memory", f"{text}, {free:.2g} GiB free: {remedy}"
+    return Finding("FAIL", "memory", f"{text}, {free:.2g} GiB free: {remedy}")
 
 
 def _needs(needs: Mapping[Stage, Memory]) -> str:
     train = needs["train"]
     items = ", ".join(f"{k} {v:.2g}" for k, v in {**train.fixed, **train.phases}.items())
     names: dict[Stage, str] = {"evaluate": "evaluation", "profile": "the profile"}
-    others = [
-        f"{needs[stage].peak:.2g} for {name}" for stage, name in names.items() if stage in needs
-    ]
+    others = [f"{needs[s].peak:.2g} for {name}" for s, name in names.items() if s in needs]
     return f"about {train.peak:.2g} GiB for training ({items}), {', '.join(others)}"
 
 
-def _shown(needs: Mapping[Stage, Memory]) -> float:
-    return max(need.on_card for need in needs.values())
-
-
-def attention(model: Model, part: Part, capability: tuple[int, int]) -> Told:
+def attention(model: Model, part: Part, capability: tuple[int, int]) -> Finding:
     """Which kernel ``auto`` takes on a CUDA device; a training job checks that it is right."""
     import torch
 
@@ -134,4 +140,4 @@ def attention(model: Model, part: Part, capability: tuple[int, int]) -> Told:
     dtype = getattr(torch, model.dtype)
     plain, masked = (kernel(capability, dtype, head, masked=m) for m in (False, True))
     text = f"{model.family}: heads of {head}: {plain}; {masked} where prompts differ in length"
-    return "ok", "attention", text
+    return Finding("ok", "attention", text)

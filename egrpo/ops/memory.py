@@ -21,13 +21,7 @@ from egrpo.models.loading import resolve_device
 from egrpo.models.twin import padded_rows
 from egrpo.ops.activations import Activations
 from egrpo.ops.reward_sizes import reward_bytes
-from egrpo.ops.weights import (
-    BYTES,
-    lora_parameters,
-    stored_bytes,
-    twin_bytes,
-    upcast_bytes,
-)
+from egrpo.ops.weights import BYTES, lora_parameters, stored_bytes, twin_bytes, upcast_bytes
 from egrpo.sampling.fit import FULL, ON_CPU, TRIED
 from egrpo.sampling.sample import PIXELS
 from egrpo.store.weights import Part, read_part
@@ -146,16 +140,13 @@ def _batch(run: RunConfig, key: str) -> int:
     return ON_CPU if _on_cpu(run) else TRIED
 
 
-def _taken(run: RunConfig, key: str, tokens: int) -> int:
-    """Latents of ``tokens`` image tokens that auto takes at most, where a card has room."""
+def _taken(run: RunConfig, stage: Stage, phase: str) -> int:
+    """The same; of auto the most that it takes, where a card has room."""
+    key = BATCHES[stage][phase]
     if setting_of(run, key) != "auto" or _on_cpu(run):
         return _batch(run, key)
-    return max(TRIED, FULL // tokens)
-
-
-def _tokens(run: RunConfig, stage: Stage) -> int:
     m = run.evaluation_model if stage == "evaluate" else run.model
-    return (m.height // TOKEN) * (m.width // TOKEN)
+    return max(TRIED, FULL // ((m.height // TOKEN) * (m.width // TOKEN)))
 
 
 def _on_cpu(run: RunConfig) -> bool:
@@ -169,7 +160,7 @@ def _growth(run: RunConfig, stage: Stage) -> float:
     """
     key = BATCHES[stage]["sampling"]
     if setting_of(run, key) == "auto":
-        return _taken(run, key, _tokens(run, stage)) / _batch(run, key)
+        return _taken(run, stage, "sampling") / _batch(run, key)
     if stage != "profile":
         return 1.0
     p, most, records = run.profile, _batch(run, key), [0]
@@ -206,36 +197,28 @@ def advice_where_memory_ends(run: RunConfig, stage: Stage) -> Iterator[None]:
 
 def advice(run: RunConfig, stage: Stage, phase: str) -> str:
     """The settings that lower the memory of a phase, the one that saves most first."""
-    tried = [
-        (key, value, f"{key}: {_yaml(value)}", f"now {_yaml(now)}")
-        for key, now, value in remedies(run, stage, phase)
-    ]
+    tried = list(remedies(run, stage, phase))
     folder = Path(run.model.path)
     if not folder.is_dir():  # a hub id
-        named = [f"{setting} ({now})" for *_, setting, now in tried]
+        named = [f"{key}: {_yaml(value)} (now {_yaml(now)})" for key, now, value in tried]
         return f"set {', or '.join(named)}" if named else "use a larger GPU"
     parts = read_part(folder, "transformer"), read_part(folder, "vae")
-    key = BATCHES[stage]["sampling"]
-    taken = with_setting(run, key, _taken(run, key, _tokens(run, stage)))
+    taken = with_setting(run, BATCHES[stage]["sampling"], _taken(run, stage, "sampling"))
     before = memory(taken, *parts, stage).during(phase)
-    saved: list[tuple[float, str, str]] = []
-    for key, value, setting, now in tried:
+    sizes = reward_bytes(run).items()
+    saved = [(size / GIB, f"rewards.{name}.device: cpu", "") for name, size in sizes]
+    for key, now, value in tried:
         after = memory(with_setting(taken, key, value), *parts, stage).during(phase)
-        saved.append((before - after, setting, now))
-    for name, size in reward_bytes(run).items():
-        saved.append((size / GIB, f"rewards.{name}.device: cpu", ""))
-    told = [
-        f"{setting} ({'; '.join(filter(None, (now, _about(less))))})"
-        for less, setting, now in sorted(saved, reverse=True)
-        if less > SMALL * before
-    ]
+        saved.append((before - after, f"{key}: {_yaml(value)}", f"now {_yaml(now)}; "))
+    found = sorted(saved, reverse=True)
+    told = [f"{what} ({now}{_about(less)})" for less, what, now in found if less > SMALL * before]
     return f"set {', or '.join(told)}" if told else "no setting lowers it by much: use a larger GPU"
 
 
 def remedies(run: RunConfig, stage: Stage, phase: str) -> Iterator[tuple[str, Any, Any]]:
     """(setting, value now, value to try) of what may lower the memory of a phase."""
     key = BATCHES[stage].get(phase)
-    if key is not None and (size := _taken(run, key, _tokens(run, stage))) > 1:
+    if key is not None and (size := _taken(run, stage, phase)) > 1:
         yield key, setting_of(run, key), size // 2
     switches: list[tuple[str, Any]] = [
         ("model.fp8_weights", True),

@@ -54,28 +54,15 @@ class Rate:
         """What there is one row of."""
         return self.card, self.model, self.height, self.width, self.dtype
 
-    @property
-    def size(self) -> str:
-        """Height and width, for messages."""
-        return f"{self.height}x{self.width}"
-
     def scaled(self, height: int, width: int) -> Rate:
         """The rate of another size, as if all times grew with the number of pixels.
 
         Attention grows faster, and small batches are bound by other things: an estimate.
         """
         factor = height * width / (self.height * self.width)
-        times = (self.sampling_ms, self.training_ms, self.decoding_ms)
-        sampling, training, decoding = (None if t is None else factor * t for t in times)
-        assert sampling is not None
-        return replace(
-            self,
-            height=height,
-            width=width,
-            sampling_ms=sampling,
-            training_ms=training,
-            decoding_ms=decoding,
-        )
+        known = {name: time for name in TIMES if (time := getattr(self, name)) is not None}
+        times = {name: factor * time for name, time in known.items()}
+        return replace(self, height=height, width=width, **times)
 
 
 COLUMNS = tuple(field.name for field in fields(Rate))
@@ -110,15 +97,11 @@ def read_rates(path: Path = SHIPPED) -> list[Rate]:
 
 def _rate(cells: Mapping[str, str]) -> Rate:
     """A row; ValueError says what is wrong with it."""
-    found: dict[str, Any] = dict(cells)
-    for name in WHOLE:
-        found[name] = int(cells[name])
-    for name in TIMES:
-        found[name] = float(cells[name]) if cells[name] else None
-    numbers = [found[name] for name in (*WHOLE, *TIMES) if found[name] is not None]
-    if found["sampling_ms"] is None or not all(0 < n < math.inf for n in numbers):
+    numbers: dict[str, Any] = {name: int(cells[name]) for name in WHOLE}
+    numbers |= {name: float(cells[name]) for name in TIMES if cells[name]}
+    if "sampling_ms" not in numbers or not all(0 < n < math.inf for n in numbers.values()):
         raise ValueError("sizes and milliseconds must be above 0, and sampling_ms is needed")
-    return Rate(**found)
+    return Rate(**{**cells, **dict.fromkeys(TIMES), **numbers})
 
 
 def write_rates(path: Path, rates: Iterable[Rate]) -> None:
@@ -197,8 +180,8 @@ def find_rate(rates: Sequence[Rate], model: Model) -> tuple[Rate | None, str]:
         if (rate.height, rate.width) == size:
             return rate, ""
     nearest = min(found, key=lambda r: abs(math.log(r.height * r.width / math.prod(size))))
-    scaled = nearest.scaled(*size)
-    return scaled, f"{what} at {scaled.size}: the rate of {nearest.size}, scaled by pixels"
+    here, there = f"{model.height}x{model.width}", f"{nearest.height}x{nearest.width}"
+    return nearest.scaled(*size), f"{what} at {here}: the rate of {there}, scaled by pixels"
 
 
 def _shape(model: Model) -> str | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +55,6 @@ def _numbers(file: Path, changed: int) -> int:
         return 0  # said where rewards are loaded
     except Exception:  # torch's older format, which cannot be mapped, or no weights at all
         return file.stat().st_size // HALF
-    return sum(tensor.numel() for tensor in _tensors(state))
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
     state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
-    for value in state.values() if isinstance(state, Mapping) else ():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            yield value
+    values = state.values() if isinstance(state, Mapping) else ()
+    return sum(v.numel() for v in values if isinstance(v, Tensor) and v.is_floating_point())

@@ -146,12 +146,8 @@ def serve(
 ) -> None:
     """Load rewards of a study and serve them until the process is ended.
 
-    Args:
-        names: which of its rewards; none means all that are not remote themselves.
-        host: another than this machine needs a token.
-        token_file: holds the token that clients must send.
-        device: for rewards that name none.
-        bounds: see :func:`make_app`.
+    No ``names`` mean all that are not remote themselves; ``device`` is for those that name none,
+    ``token_file`` holds what clients must send, ``bounds`` are those of :func:`make_app`.
 
     Raises:
         UserError: for an unknown reward, wrong weights, or an address open to all.

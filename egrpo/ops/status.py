@@ -12,18 +12,9 @@ from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
 from egrpo.planning.trees import needs_plan
 from egrpo.store.files import checkpoints_in, read_json, write_json
+from egrpo.study import standing
 from egrpo.study.identity import is_code, versions
 from egrpo.study.layout import Layout
-from egrpo.study.standing import (
-    read_receipt,
-    reasons,
-    stands,
-    state_of,
-    tree_digest,
-    weights_of,
-    whole,
-    write_receipt,
-)
 
 SHOWN = 3
 """Changes that one line names; of more it says how many."""
@@ -45,7 +36,7 @@ def status(at: Layout) -> Iterator[str]:
 
 
 def _standing(at: Layout, stage: str, name: str) -> str:
-    if stands(at, stage, name, at.identity(stage, name)):
+    if standing.stands(at, stage, name, at.identity(stage, name)):
         return f"{stage} done"
     if (told := change(at, stage, name)) is not None:
         return told
@@ -56,7 +47,7 @@ def _standing(at: Layout, stage: str, name: str) -> str:
 
 def _reached(at: Layout, name: str) -> int:
     """The iteration that a run's training would go on from."""
-    return max(checkpoints_in(state_of(at, name)), default=0)
+    return max(checkpoints_in(standing.state_of(at, name)), default=0)
 
 
 def change(at: Layout, stage: str, name: str) -> str | None:
@@ -65,7 +56,7 @@ def change(at: Layout, stage: str, name: str) -> str | None:
     A training that only goes on throws nothing away.
     """
     run = at.study.runs[name]
-    found = reasons(at, stage, name, at.identities.record(stage, run))
+    found = standing.reasons(at, stage, name, at.identities.record(stage, run))
     if found is None or found == ["it is not there"]:
         return None
     shown = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" * (len(found) > SHOWN))
@@ -96,7 +87,7 @@ def other_libraries(at: Layout) -> Iterator[str]:
     """One line where results were made with other versions of what computes."""
     found: dict[str, list[str]] = {}
     for name in at.study.runs:
-        receipt = read_receipt(at, "train", name)
+        receipt = standing.read_receipt(at, "train", name)
         if receipt is None:
             continue
         made, now = receipt.get("libraries", {}), versions()
@@ -126,16 +117,16 @@ def keep(at: Layout, names: Sequence[str]) -> Iterator[str]:
 def _keep(at: Layout, stage: str, name: str) -> str:
     run = at.study.runs[name]
     record = at.identities.record(stage, run)
-    if stands(at, stage, name, digest(record)):
+    if standing.stands(at, stage, name, digest(record)):
         return "stands as it is"
-    receipt = read_receipt(at, stage, name)
+    receipt = standing.read_receipt(at, stage, name)
     if receipt is None:
         return _adopt(at, stage, name)
     before = receipt["record"]
     now = json.loads(json.dumps(record))  # lists for tuples
     found = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
     found = [key for key in found if not is_code(key) and key != "training"]
-    if found or not whole(at, receipt):
+    if found or not standing.whole(at, receipt):
         return f"not kept: {', '.join(found[:SHOWN]) or 'files are missing'}"
     receipt |= {"identity": digest(record), "record": record, "kept": receipt["identity"]}
     write_json(at.receipt(stage, name), receipt)
@@ -159,8 +150,8 @@ def _adopt(at: Layout, stage: str, name: str) -> str:
         return "not kept: its settings are others than today's"
     more: dict[str, Any] = {"kept": "of a version without receipts"}
     if stage == "train":
-        more["weights"] = tree_digest(at.run(name) / "adapter")
+        more["weights"] = standing.tree_digest(at.run(name) / "adapter")
     elif stage == "evaluate":
-        more["weights"] = weights_of(at, name)
-    write_receipt(at, stage, name, at.identities.record(stage, run), there, **more)
+        more["weights"] = standing.weights_of(at, name)
+    standing.write_receipt(at, stage, name, at.identities.record(stage, run), there, **more)
     return "kept, as made by an earlier version"

@@ -19,6 +19,7 @@ from egrpo.models.attention import check_attention
 from egrpo.models.base import FlowModel
 from egrpo.models.conditioning import Conditioning
 from egrpo.ops.activations import CLIP_TOKENS
+from egrpo.ops.checks import different
 from egrpo.ops.memory import advice_where_memory_ends
 from egrpo.ops.rates import Rate, architecture, write_rates
 from egrpo.planning.grids import training_sigmas
@@ -42,20 +43,15 @@ Tell = Callable[[str], None]
 def measure(at: Layout, names: Iterable[str], tell: Tell) -> list[Rate]:
     """Measure each model, size and type of the runs once, and add the rows to the study's rates.
 
-    Args:
-        at: of the study.
-        names: of its runs; empty: all.
-        tell: is given one line a step.
+    No names are all runs; ``tell`` is given one line a step.
 
     Raises:
         UserError: for an unknown run, a model that cannot be loaded, or too little memory.
     """
-    runs: dict[tuple[str, int, int, str], RunConfig] = {}
-    for run in map(at.study.runs.__getitem__, at.study.chosen(names)):
-        m = run.model
-        runs.setdefault((m.path, m.height, m.width, m.dtype), run)
+    runs = [at.study.runs[name] for name in at.study.chosen(names)]
+    models = ("path", "height", "width", "dtype")
     rates = []
-    for run in runs.values():
+    for run in different(runs, lambda run: [getattr(run.model, name) for name in models]):
         with advice_where_memory_ends(run, "train"):
             rates.append(measure_run(run, tell))
         write_rates(at.rates, rates[-1:])  # one that fails loses none of those before
@@ -87,7 +83,9 @@ def measure_run(run: RunConfig, tell: Tell) -> Rate:
     tell(f"  sampling: {sampling:.4g} ms an evaluation, {size} latents at once")
     training = 1000 * training_seconds(model, parameters, t.train_micro_batch, prompt)
     tell(f"  training: {training:.4g} ms an evaluation, {t.train_micro_batch} latents at once")
-    decoding = 1000 * decoding_seconds(model, t.decode_batch)
+    latents = torch.randn(t.decode_batch, *model.image_shape, device=model.device)
+    whole = seconds_of(lambda: model.decode(latents, t.decode_batch), model.device)
+    decoding = 1000 * whole / t.decode_batch
     tell(f"  decoding: {decoding:.4g} ms an image, {t.decode_batch} at once")
     batches = f"batches {size}/{t.train_micro_batch}/{t.decode_batch}"
     today = datetime.date.today().isoformat()
@@ -209,9 +207,3 @@ def training_seconds(
     for p in parameters:
         p.grad = None
     return seconds / (size * model.evaluations_per_velocity)
-
-
-def decoding_seconds(model: FlowModel, size: int) -> float:
-    """Seconds of one image decoded, in the batch of training."""
-    latents = torch.randn(size, *model.image_shape, device=model.device)
-    return seconds_of(lambda: model.decode(latents, size), model.device) / size

@@ -8,8 +8,7 @@ from typing import Any
 
 from egrpo.config.models import Model, RunConfig
 from egrpo.models.families import FAMILIES
-from egrpo.models.twin import SMALL as MODULATION
-from egrpo.ops.activations import BLOCK, trained_layers
+from egrpo.ops.activations import trained_layers
 from egrpo.ops.rates import layers_and_width
 from egrpo.store.weights import Part
 
@@ -22,8 +21,7 @@ numbers in 32 bit, twice."""
 
 def lora_parameters(run: RunConfig, part: Part) -> int:
     """Parameters of the adapters: rank times inputs plus outputs of each adapted layer."""
-    lora = run.model.model_copy(update={"tuning": "lora"})
-    layers = trained_layers(lora, part)
+    layers = trained_layers(run.model, part, "lora")
     return run.model.lora.rank * sum(outputs + inputs for _, outputs, inputs in layers)
 
 
@@ -55,12 +53,8 @@ def twin_bytes(model: Model, part: Part, *, adapted: bool) -> tuple[float, float
     own = {name: o * i for name, o, i in trained_layers(model, part)} if merged else {}
     held = {name: weights * BYTES[model.dtype] for name, weights in own.items()}
     if model.fp8_sampling:
-        for name, shape in part.shapes.items():
-            layer = name.removesuffix(".weight")
-            if len(shape) != 2 or not BLOCK.search(name) or MODULATION.search(layer):
-                continue
-            if shape[0] % 16 == shape[1] % 16 == 0:
-                held[layer] = prod(shape)
+        blocks = trained_layers(model, part, "full")
+        held |= {name: o * i for name, o, i in blocks if o % 16 == i % 16 == 0}
     return float(sum(held.values())), float(MERGING * max(own.values(), default=0))
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 LONGEST_VALUE = 6000  # characters of a param
-PARAMS_PER_BATCH = 100
 MOST_RECORDS = 50_000  # that MLflow gives in one search
 
 
@@ -63,44 +62,35 @@ def open_client(uri: str, timeout: int = 10, retries: int = 1) -> MlflowClient:
 
 
 def find_or_create_study(client: MlflowClient, uri: str, study: str) -> tuple[str, str]:
-    """Ids of a study's experiment and of its parent run, made where they are missing.
+    """Ids of a study's experiment and of its parent run, made where they are missing, also when
+    another process makes them at the same time.
 
     Raises:
         UserError: if the experiment was deleted in MLflow.
     """
-    experiment = _find_or_create_experiment(client, study, artifact_folder(uri, study))
-    return experiment, find_or_create(client, experiment, "study", study, study, {}).info.run_id
-
-
-def _find_or_create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    """Its id, also when another process creates it at the same time."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
+    found = client.get_experiment_by_name(study)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=artifacts)
+            client.create_experiment(study, artifact_location=artifact_folder(uri, study))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise UserError(f"MLflow: experiment {name!r} can be neither created nor read")
+        found = client.get_experiment_by_name(study)
+    if found is None:
+        raise UserError(f"MLflow: experiment {study!r} can be neither created nor read")
+    experiment = found.experiment_id
     if found.lifecycle_stage == "deleted":
         raise UserError(
-            f"MLflow: experiment {name!r} is deleted; `mlflow experiments restore "
-            f"--experiment-id {found.experiment_id}` brings it back, or rename the study"
+            f"MLflow: experiment {study!r} is deleted; `mlflow experiments restore "
+            f"--experiment-id {experiment}` brings it back, or rename the study"
         )
-    return found.experiment_id
+    return experiment, find_or_create(client, experiment, "study", study, study, {}).info.run_id
 
 
 def find_or_create(
-    client: MlflowClient,
-    experiment: str,
-    kind: str,
-    key: str,
-    name: str,
-    tags: Mapping[str, str],
+    client: MlflowClient, experiment: str, kind: str, key: str, name: str, tags: Mapping[str, str]
 ) -> Run:
     """The run with this kind and key, with these tags; created as ``name`` if there is none.
 
@@ -137,8 +127,7 @@ def find_or_create_run(
 
     record = find_or_create(client, experiment, "train", key, run.run, run_tags(run, parent))
     params = [Param(k, v) for k, v in settings(run).items() if k not in record.data.params]
-    for start in range(0, len(params), PARAMS_PER_BATCH):
-        client.log_batch(record.info.run_id, params=params[start : start + PARAMS_PER_BATCH])
+    client.log_batch(record.info.run_id, params=params)
     return record.info.run_id
 
 
@@ -151,8 +140,7 @@ def keep_tags(client: MlflowClient, record: Run, tags: Mapping[str, str]) -> Non
 
     held = record.data.tags
     missing = [RunTag(k, v) for k, v in tags.items() if held.get(k) != v]
-    if missing:
-        client.log_batch(record.info.run_id, tags=missing)
+    client.log_batch(record.info.run_id, tags=missing)
 
 
 def tag_warnings(client: MlflowClient, run_id: str, kinds: Iterable[str]) -> None:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 ITERATION_DONE = "iteration_done"
 """Metric sent last of each iteration: where it is, the iteration is complete."""
-METRICS_PER_BATCH = 1000
 
 
 @dataclass
@@ -56,10 +55,7 @@ def held(client: MlflowClient, run_id: str, wanted: Collection[int] | None = Non
 
 
 def deliver(
-    client: MlflowClient,
-    run_id: str,
-    lines: Sequence[Mapping[str, Any]],
-    known: Held | None = None,
+    client: MlflowClient, run_id: str, lines: Sequence[Mapping[str, Any]], known: Held | None = None
 ) -> int:
     """Send the metrics of all iterations that the server does not have complete; their number.
 
@@ -70,16 +66,9 @@ def deliver(
     known = held(client, run_id, {x["iteration"] for x in lines}) if known is None else known
     missing = {x["iteration"]: x for x in reversed(lines) if x["iteration"] not in known.done}
     metrics = [m for step in sorted(missing) for m in _metrics(missing[step], known)]
-    for batch in batches(metrics):
-        client.log_batch(run_id, metrics=batch)
-        known.done.update(m.step for m in batch if m.key == ITERATION_DONE)
+    client.log_batch(run_id, metrics=metrics)
+    known.done.update(missing)
     return len(missing)
-
-
-def batches(metrics: list[Metric]) -> list[list[Metric]]:
-    """As many at once as MLflow takes."""
-    starts = range(0, len(metrics), METRICS_PER_BATCH)
-    return [metrics[start : start + METRICS_PER_BATCH] for start in starts]
 
 
 def plain(values: Mapping[str, float | None]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
 from egrpo.errors import UserError, command
 from egrpo.tracking.client import run_tags, settings
-from egrpo.tracking.curves import batches, plain
+from egrpo.tracking.curves import plain
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,8 +75,8 @@ def send_values(
 
     now, held = int(1000 * time.time()), record.data.metrics
     new = {k: v for k, v in plain(values).items() if held.get(k) != v}
-    for batch in batches([Metric(k, v, now, 0, model_id=model) for k, v in new.items()]):
-        client.log_batch(record.info.run_id, metrics=batch)
+    metrics = [Metric(k, v, now, 0, model_id=model) for k, v in new.items()]
+    client.log_batch(record.info.run_id, metrics=metrics)
 
 
 def _sum_of(text: str) -> str:

@@ -19,12 +19,8 @@ the runs page lists training runs, means over seeds and evaluations.
 
 
 def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> str:
-    """Description of a training run.
-
-    Args:
-        comparison: rows of the comparison about this run; may be empty.
-        model: MLflow's id of its logged model.
-    """
+    """Description of a training run: ``comparison`` has the rows about it, which may be none;
+    ``model`` is MLflow's id of its logged model."""
     threshold = getattr(run.method, "threshold", None)
     parts = [
         f"Method `{run.method.name}`" + ("" if threshold is None else f", threshold {threshold}"),
@@ -43,19 +39,15 @@ def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> st
         text += pipes(HEADER, map(cells, rows))
         text += ["", "Means over held-out prompts; \\* trained on this reward.", ""]
     if model is not None:
+        lora = "pipe.load_lora_weights(folder)  # a diffusers pipeline of the base model"
+        full = "pipe.transformer = type(pipe.transformer).from_pretrained(folder)"
         text += [
             "The trained weights are the logged model of this run:",
             "",
             "```python",
             f'folder = mlflow.artifacts.download_artifacts("models:/{model}")',
-            _loading(run),
+            lora if run.model.tuning == "lora" else full,
             "```",
             "",
         ]
     return "\n".join(text)
-
-
-def _loading(run: RunConfig) -> str:
-    if run.model.tuning == "lora":
-        return "pipe.load_lora_weights(folder)  # a diffusers pipeline of the base model"
-    return "pipe.transformer = type(pipe.transformer).from_pretrained(folder)"

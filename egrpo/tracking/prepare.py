@@ -6,10 +6,9 @@ Several first users of a fresh SQLite file break the creation of its tables, so 
 from __future__ import annotations
 
 import sqlite3
-import sys
 from pathlib import Path
 
-from egrpo.errors import UserError
+from egrpo.errors import UserError, say
 from egrpo.settings import without_password
 from egrpo.store.files import alone, write_json
 from egrpo.study.resolve import Study
@@ -17,39 +16,30 @@ from egrpo.tracking.address import in_one_line, sqlite_file, study_uri
 from egrpo.tracking.client import configure, find_or_create_study, open_client
 from egrpo.tracking.views import keep_views
 
-Store = dict[str, str | None]
-"""Where a study's runs are tracked: uri, experiment_id, parent_run_id; no ids while it is away."""
-
 
 def prepare(study: Study, output: Path) -> None:
-    """Make the store ready and write its address and ids to ``output`` (JSON).
+    """Make the store ready and write to ``output`` (JSON) its ``uri``, ``experiment_id`` and
+    ``parent_run_id``.
 
-    A server that is away is no error: whoever reaches it first creates what is missing.
+    A server that is away is no error, its ids are null: whoever reaches it first creates what is
+    missing.
 
     Raises:
         UserError: bad ``tracking.uri``; a SQLite file that is damaged or made by a newer MLflow;
             an experiment that was deleted in MLflow.
     """
     uri = study_uri(study)
+    experiment, parent = None, None
     try:
-        store = ensure(uri, study)
+        experiment, parent = ensure(uri, study)
     except ConnectionError as error:
-        later = "runs start all the same, their metrics are delivered later"
-        print(f"tracking: {error}; {later}", file=sys.stderr)
-        store = _store(uri, None, None)
-    write_json(output, store)
+        say(f"tracking: {error}; runs start all the same, their metrics are delivered later")
+    ids = {"experiment_id": experiment, "parent_run_id": parent}
+    write_json(output, {"uri": without_password(uri), **ids})
 
 
-def _store(uri: str, experiment: str | None, parent: str | None) -> Store:
-    return {
-        "uri": without_password(uri),
-        "experiment_id": experiment,
-        "parent_run_id": parent,
-    }
-
-
-def ensure(uri: str, study: Study, timeout: int = 10, retries: int = 1) -> Store:
-    """Tables, experiment, its views and parent run, each created only if missing.
+def ensure(uri: str, study: Study, timeout: int = 10, retries: int = 1) -> tuple[str, str]:
+    """Tables, experiment, its views and parent run, each created only if missing; ids of these two.
 
     Raises:
         UserError: as :func:`prepare`.
@@ -70,7 +60,7 @@ def ensure(uri: str, study: Study, timeout: int = 10, retries: int = 1) -> Store
         if file is not None:
             raise UserError(f"{file}: the tracking store cannot be used ({why})") from None
         raise ConnectionError(f"{in_one_line(uri)} does not answer ({why})") from None
-    return _store(uri, experiment, parent)
+    return experiment, parent
 
 
 def _make_tables(uri: str, file: Path) -> None:

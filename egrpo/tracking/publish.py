@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from egrpo.config.models import RunConfig
 from egrpo.errors import UserError
 from egrpo.figures.style import INK, PALETTE
 from egrpo.planning.trees import needs_plan
+from egrpo.report.evaluations import Row
 from egrpo.settings import without_password
 from egrpo.store import journal
 from egrpo.store.files import read_json, write_json
@@ -27,16 +28,12 @@ from egrpo.train.warnings import warnings_in
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-Row = dict[str, Any]
-
 
 def publish(at: Layout, store: Path, table: Path, output: Path) -> None:
     """Deliver what is missing of every run, its evaluation, and the study's tables and figures.
 
-    Args:
-        store: JSON file written by ``prepare``.
-        table: comparison of the study's runs with their base.
-        output: JSON file: run id -> MLflow's run id, and ``uri``, ``experiment_id``.
+    ``store`` is the file that ``prepare`` wrote, ``table`` compares the runs with their base.
+    ``output`` is JSON: run id -> MLflow's run id, and ``uri``, ``experiment_id``.
 
     Raises:
         UserError: a result is missing, or the server is away.
@@ -45,14 +42,13 @@ def publish(at: Layout, store: Path, table: Path, output: Path) -> None:
     uri = study_uri(study, read_json(store)["uri"])
     later = "all results are on disk, running again delivers what is missing"
     try:
-        ids = ensure(uri, study, timeout=60, retries=3)
+        experiment, parent = ensure(uri, study, timeout=60, retries=3)
     except ConnectionError as error:
         raise UserError(f"{error}; {later}") from None
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
 
     client = open_client(uri, timeout=60, retries=3)
-    experiment, parent = str(ids["experiment_id"]), str(ids["parent_run_id"])
     comparison = read_table(table, RESULTS).to_pylist()
     found: dict[str, str] = {}
     current: set[str] = set()
@@ -86,10 +82,8 @@ def publish_run(
 ) -> tuple[str, str]:
     """Deliver what is missing of a training run and of its evaluation; their ids in MLflow.
 
-    Args:
-        parent: MLflow's id of the study's run.
-        comparison: rows of the comparison about this run.
-        color: of its curves, as `#0072B2`.
+    ``parent`` is MLflow's id of the study's run, ``comparison`` has the rows about this one,
+    ``color`` is that of its curves, as `#0072B2`.
     """
     folder = at.run(run.run)
     key = read_json(folder / "train.json").get("key")
@@ -107,8 +101,7 @@ def publish_run(
     records = [folder / f for f in ("plan.json", "train.json")]
     once.send_files(client, run_id, "", [f for f in records if f.exists()])
     model = once.send_model(client, experiment, run_id, run, folder / "adapter")
-    given = run, at, run_id, color, comparison, model
-    evaluation = send_evaluation(client, experiment, *given)
+    evaluation = send_evaluation(client, experiment, run, at, run_id, color, comparison, model)
     once.send_note(client, run_id, run_note(run, comparison, model))
     once.finish(client, run_id, color)
     return run_id, evaluation

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from egrpo.config.models import RunConfig
+from egrpo.report.evaluations import Row
 from egrpo.store.tables import IMAGES, SCORES, read_table
 from egrpo.study.layout import Layout
 from egrpo.tracking.client import find_or_create, run_tags
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
 
-Row = dict[str, Any]
 PIXELS = 256
 """Most pixels of an image in a table, each way; the full ones lie in ``images.parquet``."""
 
@@ -72,11 +72,10 @@ def _send_tables(
     held = {f.path for f in client.list_artifacts(run_id)}
     shown = run.evaluate.grid_prompts
     if "images.json" not in held:  # log_table appends to one that is there
-        samples = _first_images(folder, shown)
-        prompts = {row["prompt_id"]: row["prompt"] for row in scores}
+        first = _first_images(folder, shown)
         table = {
-            "prompt": [prompts[prompt_id] for prompt_id in samples],
-            "samples": [Shown(_two(own)) for own in samples.values()],
+            "prompt": [prompt for _, prompt in first],
+            "samples": [Shown(_two(own)) for own in first.values()],
         }
         client.log_table(run_id, table, "images.json")
     if "scores.json" not in held:
@@ -116,17 +115,17 @@ def _scores_table(scores: list[Row], first: tuple[str, ...]) -> dict[str, list[A
     }
 
 
-def _first_images(folder: Path, prompts: int) -> dict[int, list[Image]]:
-    """All samples of the first prompts, by prompt id."""
+def _first_images(folder: Path, prompts: int) -> dict[tuple[int, str], list[Image]]:
+    """All samples of the first prompts, by prompt id and prompt."""
     from PIL import Image
 
     table = read_table(folder / "images.parquet", IMAGES)
     first = sorted(set(table["prompt_id"].to_pylist()))[:prompts]
     chosen = table.filter(pc.field("prompt_id").isin(first))
-    found: dict[int, list[Image.Image]] = {}
+    found: dict[tuple[int, str], list[Image.Image]] = {}
     for row in chosen.sort_by([("prompt_id", "ascending"), ("sample", "ascending")]).to_pylist():
         image = Image.open(io.BytesIO(row["png"])).convert("RGB")
-        found.setdefault(row["prompt_id"], []).append(image)
+        found.setdefault((row["prompt_id"], row["prompt"]), []).append(image)
     return found
 
 
@@ -140,10 +139,8 @@ def _two(samples: list[Image]) -> Image:
     small = [image.copy() for image in samples[:2]]
     for image in small:
         image.thumbnail((PIXELS, PIXELS))
-    width, height = small[0].size
-    square = Image.new("RGB", (2 * width, 2 * height), "white")
-    square.paste(_grid([small]), (0, 0))
-    return square
+    blank = Image.new("RGB", small[0].size, "white")
+    return _grid([[*small, blank][:2], [blank, blank]])
 
 
 def _grid(rows: list[list[Image]]) -> Image:

@@ -31,10 +31,8 @@ ENVIRONMENT = {
 def serve(store: Path, port: int, made_by: str) -> None:
     """Serve the interface on 127.0.0.1 until Ctrl-C; for a server, only print its addresses.
 
-    Args:
-        store: JSON file written by ``prepare``.
-        port: wanted; a free one is taken if it is in use.
-        made_by: command that makes the store.
+    ``store`` is the file that ``prepare`` wrote, ``made_by`` the command for it. A free port is
+    taken if the wanted one is in use.
 
     Raises:
         UserError: if there is no store yet, or MLflow does not start.

@@ -27,8 +27,7 @@ JsonObject = dict[str, Any]
 def address(experiment: str, view: str = "", mode: str = "TABLE") -> str:
     """The part of an address behind the server: the runs page, as a view shows it.
 
-    Args:
-        mode: TABLE, CHART, or ARTIFACT, which compares the tables of runs.
+    ``mode`` is TABLE, CHART, or ARTIFACT, which compares the tables of runs.
     """
     query = {"workflowType": "machine_learning", "compareRunsMode": mode}
     if view:
@@ -108,10 +107,9 @@ def _page(
     columns: list[str],
     sections: list[tuple[str, int, list[JsonObject]]],
 ) -> JsonObject:
-    """State of the runs page. Ordered by time, MLflow would fold all runs into their parents.
+    """State of the runs page; ``sections`` have a name, columns and charts.
 
-    Args:
-        sections: name, columns and charts of each.
+    Ordered by time, MLflow would fold all runs into their parents.
     """
     cards, charts = [], []
     for name, wide, drawn in sections:
