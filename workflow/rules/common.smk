@@ -186,18 +186,24 @@ def outputs(stage):
     for path in at.outputs(stage, "{key}" if stage in SHARED else "{run}"):
         name = re.sub(r"\W+", "_", path.name.replace("{key}", "file"))
         found[name] = update(directory(str(path)) if path.name in folders else str(path))
+    if stage == "suffixes":
+        told = {"category": "Entropy", "labels": lambda wc: labels(stage, [wc.run])}
+        found["suffixes_html"] = shown(at.run("{run}") / "suffixes.html", stage, **told)
     return found
 
 
 def tell(stage, what, name=None):
-    """Function of a job that tells: its order, what makes it run, or what it reads."""
+    """Function of a job that tells: its name, its order, what makes it run, or what it reads."""
 
     @in_one_line_of
     def found(wc):
         job = due.told(stage, name or wc[0])
+        if what == "name":
+            return job.name
         if what == "order":
             return str(job.order(write=not workflow.dryrun))
-        return marked(job.due) if what == "changed" else of(job.due, job.inputs())
+        delivered_to = [at.store] if stage == "publish" else []
+        return marked(job.due) if what == "changed" else of(job.due, job.inputs() + delivered_to)
 
     return found
 
