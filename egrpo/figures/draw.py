@@ -51,7 +51,8 @@ def _trained(runs: Iterable[RunConfig]) -> list[str]:
 
 
 def _branches(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
-    files, shown = (at.branches(run.run), at.profile(run.run)), (spec.pairs, spec.prompts)
+    profile = at.profile(run.run)
+    files, shown = (profile.with_name("branches.parquet"), profile), (spec.pairs, spec.prompts)
     fraction, rewards = run.profile.noise_fraction, spec.rewards or None
     branches_figure(*files, *shown, stem, fraction, rewards=rewards)
 

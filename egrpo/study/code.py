@@ -12,6 +12,8 @@ import functools
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from importlib.util import resolve_name
 from pathlib import Path
 
 import egrpo
@@ -79,10 +81,9 @@ class Code:
         while left:
             name = left.pop()
             path = module_file(name)
-            if path is None or name in found or name.split(".")[1:2] not in [[r] for r in rooms]:
-                continue
-            found[name] = path
-            left += self._next(path)
+            if path and name not in found and name.split(".")[1] in rooms:
+                found[name] = path
+                left += self._next(path)
         return found
 
     def _neighbors(self, path: Path) -> list[str]:
@@ -103,7 +104,8 @@ class Code:
                 found[f"{key} ({name})"] = self.digests.code(path)
                 package = name if path.stem == "__init__" else name.rpartition(".")[0]
                 for other in filter(None, self.digests.file(path, imported).split("\n")):
-                    left.append(_absolute(other, package))
+                    with suppress(ImportError):  # a relative one beyond the top
+                        left.append(resolve_name(other, package))
         return found
 
 
@@ -114,14 +116,6 @@ def module_file(name: str) -> Path | None:
         if path is not None and path.is_file():
             return path
     return None
-
-
-def _absolute(name: str, package: str) -> str:
-    dots = len(name) - len(name.lstrip("."))
-    if not dots:
-        return name
-    parts = package.split(".")
-    return ".".join([*parts[: len(parts) - dots + 1], name.lstrip(".")]).strip(".")
 
 
 def users_files(name: str, *, first: bool = False) -> list[Path]:

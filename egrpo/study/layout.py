@@ -137,10 +137,6 @@ class Layout:
         """One of :data:`PAGES`; the first page of all studies lies one folder above."""
         return self.root / f"{name}.html"
 
-    def branches(self, run: str) -> Path:
-        """Images of some groups of that profile."""
-        return self.profile(run).with_name("branches.parquet")
-
     def table(self, name: str) -> Path:
         """One table of results; ``.csv`` and ``.md`` lie beside it."""
         return self.root / "tables" / f"{name}.parquet"

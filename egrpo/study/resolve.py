@@ -91,8 +91,8 @@ def resolve(data: Tree, source: str) -> Study:
     names = {run.study for run in runs.values()}
     if len(names) > 1:
         raise UserError(f"{study.runs}: column study: all runs of a table share one study")
-    check_targets(study, runs, source)
     try:
+        check_targets(study, runs)
         tables = resolve_budgets(study.tables, runs)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
