@@ -103,8 +103,7 @@ KINDS: dict[str, Callable[[FigureSpec, RunConfig, Layout, Path], None]] = {
 def draw_figure(name: str, spec: FigureSpec, at: Layout) -> None:
     """Write one figure of a study as PNG and SVG.
 
-    Raises:
-        UserError: if an input is missing or damaged, or the arms cannot be shown so.
+    Raises UserError if an input is missing or damaged, or the arms cannot be shown so.
     """
     first = at.study.runs[at.arm(spec.arms[0])[0]]
     KINDS[spec.kind](spec, first, at, at.figure(name).with_suffix(""))

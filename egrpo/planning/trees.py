@@ -31,9 +31,8 @@ def reads_profile(run: RunConfig) -> bool:
 def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> Plan:
     """The merge plan, over a grid, of a run whose method needs one.
 
-    Raises:
-        UserError: if the threshold is out of reach and ``on_unreachable`` says error, or the plan
-            depends on the measured spread of the trained rewards and none is given or enough.
+    Raises UserError if the threshold is out of reach and ``on_unreachable`` says error, or the
+    plan depends on the measured spread of the trained rewards and none is given or enough.
     """
     if reads_profile(run) and not spreads:
         raise UserError(
@@ -74,11 +73,8 @@ def _epoch(seed: int, epoch: int, count: int) -> tuple[int, ...]:
 def check_trees(runs: Mapping[str, RunConfig]) -> None:
     """Refuse runs whose trees cannot be grown or cut into optimizer steps, before any training.
 
-    Of runs that differ in seed alone the first is looked at; a plan that waits for its profile
-    is looked at when it is made.
-
-    Raises:
-        UserError: naming run and key.
+    Of runs that differ in seed alone the first is looked at; a plan that waits for its profile is
+    looked at when it is made. Raises UserError naming run and key.
     """
     seen: set[str] = set()
     for run in runs.values():
@@ -90,8 +86,7 @@ def check_trees(runs: Mapping[str, RunConfig]) -> None:
 def check_parts(run: RunConfig, plan: Plan | None) -> None:
     """Refuse a tree with too few parts for ``train.updates``, or a trained step without noise.
 
-    Raises:
-        UserError: naming run and key.
+    Raises UserError naming run and key.
     """
     parts, tree, sigmas = run.train.updates, tree_of(run, plan), training_sigmas(run)
     if any(n.trained and n.dynamics == "cps" and sigmas[n.index] == 0.0 for n in tree.nodes):

@@ -53,9 +53,8 @@ class Model:
 def make_comparison(at: Layout, output: str | Path) -> None:
     """Write runs against their base model as Parquet, and CSV, Markdown and HTML beside it.
 
-    Raises:
-        UserError: if a file is missing or damaged, or if trained and base results are not of the
-            same prompts, samples, rewards and image size; no file is then written.
+    Raises UserError if a file is missing or damaged, or if trained and base results are not of
+    the same prompts, samples, rewards and image size; no file is then written.
     """
     if not at.study.runs:
         raise UserError("comparison: no run is given; the runs table needs at least one")
@@ -68,8 +67,7 @@ def make_comparison(at: Layout, output: str | Path) -> None:
 def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
     """Write one table of a study as Parquet, CSV, Markdown and HTML.
 
-    Raises:
-        UserError: as :func:`make_table`; no file is then written.
+    Raises UserError as :func:`make_table`; no file is then written.
     """
     rows = make_table(name, spec, at)
     origin = _origin([run for arm in spec.arms for run in at.arm(arm)], at)
@@ -118,9 +116,8 @@ def compare_run(run: str, at: Layout) -> list[Row]:
 def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:
     """Rows of one table: by time of the comparison, section, arm (the base first) and reward.
 
-    Raises:
-        UserError: for a missing or damaged file, weights not kept at ``spec.evaluations``, or
-            scores of different prompts.
+    Raises UserError for a missing or damaged file, weights not kept at ``spec.evaluations``, or
+    scores of different prompts.
     """
     times = {"end": {arm: {run: _at_end(run, at) for run in at.arm(arm)} for arm in spec.arms}}
     if spec.evaluations is not None:

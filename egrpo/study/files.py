@@ -16,8 +16,7 @@ from egrpo.study.resolve import Study
 def check_files(study: Study, source: str) -> None:
     """Refuse a study whose prompt, reward or model files are not there, before anything runs.
 
-    Raises:
-        UserError: naming the key and the file.
+    Raises UserError naming the key and the file.
     """
     for problem in file_problems(study, source):
         raise UserError(problem)

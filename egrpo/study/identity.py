@@ -126,11 +126,7 @@ class Identities:
         return found
 
     def record(self, stage: str, run: RunConfig) -> Record:
-        """What a stage's result of a run is computed from.
-
-        Raises:
-            UserError: if a file cannot be read.
-        """
+        """What a stage's result of a run is computed from; UserError if a file cannot be read."""
         if not stage.startswith("embed-"):
             return RECORDS[stage](self, run)
         of = run.model, run.prompts, run.guided, self._count(run, stage[6:])
@@ -175,11 +171,7 @@ class Identities:
         return {**found, **named}
 
     def prompts(self, run: RunConfig, which: str) -> list[Prompt]:
-        """The prompts of one of the :data:`SETS`.
-
-        Raises:
-            UserError: if their file cannot be read.
-        """
+        """The prompts of one of the :data:`SETS`; UserError if their file cannot be read."""
         files = run.prompts
         if which in ("train", "profile"):
             found = self._train_prompts(files.train, files.limit, files.column)

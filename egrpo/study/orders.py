@@ -93,11 +93,7 @@ class Order:
 
 
 def read_order(path: Path) -> Order:
-    """Read an order.
-
-    Raises:
-        UserError: if a file is missing or damaged.
-    """
+    """Read an order; UserError if a file is missing or damaged."""
     order = read_json(path)
     try:
         told = [order]
@@ -125,8 +121,7 @@ def read_order(path: Path) -> Order:
 def check_inputs(order: Order, stage: str) -> Record:
     """What a job's result is computed from now, which must be what it was planned from.
 
-    Raises:
-        UserError: naming what changed since.
+    Raises UserError naming what changed since.
     """
     at, run = order.at, order.run
     now = at.identities.record(stage, run)

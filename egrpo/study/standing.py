@@ -93,8 +93,7 @@ def same_weights(at: Layout, run: str) -> list[Path]:
 def require(at: Layout, stage: str, name: str, identity: str) -> Receipt:
     """The receipt of a result that a job reads.
 
-    Raises:
-        UserError: if what lies there is of other settings, files or code than the job is for.
+    Raises UserError if what lies there is of other settings, files or code than the job is for.
     """
     receipt = read_receipt(at, stage, name)
     if receipt is not None and receipt["identity"] == identity:

@@ -28,8 +28,7 @@ RESERVED = (
 def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig]) -> None:
     """Refuse tables, figures and default runs that name what the study does not have.
 
-    Raises:
-        UserError: naming the key.
+    Raises UserError naming the key.
     """
     arms = list(dict.fromkeys(run.arm for run in runs.values()))
     rewards = list(dict.fromkeys(name for run in runs.values() for name in run.rewards))
@@ -65,8 +64,7 @@ def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig]) -> None:
 def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> None:
     """Refuse a table of arms that are there, which the runs cannot fill.
 
-    Raises:
-        UserError: naming the key.
+    Raises UserError naming the key.
     """
     firsts: dict[str, RunConfig] = {}
     for run in runs.values():
@@ -96,11 +94,7 @@ def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> No
 
 
 def check_figure(name: str, spec: FigureSpec, runs: Mapping[str, RunConfig]) -> None:
-    """Refuse a figure that the runs cannot fill.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Refuse a figure that the runs cannot fill; UserError naming the key."""
     if not spec.arms:
         raise UserError(f"figures.{name}.arms: no arm is given")
     if spec.kind in ("curves", "images"):
@@ -128,11 +122,9 @@ def resolve_budgets(
     """Tables with numbers in the place of ``evaluations: cheapest``.
 
     A run's cost is taken from its first iteration; arms whose plan waits for a profile do not
-    count. At less than one iteration of an arm only its untrained model could be compared: there
-    is no such comparison where ``cheapest`` comes to that, as in a short trial.
-
-    Raises:
-        UserError: if a table's own number of evaluations is less than one iteration of an arm.
+    count. At less than one iteration of an arm only its untrained model could be compared: there is
+    no such comparison where ``cheapest`` comes to that, as in a short trial. Raises UserError if a
+    table's own number of evaluations is less than one iteration of an arm.
     """
     each: dict[str, tuple[int, int]] = {}  # of one iteration, and of the run
     for run in runs.values():
