@@ -105,10 +105,8 @@ def check_parts(run: RunConfig, plan: Plan | None) -> None:
 class RunCost(NamedTuple):
     """Network evaluations, factor of guidance included.
 
-    Attributes:
-        forward: while sampling.
-        train: forward+backward passes; at most this many where leaves are pruned by reward.
-        reference: forwards of the base model and of the averaged weights for their penalties.
+    ``forward`` while sampling; ``train``, forward+backward passes, at most so many where leaves are
+    pruned by reward; ``reference``: of the base model and the averaged weights, for penalties.
     """
 
     forward: int
@@ -135,18 +133,24 @@ def references(run: RunConfig) -> int:
     return (run.train.kl_weight > 0) + (run.train.ema_weight > 0)
 
 
+def trees_of(
+    run: RunConfig, plan: Plan | None, iteration: int, count: int
+) -> tuple[list[int], list[Tree]]:
+    """Prompt ids of an iteration of a run with ``count`` training prompts, and their trees."""
+    ids = prompt_ids(run, iteration, count)
+    return list(ids), [tree_of(run, plan, iteration, prompt) for prompt in ids]
+
+
 def iteration_cost(run: RunConfig, plan: Plan | None, iteration: int, count: int) -> RunCost:
     """Cost of one iteration of a run with ``count`` training prompts."""
-    ids = prompt_ids(run, iteration, count)
-    return cost_of(run, (tree_of(run, plan, iteration, prompt) for prompt in ids))
+    return cost_of(run, trees_of(run, plan, iteration, count)[1])
 
 
 def run_cost(run: RunConfig, plan: Plan | None, count: int) -> tuple[RunCost, int]:
     """Cost of a run with ``count`` training prompts, and the images that its rollouts decode."""
     costs, images = [], 0
     for iteration in range(1, run.train.iterations + 1):
-        ids = prompt_ids(run, iteration, count)
-        trees = [tree_of(run, plan, iteration, prompt) for prompt in ids]
+        _, trees = trees_of(run, plan, iteration, count)
         costs.append(cost_of(run, trees))
         images += sum(len(tree.leaves) for tree in trees)
     return RunCost(*map(sum, zip(*costs, strict=True))), images

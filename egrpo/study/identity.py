@@ -84,10 +84,7 @@ def versions() -> dict[str, str]:
 class Sources:
     """Digests of what an evaluation is computed from, in parts that are kept apart.
 
-    Attributes:
-        images: weights, settings, code: all but the prompts.
-        prompts: one of each prompt.
-        rewards: one of each reward, by name.
+    ``images``: weights, settings, code, all but the prompts; of each prompt; of rewards by name.
     """
 
     images: str
@@ -104,11 +101,9 @@ class Sources:
 
 
 class Identities:
-    """Records and identities of the results of runs.
+    """Records and identities of the results of runs, by digests of files.
 
-    Args:
-        digests: of files.
-        libraries: whether versions of libraries are part of each identity (``libraries: remake``).
+    ``libraries``: versions of libraries are part of each (the study's ``libraries: remake``).
     """
 
     def __init__(self, digests: Digests, *, libraries: bool = False) -> None:
@@ -137,12 +132,7 @@ class Identities:
         return self._once(("of", stage, run.run), lambda: digest(self.record(stage, run)))
 
     def sources(self, run: RunConfig, weights: str | None) -> Sources:
-        """Digests of what an evaluation's images and scores are computed from.
-
-        Args:
-            run: its settings.
-            weights: digest of the trained weights; None for the base model.
-        """
+        """What an evaluation by weights with this digest is computed from; None: the base's."""
         record = sampled(self, run)
         images = {k: v for k, v in record.items() if "prompts (" not in k}
         return Sources(
@@ -282,7 +272,7 @@ def trajectory(self: Identities, run: RunConfig) -> Record:
     """What the weights of each iteration are computed from, however many there will be."""
     t = run.train
     stops = {name: bound for name, bound in run.bounds.items() if bound.action == "stop"}
-    watched = {name.removeprefix("reward/") for name in stops if name.startswith("reward/")}
+    watched = (name.removeprefix("reward/") for name in stops if name.startswith("reward/"))
     other = {"rewards", "checkpoint_every", "learning_rate_full", "learning_rate_lora"}
     other |= {"learning_rate_scale", *LATER, *CUT, *WATCHED}
     found = {

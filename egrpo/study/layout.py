@@ -39,10 +39,8 @@ SHARED = {"embed": "embeddings", "profile": "profiles", "base": "base"}
 class Layout:
     """Paths of one study's results, relative to the working directory as the study gives them.
 
-    Attributes:
-        study: its runs.
-        known: identity of a stage's result of a run, where they were found before; None: they are
-            found when they are asked for.
+    ``known``: identity of a stage's result of a run, where they were found before; None: each is
+    found when it is asked for.
     """
 
     study: Study

@@ -46,14 +46,9 @@ def order_of_run(at: Layout, run: str, *, write: bool = True) -> Path:
 def order_of_target(
     at: Layout, name: str, runs: Iterable[str], record: Record, *, write: bool = True
 ) -> Path:
-    """The order of what is told of several runs.
+    """The order of a table, figure, page ..., which tells of several runs, by what it is made from.
 
-    Args:
-        at: the study, whose tables and figures go along.
-        name: of the table, figure, page ...
-        runs: those that it tells of.
-        record: what it is computed from.
-        write: whether it, and those of its runs, are written.
+    The study's tables and figures go along; ``write``: and there it is, with those of its runs.
     """
     order = {
         "runs": [order_of_run(at, run, write=write).name for run in runs],
@@ -74,13 +69,7 @@ def _order(at: Layout, name: str, order: Mapping[str, Any], write: bool) -> Path
 
 @dataclass(frozen=True)
 class Order:
-    """What a job was told.
-
-    Attributes:
-        path: its file.
-        at: where everything lies, for its runs.
-        record: of a target; what it is computed from.
-    """
+    """What a job was told: its file, its runs and where they lie, and the record of a target."""
 
     path: Path
     at: Layout

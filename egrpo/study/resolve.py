@@ -49,13 +49,9 @@ class Study:
 
 
 def resolve(data: Tree, source: str) -> Study:
-    """All runs of a study from its settings (as read from YAML).
+    """All runs of a study from its settings (as read from YAML), of that name for messages.
 
-    Args:
-        data: the study's YAML; ``source`` is its name for messages.
-
-    Raises:
-        UserError: one line naming file, key and remedy.
+    Raises UserError, one line naming file, key and remedy.
     """
     study_keys = set(StudyConfig.model_fields)
     data = without_nulls(numbers(data))
@@ -167,12 +163,7 @@ def resolve_run(
 
 
 def load_study(*paths: str | Path, options: Mapping[str, Any] | None = None) -> Study:
-    """Read and resolve a study's YAML; later files are laid over the first.
-
-    Args:
-        paths: the files.
-        options: snakemake's ``--config``, laid over them.
-    """
+    """Read and resolve a study's YAML; later files are laid over the first, then ``--config``."""
     data: Tree = {}
     for path in paths:
         data = overlay(data, read_yaml(path))

@@ -122,17 +122,9 @@ def write_receipt(
 def deliver(at: Layout, stage: str, name: str, record: Record, made: Path, **more: Any) -> None:
     """Put a finished result into its place at once, with its receipt.
 
-    The one before stays readable until then. A job that newer settings have left behind does not
-    write: what it made is left where it is.
-
-    Args:
-        at, stage, name: whose result.
-        record: what it was computed from.
-        made: folder with the outputs of the stage, on the same file system.
-        more: further entries of the receipt.
-
-    Raises:
-        UserError: if newer settings want another result there.
+    The one before stays readable until then. ``made``, a folder on the same file system, holds the
+    outputs; ``more`` are further entries of the receipt. Of a job that newer settings have left
+    behind it stays where it is: UserError if newer settings want another result there.
     """
     folder = at.folder(stage, name)
     for place in (folder, at.receipt(stage, name).parent):
