@@ -66,12 +66,15 @@ TEXT_PARTS = ("text_encoder", "tokenizer", "scheduler", "feature_extractor", "im
 """Parts of a pipeline that its prompts' embeddings need; the others make images."""
 
 
+MISSING = "not installed"
+
+
 def installed(name: str) -> str:
     """Version of a distribution; no import of it."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return MISSING
 
 
 @functools.cache
