@@ -26,10 +26,10 @@ from egrpo.config.study import TableSpec
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
 from egrpo.report import evaluations as inputs
-from egrpo.report.evaluations import MEASURED, Row, Scores
+from egrpo.report.evaluations import Row, Scores
 from egrpo.report.provenance import scored_at
 from egrpo.report.render import write_texts
-from egrpo.report.text import COSTS, comparison_text, table_text
+from egrpo.report.text import COSTS, comparison_text, in_order, table_text
 from egrpo.store.tables import RESULTS, SNAPSHOTS, read_table, write_table
 from egrpo.study.layout import Layout
 from egrpo.study.targets import BASE
@@ -60,6 +60,7 @@ def make_comparison(at: Layout, output: str | Path) -> None:
         raise UserError("comparison: no run is given; the runs table needs at least one")
     path = Path(output)
     rows = [{"table": path.stem} | row for run in at.study.runs for row in compare_run(run, at)]
+    rows = in_order(rows)
     origin = _origin(at.study.runs, at)
     _write(path, rows, comparison_text(rows, origin["origin"]), origin)
 
@@ -92,7 +93,7 @@ def _write(path: Path, rows: Sequence[Row], text: str, metadata: Mapping[str, st
 
 
 def compare_run(run: str, at: Layout) -> list[Row]:
-    """Rows of one run without ``table``: trained rewards, other rewards, then what is measured."""
+    """Rows of one run without ``table``, one for each reward and for what is measured."""
     config, base, model = at.study.runs[run], _base(run, at), _at_end(run, at)
     if set(base.scores) != set(model.scores):
         raise UserError(
@@ -102,14 +103,12 @@ def compare_run(run: str, at: Layout) -> list[Row]:
     images = [side.path.with_name("images.parquet") for side in (base, model)]
     for side, scores in zip((base, model), inputs.measured(*images), strict=True):
         side.scores.update({name: found for name, found in scores.items() if found})
-    on = config.train.rewards
     wrong = warnings_in(at.run(run) / "metrics.parquet", config).values()
     head = {"section": "", "run": run, "at": "end", "mark": None}
     head["warnings"] = "; ".join(wrong) or None
-    order = sorted(model.scores, key=lambda name: (name in MEASURED, name not in on, name))
     return [
         _arm_row(config.arm or run, config, [model], name) | head | _numbers([model], base, name)[0]
-        for name in order
+        for name in model.scores
     ]
 
 

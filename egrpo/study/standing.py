@@ -145,14 +145,12 @@ def deliver(at: Layout, stage: str, name: str, record: Record, made: Path, **mor
 
 def _replace(new: Path, old: Path) -> None:
     """Move a file or folder to where another may be."""
+    aside = old.with_name(f".{old.name}.{os.getpid()}.old")
     if old.is_dir() and not old.is_symlink():
-        aside = old.with_name(f".{old.name}.{os.getpid()}.old")
         shutil.rmtree(aside, ignore_errors=True)
         old.rename(aside)
-        new.rename(old)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(new, old)
+    os.replace(new, old)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def want(at: Layout) -> None:
