@@ -122,15 +122,12 @@ def users_files(name: str, *, first: bool = False) -> list[Path]:
     """Files of a module, and of its packages, where Python would find it outside of what is
     installed; ``first``: or there, too."""
     parts = name.split(".")
-    installed = {
-        Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")
-    }
-    for entry in (".", *sys.path):
-        base = Path(entry or ".").resolve()
+    if parts[0] == "egrpo":
+        return []
+    installed = [Path(sysconfig.get_path(k)).resolve() for k in ("stdlib", "purelib", "platlib")]
+    for base in (Path(entry or ".").resolve() for entry in (".", *sys.path)):
         named = {"site-packages", "dist-packages"} & set(base.parts)
         if not first and (named or any(base.is_relative_to(there) for there in installed)):
-            continue
-        if parts[0] == "egrpo" or not base.is_dir():
             continue
         found = []
         for count in range(1, len(parts) + 1):
