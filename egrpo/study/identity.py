@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any
 
 from egrpo.config.keys import digest
 from egrpo.config.models import Model, RunConfig
@@ -31,7 +31,6 @@ from egrpo.study.code import COMPUTE, Code
 from egrpo.study.digests import Digests
 
 Record = dict[str, Any]
-T = TypeVar("T")
 
 LIBRARIES = (
     *("torch", "diffusers", "transformers", "peft", "accelerate", "numpy"),
@@ -116,12 +115,11 @@ class Identities:
         self._heldout_prompts = functools.cache(read_prompts)
         self._found: dict[Hashable, Any] = {}
 
-    def _once(self, key: Hashable, find: Callable[[], T]) -> T:
+    def _once(self, key: Hashable, find: Callable[[], Any]) -> Any:
         """What was found under a key; found once, while files stay."""
         if key not in self._found:
             self._found[key] = find()
-        found: T = self._found[key]
-        return found
+        return self._found[key]
 
     def record(self, stage: str, run: RunConfig) -> Record:
         """What a stage's result of a run is computed from; UserError if a file cannot be read."""

@@ -11,15 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+import torch
 import yaml
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
+from toy_world import train_pipeline as tp
+from toy_world import train_scorers as ts
+from toy_world.train_pipeline import Log
 
+from egrpo.world.preference import load_preference, save_preference
 from egrpo.world.prompts import Attributes, prompt_lines, split, to_prompt
 from egrpo.world.shapes import render
 from egrpo.world.verifier import verify
@@ -27,7 +33,6 @@ from egrpo.world.verifier import verify
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
-Log = Callable[[str], None]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0.0, le=0.1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -40,40 +45,34 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class VaeSettings(_Frozen):
-    """Training of the VAE; kl_weight multiplies the mean KL per latent dimension in nats."""
-
+class _Training(_Frozen):
     steps: Count
     batch: Count
     learning_rate: Rate
+
+
+class VaeSettings(_Training):
+    """Training of the VAE; kl_weight multiplies the mean KL per latent dimension in nats."""
+
     kl_weight: Annotated[float, Field(ge=0.0)]
 
 
-class TransformerSettings(_Frozen):
+class TransformerSettings(_Training):
     """Flow matching; caption_corruption is the probability that one attribute is replaced."""
 
-    steps: Count
-    batch: Count
-    learning_rate: Rate
     ema_decay: Probability
     caption_corruption: Probability
 
 
-class ClipSettings(_Frozen):
+class ClipSettings(_Training):
     """Contrastive training; noise is the largest standard deviation, in units of [0, 1]."""
 
-    steps: Count
-    batch: Count
-    learning_rate: Rate
     noise: Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class PreferenceSettings(_Frozen):
+class PreferenceSettings(_Training):
     """Bradley-Terry training; label_noise is the probability that a choice is flipped."""
 
-    steps: Count
-    batch: Count
-    learning_rate: Rate
     label_noise: Probability
 
 
@@ -113,8 +112,8 @@ def scale_steps(settings: WorldSettings, factor: float) -> WorldSettings:
     for part in ("vae", "transformer", "clip", "preference"):
         tree[part]["steps"] = scaled(tree[part]["steps"], 2)
     tree["images"] = scaled(tree["images"], 384)
-    tree["evaluation"]["pairs"] = scaled(tree["evaluation"]["pairs"], 16)
-    tree["evaluation"]["images_per_prompt"] = scaled(tree["evaluation"]["images_per_prompt"], 1)
+    for name, least in (("pairs", 16), ("images_per_prompt", 1)):
+        tree["evaluation"][name] = scaled(tree["evaluation"][name], least)
     return WorldSettings.model_validate(tree)
 
 
@@ -129,11 +128,6 @@ def build(settings: WorldSettings, output_dir: str | Path, log: Log = print) -> 
 
     Writes prompts/, pipeline/, clip.pt, preference.safetensors, measured.json, samples.png.
     """
-    import torch
-    from toy_world.train_scorers import train_clip, train_preference
-
-    from egrpo.world.preference import save_preference
-
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings.threads)
@@ -145,11 +139,8 @@ def build(settings: WorldSettings, output_dir: str | Path, log: Log = print) -> 
 
     seed = settings.seed
     build_pipeline(settings, images, output / "pipeline", log)
-    state = train_clip(images, train, seed=seed, log=log, **settings.clip.model_dump())
-    torch.save(state, output / "clip.pt")
-    model = train_preference(
-        train, images[:4096], seed=seed, log=log, **settings.preference.model_dump()
-    )
+    torch.save(ts.train_clip(images, train, settings.clip, seed, log), output / "clip.pt")
+    model = ts.train_preference(train, images[:4096], settings.preference, seed, log)
     save_preference(model, output / "preference.safetensors")
 
     measured = measure(settings, output)
@@ -170,34 +161,25 @@ def build_pipeline(
     settings: WorldSettings, images: NDArray[np.uint8], folder: Path, log: Log
 ) -> None:
     """Trains VAE and transformer on the training images and saves the pipeline."""
-    import torch
-    from toy_world import train_pipeline as tp
-
     train, _ = split()
     seed = settings.seed
-    vae = tp.train_vae(images, seed=seed, log=log, **settings.vae.model_dump())
+    vae = tp.train_vae(images, settings.vae, seed, log)
     pipeline = tp.assemble(vae, seed)
     context, pooled = tp.encode_prompts(pipeline, [to_prompt(c) for c in train])
-    options = settings.transformer.model_dump()
     data = tp.TrainingSet(
         latents=tp.encode_images(vae, images),
         caption=torch.arange(len(images)) % len(train),
         context=context,
         pooled=pooled,
-        table=tp.caption_table(train, options.pop("caption_corruption")),
+        table=tp.caption_table(train, settings.transformer.caption_corruption),
     )
-    pipeline.register_modules(transformer=tp.train_transformer(data, seed=seed, log=log, **options))
+    transformer = tp.train_transformer(data, settings.transformer, seed, log)
+    pipeline.register_modules(transformer=transformer)
     tp.save_pipeline(pipeline, folder)
 
 
 def measure(settings: WorldSettings, output: Path) -> dict[str, object]:
     """Quality of the files in output, each loaded as a user would; writes samples.png."""
-    import torch
-    from toy_world import train_pipeline as tp
-    from toy_world import train_scorers as ts
-
-    from egrpo.world.preference import load_preference
-
     pipeline = tp.load_pipeline(output / "pipeline")
     train, heldout = split()
     result: dict[str, object] = {}
@@ -247,8 +229,6 @@ def sample_prompts(
     repeats: int,
 ) -> tuple[NDArray[np.uint8], list[str]]:
     """Base samples uint8 [n, 32, 32, 3] and their prompts, `repeats` of each combination."""
-    from toy_world import train_pipeline as tp
-
     prompts = [to_prompt(c) for c in combinations]
     context, pooled = tp.encode_prompts(pipeline, prompts)
     latents = tp.sample(
@@ -263,8 +243,6 @@ def sample_prompts(
 
 def save_grid(images: NDArray[np.uint8], path: Path, columns: int, zoom: int = 3) -> None:
     """PNG of images [n, H, W, 3] row by row, each pixel drawn zoom times as large."""
-    from PIL import Image
-
     rows = len(images) // columns
     _, height, width, _ = images.shape
     grid = images[: rows * columns].reshape(rows, columns, height, width, 3)

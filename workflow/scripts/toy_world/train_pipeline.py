@@ -13,9 +13,10 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from egrpo.store.files import replacing
 from egrpo.world.prompts import COLORS, POSITIONS, SHAPES, SIZES, Attributes
+
+if TYPE_CHECKING:
+    from toy_world.recipe import TransformerSettings, VaeSettings
 
 Log = Callable[[str], None]
 
@@ -52,18 +56,36 @@ def progress(steps: int, name: str, log: Log) -> Iterator[int]:
             log(f"{name}: step {step + 1}/{steps}, {rate:.1f} steps/s, {left:.0f} s left")
 
 
-def adamw(parameters: Sequence[torch.nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """The optimizer of every phase; no weight decay, as the data never runs out."""
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
+class Descent:
+    """AdamW, at a rate times what ``factor`` says of a step, and no weight decay: the data never
+    runs out. ``clipped``: gradients to a norm of 1."""
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        learning_rate: float,
+        factor: Callable[[int], float],
+        *,
+        clipped: bool = False,
+    ) -> None:
+        self.parameters, self.clipped = list(parameters), clipped
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def step(self, loss: Tensor) -> None:
+        """One optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.clipped:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
 
 
-def cosine_optimizer(
-    parameters: Sequence[torch.nn.Parameter], learning_rate: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a linear warm-up over the first 3% of the steps and cosine decay to zero."""
-    optimizer = adamw(parameters, learning_rate)
+def cosine(steps: int) -> Callable[[int], float]:
+    """A linear warm-up over the first 3% of the steps and cosine decay to zero."""
     warmup = max(1, steps * 3 // 100)
 
     def factor(step: int) -> float:
@@ -71,23 +93,16 @@ def cosine_optimizer(
             return (step + 1) / warmup
         return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
 
 
-def plateau_optimizer(
-    parameters: Sequence[torch.nn.Parameter], learning_rate: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a short warm-up, a constant rate, and linear decay over the last quarter.
+def plateau(steps: int) -> Callable[[int], float]:
+    """A short warm-up, a constant rate, and linear decay over the last quarter.
 
     Before the decay the rate does not depend on the number of steps, so that a longer recipe
     starts out as a shorter one does.
     """
-    optimizer = adamw(parameters, learning_rate)
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / 200, 4.0 * (steps - step) / steps)
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return lambda step: min(1.0, (step + 1) / 200, 4.0 * (steps - step) / steps)
 
 
 def generator(seed: int, phase: int) -> torch.Generator:
@@ -122,14 +137,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(
-    images: NDArray[np.uint8],
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    kl_weight: float,
-    seed: int,
-    log: Log,
+    images: NDArray[np.uint8], settings: VaeSettings, seed: int, log: Log
 ) -> AutoencoderKL:
     """Squared and absolute pixel error plus a small KL term; sets the latent statistics.
 
@@ -139,20 +147,17 @@ def train_vae(
     rng = generator(seed, 1)
     torch.manual_seed(seed * 1000 + 1)
     vae = new_vae().train()
-    optimizer, schedule = cosine_optimizer(list(vae.parameters()), learning_rate, steps)
+    steps, rate = settings.steps, settings.learning_rate
+    descent = Descent(vae.parameters(), rate, cosine(steps), clipped=True)
     for step in progress(steps, "vae", log):
-        rows = torch.randint(len(images), (batch,), generator=rng)
+        rows = torch.randint(len(images), (settings.batch,), generator=rng)
         pixels = to_tensor(images[rows.numpy()])
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng)
         error = vae.decode(posterior.mean + posterior.std * noise).sample - pixels
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = error.square().mean() + 0.3 * error.abs().mean() + kl_weight * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        loss = error.square().mean() + 0.3 * error.abs().mean() + settings.kl_weight * kl
+        descent.step(loss)
         if step % max(1, steps // 10) == 0:
             log(f"vae: step {step}, mse {error.square().mean().item():.5f}, kl {kl.item():.3f}")
     vae.eval()
@@ -345,14 +350,7 @@ class TrainingSet:
 
 
 def train_transformer(
-    data: TrainingSet,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    ema_decay: float,
-    seed: int,
-    log: Log,
+    data: TrainingSet, settings: TransformerSettings, seed: int, log: Log
 ) -> SD3Transformer2DModel:
     """Flow matching: x_t = (1 - t) x_0 + t noise, target velocity noise - x_0, timestep 1000 t.
 
@@ -363,7 +361,8 @@ def train_transformer(
     model = new_transformer().train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
-    optimizer, schedule = plateau_optimizer(parameters, learning_rate, steps)
+    steps, batch = settings.steps, settings.batch
+    descent = Descent(parameters, settings.learning_rate, plateau(steps), clipped=True)
     running = 0.0
     for step in progress(steps, "transformer", log):
         rows = torch.randint(len(data.latents), (batch,), generator=rng)
@@ -380,13 +379,9 @@ def train_transformer(
             return_dict=False,
         )[0]
         loss = (velocity - (noise - clean)).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        descent.step(loss)
         # A shorter memory at the start, so that the initial weights are soon forgotten.
-        decay = min(ema_decay, (1.0 + step) / (10.0 + step))
+        decay = min(settings.ema_decay, (1.0 + step) / (10.0 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - decay)
         running += (loss.item() - running) * max(0.005, 1.0 / (step + 1))
         if step % max(1, steps // 20) == 0:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize, pad
-from toy_world.train_pipeline import Log, cosine_optimizer, generator, progress
+from toy_world.train_pipeline import Descent, Log, cosine, generator, progress
 
 from egrpo.world.preference import PreferenceModel
 from egrpo.world.prompts import Attributes, to_prompt
@@ -23,6 +23,7 @@ from egrpo.world.shapes import render
 
 if TYPE_CHECKING:
     from clip.model import CLIP
+    from toy_world.recipe import ClipSettings, PreferenceSettings
 
 # Channel statistics of OpenAI's CLIP preprocessing, which `clip.load` returns with the model.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -77,11 +78,7 @@ def clip_normalize(images: Tensor) -> Tensor:
 def train_clip(
     images: NDArray[np.uint8],
     combinations: Sequence[Attributes],
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    noise: float,
+    settings: ClipSettings,
     seed: int,
     log: Log,
 ) -> dict[str, Tensor]:
@@ -95,7 +92,7 @@ def train_clip(
     from clip.model import CLIP
 
     count = len(combinations)
-    batch = min(batch, count)
+    steps, batch = settings.steps, min(settings.batch, count)
     tokens = clip.tokenize([to_prompt(c) for c in combinations])
     length = int((tokens != 0).sum(1).max())
     used, tokens = tokens[:, :length].unique(return_inverse=True)
@@ -104,7 +101,7 @@ def train_clip(
     torch.manual_seed(seed * 1000 + 5)
     # Only the used rows of the embedding are trained; the rest stays zero.
     model = CLIP(64, 32, 3, 64, 8, CONTEXT_LENGTH, len(used), 64, 1, 3).train()
-    optimizer, schedule = cosine_optimizer(list(model.parameters()), learning_rate, steps)
+    descent = Descent(model.parameters(), settings.learning_rate, cosine(steps))
     target = torch.arange(batch)
     for step in progress(steps, "clip", log):
         rows = torch.randperm(count, generator=rng)[:batch]
@@ -112,15 +109,12 @@ def train_clip(
         pixels = to_unit(images[(rows + count * repeat).numpy()])
         amounts = torch.rand(4, batch, generator=rng)
         pixels = blur(pixels, 1.2 * amounts[0] * (amounts[1] < 0.5))
-        pixels = add_noise(pixels, noise * amounts[2] * (amounts[3] < 0.5), rng)
+        pixels = add_noise(pixels, settings.noise * amounts[2] * (amounts[3] < 0.5), rng)
         image_features = normalize(model.encode_image(clip_normalize(pixels)), dim=-1)
         text_features = normalize(clip_text_features(model, tokens[rows]), dim=-1)
         logits = model.logit_scale.exp() * image_features @ text_features.T
         loss = 0.5 * (cross_entropy(logits, target) + cross_entropy(logits.T, target))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        descent.step(loss)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100.0))
         if step % max(1, steps // 10) == 0:
@@ -205,11 +199,7 @@ def synthetic_pairs(
 def train_preference(
     combinations: Sequence[Attributes],
     clean: NDArray[np.uint8],
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    label_noise: float,
+    settings: PreferenceSettings,
     seed: int,
     log: Log,
 ) -> PreferenceModel:
@@ -221,19 +211,17 @@ def train_preference(
     rng = generator(seed, 6)
     torch.manual_seed(seed * 1000 + 6)
     model = PreferenceModel().train()
-    optimizer, schedule = cosine_optimizer(list(model.parameters()), learning_rate, steps)
+    steps, batch = settings.steps, settings.batch
+    descent = Descent(model.parameters(), settings.learning_rate, cosine(steps))
     for step in progress(steps, "preference", log):
         pairs = synthetic_pairs(combinations, batch, rng)
         gap = pairs.utility[:, 0] - pairs.utility[:, 1]
         first = torch.rand(batch, generator=rng) < torch.sigmoid(4.0 * gap)
-        first ^= torch.rand(batch, generator=rng) < label_noise
+        first ^= torch.rand(batch, generator=rng) < settings.label_noise
         scores = model(pairs.images.flatten(0, 1)).reshape(batch, 2)
         sign = torch.where(first, 1.0, -1.0)
         loss = -logsigmoid(sign * (scores[:, 0] - scores[:, 1])).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        descent.step(loss)
         if step % max(1, steps // 5) == 0:
             log(f"preference: step {step}, loss {loss.item():.4f}")
     model.eval().requires_grad_(False)
@@ -247,8 +235,5 @@ def train_preference(
 def preference_accuracy(model: PreferenceModel, pairs: PreferencePairs) -> float:
     """Share of pairs that the scores order as the hidden utilities do."""
     scores = model(pairs.images.flatten(0, 1)).reshape(-1, 2)
-    return float(
-        ((scores[:, 0] > scores[:, 1]) == (pairs.utility[:, 0] > pairs.utility[:, 1]))
-        .float()
-        .mean()
-    )
+    right = (scores[:, 0] > scores[:, 1]) == (pairs.utility[:, 0] > pairs.utility[:, 1])
+    return float(right.float().mean())
