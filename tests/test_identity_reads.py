@@ -24,7 +24,7 @@ from test_reward_models import (  # fixtures
 
 from egrpo.config.models import Model
 from egrpo.config.prompts import Prompt
-from egrpo.config.rewards import REWARD_MODELS
+from egrpo.config.rewards import REWARD_MODELS, Custom
 from egrpo.models import load_model
 from egrpo.rewards import load_reward
 from egrpo.study.digests import Digests
@@ -148,3 +148,21 @@ def test_what_a_reward_opens_is_in_its_identity(
 
 def test_every_kind_of_reward_is_asked() -> None:
     assert {*REWARDS, *WITHOUT_FILES} == set(REWARD_MODELS)
+
+
+def test_files_of_one_name_and_commits_of_one_model_all_count(tmp_path: Path) -> None:
+    options = {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        options[name] = str(tmp_path / name / "table.json")
+    found = []
+    for texts in ("xx", "yx", "xy"):
+        for path, text in zip(options.values(), texts, strict=True):
+            Path(path).write_text(text)
+        settings = Custom(kind="custom", function="own:Reward", options=options)
+        found.append(Identities(Digests(tmp_path / "digests.json")).reward(settings))
+    assert found[0] != found[1] != found[2] != found[0]
+    identities = Identities(Digests(tmp_path / "digests.json"))
+    models = [Model(path="owner/name", revision=commit * 40) for commit in "ab"]
+    files = [identities.model_files(model, text=True) for model in models]
+    assert files[0] != files[1]

@@ -63,10 +63,8 @@ def branches_figure(
 
     ``branches.parquet`` and ``entropy_profile.parquet`` are of the same groups; ``pairs`` are
     [step, span]; of ``prompts`` fewer stand there where fewer are kept (``profile.shown_prompts``).
-    ``noise_fraction`` is the yardstick's; without ``rewards`` all of the profile are shown.
-
-    Raises:
-        UserError: if a file is missing or damaged, or lacks a pair or a reward.
+    ``noise_fraction`` is the yardstick's; without ``rewards`` all of the profile are shown. Raises
+    UserError if a file is missing or damaged, or lacks a pair or a reward.
     """
     if not pairs:
         raise UserError("branches: pairs must be [step, span], at least one; got []")

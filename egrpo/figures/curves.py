@@ -44,11 +44,9 @@ def curves_figure(
 ) -> Figure:
     """Reward against iterations and against network evaluations, one row of panels a reward.
 
-    Thin lines: mean of the training samples over the last WINDOW iterations (gid
-    "training:<run>"). Markers: mean on fixed held-out prompts (gid "monitor:<run>").
-
-    Raises:
-        UserError: if a file is missing or damaged, or no run has any of the rewards.
+    Thin lines: mean of the training samples over the last WINDOW iterations (gid "training:<run>").
+    Markers: mean on fixed held-out prompts (gid "monitor:<run>"). Raises UserError if a file is
+    missing or damaged, or no run has any of the rewards.
     """
     tables = [columns(path, TRAIN_METRICS) for path in metrics]
     curves = {r: [c for table in tables for c in _run_curves(table, r)] for r in rewards}
@@ -83,9 +81,7 @@ def arm_curves_figure(
     bands (gid "band:<arm>") the 95% intervals of these means over seeds (Student's t), which an arm
     with one seed lacks. The axes show every seed; with few seeds bands may leave them. Left against
     iterations, right against the mean network evaluations of the seeds; a row of panels a reward.
-
-    Raises:
-        UserError: if a file is missing or damaged, or if an arm lacks a reward.
+    Raises UserError if a file is missing or damaged, or if an arm lacks a reward.
     """
     tables = {
         arm: {f"{path}": columns(path, TRAIN_METRICS) for path in paths}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from egrpo.config.models import RunConfig
@@ -47,63 +47,44 @@ def _trained(runs: Iterable[RunConfig]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.train.rewards))
 
 
-# -- the figures of a study, by kind; `run` is the first seed of the first arm --------------------
+def draw_figure(name: str, spec: FigureSpec, at: Layout) -> None:
+    """Write one figure of a study as PNG and SVG.
+
+    Of several seeds images and plans are the first's; profile and base those of the first arm.
+    Raises UserError if an input is missing or damaged, or the arms cannot be shown so.
+    """
+    stem = at.figure(name).with_suffix("")
+    firsts = {arm: at.arm(arm)[0] for arm in spec.arms}
+    run = at.study.runs[firsts[spec.arms[0]]]
+    if spec.kind == "curves":
+        groups = {arm: _metrics(at, at.arm(arm)) for arm in spec.arms}
+        runs = (at.study.runs[run] for arm in spec.arms for run in at.arm(arm))
+        arm_curves_figure(groups, spec.rewards or _trained(runs), stem)
+        return
+    if spec.kind == "images":
+        columns = [(arm, at.run(firsts[arm]) / "images.parquet") for arm in spec.arms]
+        images_figure(at.base(run.run) / "images.parquet", columns, spec.prompts, stem)
+        return
+    profile, fraction = at.profile(run.run), run.profile.noise_fraction
+    if spec.kind == "branches":
+        files, shown = (profile.with_name("branches.parquet"), profile), (spec.pairs, spec.prompts)
+        branches_figure(*files, *shown, stem, fraction, rewards=spec.rewards or None)
+    elif spec.kind == "entropy":
+        plans = {arm: at.run(first) / "plan.json" for arm, first in firsts.items()}
+        entropy_figure(profile, plans, stem, spans=spec.spans)
+    elif spec.kind == "spread":
+        spread_figure(profile, stem, noise_fraction=fraction)
+    else:
+        _threshold(run, profile, at.run(run.run) / "plan.json", stem)
 
 
-def _branches(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
-    files, shown = (at.branches(run.run), at.profile(run.run)), (spec.pairs, spec.prompts)
-    fraction, rewards = run.profile.noise_fraction, spec.rewards or None
-    branches_figure(*files, *shown, stem, fraction, rewards=rewards)
-
-
-def _entropy(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
-    plans = {arm: at.run(at.arm(arm)[0]) / "plan.json" for arm in spec.arms}
-    entropy_figure(at.profile(run.run), plans, stem, spans=spec.spans)
-
-
-def _spread(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
-    spread_figure(at.profile(run.run), stem, noise_fraction=run.profile.noise_fraction)
-
-
-def _threshold(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
+def _threshold(run: RunConfig, profile: Path, plan: Path, stem: Path) -> None:
     automatic, rewards = run.method.automatic, run.train.rewards
     assert automatic is not None, "check_figure refuses others"
-    spreads = measured_spread(at.profile(run.run), rewards)
+    spreads = measured_spread(profile, rewards)
     try:
         choice = choose_threshold(spreads, *automatic)
     except ValueError as error:
         raise UserError(f"run {run.run}: {error}") from None
-    plan = load_plan(at.run(run.run) / "plan.json")
-    threshold_figure(spreads, choice, plan, automatic.factor, ", ".join(rewards), stem)
-
-
-def _curves(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
-    groups = {arm: _metrics(at, at.arm(arm)) for arm in spec.arms}
-    runs = (at.study.runs[run] for arm in spec.arms for run in at.arm(arm))
-    arm_curves_figure(groups, spec.rewards or _trained(runs), stem)
-
-
-def _images(spec: FigureSpec, run: RunConfig, at: Layout, stem: Path) -> None:
-    columns = [(arm, at.run(at.arm(arm)[0]) / "images.parquet") for arm in spec.arms]
-    images_figure(at.base(run.run) / "images.parquet", columns, spec.prompts, stem)
-
-
-KINDS: dict[str, Callable[[FigureSpec, RunConfig, Layout, Path], None]] = {
-    "branches": _branches,
-    "entropy": _entropy,
-    "spread": _spread,
-    "threshold": _threshold,
-    "curves": _curves,
-    "images": _images,
-}
-"""How each kind of figure finds what it draws; of several seeds images show the first."""
-
-
-def draw_figure(name: str, spec: FigureSpec, at: Layout) -> None:
-    """Write one figure of a study as PNG and SVG.
-
-    Raises:
-        UserError: if an input is missing or damaged, or the arms cannot be shown so.
-    """
-    first = at.study.runs[at.arm(spec.arms[0])[0]]
-    KINDS[spec.kind](spec, first, at, at.figure(name).with_suffix(""))
+    reward_text = ", ".join(rewards)
+    threshold_figure(spreads, choice, load_plan(plan), automatic.factor, reward_text, stem)

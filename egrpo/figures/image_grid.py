@@ -80,10 +80,8 @@ def images_figure(
 
     Rows are the first samples of so many ``prompts`` of the base model's ``images.parquet``;
     ``columns`` heading and ``images.parquet`` of each trained model. Either all on one ``page``, as
-    PNG and SVG, or large images to look at, as PNG only.
-
-    Raises:
-        UserError: if a file is missing or damaged, or a model lacks an image of the base.
+    PNG and SVG, or large images to look at, as PNG only. Raises UserError if a file is missing or
+    damaged, or a model lacks an image of the base.
     """
     keys: list[Key] = []
     read: list[Column] = []

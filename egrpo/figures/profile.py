@@ -49,10 +49,8 @@ def entropy_figure(
 
     Each plan (``plan.json`` by run id, for this profile's schedule) adds its threshold (gid
     "threshold") and a marker with the span of each active step (gid "plan:<run>", the first run
-    where several share one plan). Without ``spans`` all of the profile are drawn.
-
-    Raises:
-        UserError: if a file is missing or damaged, or the plans measure entropy in several units.
+    where several share one plan). Without ``spans`` all of the profile are drawn. Raises UserError
+    if a file is missing or damaged, or the plans measure entropy in several units.
     """
     table = style.columns(profile, ENTROPY_PROFILE)
     read = {run: load_plan(path) for run, path in plans.items()}
@@ -109,11 +107,9 @@ def _draw_plans(axes: Axes, plans: Mapping[str, Plan]) -> None:
 def spread_figure(profile: str | Path, stem: str | Path, *, noise_fraction: float = 0.1) -> Figure:
     """What a branch at each step really changes: latents, images and rewards of its samples.
 
-    Lines are means over prompts, bands one standard error; the dashed line (gid "yardstick") is
-    the spread that ``noise_fraction`` of random noise on the final image gives.
-
-    Raises:
-        UserError: if the file is missing or damaged, or holds no measured spread.
+    Lines are means over prompts, bands one standard error; the dashed line (gid "yardstick") is the
+    spread that ``noise_fraction`` of random noise on the final image gives. Raises UserError if the
+    file is missing or damaged, or holds no measured spread.
     """
     table = style.columns(profile, ENTROPY_PROFILE)
     present = set(table["quantity"][np.isfinite(table["spread"])])
@@ -186,10 +182,8 @@ def threshold_figure(
 
     Points (gid "span:<span>") are over the yardstick's spread, of the rewards in ``reward_text``;
     the fit (gid "fit") must exceed ``factor`` (gid "factor"). The plan's markers have the gid
-    "single", "merged" and, below the threshold (gid "threshold"), "capped".
-
-    Raises:
-        UserError: if the plan was made with another threshold.
+    "single", "merged" and, below the threshold (gid "threshold"), "capped". Raises UserError if the
+    plan was made with another threshold.
     """
     points = [s for s in spreads if math.isfinite(s.value)]
     if plan.threshold != choice.threshold:

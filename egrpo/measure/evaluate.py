@@ -36,7 +36,7 @@ from egrpo.sampling.processes import Processes
 from egrpo.sampling.sample import Sampler
 from egrpo.store.checkpoint import read_snapshot
 from egrpo.store.tables import TABLES, Table, metadata_of, read_table, write_table
-from egrpo.study.sources import Sources
+from egrpo.study.identity import Sources
 
 PROMPTS_AT_ONCE = 32
 """Bounds memory; noise depends on prompt and sample alone, so it changes no image's noise."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from egrpo.config.models import RunConfig
 from egrpo.images import Images
@@ -52,8 +53,6 @@ def measure(
 
 def save_grid(path: Path, images: Images, samples: int) -> None:
     """One PNG: a column per prompt, its samples below each other; what is none is transparent."""
-    from PIL import Image
-
     pixels = images.pixels if images.valid.all() else images.with_opacity()
     n, c, h, w = pixels.shape
     grid = pixels.reshape(n // samples, samples, c, h, w).permute(1, 3, 0, 4, 2)
@@ -64,8 +63,6 @@ def save_grid(path: Path, images: Images, samples: int) -> None:
 
 def load_grid(path: Path, samples: int, height: int, width: int) -> Images:
     """The images [n] that :func:`save_grid` wrote."""
-    from PIL import Image
-
     pixels = torch.from_numpy(np.array(Image.open(path).convert("RGBA")))
     grid = pixels.reshape(samples, height, -1, width, 4).permute(2, 0, 4, 1, 3)
     return Images.from_rgba(grid.reshape(-1, 4, height, width))
@@ -73,8 +70,6 @@ def load_grid(path: Path, samples: int, height: int, width: int) -> Images:
 
 def whole_grid(path: Path) -> bool:
     """Whether there is a grid, with all its bytes as they were written (checksums of PNG)."""
-    from PIL import Image
-
     try:
         with Image.open(path) as picture:
             picture.verify()

@@ -61,10 +61,8 @@ def noisy_copies(
     """The yardstick: K copies of one final sample, each with its own 10% noise.
 
     Noise goes on the final image (and, for ``latent_variance``, on the final latent), in a share
-    of ``noise_fraction``: (1 - f) * x + f * noise, with noise of the data's unit scale.
-
-    Returns:
-        Images [K] and latents [K, ...].
+    of ``noise_fraction``: (1 - f) * x + f * noise, with noise of the data's unit scale. Returns
+    images [K] and latents [K, ...].
     """
     f, k = run.profile.noise_fraction, run.profile.samples
 

@@ -19,8 +19,9 @@ from egrpo.ops.disk import disk
 from egrpo.ops.doctor_model import Finding, Level, model_findings, usable
 from egrpo.ops.memory import GIB
 from egrpo.planning.trees import check_trees, closed_form_plan, cost_of, reads_profile, tree_of
-from egrpo.report.provenance import MISSING, versions
+from egrpo.report.provenance import versions
 from egrpo.study.files import file_problems
+from egrpo.study.identity import MISSING
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study, load_study
 

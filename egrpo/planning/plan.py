@@ -58,8 +58,7 @@ def plan_rows(run: str, made: Plan) -> list[dict[str, Any]]:
 def grid_of(profile: str | Path) -> tuple[Sigmas, str, float]:
     """Grid, dynamics and noise level that a profile was measured with.
 
-    Raises:
-        UserError: if the file is missing or damaged, or does not say them.
+    Raises UserError if the file is missing or damaged, or does not say them.
     """
     metadata = metadata_of(read_table(profile, ENTROPY_PROFILE))
     try:
@@ -79,10 +78,8 @@ def measured_spread(profile: str | Path, rewards: Mapping[str, float]) -> list[S
     """Spread of the rewards by step and span, from a profile.
 
     Per reward the mean over prompts of the spread within groups, over that of the yardstick; of
-    several rewards the mean by weight.
-
-    Raises:
-        UserError: if the file is missing or damaged, or a yardstick is 0.
+    several rewards the mean by weight. Raises UserError if the file is missing or damaged, or a
+    yardstick is 0.
     """
     groups: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
     entropy: dict[tuple[int, int], dict[str, float]] = {}

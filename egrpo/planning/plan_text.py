@@ -32,10 +32,8 @@ def plan_text(
 ) -> str:
     """The plan as a table, or as one JSON object.
 
-    With a ``profile`` its grid, dynamics and noise level take the place of the options.
-
-    Raises:
-        UserError: naming the option that is out of range.
+    With a ``profile`` its grid, dynamics and noise level take the place of the options. Raises
+    UserError naming the option that is out of range.
     """
     if active < 1:
         raise UserError(f"--active: at least 1 step must branch, got {active}")

@@ -31,9 +31,8 @@ def reads_profile(run: RunConfig) -> bool:
 def plan_of(run: RunConfig, sigmas: Sigmas, spreads: Sequence[Spread] = ()) -> Plan:
     """The merge plan, over a grid, of a run whose method needs one.
 
-    Raises:
-        UserError: if the threshold is out of reach and ``on_unreachable`` says error, or the plan
-            depends on the measured spread of the trained rewards and none is given or enough.
+    Raises UserError if the threshold is out of reach and ``on_unreachable`` says error, or the
+    plan depends on the measured spread of the trained rewards and none is given or enough.
     """
     if reads_profile(run) and not spreads:
         raise UserError(
@@ -74,11 +73,8 @@ def _epoch(seed: int, epoch: int, count: int) -> tuple[int, ...]:
 def check_trees(runs: Mapping[str, RunConfig]) -> None:
     """Refuse runs whose trees cannot be grown or cut into optimizer steps, before any training.
 
-    Of runs that differ in seed alone the first is looked at; a plan that waits for its profile
-    is looked at when it is made.
-
-    Raises:
-        UserError: naming run and key.
+    Of runs that differ in seed alone the first is looked at; a plan that waits for its profile is
+    looked at when it is made. Raises UserError naming run and key.
     """
     seen: set[str] = set()
     for run in runs.values():
@@ -90,8 +86,7 @@ def check_trees(runs: Mapping[str, RunConfig]) -> None:
 def check_parts(run: RunConfig, plan: Plan | None) -> None:
     """Refuse a tree with too few parts for ``train.updates``, or a trained step without noise.
 
-    Raises:
-        UserError: naming run and key.
+    Raises UserError naming run and key.
     """
     parts, tree, sigmas = run.train.updates, tree_of(run, plan), training_sigmas(run)
     if any(n.trained and n.dynamics == "cps" and sigmas[n.index] == 0.0 for n in tree.nodes):
@@ -110,10 +105,8 @@ def check_parts(run: RunConfig, plan: Plan | None) -> None:
 class RunCost(NamedTuple):
     """Network evaluations, factor of guidance included.
 
-    Attributes:
-        forward: while sampling.
-        train: forward+backward passes; at most this many where leaves are pruned by reward.
-        reference: forwards of the base model and of the averaged weights for their penalties.
+    ``forward`` while sampling; ``train``, forward+backward passes, at most so many where leaves are
+    pruned by reward; ``reference``: of the base model and the averaged weights, for penalties.
     """
 
     forward: int
@@ -140,18 +133,24 @@ def references(run: RunConfig) -> int:
     return (run.train.kl_weight > 0) + (run.train.ema_weight > 0)
 
 
+def trees_of(
+    run: RunConfig, plan: Plan | None, iteration: int, count: int
+) -> tuple[list[int], list[Tree]]:
+    """Prompt ids of an iteration of a run with ``count`` training prompts, and their trees."""
+    ids = prompt_ids(run, iteration, count)
+    return list(ids), [tree_of(run, plan, iteration, prompt) for prompt in ids]
+
+
 def iteration_cost(run: RunConfig, plan: Plan | None, iteration: int, count: int) -> RunCost:
     """Cost of one iteration of a run with ``count`` training prompts."""
-    ids = prompt_ids(run, iteration, count)
-    return cost_of(run, (tree_of(run, plan, iteration, prompt) for prompt in ids))
+    return cost_of(run, trees_of(run, plan, iteration, count)[1])
 
 
 def run_cost(run: RunConfig, plan: Plan | None, count: int) -> tuple[RunCost, int]:
     """Cost of a run with ``count`` training prompts, and the images that its rollouts decode."""
     costs, images = [], 0
     for iteration in range(1, run.train.iterations + 1):
-        ids = prompt_ids(run, iteration, count)
-        trees = [tree_of(run, plan, iteration, prompt) for prompt in ids]
+        _, trees = trees_of(run, plan, iteration, count)
         costs.append(cost_of(run, trees))
         images += sum(len(tree.leaves) for tree in trees)
     return RunCost(*map(sum, zip(*costs, strict=True))), images

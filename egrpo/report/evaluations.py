@@ -72,8 +72,7 @@ def measured(base_file: Path, file: Path) -> tuple[Scores, Scores]:
     """Of base and trained model ``distance_to_base``, a number an image, and ``diversity``, one a
     prompt that has several; NaN where images are none.
 
-    Raises:
-        UserError: if a file is missing or damaged, or images differ in prompts or size.
+    Raises UserError if a file is missing or damaged, or images differ in prompts or size.
     """
     base, trained = read_images(base_file), read_images(file)
     before: Scores = {name: {} for name in MEASURED}

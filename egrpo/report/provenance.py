@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from egrpo.report.evaluations import evaluations, train_record
 from egrpo.report.render import render
 from egrpo.store.files import write_text
 from egrpo.store.tables import SCORES, git_commit, metadata_of, read_table
+from egrpo.study.identity import installed
 from egrpo.study.layout import Layout
 from egrpo.study.sharing import shareable
 
@@ -25,18 +25,12 @@ PACKAGES = (
     *("open_clip_torch", "clip-anytorch", "mlflow", "snakemake", "pyarrow", "numpy"),
 )
 """What results depend on."""
-MISSING = "not installed"
 
 
 def versions() -> dict[str, str]:
     """Name -> version of this package, Python and what results depend on; no import of any."""
     found = {"egrpo": f"{__version__} {git_commit()}".strip(), "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = MISSING
-    return found
+    return found | {name: installed(name) for name in PACKAGES}
 
 
 def scored_at(at: Layout, run: str) -> str:

@@ -26,10 +26,10 @@ from egrpo.config.study import TableSpec
 from egrpo.core.intervals import crossed_interval, difference_interval
 from egrpo.errors import UserError
 from egrpo.report import evaluations as inputs
-from egrpo.report.evaluations import MEASURED, Row, Scores
+from egrpo.report.evaluations import Row, Scores
 from egrpo.report.provenance import scored_at
 from egrpo.report.render import write_texts
-from egrpo.report.text import COSTS, comparison_text, table_text
+from egrpo.report.text import COSTS, comparison_text, in_order, table_text
 from egrpo.store.tables import RESULTS, SNAPSHOTS, read_table, write_table
 from egrpo.study.layout import Layout
 from egrpo.study.targets import BASE
@@ -53,14 +53,14 @@ class Model:
 def make_comparison(at: Layout, output: str | Path) -> None:
     """Write runs against their base model as Parquet, and CSV, Markdown and HTML beside it.
 
-    Raises:
-        UserError: if a file is missing or damaged, or if trained and base results are not of the
-            same prompts, samples, rewards and image size; no file is then written.
+    Raises UserError if a file is missing or damaged, or if trained and base results are not of
+    the same prompts, samples, rewards and image size; no file is then written.
     """
     if not at.study.runs:
         raise UserError("comparison: no run is given; the runs table needs at least one")
     path = Path(output)
     rows = [{"table": path.stem} | row for run in at.study.runs for row in compare_run(run, at)]
+    rows = in_order(rows)
     origin = _origin(at.study.runs, at)
     _write(path, rows, comparison_text(rows, origin["origin"]), origin)
 
@@ -68,8 +68,7 @@ def make_comparison(at: Layout, output: str | Path) -> None:
 def write_result_table(name: str, spec: TableSpec, at: Layout) -> None:
     """Write one table of a study as Parquet, CSV, Markdown and HTML.
 
-    Raises:
-        UserError: as :func:`make_table`; no file is then written.
+    Raises UserError as :func:`make_table`; no file is then written.
     """
     rows = make_table(name, spec, at)
     origin = _origin([run for arm in spec.arms for run in at.arm(arm)], at)
@@ -94,7 +93,7 @@ def _write(path: Path, rows: Sequence[Row], text: str, metadata: Mapping[str, st
 
 
 def compare_run(run: str, at: Layout) -> list[Row]:
-    """Rows of one run without ``table``: trained rewards, other rewards, then what is measured."""
+    """Rows of one run without ``table``, one for each reward and for what is measured."""
     config, base, model = at.study.runs[run], _base(run, at), _at_end(run, at)
     if set(base.scores) != set(model.scores):
         raise UserError(
@@ -104,23 +103,20 @@ def compare_run(run: str, at: Layout) -> list[Row]:
     images = [side.path.with_name("images.parquet") for side in (base, model)]
     for side, scores in zip((base, model), inputs.measured(*images), strict=True):
         side.scores.update({name: found for name, found in scores.items() if found})
-    on = config.train.rewards
     wrong = warnings_in(at.run(run) / "metrics.parquet", config).values()
     head = {"section": "", "run": run, "at": "end", "mark": None}
     head["warnings"] = "; ".join(wrong) or None
-    order = sorted(model.scores, key=lambda name: (name in MEASURED, name not in on, name))
     return [
         _arm_row(config.arm or run, config, [model], name) | head | _numbers([model], base, name)[0]
-        for name in order
+        for name in model.scores
     ]
 
 
 def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:
     """Rows of one table: by time of the comparison, section, arm (the base first) and reward.
 
-    Raises:
-        UserError: for a missing or damaged file, weights not kept at ``spec.evaluations``, or
-            scores of different prompts.
+    Raises UserError for a missing or damaged file, weights not kept at ``spec.evaluations``, or
+    scores of different prompts.
     """
     times = {"end": {arm: {run: _at_end(run, at) for run in at.arm(arm)} for arm in spec.arms}}
     if spec.evaluations is not None:

@@ -189,8 +189,7 @@ def parts(source: str | Path, spec: TableSpec, rows: Sequence[Row]) -> list[dict
     ``sections``: ``heading``, ``failures`` and ``arms`` (``arm``, ``method``, ``cells``: rows with
     their texts in ``text``, and texts of ``costs``).
 
-    Raises:
-        UserError: naming ``source`` if an arm or reward is missing.
+    Raises UserError naming ``source`` if an arm or reward is missing.
     """
     times = [("end", "At the end of training", "")]
     if spec.evaluations is not None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from egrpo.errors import UserError, one_line, say
@@ -49,8 +51,6 @@ def checksum(tensors: Mapping[str, Tensor], head: str) -> str:
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write atomically, then remove all but the last two."""
-    from safetensors.torch import save_file
-
     head = json.dumps({"iteration": checkpoint.iteration, **checkpoint.numbers}, sort_keys=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
     path = _path(folder, checkpoint.iteration)
@@ -124,8 +124,6 @@ def read_snapshot(folder: Path) -> dict[str, Any]:
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, as they are."""
-    from safetensors import safe_open
-
     with safe_open(str(path), framework="pt") as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         return tensors, handle.metadata() or {}

@@ -38,10 +38,10 @@ class Table:
     """One table: its columns, and the order of its rows."""
 
     name: str
-    version: int
     description: str
     columns: tuple[Column, ...]
-    sort: tuple[str, ...] = ()
+    sort: tuple[str, ...]
+    version: int = 1
 
     def schema(self, metadata: Mapping[str, str] | None = None) -> pa.Schema:
         """Arrow schema with unit and description on each field.
@@ -75,31 +75,21 @@ def head_checksum(head: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(head.items())).encode()).hexdigest()
 
 
-RUN: Column = ("run", TEXT, "", "run id")
-RUN_OR_BASE: Column = ("run", TEXT, "", "run id, or `base`")
-ITERATION: Column = ("iteration", INT, "iterations", "counted from 1")
-STEP: Column = ("step", INT, "grid index", "where the branch starts")
-SPAN: Column = ("span", INT, "grid intervals", "intervals covered by the one SDE step")
-SIGMA: Column = ("sigma", REAL, "1", "flow time at the start")
-REWARD: Column = ("reward", TEXT, "", "name of the reward")
-BUDGET: Column = (
-    "evaluations",
-    BIG,
-    "network evaluations",
-    "the budget that the weights stay within",
-)
-PICTURE: tuple[Column, ...] = (
+RUN = ("run", TEXT, "", "run id")
+RUN_OR_BASE = ("run", TEXT, "", "run id, or `base`")
+ITERATION = ("iteration", INT, "iterations", "counted from 1")
+STEP = ("step", INT, "grid index", "where the branch starts")
+SPAN = ("span", INT, "grid intervals", "intervals covered by the one SDE step")
+SIGMA = ("sigma", REAL, "1", "flow time at the start")
+REWARD = ("reward", TEXT, "", "name of the reward")
+BUDGET = ("evaluations", BIG, "network evaluations", "the budget that the weights stay within")
+PICTURE = (
     ("prompt_id", INT, "row of the prompt file", "held-out prompt"),
     ("prompt", TEXT, "", "its text"),
     ("sample", INT, "", "image of the prompt"),
 )
-PNG: Column = (
-    "png",
-    BYTES,
-    "PNG file",
-    "the image, lossless; transparent if it is NaN or infinite",
-)
-SCORE: tuple[Column, ...] = (
+PNG = ("png", BYTES, "PNG file", "the image, lossless; transparent if it is NaN or infinite")
+SCORE = (
     REWARD,
     ("value", REAL, "see reward", "score; null where there is none"),
 )
@@ -108,7 +98,6 @@ BY_BUDGET = ("run", "evaluations", *BY_PICTURE)
 
 ENTROPY_PROFILE = Table(
     "entropy_profile",
-    1,
     "Entropy of each step and span: closed form, and the spread measured by branching.",
     (
         STEP,
@@ -134,7 +123,6 @@ ENTROPY_PROFILE = Table(
 )
 BRANCHES = Table(
     "branches",
-    1,
     "Images of some profiled groups, to look at what a branch changes.",
     (
         ("prompt_id", INT, "row of the prompt file", "profiled prompt"),
@@ -148,7 +136,6 @@ BRANCHES = Table(
 )
 MERGE_PLAN = Table(
     "merge_plan",
-    1,
     "Active steps and their spans.",
     (
         RUN,
@@ -165,7 +152,6 @@ MERGE_PLAN = Table(
 )
 TRAIN_METRICS = Table(
     "train_metrics",
-    1,
     "Training metrics, one row per iteration and metric.",
     (
         RUN,
@@ -178,7 +164,6 @@ TRAIN_METRICS = Table(
 )
 ROLLOUTS = Table(
     "rollouts",
-    1,
     "One row per trained edge and reward.",
     (
         RUN,
@@ -202,17 +187,13 @@ ROLLOUTS = Table(
 )
 SCORES = Table(
     "scores",
-    1,
     "Rewards of evaluation images.",
     (RUN_OR_BASE, *PICTURE, *SCORE),
     ("run", *BY_PICTURE, "reward"),
 )
-IMAGES = Table(
-    "images", 1, "Evaluation images.", (RUN_OR_BASE, *PICTURE, PNG), ("run", *BY_PICTURE)
-)
+IMAGES = Table("images", "Evaluation images.", (RUN_OR_BASE, *PICTURE, PNG), ("run", *BY_PICTURE))
 SNAPSHOTS = Table(
     "snapshots",
-    1,
     "Rewards of evaluation images of weights kept during training, at given evaluations.",
     (
         RUN,
@@ -227,14 +208,12 @@ SNAPSHOTS = Table(
 )
 SNAPSHOT_IMAGES = Table(
     "snapshot_images",
-    1,
     "Evaluation images of weights kept during training, so that another reward can score them.",
     (RUN, BUDGET, *PICTURE, PNG),
     BY_BUDGET,
 )
 RESULTS = Table(
     "results",
-    2,
     "Trained against base on the held-out prompts, paired by prompt and sample: single runs, or "
     "arms over their seeds.",
     (
@@ -264,10 +243,10 @@ RESULTS = Table(
         ("warnings", TEXT, "", "what was wrong with the training, in words; null: nothing"),
     ),
     ("table", "at", "section", "arm", "run", "reward"),
+    version=2,
 )
 SUFFIXES = Table(
     "suffixes",
-    1,
     "Cheaper rollouts against the exact one, from the same branches of the base model.",
     (
         ("run", TEXT, "", "run whose plan was used"),
@@ -332,8 +311,7 @@ def write_table(
             data = data.set_column(
                 at, column, pc.if_else(pc.is_nan(data[at]), pa.scalar(None, REAL), data[at])
             )
-    if table.sort:
-        data = data.sort_by([(name, "ascending") for name in table.sort])
+    data = data.sort_by([(name, "ascending") for name in table.sort])
     strings = [f.name for f in schema if f.type == TEXT]
     with replacing(path) as temporary:
         how = {"compression": "zstd", "use_dictionary": strings, "write_page_checksum": True}

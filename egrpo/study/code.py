@@ -12,6 +12,8 @@ import functools
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from importlib.util import resolve_name
 from pathlib import Path
 
 import egrpo
@@ -79,10 +81,9 @@ class Code:
         while left:
             name = left.pop()
             path = module_file(name)
-            if path is None or name in found or name.split(".")[1:2] not in [[r] for r in rooms]:
-                continue
-            found[name] = path
-            left += self._next(path)
+            if path and name not in found and name.split(".")[1] in rooms:
+                found[name] = path
+                left += self._next(path)
         return found
 
     def _neighbors(self, path: Path) -> list[str]:
@@ -103,7 +104,8 @@ class Code:
                 found[f"{key} ({name})"] = self.digests.code(path)
                 package = name if path.stem == "__init__" else name.rpartition(".")[0]
                 for other in filter(None, self.digests.file(path, imported).split("\n")):
-                    left.append(_absolute(other, package))
+                    with suppress(ImportError):  # a relative one beyond the top
+                        left.append(resolve_name(other, package))
         return found
 
 
@@ -116,27 +118,16 @@ def module_file(name: str) -> Path | None:
     return None
 
 
-def _absolute(name: str, package: str) -> str:
-    dots = len(name) - len(name.lstrip("."))
-    if not dots:
-        return name
-    parts = package.split(".")
-    return ".".join([*parts[: len(parts) - dots + 1], name.lstrip(".")]).strip(".")
-
-
 def users_files(name: str, *, first: bool = False) -> list[Path]:
     """Files of a module, and of its packages, where Python would find it outside of what is
     installed; ``first``: or there, too."""
     parts = name.split(".")
-    installed = {
-        Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")
-    }
-    for entry in (".", *sys.path):
-        base = Path(entry or ".").resolve()
+    if parts[0] == "egrpo":
+        return []
+    installed = [Path(sysconfig.get_path(k)).resolve() for k in ("stdlib", "purelib", "platlib")]
+    for base in (Path(entry or ".").resolve() for entry in (".", *sys.path)):
         named = {"site-packages", "dist-packages"} & set(base.parts)
         if not first and (named or any(base.is_relative_to(there) for there in installed)):
-            continue
-        if parts[0] == "egrpo" or not base.is_dir():
             continue
         found = []
         for count in range(1, len(parts) + 1):

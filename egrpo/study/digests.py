@@ -32,10 +32,9 @@ PICKLED = frozenset(".bin .pt .pth .ckpt".split())
 
 
 class Digests:
-    """Digests of files, kept in a file between processes.
+    """Digests of files, kept in a JSON file between processes.
 
-    Args:
-        cache: JSON file; where it cannot be written, each process reads for itself.
+    Where that cannot be written, each process reads for itself.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -47,15 +46,7 @@ class Digests:
         self.grown = False
 
     def file(self, path: Path, read: Callable[[Path], str] | None = None) -> str:
-        """Ten digits of a file's content.
-
-        Args:
-            path: the file.
-            read: what of it counts; None: every byte.
-
-        Raises:
-            UserError: if it cannot be read.
-        """
+        """Ten digits of a file's bytes, or what ``read`` finds; UserError if it cannot be read."""
         name = f"{os.path.realpath(path)}{f' {read.__name__}' if read else ''}"
         try:
             stat = os.stat(path)

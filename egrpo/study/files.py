@@ -16,8 +16,7 @@ from egrpo.study.resolve import Study
 def check_files(study: Study, source: str) -> None:
     """Refuse a study whose prompt, reward or model files are not there, before anything runs.
 
-    Raises:
-        UserError: naming the key and the file.
+    Raises UserError naming the key and the file.
     """
     for problem in file_problems(study, source):
         raise UserError(problem)
@@ -64,13 +63,9 @@ def _problems_of_prompts(files: Prompts, size: int) -> Iterator[str]:
 
 
 def _source(key: str, path: str, commit: str | None, pinned: bool, *, file: bool) -> Iterator[str]:
-    """What a path lacks that is not there, unless it is a hub id with its commit.
+    """What a path lacks that is not there, unless it is a hub id whose commit is ``pinned``.
 
-    Args:
-        key, path: setting and its value.
-        commit: the setting of a hub id's commit; None where only files will do.
-        pinned: whether that is set.
-        file: whether it is one file, and not a folder.
+    ``commit``: the setting of the commit, None where only files will do; ``file``: no folder.
     """
     if os.path.exists(path):  # and no error where this can be no path
         return

@@ -13,8 +13,11 @@ their identities. Those of a run lie under its name, and ``study/standing.py`` k
 from __future__ import annotations
 
 import functools
+import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -26,7 +29,6 @@ from egrpo.planning.grids import evaluation_sigmas, learning_rate, monitor_sigma
 from egrpo.planning.trees import reads_profile
 from egrpo.study.code import COMPUTE, Code
 from egrpo.study.digests import Digests
-from egrpo.study.sources import Sources
 
 Record = dict[str, Any]
 
@@ -63,68 +65,80 @@ TEXT_PARTS = ("text_encoder", "tokenizer", "scheduler", "feature_extractor", "im
 """Parts of a pipeline that its prompts' embeddings need; the others make images."""
 
 
+MISSING = "not installed"
+
+
+def installed(name: str) -> str:
+    """Version of a distribution; no import of it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return MISSING
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Public versions of the libraries that compute."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: installed(name).partition("+")[0] for name in LIBRARIES}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Digests of what an evaluation is computed from, in parts that are kept apart.
+
+    ``images``: weights, settings, code, all but the prompts; of each prompt; of rewards by name.
+    """
+
+    images: str
+    prompts: tuple[str, ...]
+    rewards: Mapping[str, str]
+
+    def head(self) -> dict[str, str]:
+        """As tables hold them."""
+        return {
+            "images_of": self.images,
+            "prompts_of": json.dumps(self.prompts),
+            "rewards_of": json.dumps(dict(self.rewards)),
+        }
 
 
 class Identities:
-    """Records and identities of the results of runs.
+    """Records and identities of the results of runs, by digests of files.
 
-    Args:
-        digests: of files.
-        libraries: whether versions of libraries are part of each identity (``libraries: remake``).
+    ``libraries``: versions of libraries are part of each (the study's ``libraries: remake``).
     """
 
     def __init__(self, digests: Digests, *, libraries: bool = False) -> None:
         self.digests, self.code, self.libraries = digests, Code(digests), libraries
-        self._prompts = functools.cache(self._read)
         self._files = functools.cache(digests.files)
-        self._known: dict[tuple[str, str], str] = {}
-        self._embeddings: dict[str, Record] = {}
-        self._rewards: dict[str, Record] = {}
-        self._models: dict[tuple[str, bool], Record] = {}
+        self._train_prompts = functools.cache(train_prompts)
+        self._heldout_prompts = functools.cache(read_prompts)
+        self._found: dict[Hashable, Any] = {}
+
+    def _once(self, key: Hashable, find: Callable[[], Any]) -> Any:
+        """What was found under a key; found once, while files stay."""
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
     def record(self, stage: str, run: RunConfig) -> Record:
-        """What a stage's result of a run is computed from.
-
-        Raises:
-            UserError: if a file cannot be read.
-        """
+        """What a stage's result of a run is computed from; UserError if a file cannot be read."""
         if not stage.startswith("embed-"):
             return RECORDS[stage](self, run)
-        shared = repr((stage, run.model, run.prompts, run.guided, self._count(run, stage[6:])))
-        if shared not in self._embeddings:
-            self._embeddings[shared] = RECORDS[stage](self, run)
-        return self._embeddings[shared]
+        of = run.model, run.prompts, run.guided, self._count(run, stage[6:])
+        return self._once((stage, repr(of)), lambda: RECORDS[stage](self, run))
 
     def of(self, stage: str, run: RunConfig) -> str:
-        """The identity of a stage's result of a run; found once, while files stay."""
-        key = stage, run.run
-        if key not in self._known:
-            self._known[key] = digest(self.record(stage, run))
-        return self._known[key]
+        """The identity of a stage's result of a run."""
+        return self._once(("of", stage, run.run), lambda: digest(self.record(stage, run)))
 
     def sources(self, run: RunConfig, weights: str | None) -> Sources:
-        """Digests of what an evaluation's images and scores are computed from.
-
-        Args:
-            run: its settings.
-            weights: digest of the trained weights; None for the base model.
-        """
+        """What an evaluation by weights with this digest is computed from; None: the base's."""
         record = sampled(self, run)
         images = {k: v for k, v in record.items() if "prompts (" not in k}
-        prompts = self.prompts(run, "heldout")
         return Sources(
             digest({**images, "weights": weights}),
-            tuple(digest([p.text, p.negative if run.guided else ""]) for p in prompts),
+            tuple(map(digest, self.texts(run, "heldout"))),
             {name: digest(self.reward(reward)) for name, reward in run.rewards.items()},
         )
 
@@ -148,18 +162,12 @@ class Identities:
         return {**found, **named}
 
     def prompts(self, run: RunConfig, which: str) -> list[Prompt]:
-        """The prompts of one of the :data:`SETS`.
-
-        Raises:
-            UserError: if their file cannot be read.
-        """
-        files, train = run.prompts, which in ("train", "profile")
-        found = self._prompts(
-            files.train if train else files.heldout,
-            files.limit if train else None,
-            files.column,
-            train,
-        )
+        """The prompts of one of the :data:`SETS`; UserError if their file cannot be read."""
+        files = run.prompts
+        if which in ("train", "profile"):
+            found = self._train_prompts(files.train, files.limit, files.column)
+        else:
+            found = self._heldout_prompts(files.heldout, files.column)
         return found[: self._count(run, which)]
 
     @staticmethod
@@ -171,30 +179,20 @@ class Identities:
             "profile": run.profile.prompts,
         }[which]
 
-    @staticmethod
-    def _read(path: str, limit: int | None, column: str, train: bool) -> list[Prompt]:
-        return train_prompts(path, limit, column) if train else read_prompts(path, column)
-
-    def texts(self, run: RunConfig, which: str) -> str:
-        """Digest of a set of prompts."""
+    def texts(self, run: RunConfig, which: str) -> list[list[str]]:
+        """Text and negative text of each prompt of a set, as the model is given them."""
         found = self.prompts(run, which)
-        return digest([[p.text, p.negative if run.guided else ""] for p in found])
+        return [[p.text, p.negative if run.guided else ""] for p in found]
 
     def model_files(self, model: Model, *, text: bool) -> Record:
         """Digests of the files of a pipeline's parts: those for prompts, or those for images."""
-        key = model.path, text
-        if key not in self._models:
-            self._models[key] = dict(self._pipeline(model, text))
-        return self._models[key]
-
-    def _pipeline(self, model: Model, text: bool) -> Iterator[tuple[str, str]]:
         if not os.path.isdir(model.path):
-            yield "model.path", f"{model.path} {model.revision}"
-            return
-        for name, found in self._files(model.path).items():
-            part = name.partition("/")[0]
-            if part.startswith(TEXT_PARTS) == text or name in BOTH:
-                yield f"model.path {name}", found
+            return {"model.path": f"{model.path} {model.revision}"}
+        return {
+            f"model.path {name}": found
+            for name, found in self._files(model.path).items()
+            if name.partition("/")[0].startswith(TEXT_PARTS) == text or name in BOTH
+        }
 
     def images(self, model: Model, run: RunConfig, *, tuned: bool = False) -> Record:
         """What a model computes images from: its settings and files."""
@@ -204,59 +202,49 @@ class Identities:
 
     def rewards(self, run: RunConfig, names: Collection[str]) -> Record:
         """What some rewards compute their scores from."""
-        found: Record = {}
-        for name in sorted(names):
-            own = self.reward(run.rewards[name])
-            found |= {f"rewards.{name}{key}": value for key, value in own.items()}
-        return found
+        return {
+            f"rewards.{name}{key}": value
+            for name in sorted(names)
+            for key, value in self.reward(run.rewards[name]).items()
+        }
 
     def reward(self, settings: RewardSettings) -> Record:
         """What one reward computes its scores from; keys begin with a dot or a blank."""
-        key = repr(settings)
-        if key not in self._rewards:
-            self._rewards[key] = dict(self._reward(settings))
-        return self._rewards[key]
+        return self._once(repr(settings), lambda: dict(self._reward(settings)))
 
     def _reward(self, reward: RewardSettings) -> Iterator[tuple[str, Any]]:
         named = reward.files
         if isinstance(reward, OpenClip) and os.path.isfile(reward.architecture):
             named = {**named, "architecture": reward.architecture}
-        local = {key: path for key, path in named.items() if os.path.exists(path)}
-        for key, value in reward.model_dump(exclude=set(reward.unscored)).items():
-            if key not in local:
-                yield f".{key}", value
-        for key, path in local.items():
-            for name, found in self._files(path).items():
-                yield f".{key} {name}".rstrip(), found
-        for key, found in self.code.rooms(f"egrpo.rewards.{reward.module}").items():
-            yield f" {key}", found
+        local = [(key, path) for key, path in named.items() if os.path.exists(path)]
+        settings = reward.model_dump(exclude={*reward.unscored, *(key for key, _ in local)})
+        yield from ((f".{key}", value) for key, value in settings.items())
+        code = self.code.rooms(f"egrpo.rewards.{reward.module}")
         if isinstance(reward, Custom):
-            for key, found in self.code.own(reward.function.partition(":")[0]).items():
-                yield f" {key}", found
-            for path in sorted(set(texts_in(reward.options))):
-                if os.path.exists(path):
-                    for name, found in self._files(path).items():
-                        yield f".options {os.path.basename(path)} {name}".rstrip(), found
+            code = code | self.code.own(reward.function.partition(":")[0])
+            paths = filter(os.path.exists, sorted(set(texts_in(reward.options))))
+            local += [(f"options {os.path.basename(path)}", path) for path in paths]
+        yield from ((f" {key}", found) for key, found in code.items())
+        files: dict[str, list[str]] = defaultdict(list)  # of options, several of one name
+        for key, path in local:
+            for name, found in self._files(path).items():
+                files[f".{key} {name}".rstrip()].append(found)
+        yield from ((key, " ".join(found)) for key, found in files.items())
 
 
 # -- records of the stages ------------------------------------------------------------------
 
 
-def embedding(which: str) -> Callable[[Identities, RunConfig], Record]:
-    """The record of one set's embeddings."""
-
-    def record(self: Identities, run: RunConfig) -> Record:
-        model = run.model
-        dumped = model.model_dump(include={"family", "dtype", "max_sequence_length"})
-        return {
-            **flat("model", dumped),
-            **self.model_files(model, text=True),
-            f"prompts ({which})": self.texts(run, which),
-            "negative prompts": run.guided,
-            **self.stage("egrpo.measure.embed"),
-        }
-
-    return record
+def embedded(which: str, self: Identities, run: RunConfig) -> Record:
+    """What one set's embeddings are computed from."""
+    model = run.model.model_dump(include={"family", "dtype", "max_sequence_length"})
+    return {
+        **flat("model", model),
+        **self.model_files(run.model, text=True),
+        f"prompts ({which})": digest(self.texts(run, which)),
+        "negative prompts": run.guided,
+        **self.stage("egrpo.measure.embed"),
+    }
 
 
 def profiled(self: Identities, run: RunConfig, rewards: Collection[str]) -> Record:
@@ -285,7 +273,7 @@ def trajectory(self: Identities, run: RunConfig) -> Record:
     """What the weights of each iteration are computed from, however many there will be."""
     t = run.train
     stops = {name: bound for name, bound in run.bounds.items() if bound.action == "stop"}
-    watched = {name.removeprefix("reward/") for name in stops if name.startswith("reward/")}
+    watched = (name.removeprefix("reward/") for name in stops if name.startswith("reward/"))
     other = {"rewards", "checkpoint_every", "learning_rate_full", "learning_rate_lora"}
     other |= {"learning_rate_scale", *LATER, *CUT, *WATCHED}
     found = {
@@ -350,7 +338,7 @@ def compared(self: Identities, run: RunConfig) -> Record:
 
 
 RECORDS: dict[str, Callable[[Identities, RunConfig], Record]] = {
-    **{f"embed-{which}": embedding(which) for which in SETS},
+    **{f"embed-{which}": functools.partial(embedded, which) for which in SETS},
     "profile": lambda self, run: profiled(self, run, run.rewards),
     "plan": planned,
     "suffixes": compared,
@@ -381,26 +369,23 @@ def flat(key: str, value: Any) -> Record:
     return found
 
 
-def texts_in(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> list[str]:
     """Every text in a setting, at any depth."""
-    if isinstance(value, str) and value:
-        yield value
-    elif isinstance(value, Mapping):
-        for below in value.values():
-            yield from texts_in(below)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for below in value:
-            yield from texts_in(below)
+    if isinstance(value, str):
+        return [value] if value else []
+    parts: Iterable[Any] = value if isinstance(value, Sequence) else ()
+    parts = value.values() if isinstance(value, Mapping) else parts
+    return [text for part in parts for text in texts_in(part)]
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two records, one short text each: ``key old → new``."""
-    found = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key, "none"), now.get(key, "none")
-        if old != new:
-            found.append(f"{key} {_short(old)} → {_short(new)}")
-    return found
+    both = {key: (before.get(key, "none"), now.get(key, "none")) for key in {*before, *now}}
+    return [
+        f"{key} {_short(old)} → {_short(new)}"
+        for key, (old, new) in sorted(both.items())
+        if old != new
+    ]
 
 
 def is_code(key: str) -> bool:

@@ -39,10 +39,8 @@ SHARED = {"embed": "embeddings", "profile": "profiles", "base": "base"}
 class Layout:
     """Paths of one study's results, relative to the working directory as the study gives them.
 
-    Attributes:
-        study: its runs.
-        known: identity of a stage's result of a run, where they were found before; None: they are
-            found when they are asked for.
+    ``known``: identity of a stage's result of a run, where they were found before; None: each is
+    found when it is asked for.
     """
 
     study: Study
@@ -136,10 +134,6 @@ class Layout:
     def page(self, name: str) -> Path:
         """One of :data:`PAGES`; the first page of all studies lies one folder above."""
         return self.root / f"{name}.html"
-
-    def branches(self, run: str) -> Path:
-        """Images of some groups of that profile."""
-        return self.profile(run).with_name("branches.parquet")
 
     def table(self, name: str) -> Path:
         """One table of results; ``.csv`` and ``.md`` lie beside it."""

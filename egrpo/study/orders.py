@@ -29,40 +29,26 @@ STAGES = (*(f"embed-{which}" for which in SETS), "trajectory", "train", "evaluat
 PLANNED = ("plan", "profile", "suffixes")
 """Further stages of runs whose method merges steps."""
 
-SPECS: dict[str, type[TableSpec] | type[FigureSpec]] = {"tables": TableSpec, "figures": FigureSpec}
-
-
-def identities_of(at: Layout, run: str) -> dict[str, str]:
-    """The identities of all that a run's jobs make and read, by stage."""
-    stages = STAGES + (PLANNED if needs_plan(at.study.runs[run]) else ())
-    return {stage: at.identity(stage, run) for stage in stages}
-
 
 def order_of_run(at: Layout, run: str, *, write: bool = True) -> Path:
     """Where a run's order lies; ``write``: and there it is."""
-    return _order(at, run, _of_run(at, run), write)
-
-
-def _of_run(at: Layout, run: str) -> dict[str, Any]:
-    return {
+    settings = at.study.runs[run]
+    stages = STAGES + (PLANNED if needs_plan(settings) else ())
+    order = {
         "results": at.study.results,
         "libraries": at.study.libraries,
-        "settings": at.study.runs[run].model_dump(),
-        "identities": identities_of(at, run),
+        "settings": settings.model_dump(),
+        "identities": {stage: at.identity(stage, run) for stage in stages},
     }
+    return _order(at, run, order, write)
 
 
 def order_of_target(
     at: Layout, name: str, runs: Iterable[str], record: Record, *, write: bool = True
 ) -> Path:
-    """The order of what is told of several runs.
+    """The order of a table, figure, page ..., which tells of several runs, by what it is made from.
 
-    Args:
-        at: the study, whose tables and figures go along.
-        name: of the table, figure, page ...
-        runs: those that it tells of.
-        record: what it is computed from.
-        write: whether it, and those of its runs, are written.
+    The study's tables and figures go along; ``write``: and there it is, with those of its runs.
     """
     order = {
         "runs": [order_of_run(at, run, write=write).name for run in runs],
@@ -83,13 +69,7 @@ def _order(at: Layout, name: str, order: Mapping[str, Any], write: bool) -> Path
 
 @dataclass(frozen=True)
 class Order:
-    """What a job was told.
-
-    Attributes:
-        path: its file.
-        at: where everything lies, for its runs.
-        record: of a target; what it is computed from.
-    """
+    """What a job was told: its file, its runs and where they lie, and the record of a target."""
 
     path: Path
     at: Layout
@@ -102,29 +82,23 @@ class Order:
 
 
 def read_order(path: Path) -> Order:
-    """Read an order.
-
-    Raises:
-        UserError: if a file is missing or damaged.
-    """
+    """Read an order; UserError if a file is missing or damaged."""
     order = read_json(path)
     try:
-        paths = [path.with_name(name) for name in order["runs"]] if "runs" in order else [path]
-        told = [order] if paths == [path] else [read_json(one) for one in paths]
+        told = [order]
+        if "runs" in order:
+            told = [read_json(path.with_name(name)) for name in order["runs"]]
         runs = {one["settings"]["run"]: load_run_settings(one["settings"], path) for one in told}
         known = {name: one["identities"] for name, one in zip(runs, told, strict=True)}
         first = next(iter(runs.values()))
-        specs = {
-            kind: {n: model.model_validate(s) for n, s in order.get(kind, {}).items()}
-            for kind, model in SPECS.items()
-        }
         study = Study(
             first.study,
             told[0]["results"],
             runs,
             paper=tuple(order.get("paper", ())),
+            tables={n: TableSpec.model_validate(s) for n, s in order.get("tables", {}).items()},
+            figures={n: FigureSpec.model_validate(s) for n, s in order.get("figures", {}).items()},
             libraries=told[0]["libraries"],
-            **specs,  # type: ignore[arg-type]
         )
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise UserError(
@@ -136,8 +110,7 @@ def read_order(path: Path) -> Order:
 def check_inputs(order: Order, stage: str) -> Record:
     """What a job's result is computed from now, which must be what it was planned from.
 
-    Raises:
-        UserError: naming what changed since.
+    Raises UserError naming what changed since.
     """
     at, run = order.at, order.run
     now = at.identities.record(stage, run)

@@ -49,13 +49,9 @@ class Study:
 
 
 def resolve(data: Tree, source: str) -> Study:
-    """All runs of a study from its settings (as read from YAML).
+    """All runs of a study from its settings (as read from YAML), of that name for messages.
 
-    Args:
-        data: the study's YAML; ``source`` is its name for messages.
-
-    Raises:
-        UserError: one line naming file, key and remedy.
+    Raises UserError, one line naming file, key and remedy.
     """
     study_keys = set(StudyConfig.model_fields)
     data = without_nulls(numbers(data))
@@ -91,8 +87,8 @@ def resolve(data: Tree, source: str) -> Study:
     names = {run.study for run in runs.values()}
     if len(names) > 1:
         raise UserError(f"{study.runs}: column study: all runs of a table share one study")
-    check_targets(study, runs, source)
     try:
+        check_targets(study, runs)
         tables = resolve_budgets(study.tables, runs)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -167,12 +163,7 @@ def resolve_run(
 
 
 def load_study(*paths: str | Path, options: Mapping[str, Any] | None = None) -> Study:
-    """Read and resolve a study's YAML; later files are laid over the first.
-
-    Args:
-        paths: the files.
-        options: snakemake's ``--config``, laid over them.
-    """
+    """Read and resolve a study's YAML; later files are laid over the first, then ``--config``."""
     data: Tree = {}
     for path in paths:
         data = overlay(data, read_yaml(path))

@@ -21,10 +21,9 @@ _OUTSIDE = re.compile(r"(file:|[A-Za-z]:)?[/\\]|~")
 
 
 def without_secrets(run: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    """All settings of a run without what may be secret; they are valid settings still.
+    """All settings of a run without what may be secret, and a line for each that was changed.
 
-    Returns:
-        The settings, and one line for each that was changed.
+    They are valid settings still.
     """
     settings, notes = run.model_dump(), []
     if settings["tracking"]["uri"] is not None:
@@ -40,11 +39,7 @@ def without_secrets(run: RunConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def shareable(run: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    """The same, also without addresses of services, token files, and folders of this machine.
-
-    Returns:
-        The settings, and one line for each that was changed.
-    """
+    """The same, also without addresses of services, token files, and folders of this machine."""
     settings, notes = without_secrets(run)
     for name, reward in settings["rewards"].items():
         notes = [note for note in notes if not note.startswith(f"rewards.{name}.url: ")]

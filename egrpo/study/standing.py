@@ -93,8 +93,7 @@ def same_weights(at: Layout, run: str) -> list[Path]:
 def require(at: Layout, stage: str, name: str, identity: str) -> Receipt:
     """The receipt of a result that a job reads.
 
-    Raises:
-        UserError: if what lies there is of other settings, files or code than the job is for.
+    Raises UserError if what lies there is of other settings, files or code than the job is for.
     """
     receipt = read_receipt(at, stage, name)
     if receipt is not None and receipt["identity"] == identity:
@@ -123,17 +122,9 @@ def write_receipt(
 def deliver(at: Layout, stage: str, name: str, record: Record, made: Path, **more: Any) -> None:
     """Put a finished result into its place at once, with its receipt.
 
-    The one before stays readable until then. A job that newer settings have left behind does not
-    write: what it made is left where it is.
-
-    Args:
-        at, stage, name: whose result.
-        record: what it was computed from.
-        made: folder with the outputs of the stage, on the same file system.
-        more: further entries of the receipt.
-
-    Raises:
-        UserError: if newer settings want another result there.
+    The one before stays readable until then. ``made``, a folder on the same file system, holds the
+    outputs; ``more`` are further entries of the receipt. Of a job that newer settings have left
+    behind it stays where it is: UserError if newer settings want another result there.
     """
     folder = at.folder(stage, name)
     for place in (folder, at.receipt(stage, name).parent):
@@ -154,14 +145,12 @@ def deliver(at: Layout, stage: str, name: str, record: Record, made: Path, **mor
 
 def _replace(new: Path, old: Path) -> None:
     """Move a file or folder to where another may be."""
+    aside = old.with_name(f".{old.name}.{os.getpid()}.old")
     if old.is_dir() and not old.is_symlink():
-        aside = old.with_name(f".{old.name}.{os.getpid()}.old")
         shutil.rmtree(aside, ignore_errors=True)
         old.rename(aside)
-        new.rename(old)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(new, old)
+    os.replace(new, old)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def want(at: Layout) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from egrpo.config.keys import evaluation_key
 from egrpo.config.models import RunConfig
@@ -25,58 +25,46 @@ RESERVED = (
 """Names of rules and files that a table or figure of a study must not take."""
 
 
-def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig], source: str) -> None:
+def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig]) -> None:
     """Refuse tables, figures and default runs that name what the study does not have.
 
-    Raises:
-        UserError: naming file and key.
+    Raises UserError naming the key.
     """
     arms = list(dict.fromkeys(run.arm for run in runs.values()))
     rewards = list(dict.fromkeys(name for run in runs.values() for name in run.rewards))
 
-    def known(key: str, what: str, wanted: Iterable[str], there: Iterable[str]) -> None:
-        missing = [name for name in wanted if name not in there]
-        if missing:
-            near = difflib.get_close_matches(missing[0], list(there), n=1)
+    def known(key: str, what: str, wanted: Iterable[str], there: Collection[str]) -> None:
+        for name in (name for name in wanted if name not in there):
+            near = difflib.get_close_matches(name, there, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{source}: {key}: no {what} {missing[0]!r}{hint}")
+            raise UserError(f"{key}: no {what} {name!r}{hint}")
 
-    if study.seeds is not None and (
-        not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0
-    ):
-        raise UserError(f"{source}: seeds: distinct numbers of at least 0 are needed")
+    if study.seeds is not None and not 0 < len(study.seeds) == len(set(study.seeds)):
+        raise UserError("seeds: distinct numbers of at least 0 are needed")
     known("default_runs", "run", study.default_runs or (), runs)
     known("paper", "table or figure", study.paper or (), (*study.tables, *study.figures))
-    both = sorted(set(study.tables) & set(study.figures))
-    if both:
-        raise UserError(f"{source}: figures.{both[0]}: a table has that name")
+    for name in sorted(set(study.tables) & set(study.figures)):
+        raise UserError(f"figures.{name}: a table has that name")
     for name in (*study.tables, *study.figures):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
             raise UserError(
-                f"{source}: tables, figures: {name!r} cannot be a target; use small letters, "
+                f"tables, figures: {name!r} cannot be a target; use small letters, "
                 f"digits and _, and none of {', '.join(RESERVED)}"
             )
     for name, table in study.tables.items():
         known(f"tables.{name}.sections", "line of the runs table", table.arms, arms)
         known(f"tables.{name}.rewards", "reward", table.rewards, rewards)
-        try:
-            check_table(name, table, runs)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
+        check_table(name, table, runs)
     for name, figure in study.figures.items():
         known(f"figures.{name}.arms", "line of the runs table", figure.arms, arms)
         known(f"figures.{name}.rewards", "reward", figure.rewards, rewards)
-        try:
-            check_figure(name, figure, runs)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
+        check_figure(name, figure, runs)
 
 
 def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> None:
-    """Refuse a table that the runs cannot fill.
+    """Refuse a table of arms that are there, which the runs cannot fill.
 
-    Raises:
-        UserError: naming the key.
+    Raises UserError naming the key.
     """
     firsts: dict[str, RunConfig] = {}
     for run in runs.values():
@@ -92,10 +80,6 @@ def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> No
                 raise UserError(f"{key}: the base model is always there; leave {arm!r} out")
             if members.count(arm) > 1:
                 raise UserError(f"{key}: arm {arm!r} occurs twice")
-            if arm not in firsts:
-                raise UserError(
-                    f"{key}: no arm {arm!r} in the runs table; there are {', '.join(firsts)}"
-                )
             for reward in spec.rewards:
                 if reward not in firsts[arm].rewards:
                     raise UserError(
@@ -110,11 +94,7 @@ def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> No
 
 
 def check_figure(name: str, spec: FigureSpec, runs: Mapping[str, RunConfig]) -> None:
-    """Refuse a figure that the runs cannot fill.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Refuse a figure that the runs cannot fill; UserError naming the key."""
     if not spec.arms:
         raise UserError(f"figures.{name}.arms: no arm is given")
     if spec.kind in ("curves", "images"):
@@ -142,11 +122,9 @@ def resolve_budgets(
     """Tables with numbers in the place of ``evaluations: cheapest``.
 
     A run's cost is taken from its first iteration; arms whose plan waits for a profile do not
-    count. At less than one iteration of an arm only its untrained model could be compared: there
-    is no such comparison where ``cheapest`` comes to that, as in a short trial.
-
-    Raises:
-        UserError: if a table's own number of evaluations is less than one iteration of an arm.
+    count. At less than one iteration of an arm only its untrained model could be compared: there is
+    no such comparison where ``cheapest`` comes to that, as in a short trial. Raises UserError if a
+    table's own number of evaluations is less than one iteration of an arm.
     """
     each: dict[str, tuple[int, int]] = {}  # of one iteration, and of the run
     for run in runs.values():

@@ -28,7 +28,7 @@ from egrpo.models import load_model
 from egrpo.models.conditioning import Embeddings, load_conditioning
 from egrpo.models.loading import resolve_device
 from egrpo.planning.grids import monitor_sigmas, training_sigmas
-from egrpo.planning.trees import RunCost, iteration_cost, prompt_ids, tree_of
+from egrpo.planning.trees import RunCost, iteration_cost, trees_of
 from egrpo.rewards import load_rewards, score_all
 from egrpo.sampling.processes import Processes, check_share
 from egrpo.sampling.sample import Sampler
@@ -90,8 +90,7 @@ class Trainer:
 
     def trees(self, iteration: int) -> tuple[list[int], list[Tree]]:
         """Prompt ids of an iteration and their rollout trees."""
-        ids = list(prompt_ids(self.run, iteration, len(self.texts)))
-        return ids, [tree_of(self.run, self.plan, iteration, prompt) for prompt in ids]
+        return trees_of(self.run, self.plan, iteration, len(self.texts))
 
     def rollout(
         self, iteration: int, ids: list[int], trees: list[Tree], finish: Finish | None = None

@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -37,32 +38,21 @@ OPTIONS = workflow.config_settings.config
 CONFIG_FILES = "config of the module" if IMPORTED else source_of(CONFIG_PATHS, OPTIONS)
 
 
-def in_one_line(error):
+@contextmanager
+def in_one_line():
     """Bad input, or files that cannot be written, as Snakemake says its own errors."""
-    told = error if isinstance(error, UserError) else refused(error)
-    return error if told is None else WorkflowError(str(told))
+    try:
+        yield
+    except (UserError, OSError) as error:
+        told = error if isinstance(error, UserError) else refused(error)
+        raise (error if told is None else WorkflowError(str(told))) from None
 
 
-def in_one_line_of(function):
-    """The same of what a function raises."""
-
-    @functools.wraps(function)
-    def called(*given):
-        try:
-            return function(*given)
-        except (UserError, OSError) as error:
-            raise in_one_line(error) from None
-
-    return called
-
-
-try:
+with in_one_line():
     study = (
         resolve(config, CONFIG_FILES) if IMPORTED else load_study(*CONFIG_PATHS, options=OPTIONS)
     )
     check_study(study, CONFIG_FILES)
-except UserError as error:
-    raise in_one_line(error) from None
 
 at = Layout(study)
 RUNS = study.runs
@@ -75,7 +65,7 @@ CHANGED = at.root / "changed"
 
 onstart:
     # Snakemake's own lock is of the working directory; two folders can share their results
-    try:
+    with in_one_line():
         at.root.mkdir(parents=True, exist_ok=True)
         held = lock(at.root / "workflow.lock")
         if held is None:
@@ -83,8 +73,6 @@ onstart:
                 f"{at.root}: another snakemake works on it; wait for it or end it"
             )
         want(at)
-    except (UserError, OSError) as error:
-        raise in_one_line(error) from None
     if workflow.local_exec:
         os.environ[WARM] = f"{os.getpid()}:{tempfile.mkdtemp(prefix='egrpo-')}"
         atexit.register(shutil.rmtree, os.environ[WARM].partition(":")[2], ignore_errors=True)
@@ -108,10 +96,8 @@ if workflow.is_main_process:
                 f"{folder.resolve()}: cannot be written, and Snakemake keeps there what it did; give "
                 "this user the right to it, or work in a copy of the project"
             )
-    try:
+    with in_one_line():
         write_text(CHANGED, f"{time.time_ns()}\n")
-    except (UserError, OSError) as error:
-        raise in_one_line(error) from None
 
 
 wildcard_constraints:
@@ -124,11 +110,6 @@ wildcard_constraints:
 
 
 # -- what has to be done -----------------------------------------------------------------------
-
-
-def result(stage):
-    """Of a rule's wildcards: the result that it makes."""
-    return lambda wc: (stage, wc.key if stage in SHARED else wc.run)
 
 
 @functools.cache
@@ -155,22 +136,21 @@ def of(found, paths):
 
 def changed(stage):
     """Input function: what makes a job run that is due."""
-    return in_one_line_of(lambda wc: marked(is_due(*result(stage)(wc))))
+    return in_one_line()(lambda wc: marked(is_due(stage, wc[0])))
 
 
 def order(stage):
     """Function of a job's order: no input, for it is written when the job is."""
-    return in_one_line_of(lambda wc: str(due.order(*result(stage)(wc), write=not workflow.dryrun)))
+    return in_one_line()(lambda wc: str(due.order(stage, wc[0], write=not workflow.dryrun)))
 
 
 def reads(stage, paths):
     """Input function: what the job of a result reads of a run that has it."""
 
-    @in_one_line_of
+    @in_one_line()
     def found(wc):
-        name = result(stage)(wc)[1]
-        run = due.owners[stage, name] if stage in SHARED else name
-        return of(is_due(stage, name), paths(run))
+        run = due.owners[stage, wc[0]] if stage in SHARED else wc[0]
+        return of(is_due(stage, wc[0]), paths(run))
 
     return found
 
@@ -187,18 +167,24 @@ def outputs(stage):
     for path in at.outputs(stage, "{key}" if stage in SHARED else "{run}"):
         name = re.sub(r"\W+", "_", path.name.replace("{key}", "file"))
         found[name] = update(directory(str(path)) if path.name in folders else str(path))
+    if stage == "suffixes":
+        told = {"category": "Entropy", "labels": lambda wc: labels(stage, [wc.run])}
+        found["suffixes_html"] = shown(at.run("{run}") / "suffixes.html", stage, **told)
     return found
 
 
 def tell(stage, what, name=None):
-    """Function of a job that tells: its order, what makes it run, or what it reads."""
+    """Function of a job that tells: its name, its order, what makes it run, or what it reads."""
 
-    @in_one_line_of
+    @in_one_line()
     def found(wc):
         job = due.told(stage, name or wc[0])
+        if what == "name":
+            return job.name
         if what == "order":
             return str(job.order(write=not workflow.dryrun))
-        return marked(job.due) if what == "changed" else of(job.due, job.inputs())
+        delivered_to = [at.store] if stage == "publish" else []
+        return marked(job.due) if what == "changed" else of(job.due, job.inputs() + delivered_to)
 
     return found
 
