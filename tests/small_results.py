@@ -129,27 +129,25 @@ def by_entropy(
 
 
 def profile_rows(
-    spans: Sequence[int] = (1, 2, 4, 6), prompts: int = 3, spread: Spread = by_entropy
+    spans: Sequence[int] = (1, 2, 4, 6),
+    prompts: int = 3,
+    spread: Spread = by_entropy,
+    steps: int = 8,
 ) -> Rows:
     """Rows of ENTROPY_PROFILE: closed forms, and (spread, yardstick) by quantity."""
-    rows = []
-    for step in range(8):
-        for span in spans:
-            entropy = {
-                m: step_entropy(GRID, step, span, noise_level=0.7, measure=m) for m in MEASURES
-            }
-            head = {
-                "step": step,
-                "span": span,
-                "sigma": GRID[step],
-                "sigma_stop": GRID[step + span],
-            }
-            head |= {"std": entropy["exp_per_dim"] / math.sqrt(2 * math.pi * math.e), **entropy}
-            for p in range(prompts):
-                found = spread(step, span, p, entropy["exp_per_dim"])
-                own = {"prompt_id": p} | head
-                rows += [
-                    own | {"quantity": name, "spread": value, "yardstick": yardstick}
-                    for name, (value, yardstick) in found.items()
-                ]
-    return rows
+    return [
+        {"step": step, "span": span, "sigma": GRID[step], "sigma_stop": GRID[step + span]}
+        | {"std": entropy["exp_per_dim"] / math.sqrt(2 * math.pi * math.e), **entropy}
+        | {"prompt_id": p, "quantity": name, "spread": value, "yardstick": yardstick}
+        for step in range(steps)
+        for span in spans
+        if step + span <= 15
+        for entropy in [entropies(step, span)]
+        for p in range(prompts)
+        for name, (value, yardstick) in spread(step, span, p, entropy["exp_per_dim"]).items()
+    ]
+
+
+def entropies(step: int, span: int) -> dict[str, float]:
+    """Closed forms of a step of GRID, by measure."""
+    return {m: step_entropy(GRID, step, span, noise_level=0.7, measure=m) for m in MEASURES}

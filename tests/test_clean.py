@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,10 @@ def clean(files: tuple[Path, ...], *words: str) -> Result:
     return CliRunner().invoke(main, ["clean", *map(str, files), *words])
 
 
-WITHOUT_A_REWARD: dict[str, Any] = {"rewards": {"jpeg": None}}
+def cleaned(files: tuple[Path, ...], *words: str) -> str:
+    done = clean(files, *words)
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 @pytest.mark.parametrize(
@@ -92,58 +94,37 @@ def test_what_no_run_wants_is_listed_then_removed_and_nothing_else(
     at = layout(files)
     finish(at)
     there = files_below(at.root)
-    listed = clean(files)
-    assert listed.exit_code == 0, listed.output
+    *lines, last = cleaned(files).splitlines()
     assert files_below(at.root) == there, "a list removes nothing"
-    *lines, last = listed.output.splitlines()
     assert {line.split("results/mine/")[1].split("/")[0] for line in lines} == gone
     words = shlex.join(["egrpo", "clean", *map(str, files), "--yes"])
     assert (f"`{words}` removes them" in last) == bool(gone)
-    done = clean(files, "--yes")
-    assert done.exit_code == 0, done.output
+    cleaned(files, "--yes")
     left = files_below(at.root)
     assert {file.split("/")[0] for file in there - left} == gone
     finish(at)
     assert files_below(at.root) == left, "nothing that is wanted was lost"
     assert leftovers(at) == []
-    assert "nothing of earlier settings" in clean(files, "--yes").output
+    assert "nothing of earlier settings" in cleaned(files, "--yes")
 
 
-def _mine(at: Layout) -> Path:
-    """A user's note in a folder that goes."""
-    return at.run("one-s1") / "notes.txt"
-
-
-def _copy(at: Layout) -> Path:
-    """A copy of a run's state that a user made; no rule has a log of it."""
-    return at.root / "state/backup/0123456789/checkpoint-000001.safetensors"
-
-
-def _other_key(at: Layout) -> Path:
-    return at.root / "profiles/0123456789/entropy_profile.parquet"
-
-
-def _own_settings(at: Layout) -> Path:
-    return at.root / "settings/my_notes-0123456789.yaml"
-
-
-def _neighbor(at: Layout) -> Path:
-    return at.root.parent / "other/runs/one-s1/train.json"
-
-
-def _export(at: Layout) -> Path:
-    return at.root / "export/one-s1/README.md"
-
-
-@pytest.mark.parametrize("path", [_mine, _copy, _other_key, _own_settings, _neighbor, _export])
-def test_what_we_did_not_make_stays(path: Callable[[Layout], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        "mine/runs/one-s1/notes.txt",  # a user's, in a folder that goes
+        "mine/state/backup/0123456789/checkpoint-000001.safetensors",  # no rule has a log of it
+        "mine/profiles/0123456789/entropy_profile.parquet",
+        "mine/settings/my_notes-0123456789.yaml",
+        "mine/export/one-s1/README.md",
+        "other/runs/one-s1/train.json",
+    ],
+)
+def test_what_we_did_not_make_stays(path: str, tmp_path: Path) -> None:
     at = layout(settings(tmp_path))
     finish(at)
-    write_text(path(at), "precious: 1")
-    files = settings(tmp_path, seeds=[0])
-    done = clean(files, "--yes")
-    assert done.exit_code == 0, done.output
-    assert path(at).read_text() == "precious: 1"
+    write_text(tmp_path / "results" / path, "precious: 1")
+    cleaned(settings(tmp_path, seeds=[0]), "--yes")
+    assert (tmp_path / "results" / path).read_text() == "precious: 1"
     assert not (at.run("one-s1") / "adapter").exists()
 
 
@@ -155,8 +136,7 @@ def test_links_are_not_followed(where: str, tmp_path: Path) -> None:
     link.rename(elsewhere)
     link.symlink_to(elsewhere)
     before = files_below(elsewhere)
-    done = clean(settings(tmp_path, seeds=[0]), "--yes")
-    assert done.exit_code == 0, done.output
+    cleaned(settings(tmp_path, seeds=[0]), "--yes")
     assert files_below(elsewhere) == before
     assert link.is_symlink()
 
@@ -180,7 +160,7 @@ def test_nothing_is_removed_while_a_job_works(where: str, tmp_path: Path) -> Non
         assert before == files_below(at.root) - {"workflow.lock"} | ({"workflow.lock"} & before)
     finally:
         os.close(held)
-    assert clean(files, "--yes").exit_code == 0
+    cleaned(files, "--yes")
     assert not (at.root / "state/one-s1").exists()
 
 

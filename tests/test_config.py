@@ -41,6 +41,12 @@ class Folder:
         self.table.write_text(table, encoding="utf-8")
         return load_study(self.yaml)
 
+    def over(self, top: str, **given: Any) -> Study:
+        """The study as it was written last, with a file over it."""
+        path = self.yaml.with_name("top.yaml")
+        path.write_text(top)
+        return load_study(self.yaml, path, **given)
+
     def run(self, table: str = ONE_RUN, **settings: Any) -> RunConfig:
         (run,) = self.load(table, **settings).runs.values()
         return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -11,11 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import tiny_models
 import torch
 import yaml
 from conftest import ROOT, called, job_words, small_run
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_cli import egrpo
 
 from egrpo.config.models import Model
 from egrpo.errors import UserError
@@ -28,7 +33,7 @@ from egrpo.ops.doctor_model import attention, model_findings
 from egrpo.ops.memory import GIB, memory
 from egrpo.ops.weights import lora_parameters
 from egrpo.planning.trees import check_trees
-from egrpo.store.weights import read_part
+from egrpo.store.weights import read_header, read_part
 from egrpo.study.resolve import load_study
 from egrpo.train.job import train
 from egrpo.train.trainer import Trainer
@@ -47,17 +52,6 @@ LAID_OVER = {
 def files_of(preset: str) -> list[Path]:
     names = [*LAID_OVER.get(preset, []), preset]
     return [ROOT / "config/config.yaml", *(PRESETS[name] for name in names)]
-
-
-def levels(findings: list[Finding], what: str) -> list[str]:
-    return [f.level for f in findings if f.what == what]
-
-
-def text(findings: list[Finding], what: str) -> str:
-    return "\n".join(f.text for f in findings if f.what == what)
-
-
-# -- presets -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -79,9 +73,6 @@ def test_presets_resolve_with_all_their_trees(preset: str) -> None:
         assert run.train.rewards == {"hps": 1.0, "clip": 1.0}
 
 
-# -- sizes -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("doctor")
@@ -92,16 +83,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_sizes_are_those_of_the_loaded_model(folders: dict[str, Path], family: str) -> None:
     part = read_part(folders[family], "transformer")
     lora = {"rank": 4, "alpha": 8}
-    given = {"family": family, "path": str(folders[family]), "device": "cpu", "lora": lora}
-    model = load_model(Model.model_validate({**given, "dtype": "float32"}))
+    given = {"family": family, "path": str(folders[family]), "max_sequence_length": None}
+    settings = Model.model_validate({**given, "device": "cpu", "dtype": "float32", "lora": lora})
+    model = load_model(settings)
     loaded = sum(p.numel() for p in model.transformer.parameters())
     assert part.parameters == loaded
     trained = sum(p.numel() for p in model.prepare_training(0))
-    run = small_run(
-        "egrpo",
-        **{f"model.{k}": v for k, v in given.items() if k != "lora"},
-        **{"model.lora.rank": 4, "model.max_sequence_length": None},
-    )
+    given["lora.rank"] = lora["rank"]
+    run = small_run("egrpo", **{f"model.{key}": value for key, value in given.items()})
     assert lora_parameters(run, part) == trained
     need = memory(run, part, read_part(folders[family], "vae"))
     assert need.fixed["transformer"] == pytest.approx(4 * loaded / GIB)
@@ -118,24 +107,19 @@ def test_memory_falls_with_the_settings_that_the_advice_names(folders: dict[str,
         return {**found.fixed, **found.phases}
 
     plain = need()
-    assert need(**{"train.gradient_checkpointing": True})["training"] < plain["training"]
-    assert need(**{"train.train_micro_batch": 1})["training"] < plain["training"]
-    assert need(**{"train.micro_batch": 1})["sampling"] < plain["sampling"]
-    assert need(**{"model.vae_slicing": True})["decoding"] < plain["decoding"]
-    assert need(**{"model.fp8_weights": True})["transformer"] < plain["transformer"]
-
-
-# -- findings ----------------------------------------------------------------------------------
+    for setting, value, part in (
+        ("train.gradient_checkpointing", True, "training"),
+        ("train.train_micro_batch", 1, "training"),
+        ("train.micro_batch", 1, "sampling"),
+        ("model.vae_slicing", True, "decoding"),
+        ("model.fp8_weights", True, "transformer"),
+    ):
+        assert need(**{setting: value})[part] < plain[part], setting
 
 
 def test_a_healthy_study(tmp_path: Path) -> None:
     (tmp_path / "top.yaml").write_text(f"results: {tmp_path / 'results'}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "egrpo", "doctor", "config/config.yaml", str(tmp_path / "top.yaml")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = egrpo("doctor", "config/config.yaml", tmp_path / "top.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith(("ok ", "warn ")) for line in lines)
@@ -149,95 +133,80 @@ def test_a_healthy_study(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()  # it looks, and touches nothing
 
 
-Change = Callable[[Path], dict[str, Any]]
+ALONE = dict.fromkeys(("tables", "figures", "paper", "default_runs"))
+"""Laid over a study whose runs table is another."""
 
 
-def _half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def sick(tmp_path: Path, folders: dict[str, Path], change: Change) -> list[Finding]:
-    """Findings on a small FLUX study after something was spoilt."""
-    model = tmp_path / "model"
-    shutil.copytree(folders["flux"], model)
-    (tmp_path / "prompts.txt").write_text("a cat\n" * 8)
-    top: dict[str, Any] = {
-        "results": str(tmp_path / "results"),
-        "model": {"family": "flux", "path": str(model), "max_sequence_length": None},
-        "prompts": {name: str(tmp_path / "prompts.txt") for name in ("train", "heldout")},
-        "rewards": {"verifier": None, "verifier_exact": None},
-        "train": {"rewards": {"verifier": None, "preference": 1.0}},
-        **dict.fromkeys(("tables", "figures", "paper", "default_runs")),
-        "runs": str(tmp_path / "runs.tsv"),
-    }
-    (tmp_path / "runs.tsv").write_text("run\tmethod.name\none\tegrpo\n")
-    for key, value in change(tmp_path).items():
-        section, name = key.split(".")
-        top[section] = {**top[section], name: value}
-    (tmp_path / "top.yaml").write_text(yaml.safe_dump(top))
-    return list(doctor((ROOT / "config/config.yaml", tmp_path / "top.yaml")))
-
-
-def _drop_key(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file, save_file
-
-    weights = path / "model/transformer/diffusion_pytorch_model.safetensors"
-    state = load_file(weights)
-    del state["proj_out.bias"]
-    save_file(state, weights)
-    return {}
-
-
-def _clip_is_gone(path: Path) -> dict[str, Any]:
-    return {"rewards.clip": {"kind": "clip", "path": str(path / "gone.pt")}}
-
-
-def _clip_is_none(path: Path) -> dict[str, Any]:
-    return {"rewards.clip": {"kind": "clip", "path": str(path / "prompts.txt")}}
-
-
-def _vae_is_half(path: Path) -> dict[str, Any]:
-    _half(path / "model/vae/diffusion_pytorch_model.safetensors")
-    return {}
-
-
-def _weights_are_gone(path: Path) -> dict[str, Any]:
-    (path / "model/transformer/diffusion_pytorch_model.safetensors").unlink()
-    return {}
+def told(folder: Path, top: str) -> list[Finding]:
+    """Findings on the toy's study with one arm and some settings changed; FOLDER is ``folder``."""
+    (folder / "runs.tsv").write_text("run\tmethod.name\none\tegrpo\n")
+    (folder / "alone.yaml").write_text(
+        yaml.safe_dump({"results": str(folder / "r"), "runs": str(folder / "runs.tsv"), **ALONE})
+    )
+    (folder / "top.yaml").write_text(top.replace("FOLDER", str(folder)) or "{}")
+    files = (ROOT / "config/config.yaml", folder / "alone.yaml", folder / "top.yaml")
+    return list(doctor(files, rewards="rewards" in top))
 
 
 @pytest.mark.parametrize(
-    ("change", "what", "part"),
+    ("top", "what", "parts"),
     [
-        (lambda path: {}, "", ""),
-        (_drop_key, "model", "1 weights missing, 0 unknown: proj_out.bias is missing"),
-        (_vae_is_half, "model", "download it again"),
-        (_weights_are_gone, "model", "holds no .safetensors weights"),
-        (lambda p: {"model.family": "sd3"}, "model", "set model.family to the family"),
-        (lambda p: {"model.path": "assets"}, "model", "assets/transformer/config.json"),
-        (lambda p: {"model.device": "cuda:9"}, "device", "cuda:9: cannot be used"),
-        (_clip_is_gone, "files", "gone.pt: no such file"),
-        (_clip_is_none, "reward", "cannot be read as weights"),
-        (lambda p: {"prompts.heldout": "none.txt"}, "files", "none.txt: no such file"),
-        (lambda p: {"train.updates": 99}, "config", "train.updates"),
+        ("rewards: {}", "", []),
+        ("model: {family: flux}", "model", ["set model.family to the family"]),
+        ("model: {path: assets}", "model", ["assets/transformer/config.json"]),
+        ("model: {device: 'cuda:9'}", "device", ["cuda:9: cannot be used"]),
+        ("rewards: {clip: {path: FOLDER/gone.pt}}", "files", ["gone.pt: no such file"]),
+        ("rewards: {clip: {path: FOLDER/free.txt}}", "reward", ["cannot be read as weights"]),
+        ("prompts: {heldout: none.txt}", "files", ["none.txt: no such file"]),
+        ("train: {updates: 99}", "config", ["train.updates"]),
+        ("train: {micro_batch: 10000000}", "memory", ["train.micro_batch: 5000000 (now 10000000"]),
+        ("model: {lora: {rank: 100000000}}", "disk", ["lower model.lora.rank"]),
         (
-            lambda p: {"train.micro_batch": 10**7},
-            "memory",
-            "set train.micro_batch: 5000000 (now 10000000; about",
+            "evaluate: {height: 64, width: 64}",
+            "size",
+            ["evaluate.height, evaluate.width: 64 x 64", "rewards verifier, verifier_exact"],
         ),
+        (
+            "prompts: {heldout: FOLDER/free.txt}",
+            "prompts",
+            ["prompts.heldout: ", "free.txt, prompt 49: ", "'a large dog' is outside the toy"],
+        ),
+        ("{evaluate: {prompts: 48}, prompts: {heldout: FOLDER/free.txt}}", "", []),  # never drawn
     ],
 )
-def test_each_fault_is_one_line(
-    tmp_path: Path, folders: dict[str, Path], change: Change, what: str, part: str
-) -> None:
-    found = sick(tmp_path, folders, change)
+def test_each_fault_is_one_line(top: str, what: str, parts: list[str], tmp_path: Path) -> None:
+    heldout = (ROOT / "assets/toy/prompts/heldout.txt").read_text()
+    (tmp_path / "free.txt").write_text(f"{heldout}a large dog\n")
+    found = told(tmp_path, top)
     assert all("\n" not in str(f) for f in found)
-    failed = [f for f in found if f.level == "FAIL"]
-    if not what:
-        assert failed == []
-        return
-    assert [f.what for f in failed] == [what]
-    assert part in failed[0].text
+    failed = [f for f in found if f.level == "FAIL" and (f.what == what or "rank" not in top)]
+    assert [f.what for f in failed] == [what] * bool(what)
+    assert all(part in failed[0].text for part in parts)
+
+
+def without_a_bias(file: Path) -> None:
+    state = load_file(file)
+    del state["proj_out.bias"]
+    save_file(state, file)
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil", "message"),
+    [
+        ("transformer", without_a_bias, "1 weights missing, 0 unknown: proj_out.bias is missing"),
+        ("transformer", Path.unlink, "holds no .safetensors weights"),
+        ("vae", lambda file: file.write_bytes(file.read_bytes()[:-100]), "download it again"),
+    ],
+)
+def test_weights_that_are_not_whole_are_one_line(
+    part: str, spoil: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "assets/toy/pipeline", tmp_path / "model")
+    spoil(tmp_path / "model" / part / "diffusion_pytorch_model.safetensors")
+    found = told(tmp_path, "model: {path: FOLDER/model}")
+    (failed,) = [f for f in found if f.level == "FAIL"]
+    assert failed.what == "model"
+    assert message in failed.text
 
 
 def test_all_missing_files_are_listed_at_once_the_model_first() -> None:
@@ -251,60 +220,13 @@ def test_all_missing_files_are_listed_at_once_the_model_first() -> None:
     assert all("no such" in f.text and "(run egrpo-s0)" in f.text for f in failed)
 
 
-def test_negative_prompts_without_guidance_are_said(
-    tmp_path: Path, folders: dict[str, Path]
-) -> None:
-    def negative(path: Path) -> dict[str, Any]:
-        line = json.dumps({"prompt": "a cat", "negative_prompt": "a dog"})
-        (path / "n.jsonl").write_text(f"{line}\n" * 4)
-        return {"prompts.heldout": str(path / "n.jsonl")}
-
-    found = sick(tmp_path, folders, negative)
-    assert "4 negative prompts are ignored" in text(found, "prompts")
-    assert sorted(levels(found, "prompts")) == ["ok", "warn"]
-
-
-def toy(tmp_path: Path, **top: Any) -> list[Finding]:
-    """Findings on the default study of the toy world with some settings changed."""
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"results": str(tmp_path / "r"), **top}))
-    files = (ROOT / "config/config.yaml", tmp_path / "toy.yaml")
-    return list(doctor(files, rewards="rewards" in top))
-
-
-def _last_prompt_is_free(path: Path) -> dict[str, Any]:
-    lines = (ROOT / "assets/toy/prompts/heldout.txt").read_text()
-    (path / "free.txt").write_text(f"{lines}a large dog\n")
-    return {"prompts": {"heldout": str(path / "free.txt")}}
-
-
-@pytest.mark.parametrize(
-    ("change", "what", "parts"),
-    [
-        (
-            _last_prompt_is_free,
-            "prompts",
-            ["prompts.heldout: ", "free.txt, prompt 49: ", "'a large dog' is outside the toy"],
-        ),
-        (
-            lambda path: {"evaluate": {"height": 64, "width": 64}},
-            "size",
-            ["evaluate.height, evaluate.width: 64 x 64", "rewards verifier, verifier_exact"],
-        ),
-        (lambda path: {"model": {"lora": {"rank": 10**8}}}, "disk", ["lower model.lora.rank"]),
-    ],
-)
-def test_what_a_job_would_refuse_is_said_before(
-    tmp_path: Path, change: Change, what: str, parts: list[str]
-) -> None:
-    found = toy(tmp_path, **change(tmp_path))
-    (line,) = [f.text for f in found if f.level == "FAIL" and f.what == what]
-    assert all(part in line for part in parts)
-
-
-def test_prompts_that_no_verifier_reads_may_say_anything(tmp_path: Path) -> None:
-    top = _last_prompt_is_free(tmp_path)
-    top["evaluate"] = {"prompts": 48}  # the last one is never drawn
-    assert not [f for f in toy(tmp_path, **top) if f.level == "FAIL"]
+def test_negative_prompts_without_guidance_are_said(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "a small red circle on the left", "negative_prompt": "a dog"})
+    (tmp_path / "n.jsonl").write_text(f"{line}\n" * 4)
+    found = told(tmp_path, "prompts: {heldout: FOLDER/n.jsonl}")
+    of_train, of_heldout = (f for f in found if f.what == "prompts")
+    assert (of_train.level, of_heldout.level) == ("ok", "warn")
+    assert "4 negative prompts are ignored" in of_heldout.text
 
 
 @pytest.mark.parametrize(
@@ -321,7 +243,7 @@ def test_a_reward_of_ones_own_is_tried(
     name = f"tried_{level.lower()}"
     (tmp_path / f"{name}.py").write_text(f"def score(images, prompts):\n    {body}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = toy(tmp_path, rewards={"mine": {"kind": "custom", "function": f"{name}:score"}})
+    found = told(tmp_path, f"rewards: {{mine: {{kind: custom, function: '{name}:score'}}}}")
     (line,) = [f for f in found if f.what == "reward" and f.text.startswith("mine")]
     assert line.level == level
     assert part in line.text
@@ -337,7 +259,7 @@ def test_a_reward_of_ones_own_is_tried(
 def test_disk_of_a_run_is_what_it_takes(
     settings: dict[str, Any], tmp_path: Path, embeddings: Embeddings
 ) -> None:
-    method = {"method.name": "flow_grpo", "train.iterations": 6, "train.prompts_per_iteration": 4}
+    method = {"method.name": "flow_grpo", "train.iterations": 3, "train.prompts_per_iteration": 4}
     run = small_run("flow", **method, **settings)
     train(run, None, embeddings, state=tmp_path / "state/key", output=tmp_path / "out")
     part = read_part(Path(run.model.path), "transformer")
@@ -356,16 +278,14 @@ def test_disk_of_a_run_is_what_it_takes(
 
 
 def test_disk_counts_every_run_and_shared_files_once(tmp_path: Path) -> None:
-    def told(seeds: list[int]) -> dict[str, float]:
-        (tmp_path / "seeds.yaml").write_text(yaml.safe_dump({"seeds": seeds}))
-        files = ROOT / "config/config.yaml", tmp_path / "seeds.yaml"
-        (tmp_path / "runs.tsv").write_text("run\tmethod.name\none\tegrpo\n")
-        none = dict.fromkeys(("tables", "figures", "paper", "default_runs"))
-        top = {"seeds": seeds, "runs": str(tmp_path / "runs.tsv"), **none}
-        files[1].write_text(yaml.safe_dump(top))
-        return disk(load_study(*files), copies=True)
+    (tmp_path / "runs.tsv").write_text("run\tmethod.name\none\tegrpo\n")
 
-    one, ten = told([0]), told(list(range(10)))
+    def needed(seeds: list[int]) -> dict[str, float]:
+        top = {"seeds": seeds, "runs": str(tmp_path / "runs.tsv"), **ALONE}
+        (tmp_path / "seeds.yaml").write_text(yaml.safe_dump(top))
+        return disk(load_study("config/config.yaml", tmp_path / "seeds.yaml"), copies=True)
+
+    one, ten = needed([0]), needed(list(range(10)))
     assert ten["checkpoints"] == pytest.approx(10 * one["checkpoints"])
     assert ten["records"] == pytest.approx(10 * one["records"])
     assert ten["prompt embeddings"] == one["prompt embeddings"]
@@ -373,8 +293,6 @@ def test_disk_counts_every_run_and_shared_files_once(tmp_path: Path) -> None:
 
 
 def test_half_a_header(tmp_path: Path) -> None:
-    from egrpo.store.weights import read_header
-
     for content in (b"", b"\x08", b"\xff" * 100, b"\x02\x00\x00\x00\x00\x00\x00\x00no"):
         (tmp_path / "x.safetensors").write_bytes(content)
         with pytest.raises(UserError, match="not a whole safetensors file"):
@@ -393,11 +311,7 @@ def test_half_a_header(tmp_path: Path) -> None:
     ],
 )
 def test_memory_that_ends_is_one_line_and_loses_nothing(
-    phase: str,
-    setting: str,
-    tmp_path: Path,
-    embeddings: Embeddings,
-    monkeypatch: pytest.MonkeyPatch,
+    phase: str, setting: str, tmp_path: Path, embeddings: Embeddings, monkeypatch: Any
 ) -> None:
     """The second iteration does not fit; with the setting that the line names the run goes on."""
     run = small_run("flow", **{"method.name": "flow_grpo"})
@@ -455,50 +369,30 @@ def test_a_preset_runs_with_the_paths_of_model_and_rewards(
     weights = tmp_path / "HPS_v2.1_compressed.pt"
     torch.save({"state_dict": open_clip.create_model("tiny-clip").state_dict()}, weights)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    size = {"height": 32, "width": 48}
     mine = {
         "results": str(tmp_path / "results"),
-        "model": {
-            "path": str(folders["flux"]),
-            "device": "cpu",
-            "dtype": "float32",
-            "height": 32,
-            "width": 48,
-            "lora": {"rank": 4},
-        },
+        "model": {"path": str(folders["flux"]), "device": "cpu", "dtype": "float32", **size}
+        | {"lora": {"rank": 4}},
         "prompts": dict.fromkeys(("train", "heldout"), str(tmp_path / "prompts.txt")),
-        "rewards": {
-            "hps": {"path": str(weights), "architecture": str(architecture)},
-            "clip": None,
-            "pickscore": None,
-            "imagereward": None,
-        },
+        "rewards": {"hps": {"path": str(weights), "architecture": str(architecture)}}
+        | dict.fromkeys(("clip", "pickscore", "imagereward")),
         "evaluate": {"height": 64, "width": 64},
         **dict.fromkeys(("tables", "figures", "paper")),
         "runs": str(tmp_path / "runs.tsv"),
     }
     (tmp_path / "runs.tsv").write_text("run\tmethod.name\negrpo\tegrpo\n")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
-    files = [*files_of("smoke"), tmp_path / "mine.yaml"]
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "all", "--configfile"]
-        + [str(f) for f in files],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    words = ["snakemake", "--cores", "2", "--quiet", "all", "--configfile"]
+    command = [sys.executable, "-m", *words, *files_of("smoke"), tmp_path / "mine.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "results/smoke/runs/egrpo-s0"
-    import pyarrow.parquet as pq
-
     scores = pq.read_table(run / "scores.parquet").to_pylist()
     assert {row["reward"] for row in scores} == {"hps"}
     assert all(-1 <= row["value"] <= 1 for row in scores)
     image = pq.read_table(run / "images.parquet").to_pylist()[0]["png"]
-    from io import BytesIO
-
-    from PIL import Image
-
-    assert Image.open(BytesIO(image)).size == (64, 64)
+    assert Image.open(io.BytesIO(image)).size == (64, 64)
 
 
 @pytest.mark.parametrize(

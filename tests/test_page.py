@@ -168,11 +168,15 @@ def opened(browser: Browser, path: Path, **context: Any) -> Iterator[Page]:
     assert outside == [path.as_uri()]
 
 
-def image_of(locator: Locator) -> Image.Image:
-    kind, _, content = (locator.get_attribute("src") or "").partition(";base64,")
+def decoded(uri: str) -> Image.Image:
+    kind, _, content = uri.partition(";base64,")
     image = Image.open(io.BytesIO(base64.b64decode(content)))
     assert kind == f"data:image/{str(image.format).lower()}"
     return image.convert("RGB")
+
+
+def image_of(locator: Locator) -> Image.Image:
+    return decoded(locator.get_attribute("src") or "")
 
 
 def tile(run: RunConfig, iteration: int, prompt: int, sample: int) -> Any:
@@ -205,9 +209,6 @@ def test_page_names_a_run_that_learned_nothing(results: Layout) -> None:
     write_table(path, RESULTS, rows)
     make_page("index", results, {}, {})
     assert results.page("index").read_text().count(f"two: warning: {text}") == 1
-
-
-# --- the page in a browser ------------------------------------------------------------------------
 
 
 def test_page_tells_the_story_in_order(page: Page) -> None:
@@ -254,14 +255,6 @@ def test_slider_moves_images_and_rewards(page: Page, finished: Layout) -> None:
         page.keyboard.press("ArrowLeft")
 
 
-def test_small_images_are_enlarged_by_whole_pixels(page: Page) -> None:
-    image = page.locator("img[data-column]").first
-    assert image.evaluate("i => getComputedStyle(i).imageRendering") == "pixelated"
-    box = image.bounding_box()
-    assert box
-    assert (box["width"], box["height"]) == (4 * SIZE[0], 4 * SIZE[1])
-
-
 def test_without_script_the_last_iteration_is_shown(browser: Browser, finished: Layout) -> None:
     for page in opened(browser, finished.page("index"), java_script_enabled=False):
         check_images(page, finished, 20, 0)
@@ -282,14 +275,22 @@ def test_a_phone_scrolls_tables_not_the_page(
         assert page.evaluate("innerWidth") == 375  # the viewport was not widened either
         box = page.locator(".scroll", has=page.locator("#comparison"))
         assert box.evaluate("e => e.scrollWidth > e.clientWidth")
-        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 150) == (scheme == "dark")
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", color)[:3])) < 150) == (scheme == "dark")
 
 
-def test_prompts_are_text_whatever_they_hold(page: Page) -> None:
+def test_prompts_are_text_and_small_images_enlarged_by_whole_pixels(
+    page: Page, finished: Layout
+) -> None:
     assert "owned" not in page.title()
     assert HOSTILE in page.locator(".prompt figcaption").all_inner_texts()
     assert page.locator("img[data-prompt='1']").first.get_attribute("alt") == f"base: {HOSTILE}"
+    assert finished.page("index").read_text().count("<script") == 2
+    frames = json.loads(page.locator("script[type='application/json']#frames").inner_text())
+    assert frames["iterations"] == [0, 10, 15, 20]
+    image = page.locator("img[data-column]").first
+    assert image.evaluate("i => getComputedStyle(i).imageRendering") == "pixelated"
+    assert image.evaluate("i => [i.width, i.height]") == [4 * SIZE[0], 4 * SIZE[1]]
 
 
 def number_in(cell: Locator) -> float:
@@ -352,9 +353,6 @@ def test_picture_for_the_documentation_can_be_taken(
         assert len(image.convert("RGB").getcolors(256) or []) > 50
 
 
-# --- what is shown of many or large images --------------------------------------------------------
-
-
 def gallery_of(
     folder: Path, *runs: RunConfig, iterations: tuple[int, ...] = (0, 10)
 ) -> dict[str, Any]:
@@ -382,9 +380,8 @@ def test_many_runs_are_cut_to_what_a_page_bears(tmp_path: Path, size: int, limit
     path = heldout(tmp_path, 12)
     monitored = train(monitor_prompts=12, monitor_samples=4)
     top = {"model": {"path": "m", "width": size, "height": size}, "train": monitored}
-    runs = [
-        config(f"r{k}-s{s}", path, arm=f"r{k}", seed=s, **top) for k in range(10) for s in (0, 1)
-    ]
+    names = [(f"r{k}", s) for k in range(10) for s in (0, 1)]
+    runs = [config(f"{arm}-s{s}", path, arm=arm, seed=s, **top) for arm, s in names]
     made = gallery_of(tmp_path, *runs, iterations=tuple(range(0, 100, 10)))
     assert [c["name"] for c in made["columns"][1:]] == [f"r{k}-s0" for k in range(MOST_ARMS)]
     assert len(made["prompts"]) == 8
@@ -407,9 +404,8 @@ def test_large_images_become_thumbnails(
     assert not made["small"]
     assert (made["width"], made["height"]) == shown
     for uri in made["images"]:
-        kind, _, content = uri.partition(";base64,")
-        image = Image.open(io.BytesIO(base64.b64decode(content)))
-        assert (kind, image.format, image.size) == ("data:image/webp", "WEBP", shown)
+        assert uri.startswith("data:image/webp;")
+        assert decoded(uri).size == shown
 
 
 def test_the_gallery_names_prompts_by_their_column(tmp_path: Path) -> None:
@@ -442,64 +438,47 @@ def test_only_runs_with_the_same_monitors_stand_together(tmp_path: Path) -> None
 
 
 def test_a_study_without_monitors_has_a_page(results: Layout) -> None:
-    for name in ITERATIONS:
-        for grid in (results.run(name) / "monitor").iterdir():
-            grid.unlink()
+    for grid in results.root.glob("runs/*/monitor/*"):
+        grid.unlink()
     make_page("index", results, {}, {})
     text = results.page("index").read_text()
     assert "No run was monitored" in text
     assert "<script" not in text
 
 
-# --- inputs ---------------------------------------------------------------------------------------
+def other_size(grid: Path) -> None:
+    Image.new("RGB", (10, 10)).save(grid)
 
 
-def break_file(path: str, content: bytes | None) -> Callable[[Layout], None]:
-    def change(at: Layout) -> None:
-        for file in at.root.glob(path):
-            if content is not None:
-                file.write_bytes(content)
-            else:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-
-    return change
-
-
-def other_size(at: Layout) -> None:
-    Image.new("RGB", (10, 10)).save(at.run("two") / "monitor/iteration-000015.png")
-
-
-def truncate(at: Layout) -> None:
-    grid = at.run("one") / "monitor/iteration-000010.png"
+def truncate(grid: Path) -> None:
     grid.write_bytes(grid.read_bytes()[:-300])
 
 
-def without_arm(at: Layout) -> None:
-    rows = [row for row in result_rows() if row["arm"] != "two"]
-    write_table(at.table("main"), RESULTS, rows)
+def without_two(table: Path) -> None:
+    write_table(table, RESULTS, [row for row in result_rows() if row["arm"] != "two"])
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("file", "change", "message"),
     [
-        (break_file("tables/paper_runs.parquet", None), r"paper_runs\.parquet: no such file"),
-        (break_file("tables/main.parquet", b"x"), r"main\.parquet: damaged Parquet"),
-        (without_arm, r"main\.parquet: section 'All' has no quality of two"),
-        (break_file("runs/one/monitor", None), "one/monitor: no such folder.*makes it"),
-        (break_file("runs/one/monitor/*20.png", b"PNG"), r"000020\.png: damaged image"),
-        (truncate, r"000010\.png: damaged image.*delete it"),
-        (other_size, r"000015\.png: is 10 x 10 pixels.*72 x 32"),
-        (break_file("runs/one/plan.json", b"{}"), r"plan\.json: not a plan"),
-        (break_file("runs/one/merge_plan.parquet", None), r"merge_plan\.parquet: no such file"),
-        (break_file("runs/two/train.json", b"{}"), r"train\.json: has no 'iterations'"),
-        (break_file("runs/two/metrics.parquet", b""), r"metrics\.parquet: damaged"),
+        ("tables/paper_runs.parquet", Path.unlink, r"paper_runs\.parquet: no such file"),
+        ("tables/main.parquet", b"x", r"main\.parquet: damaged Parquet"),
+        ("tables/main.parquet", without_two, r"main\.parquet: section 'All' has no quality of two"),
+        ("runs/one/monitor", shutil.rmtree, "one/monitor: no such folder.*makes it"),
+        ("runs/one/monitor/iteration-000020.png", b"PNG", r"000020\.png: damaged image"),
+        ("runs/one/monitor/iteration-000010.png", truncate, r"010\.png: damaged image.*delete it"),
+        ("runs/two/monitor/iteration-000015.png", other_size, r"015\.png: is 10 x 10.*72 x 32"),
+        ("runs/one/plan.json", b"{}", r"plan\.json: not a plan"),
+        ("runs/one/merge_plan.parquet", Path.unlink, r"merge_plan\.parquet: no such file"),
+        ("runs/two/train.json", b"{}", r"train\.json: has no 'iterations'"),
+        ("runs/two/metrics.parquet", b"", r"metrics\.parquet: damaged"),
     ],
 )
 def test_missing_and_damaged_results_are_one_line(
-    results: Layout, change: Callable[[Layout], None], message: str
+    results: Layout, file: str, change: bytes | Callable[[Path], Any], message: str
 ) -> None:
-    before = results.page("paper").read_bytes()
-    change(results)
+    before, path = results.page("paper").read_bytes(), results.root / file
+    path.write_bytes(change) if isinstance(change, bytes) else change(path)
     with refused(message):
         make_page("paper", results, {"main": SPEC}, {})
     assert results.page("paper").read_bytes() == before
@@ -515,9 +494,6 @@ def test_a_page_made_again_is_the_same(results: Layout, finished: Layout) -> Non
         file.unlink()
     with refused(r"figures/entropy\.png: no such figure.*makes it"):
         make_page("index", results, {}, {})
-
-
-# --- the first page of all studies ----------------------------------------------------------------
 
 
 def test_one_page_is_where_the_results_folder_leads(
@@ -559,21 +535,12 @@ def test_two_studies_that_finish_at_once_are_both_listed(
 ) -> None:
     """The other page appears after ours looked, and before it wrote."""
     folder = tmp_path / "results"
-    from egrpo.page import page as module
 
     def late(found: Path) -> Iterator[dict[str, str]]:
         yield from list(pages(found))
         if not (folder / "second").exists():
             shutil.copytree(results.root, folder / "second")
 
-    monkeypatch.setattr(module, "pages", late)
+    monkeypatch.setattr("egrpo.page.page.pages", late)
     write_root(folder)
     assert "second/index.html" in (folder / "index.html").read_text()
-
-
-def test_frames_are_plain_json_even_with_hostile_values(finished: Layout) -> None:
-    text = finished.page("index").read_text()
-    found = re.search(r'<script type="application/json" id="frames">(.*?)</script>', text, re.S)
-    assert found
-    assert json.loads(found[1])["iterations"] == [0, 10, 15, 20]
-    assert text.count("<script") == 2

@@ -86,10 +86,7 @@ def page(browser: Browser, shown: Layout) -> Iterator[Page]:
     yield from opened(browser, shown.page("index"))
 
 
-# --- outcomes and intervals -----------------------------------------------------------------------
-
-
-def test_outcome_says_which_side_of_0_the_interval_lies_on(page: Page) -> None:
+def test_outcome_says_which_side_of_0_the_interval_lies_on(page: Page, shown: Layout) -> None:
     cards = page.locator(".card")
     assert [c.get_attribute("class") for c in cards.all()] == ["card better", "card worse"]
     colors = []
@@ -98,9 +95,16 @@ def test_outcome_says_which_side_of_0_the_interval_lies_on(page: Page) -> None:
         assert said in (row.get_attribute("class") or "").split()
         colors.append(row.locator(".bar").evaluate("e => getComputedStyle(e).color"))
     better, worse, unclear, again, measured = colors
-    assert better == again
-    assert unclear == measured
+    assert (better, unclear) == (again, measured)
     assert len({better, worse, unclear}) == 3
+
+    scores = read_table(shown.run("one") / "scores.parquet", SCORES)
+    prompts = len(set(scores["prompt_id"].to_pylist()))
+    assert prompts > 1
+    for card in cards.all_inner_texts():  # what the means are over
+        assert f"Over {prompts} held-out prompts, 2 samples each." in card
+    said = page.locator("#gallery").inner_text()
+    assert "mean quality over the 3 monitored prompts, 2 samples each, at that iteration" in said
 
 
 BAR = """bar => {
@@ -139,19 +143,6 @@ def test_bars_lie_where_their_numbers_are(browser: Browser, shown: Layout, width
                 assert x == pytest.approx(number * there / most, abs=1), (number, x)
 
 
-def test_means_say_what_they_are_over(page: Page, shown: Layout) -> None:
-    scores = read_table(shown.run("one") / "scores.parquet", SCORES)
-    prompts = len(set(scores["prompt_id"].to_pylist()))
-    assert prompts > 1
-    for card in page.locator(".card").all_inner_texts():
-        assert f"Over {prompts} held-out prompts, 2 samples each." in card
-    said = page.locator("#gallery").inner_text()
-    assert "mean quality over the 3 monitored prompts, 2 samples each, at that iteration" in said
-
-
-# --- plans ----------------------------------------------------------------------------------------
-
-
 def test_plans_name_their_runs_and_samples(page: Page) -> None:
     assert page.locator("#plan h3").all_inner_texts() == ["one, three", "four"]
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -161,9 +152,6 @@ def test_plans_name_their_runs_and_samples(page: Page) -> None:
     found = {int(r.locator("th").inner_text()): r.locator("td").last.inner_text() for r in rows}
     assert found == {step: str(count) for step, count in SAMPLES.items()}
     assert "samples" not in page.locator("#plan table").first.inner_text()
-
-
-# --- figures --------------------------------------------------------------------------------------
 
 
 def test_large_photographs_are_made_smaller(browser: Browser, shown: Layout) -> None:
@@ -205,9 +193,6 @@ def test_a_study_of_the_paper_leads_with_its_own_figures_only(
         assert page.locator("#curves, #figures").count() == 0
 
 
-# --- on a phone -----------------------------------------------------------------------------------
-
-
 def test_a_phone_shows_intervals_and_that_figures_go_on(browser: Browser, shown: Layout) -> None:
     for page in opened(browser, shown.page("index"), **PHONE):
         for row in page.locator("#comparison tr[data-run]").all():
@@ -243,9 +228,6 @@ def test_settings_of_all_runs_are_closed_and_fit_a_phone(
     assert runs.evaluate("e => e.scrollWidth > e.clientWidth")
     assert runs.evaluate("e => getComputedStyle(e).backgroundImage").count("gradient") == 4
     phone.close()
-
-
-# --- links ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", [True, False])

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT, small_run
-from test_config import BASE, Folder
+from small_results import GRID, profile_rows
+from test_cli import egrpo, refused
+from test_config import BASE, Folder, cases
 
-from egrpo.config.load import options_of, yaml_of
+from egrpo.config.load import options_of
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
-from egrpo.core.entropy import MEASURES, step_entropy
 from egrpo.core.spread import Spread
 from egrpo.errors import UserError
 from egrpo.planning.grids import training_sigmas
@@ -59,113 +60,82 @@ def test_every_arm_is_trained_once_per_seed(study: Folder) -> None:
     assert alone.runs["a"].arm == "a"
 
 
-def test_null_takes_away_what_a_file_below_has_set(study: Folder, tmp_path: Path) -> None:
-    study.load(TWO, seeds=[0, 7], default_runs=["a-s0"])
-    (tmp_path / "top.yaml").write_text("seeds: null\ndefault_runs: null\n")
-    assert list(load_study(study.yaml, tmp_path / "top.yaml").runs) == ["a", "b"]
-    study.load(TWO, tables={"t": TABLE, "u": TABLE})
-    (tmp_path / "top.yaml").write_text(
-        "rewards: {verifier: null}\ntrain: {rewards: {verifier: null, jpeg: 1.0}}\n"
-        "tables: {t: null, u: {rewards: [jpeg]}}\n"
-    )
-    made = load_study(study.yaml, tmp_path / "top.yaml")
-    assert made.runs["a"].train.rewards == {"jpeg": 1.0}
-    assert list(made.runs["a"].rewards) == ["jpeg"]
-    assert list(made.tables) == ["u"]
-
-
-OWN = {"kind": "custom", "function": "json:dumps", "options": {"a": 1, "b": 2}}
-HUB = {"kind": "pickscore", "path": "own/er", "revision": "abc", "divide_by": 2.0}
 CURVES = {"kind": "curves", "caption": "c", "arms": ["a"], "rewards": ["jpeg"]}
-LAID = [  # what is below, what is laid over it, where to look, what is found there
-    ({}, {"train": {"rewards": {"jpeg": 1.0}}}, "train.rewards", {"jpeg": 1.0}),
-    ({}, {"train": {"rewards": {"verifier": None, "jpeg": 1.0}}}, "train.rewards", {"jpeg": 1.0}),
-    ({}, {"train": {"iterations": 5}}, "train.rewards", {"verifier": 1.0}),
-    ({}, {"rewards": {"m": OWN}}, "rewards", {"verifier", "jpeg", "m"}),
-    (
-        {"rewards": {"m": OWN}},
-        {"rewards": {"m": {"options": {"b": 3}}}},
-        "options",
-        {"a": 1, "b": 3},
-    ),
-    ({"rewards": {"m": OWN}}, {"rewards": {"m": {"function": "json:loads"}}}, "options", {}),
-    ({"rewards": {"m": OWN}}, {"rewards": {"m": {"kind": "verifier"}}}, "kind", "verifier"),
-    ({"rewards": {"m": HUB}}, {"rewards": {"m": {"divide_by": 3.0}}}, "revision", "abc"),
-    ({"rewards": {"m": HUB}}, {"rewards": {"m": {"path": "an/other"}}}, "revision", None),
-    ({"rewards": {"m": HUB}}, {"rewards": {"m": {"path": "an/other"}}}, "divide_by", 2.0),
-    (
-        {"train": {**TRAIN, "bounds": {"diversity": {"least": 0.1}}}},
-        {"train": {"bounds": {"diversity": {"most": 0.5}, "distance_to_base": {"most": 0.2}}}},
-        "train.bounds",
-        {"diversity": (0.1, 0.5), "distance_to_base": (None, 0.2)},
-    ),
-    (
-        {"tables": {"t": TABLE}},
-        {"tables": {"t": {"sections": {"mine": ["b"]}}}},
-        "sections",
-        {"mine": ["b"]},
-    ),
-    ({"tables": {"t": TABLE}}, {"tables": {"u": TABLE}}, "tables", {"t", "u"}),
-    ({"figures": {"f": CURVES}}, {"figures": {"f": {"arms": ["b"]}}}, "figure", ["jpeg"]),
-    (
-        {"figures": {"f": CURVES}},
-        {"figures": {"f": {"kind": "images", "caption": "i", "arms": ["b"]}}},
-        "figure",
-        [],
-    ),
-    (
-        {"model": {"path": "own/er", "revision": "abc", "lora": {"rank": 3}}},
-        {"model": {"path": "an/other"}},
-        "model",
-        (None, 3),
-    ),
-]
+BELOW: dict[str, Any] = {
+    "seeds": [0, 7],
+    "default_runs": ["a-s0"],
+    "model": {"path": "own/er", "revision": "abc", "lora": {"rank": 3}},
+    "rewards": {
+        **BASE["rewards"],
+        "own": {"kind": "custom", "function": "json:dumps", "options": {"a": 1, "b": 2}},
+        "hub": {"kind": "pickscore", "path": "own/er", "revision": "abc", "divide_by": 2.0},
+    },
+    "train": {**TRAIN, "bounds": {"diversity": {"least": 0.1}}},
+    "tables": {"t": TABLE},
+    "figures": {"f": CURVES},
+}
+LAID = """
+train: {rewards: {jpeg: 1.0}} -> train.rewards: {jpeg: 1.0}
+train: {rewards: {verifier: null, jpeg: 1.0}} -> train.rewards: {jpeg: 1.0}
+train: {iterations: 5} -> train.rewards: {verifier: 1.0}
+train: {bounds: {diversity: {most: 0.5}}} -> train.bounds.diversity.least: 0.1
+train: {bounds: {distance_to_base: {most: 0.2}}} -> train.bounds.diversity.least: 0.1
+train: {bounds: {distance_to_base: {most: 0.2}}} -> train.bounds.distance_to_base.most: 0.2
+rewards: {new: {kind: verifier}} -> rewards.own.options: {a: 1, b: 2}
+rewards: {new: {kind: verifier}} -> rewards.new.kind: verifier
+rewards: {hub: null} -> rewards.hub: null
+rewards: {own: {options: {b: 3}}} -> rewards.own.options: {a: 1, b: 3}
+rewards: {own: {function: "json:loads"}} -> rewards.own.options: {}
+rewards: {own: {kind: verifier}} -> rewards.own: {kind: verifier}
+rewards: {hub: {divide_by: 3.0}} -> rewards.hub.revision: abc
+rewards: {hub: {path: an/other}} -> rewards.hub.revision: null
+rewards: {hub: {path: an/other}} -> rewards.hub.divide_by: 2.0
+model: {path: an/other} -> model.revision: null
+model: {path: an/other} -> model.lora.rank: 3
+tables: {t: {sections: {mine: [b]}}} -> tables.t.sections: {mine: [b]}
+tables: {u: {caption: x, sections: {s: [a]}, rewards: [jpeg]}} -> tables.t.caption: x
+tables: {t: null} -> tables: {}
+figures: {f: {arms: [b]}} -> figures.f.rewards: [jpeg]
+figures: {f: {kind: images, caption: i, arms: [b]}} -> figures.f.rewards: []
+{seeds: null, default_runs: null} -> runs: [a, b]
+"""
 
 
-@pytest.mark.parametrize(("below", "top", "where", "wanted"), LAID)
-def test_choices_are_replaced_and_definitions_merged(
-    study: Folder, tmp_path: Path, below: Any, top: Any, where: str, wanted: Any
+@pytest.mark.parametrize(("top", "wanted"), cases(LAID))
+def test_choices_are_replaced_definitions_merged_and_null_takes_away(
+    study: Folder, top: str, wanted: str
 ) -> None:
-    rewards = {"rewards": {**BASE["rewards"], **below.get("rewards", {})}}
-    study.load(TWO, **{**below, **rewards})
-    (tmp_path / "top.yaml").write_text(yaml_of(top))
-    made = load_study(study.yaml, tmp_path / "top.yaml")
-    run, figure = made.runs["a"], made.figures.get("f")
-    bounds = {name: (bound.least, bound.most) for name, bound in run.train.bounds.items()}
-    found = {
-        "train.rewards": run.train.rewards,
-        "train.bounds": bounds,
-        "rewards": set(run.rewards),
-        "tables": set(made.tables),
-        "sections": made.tables["t"].sections if "t" in made.tables else None,
-        "figure": figure and figure.rewards,
-        "model": (run.model.revision, run.model.lora.rank),
-    }
-    of_reward = run.rewards["m"].model_dump() if "m" in run.rewards else {}
-    assert {**of_reward, **found}[where] == wanted
+    study.load(TWO, **BELOW)
+    made = study.over(top)
+    found: Any = next(iter(made.runs.values())).model_dump() | {"runs": list(made.runs)}
+    for name in ("tables", "figures"):
+        found[name] = {key: spec.model_dump() for key, spec in getattr(made, name).items()}
+    ((where, value),) = yaml.safe_load(wanted).items()
+    for key in where.split("."):
+        found = found.get(key)
+    assert found == value
 
 
-def test_a_figure_of_another_kind_keeps_no_caption(study: Folder, tmp_path: Path) -> None:
-    study.load(TWO, figures={"f": CURVES})
-    (tmp_path / "top.yaml").write_text("figures: {f: {kind: images}}\n")
+def test_a_figure_of_another_kind_keeps_no_caption(study: Folder) -> None:
+    study.load(TWO, **BELOW)
     with pytest.raises(UserError, match=r"figures\.f\.caption: is missing"):
-        load_study(study.yaml, tmp_path / "top.yaml")
+        study.over("figures: {f: {kind: images}}")
 
 
 @pytest.mark.parametrize(
-    ("table", "wanted"),
+    ("columns", "cells", "wanted"),
     [
-        ("run\ttrain.rewards\na\t{jpeg: 1.0}\n", {"jpeg": 1.0}),
-        ("run\ttrain\na\t{rewards: {jpeg: 1.0}}\n", {"jpeg": 1.0}),
-        ("run\ttrain.rewards.jpeg\na\t0.5\n", {"verifier": 1.0, "jpeg": 0.5}),
-        ("run\ttrain.rewards.jpeg\ttrain.rewards.verifier\na\t0.5\tnull\n", {"jpeg": 0.5}),
-        ("run\ttrain.iterations\ttrain.rewards.jpeg\na\t5\t\n", {"verifier": 1.0}),
+        ("train.rewards", "{jpeg: 1.0}", {"jpeg": 1.0}),
+        ("train", "{rewards: {jpeg: 1.0}}", {"jpeg": 1.0}),
+        ("train.rewards.jpeg", "0.5", {"verifier": 1.0, "jpeg": 0.5}),
+        ("train.rewards.jpeg\ttrain.rewards.verifier", "0.5\tnull", {"jpeg": 0.5}),
+        ("train.iterations\ttrain.rewards.jpeg", "5\t", {"verifier": 1.0}),
     ],
 )
 def test_a_cell_replaces_what_is_trained_and_a_dotted_column_sets_one(
-    study: Folder, table: str, wanted: dict[str, float]
+    study: Folder, columns: str, cells: str, wanted: dict[str, float]
 ) -> None:
-    assert study.run(table).train.rewards == wanted
+    assert study.run(f"run\t{columns}\na\t{cells}\n").train.rewards == wanted
 
 
 def test_columns_of_one_reward_are_one_definition(study: Folder) -> None:
@@ -183,27 +153,23 @@ def test_the_documented_reward_is_what_is_trained_on(tmp_path: Path) -> None:
     assert made.runs["egrpo_clip-s0"].train.rewards == {"red": 1.0, "clip": 1.0}
 
 
-TRAINED = [  # files over config/config.yaml; trained rewards of the arms egrpo and egrpo_clip
-    ([], {"verifier": 1.0}),
-    (["config/my_model.yaml"], {"jpeg": 1.0}),
-    (["config/presets/flux_dev_hps.yaml"], {"hps": 1.0}),
-    (["config/presets/sd35_medium_pickscore.yaml"], {"pickscore": 1.0}),
-    (
-        ["config/presets/sd35_medium_pickscore.yaml", "config/presets/sd35_medium_ocr.yaml"],
-        {"ocr": 1.0},
-    ),
-]
+SD35 = "config/presets/sd35_medium_pickscore.yaml"
 
 
-@pytest.mark.parametrize(("files", "wanted"), TRAINED)
-def test_what_the_studies_of_the_repository_train_on(
-    files: list[str], wanted: dict[str, float]
-) -> None:
-    made = load_study("config/config.yaml", *files)
-    assert {run.arm: run.train.rewards for run in made.runs.values()}.items() >= {
-        "egrpo": wanted,
-        "egrpo_clip": {**wanted, "clip": 1.0},
-    }.items()
+@pytest.mark.parametrize(
+    ("files", "trained"),
+    [
+        ([], "verifier"),
+        (["config/my_model.yaml"], "jpeg"),
+        (["config/presets/flux_dev_hps.yaml"], "hps"),
+        ([SD35], "pickscore"),
+        ([SD35, "config/presets/sd35_medium_ocr.yaml"], "ocr"),
+    ],
+)
+def test_what_the_studies_of_the_repository_train_on(files: list[str], trained: str) -> None:
+    runs = load_study("config/config.yaml", *files).runs
+    assert runs["egrpo-s0"].train.rewards == {trained: 1.0}
+    assert runs["egrpo_clip-s0"].train.rewards == {trained: 1.0, "clip": 1.0}
 
 
 OPTIONS = [  # a word of snakemake's --config, and what it says
@@ -211,16 +177,10 @@ OPTIONS = [  # a word of snakemake's --config, and what it says
     ("seeds=[0, 7]", [0, 7]),
     ('train={"iterations": 5}', {"iterations": 5}),
     ("train={iterations: 5, clip_range: 1e-4}", {"iterations": 5, "clip_range": 1e-4}),
-    (
-        'train={"rewards": {"own": 0.5, "verifier": null}}',
-        {"rewards": {"own": 0.5, "verifier": None}},
-    ),
+    ('train={"rewards": {"own": 0.5, "jpeg": null}}', {"rewards": {"own": 0.5, "jpeg": None}}),
     ("tracking={enabled: false, uri: null}", {"enabled": False, "uri": None}),
     ("profile={shown: [[2, 1], [3, 1]]}", {"shown": [[2, 1], [3, 1]]}),
-    (
-        'tables={t: {caption: "Mine: a table # of [two]"}}',
-        {"t": {"caption": "Mine: a table # of [two]"}},
-    ),
+    ('tables={t: {caption: "a # of [two]"}}', {"t": {"caption": "a # of [two]"}}),
     ('model={"path": "/data/a b", "revision": "0c1"}', {"path": "/data/a b", "revision": "0c1"}),
     ('rewards={own: {function: "a.b:c"}}', {"own": {"function": "a.b:c"}}),
     ("results=/tmp/x", "/tmp/x"),
@@ -244,46 +204,34 @@ def test_options_of_snakemake_say_what_they_say_in_a_file(word: str, wanted: Any
     for parsed in (given, for_jobs):
         ((key, value),) = options_of(parsed).items()
         assert key == word.partition("=")[0]
-        assert value == wanted
-        assert type(value) is type(wanted)
         assert repr(value) == repr(wanted)  # 5 is not 5.0, at any depth
 
 
-def test_options_lie_over_the_files_and_texts_of_files_stay(study: Folder, tmp_path: Path) -> None:
+def test_options_lie_over_the_files_and_texts_of_files_stay(study: Folder) -> None:
     study.load(TWO, train={"rewards": {"verifier": 1.0, "jpeg": 1.0}, "iterations": 7})
     given = {"train": {"rewards": {"jpeg": "2"}}, "seeds": ["4"]}
     made = load_study(study.yaml, options=given)
     run = made.runs["a-s4"]
     assert (run.train.rewards, run.train.iterations, run.seed) == ({"jpeg": 2.0}, 7, 4)
-    (tmp_path / "top.yaml").write_text('train: {iterations: "5"}\n')
     with pytest.raises(UserError, match=r"train\.iterations: .* valid integer, got '5'"):
-        load_study(study.yaml, tmp_path / "top.yaml", options={"seeds": ["4"]})
+        study.over('train: {iterations: "5"}', options={"seeds": ["4"]})
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            {"iterations": 5},
-            r"study.yaml, --config: iterations: .* did you mean `train.iterations`",
-        ),
-        ({"trian": {"iterations": "5"}}, "study.yaml, --config: trian: .* did you mean `train`"),
-        (
-            {"train": {"iterations": "010"}},
-            "--config train.iterations: cannot read '010': 010 would",
-        ),
-        (
-            {"seeds": ["1:30"]},
-            "--config seeds.0: cannot read '1:30': 1:30 would be read as another",
-        ),
-        ({"study": "2026-13-45"}, "--config study: cannot read '2026-13-45': month must be in"),
-        ({"seeds": "<<"}, "--config seeds: cannot read '<<'"),
-    ],
-)
-def test_options_that_are_refused(study: Folder, given: dict[str, Any], message: str) -> None:
+REFUSED_OPTIONS = """
+{iterations: 5} -> study.yaml, --config: iterations: .* did you mean `train.iterations`
+{trian: {iterations: "5"}} -> study.yaml, --config: trian: .* did you mean `train`
+{train: {iterations: "010"}} -> --config train.iterations: cannot read '010': 010 would
+{seeds: ["1:30"]} -> --config seeds.0: cannot read '1:30': 1:30 would be read as another
+{study: "2026-13-45"} -> --config study: cannot read '2026-13-45': month must be in
+{seeds: "<<"} -> --config seeds: cannot read '<<'
+"""
+
+
+@pytest.mark.parametrize(("given", "message"), cases(REFUSED_OPTIONS))
+def test_options_that_are_refused(study: Folder, given: str, message: str) -> None:
     study.load(TWO)
     with pytest.raises(UserError, match=message) as caught:
-        load_study(study.yaml, options=given)
+        load_study(study.yaml, options=yaml.safe_load(given))
     assert "\n" not in str(caught.value)
 
 
@@ -317,13 +265,10 @@ def test_tables_at_equal_evaluations_ask_their_arms_for_snapshots(study: Folder)
         "two": {**TABLE, "sections": {"s": ["a"]}, "evaluations": 9000},
         "three": TABLE,
     }
-    runs = study.load(
-        TWO, tables=tables, train={"rewards": {"verifier": 1.0}, "snapshots": [9]}
-    ).runs
+    runs = study.load(TWO, tables=tables, train={**TRAIN, "snapshots": [9]}).runs
     assert runs["a"].train.snapshots == [9, 9000, 20000]
     assert runs["b"].train.snapshots == [9, 20000]
-    plain = study.load(TWO).runs
-    assert plain["a"].train.snapshots == []
+    assert study.load(TWO).runs["a"].train.snapshots == []
 
 
 def test_cheapest_is_what_the_cheapest_arm_spends(study: Folder) -> None:
@@ -353,86 +298,49 @@ def test_a_cell_may_leave_a_reward_out(study: Folder) -> None:
     runs = study.load(table, train=both).runs
     assert runs["a"].train.rewards == {"jpeg": 0.5}
     assert runs["b"].train.rewards == both["rewards"]
-    assert "has weight 0 and trains nothing" in study.refusal(
-        table.replace("null", "0.0"), train=both
-    )
+    said = study.refusal(table.replace("null", "0.0"), train=both)
+    assert "has weight 0 and trains nothing" in said
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"figures": {"f": {"kind": "spread", "caption": "x", "arms": ["b"]}}},
-            "figures.f.arms: spread shows a profile, and arm 'b' (flow_grpo) has none",
-        ),
-        (
-            {"figures": {"f": {"kind": "threshold", "caption": "x", "arms": ["a"]}}},
-            "the threshold of arm 'a' is not auto",
-        ),
-        (
-            {"figures": {"f": {"kind": "entropy", "caption": "x", "arms": ["a"], "spans": [5]}}},
-            "figures.f.spans: 5 is not in profile.spans",
-        ),
-        (
-            {
-                "figures": {
-                    "f": {"kind": "branches", "caption": "x", "arms": ["a"], "pairs": [[1, 1]]}
-                }
-            },
-            "figures.f.pairs: [1, 1] is not in profile.shown",
-        ),
-        ({"figures": {"f": {"kind": "curves", "caption": "x", "arms": []}}}, "no arm is given"),
-        ({"tables": {"paper_runs": TABLE}}, "'paper_runs' cannot be a target"),
-        ({"tables": {"track": TABLE}}, "'track' cannot be a target"),
-        ({"methods": {"egrpo": {"threshold": "high"}}}, "methods.egrpo.threshold: Input should be"),
-        (
-            {"train": {**TRAIN, "monitor_samples": 1, "bounds": {"diversity": {"least": 0.1}}}},
-            "train.bounds: diversity needs train.monitor_samples",
-        ),
-        (
-            {"train": {**TRAIN, "bounds": {"distance_to_base": {"collapse": 1.0}}}},
-            "train.bounds: distance_to_base begins at 0 and cannot collapse",
-        ),
-        (
-            {"train": {**TRAIN, "bounds": {"diversity": {"action": "stop"}}}},
-            "least, most, fall or collapse: one of them is needed",
-        ),
-        ({"seeds": []}, "seeds: distinct numbers of at least 0"),
-        ({"seeds": [1, 1]}, "seeds: distinct numbers of at least 0"),
-        ({"default_runs": ["c"]}, "default_runs: no run 'c'"),
-        ({"paper": ["tabel1"], "tables": {"table1": TABLE}}, "did you mean 'table1'?"),
-        (
-            {"tables": {"t": {**TABLE, "sections": {"s": ["A"]}}}},
-            "tables.t.sections: no line of the runs table 'A'",
-        ),
-        (
-            {"tables": {"t": {**TABLE, "rewards": ["hps"]}}},
-            "tables.t.rewards: no reward 'hps'",
-        ),
-        (
-            {"figures": {"f": {"kind": "curves", "caption": "x", "arms": ["z"]}}},
-            "figures.f.arms: no line of the runs table 'z'",
-        ),
-        ({"tables": {"plan": TABLE}}, "'plan' cannot be a target"),
-        ({"tables": {"../x": TABLE}}, "'../x' cannot be a target"),
-        (
-            {
-                "tables": {"t": TABLE},
-                "figures": {"t": {"kind": "curves", "caption": "x", "arms": ["a"]}},
-            },
-            "figures.t: a table has that name",
-        ),
-        ({"tables": {"t": {"caption": "x"}}}, "tables.t.sections: is missing"),
-        (
-            {"figures": {"f": {"kind": "pie", "caption": "x", "arms": ["a"]}}},
-            "figures.f.kind: Input should be 'branches'",
-        ),
-    ],
-)
-def test_refusals_name_the_study_and_the_key(
-    study: Folder, settings: dict[str, Any], message: str
-) -> None:
-    said = study.refusal(TWO, **settings)
+REFUSED = """
+figures.f: {kind: spread, arms: [b]} -> figures.f.arms: spread shows a profile, and arm 'b' (flow
+figures.f: {kind: threshold, arms: [a]} -> the threshold of arm 'a' is not auto
+figures.f: {kind: entropy, arms: [a], spans: [5]} -> figures.f.spans: 5 is not in profile.spans
+figures.f: {kind: branches, arms: [a], pairs: [[1, 1]]} -> figures.f.pairs: [1, 1] is not in prof
+figures.f: {kind: curves, arms: []} -> no arm is given
+figures.f: {kind: curves, arms: [z]} -> figures.f.arms: no line of the runs table 'z'
+figures.f: {kind: pie, arms: [a]} -> figures.f.kind: Input should be 'branches'
+figures.t: {kind: curves, arms: [a]} -> figures.t: a table has that name
+tables.paper_runs: {} -> 'paper_runs' cannot be a target
+tables.track: {} -> 'track' cannot be a target
+tables.plan: {} -> 'plan' cannot be a target
+tables.../x: {} -> '../x' cannot be a target
+tables.u: {sections: {s: [A]}} -> tables.u.sections: no line of the runs table 'A'
+tables.u: {rewards: [hps]} -> tables.u.rewards: no reward 'hps'
+tables.u: {sections: null} -> tables.u.sections: is missing
+methods.egrpo: {threshold: high} -> methods.egrpo.threshold: Input should be
+train.bounds: {distance_to_base: {collapse: 1.0}} -> train.bounds: distance_to_base begins at 0 and
+train.bounds: {diversity: {action: stop}} -> least, most, fall or collapse: one of them is needed
+train.monitor_samples: 1 -> train.bounds: diversity needs train.monitor_samples
+seeds: [] -> seeds: distinct numbers of at least 0
+seeds: [1, 1] -> seeds: distinct numbers of at least 0
+default_runs: [c] -> default_runs: no run 'c'
+paper: [tt] -> did you mean 't'?
+"""
+
+
+@pytest.mark.parametrize(("settings", "message"), cases(REFUSED))
+def test_refusals_name_the_study_and_the_key(study: Folder, settings: str, message: str) -> None:
+    ((key, value),) = yaml.safe_load(settings).items()
+    section, _, name = key.partition(".")
+    tree = copy.deepcopy(BELOW) | {"methods": {}}
+    if section == "tables":
+        value = {k: v for k, v in {**TABLE, **value}.items() if v is not None}
+    elif section == "figures":
+        value = {"caption": "x", **value}
+    within, key = (tree[section], name) if name else (tree, section)
+    within[key] = value
+    said = study.refusal(TWO, **tree)
     assert said.startswith("study.yaml: ")
     assert message in said
 
@@ -490,38 +398,16 @@ def test_prompts_of_an_epoch() -> None:
     assert prompt_ids(run, 1, 10) != prompt_ids(run, 4, 10)
 
 
-# -- plans from a profile ----------------------------------------------------------------------
-
-
 def a_profile(path: Path, run: RunConfig, spread: dict[str, float]) -> Path:
     """A profile whose spread grows with entropy: spread[reward] * entropy; the yardstick is 1."""
-    sigmas = training_sigmas(run)
-    rows = []
-    for step in range(15):
-        for span in (1, 2, 4):
-            if step + span > 15:
-                continue
-            entropy = {
-                m: step_entropy(sigmas, step, span, noise_level=0.7, measure=m) for m in MEASURES
-            }
-            for prompt in range(2):
-                for reward, factor in spread.items():
-                    rows.append(
-                        {
-                            "step": step,
-                            "span": span,
-                            "sigma": sigmas[step],
-                            "sigma_stop": sigmas[step + span],
-                            "std": 1.0,
-                            **entropy,
-                            "prompt_id": prompt,
-                            "quantity": f"reward:{reward}",
-                            "spread": factor * entropy["exp_per_dim"] * (0.5 + prompt),
-                            "yardstick": 1.0,
-                        }
-                    )
-    head = {"sigmas": json.dumps(sigmas), "dynamics": "flow_sde", "noise_level": "0.7"}
-    write_table(path, ENTROPY_PROFILE, rows, metadata=head)
+
+    def found(step: int, span: int, prompt: int, entropy: float) -> Any:
+        scale = entropy * (0.5 + prompt)
+        return {f"reward:{name}": (factor * scale, 1.0) for name, factor in spread.items()}
+
+    assert training_sigmas(run) == GRID
+    head = {"sigmas": json.dumps(GRID), "dynamics": "flow_sde", "noise_level": "0.7"}
+    write_table(path, ENTROPY_PROFILE, profile_rows((1, 2, 4), 2, found, 15), metadata=head)
     return path
 
 
@@ -554,24 +440,19 @@ def test_automatic_threshold_is_the_least_entropy_with_enough_spread(tmp_path: P
     run = auto(**{"method.spread_factor": 1.1})
     path = a_profile(tmp_path / "p.parquet", run, {"verifier": 0.5})
     plan = plan_of(run, training_sigmas(run), measured_spread(path, run.train.rewards))
-    wanted = min(
-        s.entropy["exp_per_dim"]
-        for s in measured_spread(path, {"verifier": 1.0})
-        if s.entropy["exp_per_dim"] > 2.2
-    )
+    spreads = measured_spread(path, {"verifier": 1.0})
+    wanted = min(e for s in spreads if (e := s.entropy["exp_per_dim"]) > 2.2)
     assert plan.threshold is not None
     assert wanted - 1e-4 < plan.threshold <= wanted
     with pytest.raises(UserError, match=r"run auto: method\.threshold: auto .* need the measured"):
         plan_of(run, training_sigmas(run))
-    hard, spreads = auto(**{"method.spread_factor": 50.0}), measured_spread(path, {"verifier": 1.0})
     with pytest.raises(UserError, match=r"lower method\.spread_factor"):
-        plan_of(hard, training_sigmas(run), spreads)
+        plan_of(auto(**{"method.spread_factor": 50.0}), training_sigmas(run), spreads)
 
 
 def test_samples_follow_measured_spread(tmp_path: Path) -> None:
-    run = small_run(
-        "alloc", **{"method.allocation": "profile", "method.active": 8, "method.group_size": 9}
-    )
+    method = {"method.allocation": "profile", "method.active": 8, "method.group_size": 9}
+    run = small_run("alloc", **method)
     flat = [Spread(i, 1, {"exp_per_dim": 1.0}, 1.0 + (i == 0)) for i in range(8)]
     plan = plan_of(run, training_sigmas(run), flat)
     assert plan.samples is not None
@@ -583,12 +464,8 @@ def test_samples_follow_measured_spread(tmp_path: Path) -> None:
 def test_a_profile_is_enough_for_a_plan_at_the_command_line(tmp_path: Path) -> None:
     path = a_profile(tmp_path / "p.parquet", auto(), {"verifier": 0.5, "clip": 0.1})
 
-    def egrpo(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "egrpo", "plan", "--profile", str(path), *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
     wanted = ("--threshold", "auto", "--rewards", "verifier", "--factor", "1.1", "--json")
-    made = json.loads(egrpo(*wanted).stdout)
+    made = json.loads(egrpo("plan", "--profile", path, *wanted).stdout)
     assert 2.2 < made["threshold"] < 2.4
     assert made["spans"][0] == 1 < made["spans"][-1]
     for words, message in (
@@ -596,7 +473,6 @@ def test_a_profile_is_enough_for_a_plan_at_the_command_line(tmp_path: Path) -> N
         (("--threshold", "auto", "--factor", "99"), "no step's rewards spread more than 99"),
         (("--threshold", "much"), "--threshold: a number or auto is needed, got 'much'"),
     ):
-        done = egrpo(*words)
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1
-        assert message in done.stderr
+        done = egrpo("plan", "--profile", path, *words)
+        refused(done, message)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)

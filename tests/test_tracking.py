@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import re
@@ -15,14 +14,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import modes_by, small_run
+from conftest import ROOT, modes_by, small_run, wait_for
 from tracked import (
     HARMLESS_OPTIONS,
     SECRET_OPTIONS,
@@ -63,8 +62,6 @@ from egrpo.tracking.prepare import prepare
 from egrpo.tracking.publish import publish, publish_run
 from egrpo.tracking.ui import free_port, serve
 
-ROOT = Path(__file__).resolve().parents[1]
-
 REQUEST_TIMEOUT = 10.0
 """Seconds of `tracking.configure`: whatever waits for a server that hangs takes at least that."""
 
@@ -80,27 +77,29 @@ def once(*iterations: int) -> Counter[tuple[str, int]]:
     return Counter((name, i) for i in iterations for name in names)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
+def opened(store: Path) -> tuple[Any, str]:
+    """A client of a prepared store, and the id of its experiment."""
+    ids = read_json(store)
+    return open_client(ids["uri"]), ids["experiment_id"]
 
 
 def train_run(client: Any, store: Path) -> str:
-    found = client.search_runs([read_json(store)["experiment_id"]], "tags.`egrpo.kind` = 'train'")
-    assert len(found) == 1
-    return str(found[0].info.run_id)
+    (found,) = client.search_runs([read_json(store)["experiment_id"]], "tags.kind = 'train'")
+    return str(found.info.run_id)
 
 
 def new_run(store: Path, key: str = "k", **fields: Any) -> tuple[Any, str]:
-    ids = read_json(store)
-    client = open_client(ids["uri"])
+    client, experiment = opened(store)
+    parent = read_json(store)["parent_run_id"]
     run = run_config(**fields)
-    run_id = tracking.find_or_create_run(
-        client, ids["experiment_id"], run, key, ids["parent_run_id"]
-    )
-    return client, run_id
+    return client, tracking.find_or_create_run(client, experiment, run, key, parent)
+
+
+def published(study: Study, store: Path) -> Path:
+    """All of a study delivered; the file that says so."""
+    at, out = Layout(study), store.with_name("published.json")
+    publish(at, store, at.comparison, out)
+    return out
 
 
 @pytest.fixture(autouse=True)
@@ -119,23 +118,22 @@ def tables_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with modes_by(0o007, folder):
         prepare(study_of(folder), folder / "first.json")
+    client, experiment = opened(folder / "first.json")
+    client.rename_experiment(experiment, "template")  # its artifacts lie elsewhere
     return folder / "results" / "mlflow.db"
+
+
+def store_in(folder: Path, tables_file: Path) -> Path:
+    (folder / "results").mkdir(parents=True)
+    shutil.copy(tables_file, folder / "results" / "mlflow.db")
+    prepare(study_of(folder), folder / "store.json")
+    return folder / "store.json"
 
 
 @pytest.fixture
 def store(tmp_path: Path, tables_file: Path) -> Path:
     """A prepared store of the study `small` on a SQLite file of its own."""
-    (tmp_path / "results").mkdir()
-    # the template holds an experiment whose artifacts lie elsewhere
-    shutil.copy(tables_file, tmp_path / "results" / "mlflow.db")
-    out = tmp_path / "store.json"
-    client = open_client(f"sqlite:///{tmp_path}/results/mlflow.db")
-    client.rename_experiment(client.get_experiment_by_name("small").experiment_id, "template")
-    prepare(study_of(tmp_path), out)
-    return out
-
-
-# ---------------------------------------------------------------- prepare
+    return store_in(tmp_path, tables_file)
 
 
 def test_preparing_twice_changes_nothing(store: Path, tmp_path: Path) -> None:
@@ -143,30 +141,28 @@ def test_preparing_twice_changes_nothing(store: Path, tmp_path: Path) -> None:
     prepare(study_of(tmp_path), store)
     assert read_json(store) == first
     client = open_client(first["uri"])
-    runs = client.search_runs([first["experiment_id"]])
-    assert [r.info.run_id for r in runs] == [first["parent_run_id"]]
-    assert runs[0].data.tags["egrpo.kind"] == "study"
+    (run,) = client.search_runs([first["experiment_id"]])
+    assert run.info.run_id == first["parent_run_id"]
+    assert run.data.tags["egrpo.kind"] == "study"
     location = client.get_experiment(first["experiment_id"]).artifact_location
     assert location.endswith("/results/mlartifacts/small")
 
 
-def test_artifacts_lie_beside_the_store_whatever_its_folder_is_called(tmp_path: Path) -> None:
+def test_artifacts_lie_beside_the_store_whatever_its_folder_is_called(
+    tables_file: Path, tmp_path: Path
+) -> None:
     """MLflow decodes %41 in a plain path, and would write to a folder of another name."""
     folder = tmp_path / "50%41 #1; ü"
-    folder.mkdir()
-    prepare(study_of(folder), tmp_path / "store.json")
-    ids = read_json(tmp_path / "store.json")
-    client = open_client(ids["uri"])
-    client.log_text(ids["parent_run_id"], "text", "note.txt")
-    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "store.json"}
-    assert len(list((folder / "results/mlartifacts").rglob("note.txt"))) == 1
-    assert (folder / "results/mlflow.db").stat().st_size
+    store = store_in(folder, tables_file)
+    opened(store)[0].log_text(read_json(store)["parent_run_id"], "text", "note.txt")
+    assert list(tmp_path.iterdir()) == [folder]
+    assert {path.name for path in folder.rglob("*")} >= {"mlflow.db", "note.txt", "mlartifacts"}
 
 
 def test_a_deleted_experiment_is_named(store: Path, tmp_path: Path) -> None:
-    ids = read_json(store)
-    open_client(ids["uri"]).delete_experiment(ids["experiment_id"])
-    remedy = f"'small' is deleted.*--experiment-id {ids['experiment_id']}"
+    client, experiment = opened(store)
+    client.delete_experiment(experiment)
+    remedy = f"'small' is deleted.*--experiment-id {experiment}"
     with pytest.raises(UserError, match=remedy):
         prepare(study_of(tmp_path), store)
 
@@ -202,9 +198,6 @@ def test_a_server_that_is_away_does_not_stop_the_workflow(
     assert "secret" not in error
 
 
-# ---------------------------------------------------------------- runs and metrics
-
-
 def test_a_run_is_found_by_its_key_and_params_are_logged_once(store: Path) -> None:
     long = "/".join(["weights"] * 1000)
     client, run_id = new_run(store, model=Model(path=long))
@@ -220,14 +213,12 @@ def test_null_and_nan_are_left_out_and_bad_names_are_mended(store: Path) -> None
     client, run_id = new_run(store)
     odd = {"a": None, "b": float("nan"), "reward/x(1)": 1.0, "c//d": 2.0}
     assert deliver(client, run_id, [line(1, **odd)]) == 1
-    expected = once(1) + Counter([("reward/x_1_", 1), ("c/d", 1)])
-    assert curve(client, run_id) == expected
+    assert curve(client, run_id) == once(1) + Counter([("reward/x_1_", 1), ("c/d", 1)])
 
 
 def test_more_metrics_than_a_batch_holds(store: Path) -> None:
     client, run_id = new_run(store)
-    many = {f"m{i}": float(i) for i in range(700)}
-    known = curves.Held()
+    many, known = {f"m{i}": float(i) for i in range(700)}, curves.Held()
     assert deliver(client, run_id, [line(1, **many), line(2, **many)], known) == 2
     assert known.done == {1, 2}
     assert len(client.get_run(run_id).data.metrics) == 704
@@ -245,9 +236,6 @@ def test_a_half_delivered_iteration_is_completed(store: Path) -> None:
     assert deliver(client, run_id, [line(1)], known) == 0
     assert deliver(client, run_id, [line(1), line(2)], known) == 1
     assert curve(client, run_id) == once(1, 2)
-
-
-# ---------------------------------------------------------------- addresses
 
 
 PASSWORD = "planted-pass"
@@ -272,11 +260,10 @@ def test_settings_hold_no_password_of_tracking(uri: str, plain: str) -> None:
     assert without_password(uri) == plain
     if "://" in uri:
         assert PASSWORD not in address.in_one_line(f"cannot connect to {uri}, no route")
-    given = {"tracking": {"uri": uri}}
     if uri == plain:
         assert small_run(**{"tracking.uri": uri}).tracking.uri == uri
         return
-    shared = {**small_run().model_dump(exclude={"run", "method", "arm"}), **given}
+    shared = small_run().model_dump(exclude={"run", "method", "arm"}) | {"tracking": {"uri": uri}}
     with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as told:
         resolve_run(shared, {}, Row("a", {}), "study.yaml", "runs.tsv")
     assert str(told.value).startswith("study.yaml: tracking.uri: holds a user or a password")
@@ -315,15 +302,12 @@ def test_the_password_of_a_server_is_used_and_written_nowhere(
     run = run_config(prompts=prompts_of(tmp_path)).model_copy(update={"study": "secret"})
     study = replace(results_of(tmp_path, run), name="secret")
     (tmp_path / "results/small").rename(tmp_path / "results/secret")
-    at, store = Layout(study), tmp_path / "store.json"
-    key = tracking_key(run)
+    store, log, key = tmp_path / "store.json", tmp_path / "journal.jsonl", tracking_key(run)
     prepare(study, store)
-    assert read_json(store)["uri"] == f"http://127.0.0.1:{server}"
-    log = tmp_path / "journal.jsonl"
     with LiveTracker(run, "k", store, log, tmp_path):
         journal.append(log, line(0))
-    publish(Layout(study), store, at.comparison, tmp_path / "published.json")
-    assert read_json(tmp_path / "published.json")["uri"] == f"http://127.0.0.1:{server}"
+    for file in (store, published(study, store)):
+        assert read_json(file)["uri"] == f"http://127.0.0.1:{server}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PASSWORD}@127.0.0.1:9")
     prepare(study, tmp_path / "away.json")  # says that the server is away
     assert found_in(tmp_path, [PASSWORD]) == []
@@ -334,21 +318,17 @@ def test_the_password_of_a_server_is_used_and_written_nowhere(
     assert tracking_key(run) == key, "no digest tells a password either"
 
 
-# ---------------------------------------------------------------- while training
-
-
 def test_live_metrics_and_images_arrive_while_the_journal_grows(
     store: Path, tmp_path: Path
 ) -> None:
     log, images, run = tmp_path / "journal.jsonl", tmp_path / "monitor", run_config()
-    client = open_client(read_json(store)["uri"])
+    client, experiment = opened(store)
     with LiveTracker(run, "k", store, log, images):
         for i in range(3):
             journal.append(log, line(i))
         picture(images / "iteration-000002.png")
         (images / "iteration-000003.png").write_bytes(b"damaged")
-        ids = read_json(store)["experiment_id"]
-        wait_for(lambda: len(client.search_runs([ids], "metrics.iteration_done = 2")) == 1)
+        wait_for(lambda: len(client.search_runs([experiment], "metrics.iteration_done = 2")) == 1)
         run_id = train_run(client, store)
         assert client.get_run(run_id).info.status == "RUNNING"
         journal.append(log, line(3))
@@ -371,7 +351,7 @@ def test_killed_rewound_and_resumed_sends_each_value_once(store: Path, tmp_path:
         journal.append(log, line(i))
     with pytest.raises(KeyboardInterrupt), LiveTracker(run, "k", store, log, tmp_path):
         raise KeyboardInterrupt
-    client = open_client(read_json(store)["uri"])
+    client, _ = opened(store)
     run_id = train_run(client, store)
     assert client.get_run(run_id).info.status == "KILLED"
     assert curve(client, run_id) == once(*range(8))
@@ -397,7 +377,7 @@ def test_warnings_are_a_tag_while_training_and_after(store: Path, tmp_path: Path
         return client.get_run(run_id).data.tags.get("warnings")
 
     def deliver_again() -> str | None:
-        publish(Layout(study), store, Layout(study).comparison, tmp_path / "published.json")
+        published(study, store)
         return tag()
 
     with LiveTracker(run, "k", store, log, tmp_path / "monitor") as tracker:
@@ -533,16 +513,14 @@ def test_a_server_away_and_back(
         time.sleep(0.5)
         proxy.state = "up"
         journal.append(log, line(11))
-    found = client.search_runs([experiment], "tags.`egrpo.kind` = 'train'")
-    assert len(found) == 1
-    assert curve(client, found[0].info.run_id) == once(*range(12))
-    assert found[0].info.status == "FINISHED"
+    (found,) = client.search_runs([experiment], "tags.kind = 'train'")
+    assert curve(client, found.info.run_id) == once(*range(12))
+    assert found.info.status == "FINISHED"
     said = capsys.readouterr().err.splitlines()
     assert [("sent later" in s, "is back" in s) for s in said][:2] == [(True, False), (False, True)]
     assert len(said) in (2, 4)  # away twice, if the second time was noticed
     prepare(study, store)
-    parent = read_json(store)["parent_run_id"]
-    assert found[0].data.tags["mlflow.parentRunId"] == parent
+    assert found.data.tags["mlflow.parentRunId"] == read_json(store)["parent_run_id"]
 
 
 def test_a_server_that_hangs_does_not_hold_up_the_end(
@@ -561,9 +539,6 @@ def test_a_server_that_hangs_does_not_hold_up_the_end(
         start = time.monotonic()
     assert time.monotonic() - start < REQUEST_TIMEOUT / 2
     assert "`publish` delivers them" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- eight jobs at once
 
 
 def one_job(folder: Path, name: str) -> None:
@@ -597,7 +572,7 @@ def test_eight_jobs_log_at_once(
     assert [job.exitcode for job in jobs] == [0] * 8
     if where == "sqlite":
         client = open_client(f"sqlite:///{tmp_path}/results/mlflow.db")
-    runs = client.search_runs([ids["experiment_id"]], "tags.`egrpo.kind` = 'train'")
+    runs = client.search_runs([ids["experiment_id"]], "tags.kind = 'train'")
     assert sorted(r.info.run_name for r in runs) == [f"run{i}" for i in range(8)]
     for r in runs:
         assert curve(client, r.info.run_id) == once(*range(15))
@@ -609,21 +584,20 @@ def test_eight_jobs_log_at_once(
 # ---------------------------------------------------------------- publish
 
 
-def published(folder: Path, store: Path) -> Study:
-    """A study with one run, all of it delivered."""
-    study = results_of(folder, run_config(prompts=prompts_of(folder)))
-    publish(Layout(study), store, Layout(study).comparison, folder / "published.json")
-    return study
+def files(client: Any, run_id: str, path: str | None = None) -> list[str]:
+    """All artifacts of a run, or those below a folder."""
+    out = []
+    for found in client.list_artifacts(run_id, path):
+        out += files(client, run_id, found.path) if found.is_dir else [found.path]
+    return sorted(out)
 
 
 def everything(client: Any, experiment: str) -> dict[str, Any]:
     """All that MLflow shows of an experiment."""
 
-    def files(run_id: str, path: str | None = None) -> list[str]:
-        found = client.list_artifacts(run_id, path)
-        return [f.path for f in found if not f.is_dir] + [
-            name for f in found if f.is_dir for name in files(run_id, f.path)
-        ]
+    def history(run_id: str, name: str) -> list[Any]:
+        found = client.get_metric_history(run_id, name)
+        return [(m.step, m.value, m.timestamp) for m in found]
 
     return {
         r.info.run_id: {
@@ -632,37 +606,28 @@ def everything(client: Any, experiment: str) -> dict[str, Any]:
             "end": r.info.end_time,
             "tags": r.data.tags,
             "params": r.data.params,
-            "files": sorted(files(r.info.run_id)),
+            "files": files(client, r.info.run_id),
             "inputs": [
                 (i.dataset.name, i.dataset.digest, i.dataset.source, i.tags[0].value)
                 for i in r.inputs.dataset_inputs
             ],
-            "metrics": {
-                k: [
-                    (m.step, m.value, m.timestamp)
-                    for m in client.get_metric_history(r.info.run_id, k)
-                ]
-                for k in r.data.metrics
-            },
+            "metrics": {name: history(r.info.run_id, name) for name in r.data.metrics},
         }
         for r in client.search_runs([experiment])
     }
 
 
 def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
-    prompts, out = prompts_of(tmp_path), tmp_path / "published.json"
+    prompts = prompts_of(tmp_path)
     study = results_of(tmp_path, run_config(prompts=prompts))
     client, live = new_run(store, prompts=prompts)
     deliver(client, live, [line(0), line(1)])  # what a live tracker got through
-    publish(Layout(study), store, Layout(study).comparison, out)
+    out = published(study, store)
     ids, first = read_json(out), everything(client, read_json(store)["experiment_id"])
-    publish(Layout(study), store, Layout(study).comparison, out)
+    published(study, store)
     assert everything(client, ids["experiment_id"]) == first
-    assert (
-        read_json(out)
-        == ids
-        == {"a": live} | {k: v for k, v in read_json(store).items() if k != "parent_run_id"}
-    )
+    known = {k: v for k, v in read_json(store).items() if k != "parent_run_id"}
+    assert read_json(out) == ids == {"a": live, **known}
     by_name = {v["name"]: v for v in first.values()}
     assert sorted(by_name) == ["a", "a/evaluation", "base/evaluation", "small"]
     assert {v["status"] for v in first.values()} == {"FINISHED"}
@@ -673,8 +638,7 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
     assert records == ["config.yaml", "plan.json", "train.json"]
     assert len(train["files"]) == 5  # and one monitor grid in two sizes
     assert sorted(i[3] for i in train["inputs"]) == ["monitoring", "planning", "training"]
-    note = train["tags"]["mlflow.note.content"]
-    assert "lies above 0: better than the base model" in note
+    assert "lies above 0: better than the base model" in train["tags"]["mlflow.note.content"]
     evaluation = by_name["a/evaluation"]
     assert {k: v[0][1] for k, v in evaluation["metrics"].items()} == {
         "verifier/mean": 0.75,
@@ -683,11 +647,8 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
         "verifier/high": 0.5,
         "nfe": 500,
     }
-    assert [f for f in evaluation["files"] if not f.startswith("table_images/")] == [
-        "before_after.png",
-        "images.json",
-        "scores.json",
-    ]
+    shown = [f for f in evaluation["files"] if not f.startswith("table_images/")]
+    assert shown == ["before_after.png", "images.json", "scores.json"]
     assert evaluation["tags"]["mlflow.parentRunId"] == live
     facts = {"run": "a", "arm": "a", "method": "egrpo", "reward": "verifier", "seed": "0"}
     for found, kind in ((train, "train"), (evaluation, "evaluation")):
@@ -711,11 +672,11 @@ def test_mlflow_gets_no_secret(
     config = load_run(Layout(study).config("a"))
     told = repr(config) + TRACKING
     assert not [word for word in SECRETS if word not in told]
-    publish(Layout(study), store, Layout(study).comparison, tmp_path / "published.json")
+    published(study, store)
 
     # as after delivery to a server: the same, with an address of tracking
     tracked = run.model_copy(update={"tracking": Tracking(uri=TRACKING)})
-    client, experiment = open_client(read_json(store)["uri"]), read_json(store)["experiment_id"]
+    client, experiment = opened(store)
     publish_run(client, experiment, tracked, Layout(study), "", [], "#000000")
     shown = repr(everything(client, experiment)) + repr(client.search_logged_models([experiment]))
     assert "method.threshold" in shown
@@ -725,19 +686,19 @@ def test_mlflow_gets_no_secret(
     assert params["rewards.own.options.deep.rate"] == "0.5"
     assert params["rewards.own.options.apikey"] == "null"
 
+    downloaded = tmp_path / "downloaded"
     for record in client.search_runs([experiment]):
-        own = tmp_path / "downloaded" / record.info.run_id
+        own = downloaded / record.info.run_id
         own.mkdir(parents=True)
         for file in client.list_artifacts(record.info.run_id):
             client.download_artifacts(record.info.run_id, file.path, str(own))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", read_json(store)["uri"])
     for model in client.search_logged_models([experiment]):
-        own = tmp_path / "downloaded" / model.model_id
-        download_artifacts(f"models:/{model.model_id}", dst_path=str(own))
-    files = [path for path in (tmp_path / "downloaded").rglob("*") if path.is_file()]
-    assert {"config.yaml", "train.json", "scores.json"} <= {path.name for path in files}
-    assert found_in(tmp_path / "downloaded", SECRETS) == []
-    (settings,) = [path for path in files if path.name == "config.yaml"]
+        download_artifacts(f"models:/{model.model_id}", dst_path=str(downloaded / model.model_id))
+    names = {path.name for path in downloaded.rglob("*")}
+    assert {"config.yaml", "train.json", "scores.json"} <= names
+    assert found_in(downloaded, SECRETS) == []
+    (settings,) = downloaded.rglob("config.yaml")
     sent = load_run(settings)
     assert sent.rewards["own"].options == HARMLESS_OPTIONS  # type: ignore[union-attr]
     assert sent.prompts == run.prompts  # paths stay: the store is the user's own
@@ -759,19 +720,18 @@ def kinds(client: Any, experiment: str) -> dict[tuple[str, str], str]:
 
 
 def test_what_is_trained_again_supersedes_what_was(store: Path, tmp_path: Path) -> None:
-    prompts, out = prompts_of(tmp_path), tmp_path / "published.json"
+    prompts = prompts_of(tmp_path)
     runs = run_config("a", prompts=prompts), run_config("b", prompts=prompts)
     study = results_of(tmp_path, *runs)
-    client, experiment = open_client(read_json(store)["uri"]), read_json(store)["experiment_id"]
+    client, experiment = opened(store)
     own = Layout(study).run("a")
 
     def deliver_again(key: str, values: tuple[float | None, ...]) -> dict[tuple[str, str], str]:
         write_json(own / "train.json", {"run": "a", "key": key})
         write_evaluation(own, 200, values)
-        publish(Layout(study), store, Layout(study).comparison, out)
-        found = kinds(client, experiment)
-        before = everything(client, experiment)
-        publish(Layout(study), store, Layout(study).comparison, out)
+        published(study, store)
+        found, before = kinds(client, experiment), everything(client, experiment)
+        published(study, store)
         assert everything(client, experiment) == before
         return found
 
@@ -815,9 +775,9 @@ def test_the_adapter_is_one_logged_model_with_its_evaluation(
 ) -> None:
     from mlflow.artifacts import download_artifacts
 
-    study = published(tmp_path, store)
-    client, ids = open_client(read_json(store)["uri"]), read_json(store)
-    experiment = ids["experiment_id"]
+    study = results_of(tmp_path, run_config(prompts=prompts_of(tmp_path)))
+    published(study, store)
+    client, experiment = opened(store)
     (model,) = client.search_logged_models([experiment])
     assert (model.name, model.status.value) == ("a", "READY")
     assert {m.key: m.value for m in model.metrics}["verifier/difference"] == 0.25
@@ -827,31 +787,24 @@ def test_the_adapter_is_one_logged_model_with_its_evaluation(
     files = client.list_logged_model_artifacts(model.model_id)
     assert [f.path for f in files] == ["pytorch_lora_weights.safetensors"]
     assert f"models:/{model.model_id}" in run.data.tags["mlflow.note.content"]
+    client.set_tag(run.info.run_id, "mlflow.note.content", "my own words")
     # trained again to other weights, under the same key: they are replaced
     adapter = Layout(study).run("a") / "adapter" / "pytorch_lora_weights.safetensors"
     write_text(adapter, "others")
-    publish(Layout(study), store, Layout(study).comparison, tmp_path / "published.json")
+    published(study, store)
     assert [m.model_id for m in client.search_logged_models([experiment])] == [model.model_id]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", ids["uri"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", read_json(store)["uri"])
     folder = download_artifacts(f"models:/{model.model_id}")
     assert (Path(folder) / adapter.name).read_text() == "others"
-
-
-def test_what_somebody_edited_in_mlflow_stays(store: Path, tmp_path: Path) -> None:
-    study = published(tmp_path, store)
-    client = open_client(read_json(store)["uri"])
-    run_id = train_run(client, store)
-    client.set_tag(run_id, "mlflow.note.content", "my own words")
-    publish(Layout(study), store, Layout(study).comparison, tmp_path / "published.json")
-    assert client.get_run(run_id).data.tags["mlflow.note.content"] == "my own words"
+    tags = client.get_run(run.info.run_id).data.tags
+    assert tags["mlflow.note.content"] == "my own words", "what somebody edited stays"
 
 
 def test_views_fit_their_tags_and_change_only_with_the_study(store: Path, tmp_path: Path) -> None:
-    ids = read_json(store)
-    client = open_client(ids["uri"])
+    client, experiment = opened(store)
 
     def held() -> dict[str, str]:
-        tags = client.get_experiment(ids["experiment_id"]).tags
+        tags = client.get_experiment(experiment).tags
         return {k: v for k, v in tags.items() if k.startswith("mlflow.sharedViewState.")}
 
     first = held()
@@ -874,17 +827,9 @@ def test_publish_says_that_results_are_kept(tmp_path: Path) -> None:
     study = results_of(tmp_path, run_config(uri=uri, prompts=prompts_of(tmp_path)))
     prepare(study, tmp_path / "store.json")
     with pytest.raises(UserError, match="all results are on disk, running again delivers") as error:
-        publish(
-            Layout(study),
-            tmp_path / "store.json",
-            Layout(study).comparison,
-            tmp_path / "published.json",
-        )
+        published(study, tmp_path / "store.json")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "published.json").exists()
-
-
-# ---------------------------------------------------------------- ui
 
 
 def test_ui_without_a_store_and_with_a_server(
@@ -892,8 +837,8 @@ def test_ui_without_a_store_and_with_a_server(
 ) -> None:
     with pytest.raises(UserError, match="`make demo`"):
         serve(tmp_path / "store.json", 5000, "make demo")
-    text = {"uri": "http://u:secret@host:5000/", "experiment_id": "7", "parent_run_id": "x"}
-    (tmp_path / "store.json").write_text(json.dumps(text))
+    ids = {"uri": "http://u:secret@host:5000/", "experiment_id": "7", "parent_run_id": "x"}
+    write_json(tmp_path / "store.json", ids)
     serve(tmp_path / "store.json", 5000, "make demo")
     printed = capsys.readouterr().out
     found = [line for line in printed.splitlines() if line.startswith("http")]
