@@ -1,28 +1,21 @@
-"""The SD3 adapter against the stock pipeline, and rewards against their reference libraries."""
+"""The toy model against the stock pipeline, what is no image, and prompt files."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import embedded, small_run, trainer_for
-from PIL import Image
 
 from egrpo.config.prompts import read_prompts
-from egrpo.config.rewards import REWARD_MODELS
 from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
 from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.models import load_model
 from egrpo.models.conditioning import Embeddings, load_conditioning
-from egrpo.rewards import load_rewards, score_all
-from egrpo.rewards.jpeg import Jpeg
-from egrpo.rewards.verifier import Verifier
 from egrpo.sampling.sample import Sampler
 
 TOY = "assets/toy/pipeline"
@@ -214,114 +207,6 @@ def test_embeddings_are_of_the_column_that_is_set(tmp_path: Path) -> None:
     for path in embedded(run, tmp_path).values():
         texts, _ = load_conditioning(path)
         assert texts == ["a red circle", "a blue square"]
-
-
-# -- rewards -------------------------------------------------------------------------------
-
-
-def reward(kind: str, path: str) -> Any:
-    """A reward made from its settings."""
-    settings = REWARD_MODELS[kind].model_validate({"kind": kind, "path": path})
-    return load_rewards({"r": settings}, "cpu")["r"]
-
-
-def pictures(n: int, height: int = 32, width: int = 32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("size", [(32, 32), (48, 40), (20, 64)])
-def test_clip_equals_clip_anytorch(size: tuple[int, int]) -> None:
-    import clip
-
-    images = pictures(3, *size)
-    prompts = ["a small red circle on the left", "", "猫 " * 200]
-    ours = reward("clip", "assets/toy/clip.pt")
-    model, preprocess = clip.load("assets/toy/clip.pt", device="cpu", jit=False)
-    reference = []
-    for image, prompt in zip(images, prompts, strict=True):
-        pixels = preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()))
-        assert torch.equal(ours.clip.pixels(image[None])[0], pixels)  # bit for bit
-        with torch.no_grad():
-            a = model.encode_image(pixels[None])
-            b = model.encode_text(clip.tokenize([prompt], truncate=True))
-        reference.append(float(torch.cosine_similarity(a, b)))
-    np.testing.assert_allclose(ours.score(images, prompts), reference, atol=1e-5)
-
-
-def test_jpeg_is_minus_the_size_in_kilobytes() -> None:
-    images = pictures(2)
-    images[1] = 128
-    scores = Jpeg().score(images, ["", ""])
-    buffer = io.BytesIO()
-    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
-    assert scores[0] == pytest.approx(-len(buffer.getvalue()) / 1000)
-    assert scores[1] > scores[0]
-
-
-def test_verifier_refuses_prompts_outside_its_grammar() -> None:
-    with pytest.raises(UserError, match="kind verifier"):
-        Verifier().score(pictures(1), ["a photo of a horse"])
-
-
-@pytest.mark.parametrize("kind", ["clip", "preference"])
-def test_missing_reward_files(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.bin: no such file"):
-        reward(kind, str(tmp_path / "absent.bin"))
-
-
-def test_scores_are_checked() -> None:
-    class Answering(list[float]):
-        def score(self, images: Any, prompts: Any) -> Any:
-            return np.array(self)
-
-    with pytest.raises(UserError, match=r"rewards\.r: returned"):
-        score_all({"r": Answering([0.0])}, pictures(2), ["", ""])
-    found = score_all({"r": Answering([np.inf, 1.0])}, pictures(2), ["", ""])["r"]
-    np.testing.assert_array_equal(found, [np.nan, 1.0])
-
-
-class Spoiling:
-    """A reward that writes into what it is given."""
-
-    def score(self, images: Any, prompts: Any) -> Any:
-        images[:, :, :, :8] = 0
-        prompts.reverse()
-        prompts[0] = ""
-        return [0.0] * len(images)
-
-
-class Prompts:
-    """A reward that notes what it is asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[Any] = []
-
-    def score(self, images: Any, prompts: Any) -> Any:
-        self.asked.append((images.clone(), list(prompts)))
-        return np.arange(len(images))
-
-
-@pytest.mark.parametrize("lost", [[], [2], [0, 2]])
-def test_a_reward_changes_nothing_that_others_see(lost: list[int]) -> None:
-    images, texts, other = pictures(3), ["a", "b", "c"], Prompts()
-    faults = np.array([DECODED if n in lost else FINE for n in range(3)], np.int8)
-    score_all({"own": Spoiling(), "other": other}, Images(images, faults), texts)
-    left = [n for n in range(3) if n not in lost]
-    ((seen, asked),) = other.asked
-    assert torch.equal(seen, pictures(3)[left])
-    assert asked == [texts[n] for n in left]
-    assert torch.equal(images, pictures(3)), "what is stored is the image as it was made"
-    assert texts == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("faults", [[LATENT, FINE, DECODED, FINE], [LATENT] * 4])
-def test_what_is_no_image_is_shown_to_no_reward(faults: list[int]) -> None:
-    other = Prompts()
-    images = Images(pictures(4), np.array(faults, np.int8))
-    scores = score_all({"r": other}, images, ["a", "b", "c", "d"])["r"]
-    np.testing.assert_array_equal(np.isnan(scores), np.array(faults) != FINE)
-    assert [asked for _, asked in other.asked] == ([["b", "d"]] if FINE in faults else [])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
