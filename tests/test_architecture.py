@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 from conftest import ROOT
 
@@ -20,15 +19,10 @@ def rooms_on_the_page() -> dict[str, set[str]]:
     return {room: set(names.split()) - {"nothing"} for room, names in rows}
 
 
-def room_of(path: Path) -> str:
-    parts = path.relative_to(ROOT / "egrpo").with_suffix("").parts
-    return parts[0]
-
-
 def rooms_in_the_code() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "egrpo").rglob("*.py")):
-        room = room_of(path)
+        room = path.relative_to(ROOT / "egrpo").with_suffix("").parts[0]
         if room == "__init__":
             continue
         names = [n for n in imported(path).split("\n") if n.startswith("egrpo.")]
@@ -49,6 +43,6 @@ def test_no_room_imports_one_that_imports_it() -> None:
 def test_no_room_is_above_a_sixth_of_the_house() -> None:
     lines: dict[str, int] = {}
     for path in (ROOT / "egrpo").rglob("*.py"):
-        room = room_of(path)
+        room = path.relative_to(ROOT / "egrpo").with_suffix("").parts[0]
         lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
     assert max(lines.values()) <= LARGEST * sum(lines.values()), lines

@@ -25,27 +25,20 @@ def loaded_by(modules: Iterable[str]) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def rooms(loaded: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in loaded if name.startswith("egrpo.")}
-
-
 def test_planning_and_configuration_import_no_heavy_package():
     loaded = loaded_by([*CORE - TORCH_CORE, "egrpo.config.load", "egrpo.planning.trees"])
     assert {"egrpo.core.plan", "egrpo.config.load", "egrpo.methods.awm", "numpy"} <= loaded
     assert not loaded & HEAVY
 
 
-def test_core_imports_no_other_room_and_no_tracker():
-    loaded = loaded_by(CORE)
-    assert "torch" in loaded
-    assert rooms(loaded) == {"core"}
-    assert not loaded & (HEAVY - {"torch"})
-
-
-def test_methods_import_the_core_and_nothing_above():
-    loaded = loaded_by(["egrpo.methods"])
-    assert rooms(loaded) == {"core", "methods", "settings"}
-    assert not loaded & HEAVY
+def test_core_and_methods_import_nothing_above_them_and_no_tracker():
+    for modules, rooms, heavy in (
+        (CORE, {"core"}, {"torch"}),
+        (["egrpo.methods"], {"core", "methods", "settings"}, set()),
+    ):
+        loaded = loaded_by(modules)
+        assert {name.split(".")[1] for name in loaded if name.startswith("egrpo.")} == rooms
+        assert loaded & HEAVY == heavy
 
 
 def test_nothing_outside_asks_which_method_it_has():

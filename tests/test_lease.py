@@ -18,10 +18,11 @@ STAMP = "time.monotonic()"
 
 
 def lease(
-    folder: Path, gpus: int, code: str, ids: str = "0,1", *more: str
+    folder: Path, gpus: int, code: str, ids: str = "0,1", **more: str
 ) -> subprocess.Popen[str]:
-    env = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
-    command = [sys.executable, "-m", "egrpo", "lease", "--gpus", str(gpus), "--ids", ids, *more]
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    env |= {"XDG_RUNTIME_DIR": str(folder), **more}
+    command = [sys.executable, "-m", "egrpo", "lease", "--gpus", str(gpus), "--ids", ids]
     return subprocess.Popen(
         [*command, "--", sys.executable, "-c", code],
         env=env,
@@ -69,50 +70,27 @@ def test_a_killed_job_gives_its_gpus_back(tmp_path: Path) -> None:
     first.communicate()
 
 
-def test_the_command_keeps_its_exit_code_and_arguments(tmp_path: Path) -> None:
-    job = lease(tmp_path, 1, "import sys; sys.exit(7)")
-    job.communicate(timeout=60)
-    assert job.returncode == 7
+NONE = "nvidia-smi lists no GPUs; name them by --ids or CUDA_VISIBLE_DEVICES"
 
 
 @pytest.mark.parametrize(
-    ("gpus", "ids", "visible", "line"),
+    ("gpus", "ids", "more", "code", "line"),
     [
-        (3, "0,1", None, "--gpus 3, but there are 2"),
-        (1, "", "", "--gpus 1, but there are 0"),
-        (2, "", "5", "--gpus 2, but there are 1"),
+        (1, "0,1", {}, 7, ""),  # the command's own
+        (3, "0,1", {}, 2, "--gpus 3, but there are 2"),
+        (1, "", {"CUDA_VISIBLE_DEVICES": ""}, 2, "--gpus 1, but there are 0"),
+        (2, "", {"CUDA_VISIBLE_DEVICES": "5"}, 2, "--gpus 2, but there are 1"),
+        (1, "", {"PATH": "/nowhere"}, 2, f"egrpo: egrpo lease: {NONE}"),
     ],
 )
-def test_too_few_gpus_is_one_line(
-    gpus: int, ids: str, visible: str | None, line: str, tmp_path: Path
+def test_too_few_gpus_is_one_line_and_the_command_keeps_its_exit_code(
+    gpus: int, ids: str, more: dict[str, str], code: int, line: str, tmp_path: Path
 ) -> None:
-    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
-    if visible is not None:
-        env["CUDA_VISIBLE_DEVICES"] = visible
-    done = subprocess.run(
-        [sys.executable, "-m", "egrpo", "lease", "--gpus", str(gpus), "--ids", ids, "--", "true"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert line in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    env |= {"XDG_RUNTIME_DIR": str(tmp_path), "PATH": "/nowhere"}
-    done = subprocess.run(
-        [sys.executable, "-m", "egrpo", "lease", "--", "true"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        "egrpo: egrpo lease: nvidia-smi lists no GPUs; name them by --ids or CUDA_VISIBLE_DEVICES\n"
-    )
+    job = lease(tmp_path, gpus, "import sys; sys.exit(7)", ids, **more)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == code
+    assert line in said
+    assert len(said.splitlines()) == bool(line)
 
 
 def test_the_gpu_profile_leases_for_every_rule_that_uses_one() -> None:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 import pytest
@@ -287,19 +288,25 @@ def test_the_objective_is_the_one_that_is_asked_for(name):
     method, sigmas = settings.method, shifted_sigmas(settings.method.steps, 3.0)
     batch = rolled([tree(settings, 2)], method.noise_level).batches[0]
     advantage = torch.linspace(-1, 4, len(batch.edges), dtype=torch.float64)
-    for loss in method.losses:
+    weight, how = 2 * advantage.abs(), {"clip_range": 0.1, "clamp": 3.0}
+    for loss, far in product(method.losses, (0.0, 0.2)):
         if loss == "guarded" and method.dynamics == "cps":
             continue  # refused
-        v, how = batch.v.clone().requires_grad_(), {"loss": loss, "clip_range": 0.1, "clamp": 3.0}
-        found = method.objective(batch, v, sigmas, advantage, 2 * advantage.abs(), **how)
+        v = (batch.v + far * batch.v.cos()).requires_grad_()
+        found = method.objective(batch, v, sigmas, advantage, weight, loss=loss, **how)
         if loss == "negative_aware":
             velocities = (v[batch.rows], batch.v[batch.rows], batch.targets())
-            rest = (advantage, 2 * advantage.abs(), method.beta, 3.0)
+            rest = (advantage, weight, method.beta, 3.0)
             wanted = negative_aware_objective(*velocities, sigmas[batch.start], *rest).loss
-        else:  # on policy
+            ratio = torch.ones_like(advantage)
+        else:
+            log_ratio = batch.guarded_log_ratio if loss == "guarded" else batch.log_ratio
+            ratio = log_ratio(v, sigmas, method.noise_level).exp().detach()
             length = batch.lengths(sigmas) if loss == "guarded" else 1.0
-            wanted = -(advantage * 2 * advantage.abs() / length).sum()
+            either = torch.stack([ratio, ratio.clamp(0.9, 1.1)])
+            wanted = ((-advantage * either).amax(0) * weight / length).sum()
+            assert torch.equal(ratio, torch.ones_like(ratio)) is (far == 0)
         torch.testing.assert_close(found.loss, wanted)
-        assert torch.equal(found.ratio, torch.ones_like(advantage))
-        assert not found.clipped.any()
-        assert torch.autograd.grad(found.loss, v)[0].any()
+        assert torch.equal(found.ratio, ratio)
+        assert far or not found.clipped.any()
+        assert torch.autograd.grad(found.loss, v)[0].any() or far

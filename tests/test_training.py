@@ -157,21 +157,6 @@ def test_pruned_leaves_need_no_training(embeddings: Embeddings) -> None:
     assert metrics["on_policy_ratio_deviation"] < 1e-5  # smaller chunks round otherwise
 
 
-def test_guarded_loss_is_divided_by_the_length_of_its_step(embeddings: Embeddings) -> None:
-    """GRPO-Guard: normalized ratio, clipped, times 1/|dt| (public code of arXiv 2510.22319)."""
-    trainer = trainer_for(embeddings, **{"method.name": "flow_grpo", "train.loss": "guarded"})
-    batch = sampled(trainer)[0].batches[1]
-    advantage = torch.linspace(-1, 1, len(batch.edges))
-    v = batch.v + 0.5 * torch.randn(batch.v.shape, generator=torch.Generator().manual_seed(0))
-    of = batch, v, trainer.sigmas, advantage, torch.ones_like(advantage)
-    found = trainer.run.method.objective(*of, loss="guarded", clip_range=0.2, clamp=5.0)
-    ratio = torch.exp(batch.guarded_log_ratio(v, trainer.sigmas, 0.7))
-    plain = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).sum()
-    length = trainer.sigmas[batch.start] - trainer.sigmas[batch.start + 1]
-    torch.testing.assert_close(found.loss, plain / length)
-    assert not torch.allclose(ratio, torch.ones_like(ratio), atol=1e-4)
-
-
 def test_prompts_of_an_epoch_are_each_seen_once(embeddings: Embeddings) -> None:
     trainer = trainer_for(embeddings, **{"train.prompts_per_iteration": 4})
     per_epoch = len(trainer.texts) // 4

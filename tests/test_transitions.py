@@ -158,13 +158,6 @@ def test_marginals_are_preserved_as_steps_grow(dynamics, fractions, span):
     assert errors[1] < 0.05
 
 
-@pytest.mark.parametrize(("steps", "bound"), [(200, 0.05), (1600, 0.01)])
-def test_sde_on_every_step_preserves_marginals(steps, bound):
-    edges = [(i, i + 1, "dance_sde") for i in range(steps)]
-    moments = final_moments(Gaussian(0.8, 0.5), steps, edges, 0.7)
-    assert moments == (pytest.approx(0.8, abs=bound), pytest.approx(0.25, rel=bound))
-
-
 @pytest.mark.parametrize("steps", [16, 200, 3200])
 def test_first_flow_sde_step_adds_a_fixed_excess_of_variance(steps):
     """At t = 1 the guard makes s^2*D = a^2 for every T: variance (1 - a^2/2)^2 + a^2 = 1 + a^4/4.

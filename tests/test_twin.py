@@ -60,30 +60,18 @@ def test_small_updates_are_not_lost_in_16_bit(size: float, embeddings: Embedding
         trainer = trainer_for(embeddings, **{"model.dtype": dtype})
         moved(trainer, size)
         velocities(trainer, exact=False)  # makes the twin, and merges
-        weights = [(w.double(), p.weight.double()) for w, p in _pairs(trainer)]
-        update = torch.cat([(a - b).flatten() for a, b in weights])
-        true = torch.cat([d.flatten().double() for d in _deltas(trainer)])
+        twin = trainer.model.twin
+        assert twin is not None
+        layers = [(layer.get_base_layer().weight, layer, mine) for layer, mine in twin.adapted]
+        parts = [(b, layer.get_delta_weight("default"), mine.weight) for b, layer, mine in layers]
+        update = torch.cat([(w.double() - b.double()).flatten() for b, _, w in parts])
+        true = torch.cat([d.flatten().double() for _, d, _ in parts])
         slope = float(update @ true / (true @ true))
         assert slope == pytest.approx(1.0, abs=1e-5 if dtype == "float32" else 0.1)
     nearest = torch.cat(
-        [((b.float() + d).bfloat16().double() - b.double()).flatten() for b, d in _sums(trainer)]
+        [((b.float() + d).bfloat16().double() - b.double()).flatten() for b, d, _ in parts]
     )
     assert float(nearest @ true / (true @ true)) < 0.9
-
-
-def _pairs(trainer: Trainer) -> list[tuple[torch.Tensor, Any]]:
-    twin = trainer.model.twin
-    assert twin is not None
-    return [(mine.weight, layer.get_base_layer()) for layer, mine in twin.adapted]
-
-
-def _deltas(trainer: Trainer) -> list[torch.Tensor]:
-    return [layer.get_delta_weight("default") for _, layer in trainer.model.lora_layers()]
-
-
-def _sums(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    layers = [layer for _, layer in trainer.model.lora_layers()]
-    return [(one.get_base_layer().weight, one.get_delta_weight("default")) for one in layers]
 
 
 @pytest.mark.slow
