@@ -10,6 +10,7 @@ import laptop
 import pytest
 import torch
 from conftest import small_run
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
@@ -27,8 +28,6 @@ def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_sd3"])
 def test_gpu_benchmark_counts_the_flops_of_the_architecture(name: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     a, of = full_size.ARCHITECTURES[name], (torch.device("cpu"), torch.float32)
     model = full_size.build(a, *of, 64, 96)
     x = torch.randn(1, *model.image_shape)

@@ -317,9 +317,8 @@ def named(message: str, keys: list[Key]) -> bool:
     """Whether a refusal names one of the keys that were changed, what holds it, or what it held."""
     parts = {part for key in keys for part in key[-2:]}
     parts |= {part for key in keys for below in leaves(get(BASE, key)) for part in below}
-    return any(str(part).encode("unicode_escape").decode() in message for part in parts) or any(
-        str(part) in message for part in parts
-    )
+    both = {text for p in map(str, parts) for text in (p, p.encode("unicode_escape").decode())}
+    return any(text in message for text in both)
 
 
 FUZZ = settings(

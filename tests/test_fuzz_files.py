@@ -371,23 +371,6 @@ def test_damaged_journals_keep_what_is_whole(tmp_path: Path) -> None:
 # -- whole files that say something else -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        *('{"prompt": 3}', '{"prompt": null}', '{"Prompt": 3}', '["prompt"]', '"prompt"', "3"),
-        *('{"prompt": "a", "negative_prompt": 0}', '{"prompt": "a", "negative_prompt": false}'),
-        *('{"prompt": "a", "negative_prompt": []}', r'{"prompt": "\ud800"}', "NaN", "[" * 10**5),
-        *('{"prompt": "a"', "{'prompt': 'a'}", '{"prompt": ' + "9" * 5000 + "}", '{"a":' * 10**5),
-    ],
-)
-def test_jsonl_lines_are_refused_by_their_number(line: str, tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text(f'{{"prompt": "a"}}\n\n{line}\n')
-    message = refusal(lambda: read_prompts(path), path)
-    assert message is not None
-    assert "p.jsonl, line 3: expected a JSON object" in message
-
-
 def test_tables_of_other_columns_are_refused_by_them(tmp_path: Path) -> None:
     path, load, _ = _table(tmp_path)
     data = pq.read_table(path)

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 from conftest import ROOT, small_run
 from full_size import FLUX_DEV, SD35_MEDIUM, Architecture
+from safetensors.torch import save_file
 
 from egrpo.config.models import Model, RunConfig
 from egrpo.models import load_model
@@ -208,8 +209,6 @@ def test_where_auto_took_too_much_the_advice_is_half_of_what_it_may_take(tmp_pat
 
 
 def test_rewards_on_the_card_are_counted_by_their_files(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     state = {"a": torch.zeros(10, 5, dtype=torch.float16), "b": torch.zeros(3)}
     torch.save({"state_dict": state}, tmp_path / "hps.pt")
     (tmp_path / "pick").mkdir()

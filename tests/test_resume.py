@@ -413,6 +413,12 @@ def test_a_bound_stops_the_run_and_keeps_what_it_made(jobs: Jobs) -> None:
     assert list(first["stopped"]) == ["reward/verifier"]
     assert json.loads((out / f"snapshots/{10**9}/snapshot.json").read_text())["iteration"] == 2
     assert record(jobs(run)) == first
+    trainer = Trainer(run, closed_form_plan(run), jobs.embeddings)  # and a signal in it
+    job = Job(trainer, State(run, jobs.folder), lambda: trainer.iteration == 2)
+    job.finish(None, fresh=True)
+    job.write_outputs("key", jobs.folder / "signal")
+    assert record(jobs.folder / "signal")["stopped"] == first["stopped"]
+    assert (jobs.folder / f"signal/snapshots/{10**9}/snapshot.json").exists()
 
 
 def test_a_bound_does_not_stop_the_untrained_model(jobs: Jobs) -> None:
@@ -424,14 +430,3 @@ def test_a_bound_does_not_stop_the_untrained_model(jobs: Jobs) -> None:
     again = jobs(run)
     assert rows_of(again / "train_metrics.parquet") == first
     assert record(again)["iterations"] == 2
-
-
-def test_a_bound_and_a_signal_in_one_iteration_end_with_all_snapshots(jobs: Jobs) -> None:
-    bounds = {"reward/verifier": {"least": 2.0, "action": "stop"}}
-    run = small_run("both", **{"train.bounds": bounds, "train.snapshots": [10**9]})
-    trainer = Trainer(run, closed_form_plan(run), jobs.embeddings)
-    job = Job(trainer, State(run, jobs.folder), lambda: trainer.iteration == 2)
-    job.finish(None, fresh=True)
-    job.write_outputs("key", jobs.folder / "out")
-    assert record(jobs.folder / "out")["stopped"]
-    assert (jobs.folder / f"out/snapshots/{10**9}/snapshot.json").exists()

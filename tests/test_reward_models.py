@@ -17,7 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import clip
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -30,6 +32,8 @@ from egrpo.config.rewards import REWARD_MODELS
 from egrpo.errors import UserError
 from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.rewards import load_reward, score_all
+from egrpo.rewards.open_clip import OpenClip, padded_square
+from egrpo.rewards.unifiedreward import UnansweredError, score_in
 
 CLIP = "assets/toy/clip.pt"
 PROMPTS = ["a red fox", "", "狐狸 in 雪 — ünïcode", "very long " * 100, "a red fox"]
@@ -71,8 +75,6 @@ def refused(match: str, kind: str, **given: Any) -> None:
 @pytest.fixture(scope="module")
 def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny architecture that open_clip knows by name."""
-    import open_clip
-
     folder = tmp_path_factory.mktemp("architectures")
     (folder / "egrpo-tiny.json").write_text(json.dumps(TINY_OPEN_CLIP))
     open_clip.add_model_config(folder)
@@ -81,8 +83,6 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def open_clip_model(architecture: str) -> Any:
-    import open_clip
-
     torch.manual_seed(0)
     return open_clip.create_model_and_transforms(architecture)
 
@@ -101,8 +101,6 @@ def hps_file(open_clip_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_open_clip(
     open_clip_model: Any, architecture: str, tmp_path: Path, container: str, size: tuple[int, int]
 ) -> None:
-    import open_clip
-
     model, _, preprocess = open_clip_model
     model.eval()
     path = tmp_path / f"w.{container}"
@@ -122,10 +120,6 @@ def test_open_clip(
 
 
 def test_open_clip_preprocesses_as_the_published_weights_want() -> None:
-    import open_clip
-
-    from egrpo.rewards.open_clip import OpenClip
-
     made = OpenClip.__new__(OpenClip)
     made.settings = settings.OpenClip(kind="open_clip", path="x")
     wanted = open_clip.get_pretrained_cfg("ViT-H-14-378-quickgelu", "dfn5b")
@@ -139,8 +133,6 @@ def test_open_clip_preprocesses_as_the_published_weights_want() -> None:
 def test_hps_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
     from torchvision.transforms import Normalize, ToTensor
     from torchvision.transforms import functional as f
-
-    from egrpo.rewards.open_clip import padded_square
 
     images = pictures(*size)
     expected = []
@@ -159,10 +151,6 @@ def test_hps_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_hps(open_clip_model: Any, architecture: str, hps_file: str, size: tuple[int, int]) -> None:
-    import open_clip
-
-    from egrpo.rewards.open_clip import padded_square
-
     model = open_clip_model[0].eval()
     images = pictures(*size)
     found = reward("hpsv2", path=hps_file, architecture=architecture, batch=2).score(
@@ -234,8 +222,6 @@ def head_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module]
 def test_clip_and_the_aesthetic_head(
     head_file: tuple[str, nn.Module], size: tuple[int, int]
 ) -> None:
-    import clip
-
     images, (path, layers) = pictures(*size), head_file
     model, preprocess = clip.load(CLIP, device="cpu", jit=False)
     pixels = torch.stack([preprocess(i) for i in pil(images)])
@@ -501,6 +487,7 @@ def test_http_tries_again_after_errors(capsys: Any) -> None:
     assert capsys.readouterr().err == ""
 
 
+URL = "http://127.0.0.1:9/v1"
 NO_SCORE = "no score in the answer"
 PART = "is not one number"
 OUTSIDE = "is outside the scale"
@@ -527,6 +514,11 @@ def test_http_failures_are_nan_and_said(capsys: Any) -> None:
     said = capsys.readouterr().err
     assert "8 of 9 images got no score (NaN): UnansweredError: an answer that is no chat" in said
     assert said.count("\n") == 1
+    for text in ("9e300", "9e999"):
+        with service(lambda *_: chat(text)) as (url, _):  # noqa: B023
+            huge = reward("unifiedreward", url=url, pattern=r"(\S+)", attempts=1)
+            assert np.isnan(huge.score(pictures(8, 8)[:1], ["a"])).all()
+        assert "is too large" in capsys.readouterr().err
     assert np.isnan(model.score(pictures(8, 8)[:1], ["a"])).all(), "nobody is there any more"
     assert "ConnectError" in capsys.readouterr().err
 
@@ -561,27 +553,23 @@ ANSWERS: list[tuple[str, dict[str, Any], float | str]] = [
     ("Mark: 0.3", {"pattern": r"Mark: .*(\d)"}, PART),
     *((f"Mark: {text}", {"pattern": r"Mark: (\w+)"}, PART) for text in ("four", "1_0", "nan")),
     ("Mark: ", {"pattern": r"Mark: (\d)?"}, NO_SCORE),
-    *((f"Mark: {n}", {"pattern": r"Mark: (\S+)"}, "is too large") for n in ("9e300", "9e999")),
 ]
 
 
-def test_a_judges_answer_is_a_number_in_its_scale(capsys: Any) -> None:
-    """Anything else is NaN, and said with its reason."""
-    with service(lambda request, number: chat(prompt_of(request))) as (url, _):
-        for text, given, right in ANSWERS:
-            model = reward("unifiedreward", url=url, attempts=1, divide_by=1.0, **given)
-            (found,) = model.score(pictures(8, 8)[:1], [text])
-            said = capsys.readouterr().err
-            if isinstance(right, str):
-                assert np.isnan(found), (text, found)
-                assert "1 of 1 images got no score (NaN)" in said
-                assert right in said, (text, said)
-            else:
-                assert (found, said) == (np.float32(right), ""), text
+@pytest.mark.parametrize(("text", "given", "right"), ANSWERS)
+def test_a_judges_answer_is_a_number_in_its_scale(
+    text: str, given: dict[str, Any], right: float | str
+) -> None:
+    made = settings.UnifiedReward.model_validate({"kind": "unifiedreward", "url": URL, **given})
+    if isinstance(right, str):
+        with pytest.raises(UnansweredError, match=right):
+            score_in(text, made)
+    else:
+        assert score_in(text, made) == right
 
 
 def test_http_bad_settings(tmp_path: Path) -> None:
-    given = {"kind": "unifiedreward", "url": "http://127.0.0.1:9/v1"}
+    given = {"kind": "unifiedreward", "url": URL}
     patterns = [{"pattern": pattern} for pattern in ("(", "x", "(a)(b)")]
     scales = {"least": 5.0}, {"most": 1.0}, {"pattern": "(.)", "least": 1.0, "most": 0.0}
     for wrong in (*patterns, *scales, {"question": "?"}, {"url": "ftp://x"}):

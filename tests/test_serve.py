@@ -25,8 +25,11 @@ import numpy as np
 import pytest
 import requests
 import torch
+import uvicorn
 from click.testing import CliRunner
 from conftest import ROOT, small_run, wait_for
+from fastapi.testclient import TestClient
+from PIL import Image
 from test_reward_models import service as answering
 
 from egrpo.cli import main
@@ -167,8 +170,6 @@ def png(*chunks: bytes) -> str:
 @contextmanager
 def served(app: Any, port: int | None = None) -> Iterator[int]:
     """The port of a real server around the app."""
-    import uvicorn
-
     port = port or free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -316,8 +317,6 @@ MALFORMED: list[tuple[bytes | dict[str, Any], int, str]] = [
 
 def test_malformed_requests_are_refused_in_few_words() -> None:
     """Nothing is echoed, and the client of these tests raises what the app does not catch."""
-    from fastapi.testclient import TestClient
-
     x = images(1, 8)
     with TestClient(app_of(Mine(means), request_mib=2)) as http:
         for given, status, reason in MALFORMED:
@@ -334,9 +333,6 @@ def test_malformed_requests_are_refused_in_few_words() -> None:
 
 
 def test_png_of_other_modes_are_taken_as_rgb_and_no_number_is_null() -> None:
-    from fastapi.testclient import TestClient
-    from PIL import Image
-
     pngs, wanted = [], []
     for mode in ("L", "LA", "P", "RGBA", "1", "RGB"):
         picture = Image.fromarray(images(1, 16)[0].permute(1, 2, 0).numpy()).convert(mode)
@@ -355,8 +351,6 @@ def test_png_of_other_modes_are_taken_as_rgb_and_no_number_is_null() -> None:
 
 def test_waiting_work_is_bounded_by_its_bytes() -> None:
     """Bodies and images of all requests; 503 says when to come again, and then they are taken."""
-    from fastapi.testclient import TestClient
-
     model = Mine(means)
     x = images(4, 200)  # 0.46 MiB, and while it is read 0.61 MiB of text
     with TestClient(app_of(model, waiting_mib=2)) as http:

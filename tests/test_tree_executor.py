@@ -21,8 +21,7 @@ from egrpo.core.plan import make_plan
 from egrpo.core.rollout import Rollout, joined
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.seeds import normal, seed_of
-from egrpo.core.transitions import transition
-from egrpo.core.tree import ROOT, Cost, Node, Tree, TreeBuilder
+from egrpo.core.tree import ROOT, Node, Tree, TreeBuilder
 from egrpo.methods.shapes import branches, chains, noised, planned_branches, split_tree
 
 LEVEL = 0.7
@@ -249,14 +248,6 @@ def test_trees_that_cannot_be_run_are_refused(nodes, message):
         Tree(4, tuple(nodes))
 
 
-def test_leaves_below_a_binary_tree():
-    tree = binary_tree()
-    assert tree.leaves == (3, 4, 5, 6)
-    assert tree.leaves_below == {1: (0, 1), 2: (2, 3), 3: (0,), 4: (1,), 5: (2,), 6: (3,)}
-    assert [tree.nodes[k].group for k in tree.trained] == [0, 0, 1, 1, 1, 1]
-    assert tree.cost == Cost(forward=3, train=3)
-
-
 # --- executor: what is computed -------------------------------------------------------------------
 
 
@@ -422,23 +413,6 @@ def test_on_policy_ratio_is_exactly_one(name, parts, dtype, train_micro_batch):
         assert new.dtype == torch.float32
         assert torch.equal(new, batch.log_prob)
         assert torch.equal(batch.log_ratio(v, sigmas, LEVEL).exp(), torch.ones_like(new))
-
-
-def test_latents_are_stored_rounded_before_their_log_probability():
-    how = {"velocity": network(torch.bfloat16)[0], "dtype": torch.bfloat16}
-    rollout, velocity, noise = run([planned_branches(SMALL, 3)], **how)
-    for batch in rollout.batches:
-        v = velocity(batch.x, SMALL.sigmas[batch.start], batch.tree).detach()
-        samples = iter(range(3))
-        for seg in batch.segments:
-            assert seg.x_next.dtype == batch.x.dtype == torch.bfloat16
-            step = (batch.start, seg.stop, seg.dynamics, LEVEL)
-            mean, std = transition(batch.x, v, SMALL.sigmas, *step)
-            eps = torch.stack([noise(0, batch.start, next(samples)) for _ in seg.rows]).float()
-            unrounded = mean + std * eps
-            assert torch.equal(seg.x_next, unrounded.bfloat16())
-            exact = torch.distributions.Normal(mean, std).log_prob(unrounded).flatten(1).mean(1)
-            assert (exact - batch.log_prob).abs().max() > 1e-4  # beyond the clip range
 
 
 def test_execute_refuses_a_tree_of_another_grid():

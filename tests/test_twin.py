@@ -12,6 +12,7 @@ import torch
 from conftest import trainer_for
 from test_families import PROMPTS, family_trainer, loaded, sampled
 from test_families import _folders as _folders  # their pipelines
+from torch._dynamo.utils import counters
 
 from egrpo.errors import UserError
 from egrpo.models.conditioning import Embeddings
@@ -79,8 +80,6 @@ def test_compiled_for_real_the_ratio_is_one_and_nothing_is_compiled_twice(
     tmp_path: Path,
 ) -> None:
     """Inductor on this machine: a whole rollout and its training pass, then another."""
-    from torch._dynamo.utils import counters
-
     of = {"model.compile": True, "train.micro_batch": 8}
     trainer = family_trainer("flux", tmp_path, **of)
     plain = family_trainer("flux", tmp_path, **{**of, "model.compile": False})
