@@ -24,7 +24,7 @@ from test_fuzz_files import damaged, refusal
 
 from docs.generate.settings import section
 from egrpo.cli import main
-from egrpo.config.load import numbers
+from egrpo.config.load import numbers, overlay
 from egrpo.config.models import RunConfig
 from egrpo.config.study import StudyConfig
 from egrpo.methods import METHOD_MODELS
@@ -36,55 +36,39 @@ METHODS = {"one": "egrpo", "two": "mixgrpo", "three": "branchgrpo", "four": "dif
 ROWS = "run\tmethod.name\ttrain.iterations\tmethod.steps\n" + "".join(
     f"{run}\t{method}\t{7 if run == 'one' else ''}\t\n" for run, method in METHODS.items()
 )
-BARE: dict[str, Any] = {
-    "runs": "RUNS",
-    "model": {"path": "assets/toy/pipeline"},
-    "prompts": {
-        "train": "assets/toy/prompts/train.txt",
-        "heldout": "assets/toy/prompts/heldout.txt",
-    },
-    "rewards": {"verifier": {"kind": "verifier"}},
-    "train": {"rewards": {"verifier": 1.0}},
-}
-BASE: dict[str, Any] = {
-    **BARE,
-    "study": "s",
-    "results": "results",
-    "seeds": None,
-    "default_runs": ["one"],
-    "paper": ["scores", "pictures"],
-    "model": {
-        **BARE["model"],
-        "dtype": "float32",
-        "height": 32,
-        "lora": {"rank": 4},
-        "feature_cache": {"interval": 3},
-    },
-    "rewards": {
-        "verifier": {"kind": "verifier"},
-        "clip": {"kind": "clip", "path": "assets/toy/clip.pt", "batch": 8},
-        "preference": {"kind": "preference", "path": "assets/toy/preference.safetensors"},
-        "judge": {"kind": "unifiedreward", "url": "http://127.0.0.1:1/v1", "divide_by": 5.0},
-        "mine": {"kind": "custom", "function": "json:dumps", "options": {"a": [1, {"b": "x"}]}},
-    },
-    "train": {
-        "rewards": {"verifier": 1.0, "clip": 0.5},
-        "prompts_per_iteration": 4,
-        "iterations": 60,
-        "bounds": {"diversity": {"least": 0.1}},
-    },
-    "schedule": {"shift": 3.0},
-    "profile": {"spans": [1, 2, 4], "shown": [[2, 1]]},
-    "evaluate": {"samples": 4},
-    "methods": {"egrpo": {"threshold": 2.2, "active": 8}, "mixgrpo": {"window_every": 5}},
-    "tables": {
-        "scores": {"caption": "c", "sections": {"all": ["one", "two"]}, "rewards": ["verifier"]}
-    },
-    "figures": {
-        "pictures": {"kind": "images", "caption": "c", "arms": ["one"]},
-        "lines": {"kind": "entropy", "caption": "c", "arms": ["one"], "spans": [1, 2]},
-    },
-}
+BARE: dict[str, Any] = yaml.safe_load("""
+runs: RUNS
+model: {path: assets/toy/pipeline}
+prompts: {train: assets/toy/prompts/train.txt, heldout: assets/toy/prompts/heldout.txt}
+rewards: {verifier: {kind: verifier}}
+train: {rewards: {verifier: 1.0}}
+""")
+MORE = """
+study: s
+results: results
+seeds: null
+default_runs: [one]
+paper: [scores, pictures]
+model: {dtype: float32, height: 32, lora: {rank: 4}, feature_cache: {interval: 3}}
+rewards:
+  clip: {kind: clip, path: assets/toy/clip.pt, batch: 8}
+  preference: {kind: preference, path: assets/toy/preference.safetensors}
+  judge: {kind: unifiedreward, url: "http://127.0.0.1:1/v1", divide_by: 5.0}
+  mine: {kind: custom, function: "json:dumps", options: {a: [1, {b: x}]}}
+train:
+  {rewards: {verifier: 1.0, clip: 0.5}, prompts_per_iteration: 4, iterations: 60,
+    bounds: {diversity: {least: 0.1}}}
+schedule: {shift: 3.0}
+profile: {spans: [1, 2, 4], shown: [[2, 1]]}
+evaluate: {samples: 4}
+methods: {egrpo: {threshold: 2.2, active: 8}, mixgrpo: {window_every: 5}}
+tables:
+  scores: {caption: c, sections: {all: [one, two]}, rewards: [verifier]}
+figures:
+  pictures: {kind: images, caption: c, arms: [one]}
+  lines: {kind: entropy, caption: c, arms: [one], spans: [1, 2]}
+"""
+BASE = overlay(BARE, yaml.safe_load(MORE))
 
 Key = tuple[str, ...]
 Bare = dict[str, dict[Key, Any]]
@@ -101,7 +85,6 @@ def leaves(tree: Any, above: Key = ()) -> dict[Key, Any]:
 
 
 def fields_of(model: Any, above: Key = ()) -> Iterator[tuple[Key, FieldInfo]]:
-    """Every setting of a model."""
     for name, field in model.model_fields.items():
         yield (*above, name), field
         if section(field) is not None:
@@ -347,7 +330,6 @@ def changed_studies(draw: st.DrawFn) -> tuple[bytes, bytes, Check]:
 
 
 def flow(value: Any) -> str:
-    """A value as a cell has it."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
@@ -409,7 +391,7 @@ def changed_tables(draw: st.DrawFn) -> tuple[bytes, bytes, Check]:
 
 
 @pytest.mark.parametrize(("cases", "examples"), [(changed_studies(), 400), (changed_tables(), 300)])
-def test_mutated_studies_and_tables(cases: Any, examples: int, tmp_path: Path, bare: Bare) -> None:
+def test_mutated_studies_and_tables(cases, examples, tmp_path, bare):
     """Refused in one line, or meaning what they say; some of each."""
     seen: Counter[str] = Counter()
 
@@ -429,7 +411,7 @@ def test_mutated_studies_and_tables(cases: Any, examples: int, tmp_path: Path, b
     assert seen["str"] > examples / 4
 
 
-def test_damaged_studies(tmp_path: Path, bare: Bare) -> None:
+def test_damaged_studies(tmp_path, bare):
     good = yaml.safe_dump(BASE, sort_keys=False).encode(), ROWS.encode()
     seen: Counter[str] = Counter()
     for study, table in [
@@ -467,7 +449,7 @@ HOSTILE = {  # added to a study -> what refuses it
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_yaml(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_yaml(text, tmp_path, monkeypatch):
     study = yaml.safe_dump(BASE) + text + "\n"
     found = resolve_text(study.encode(), ROWS.encode(), tmp_path)
     assert isinstance(found, str)
@@ -493,7 +475,7 @@ EXTREMES: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("key", EXTREMES)
-def test_extremes_are_refused_by_their_key(key: str, tmp_path: Path) -> None:
+def test_extremes_are_refused_by_their_key(key, tmp_path):
     for value in EXTREMES[key]:
         study = copy.deepcopy(BASE)
         *above, last = key.split(".")
@@ -515,7 +497,7 @@ def test_extremes_are_refused_by_their_key(key: str, tmp_path: Path) -> None:
         ("[" * 10**5, "damaged JSON"),
     ],
 )
-def test_a_job_refuses_a_damaged_order(text: str, message: str, tmp_path: Path) -> None:
+def test_a_job_refuses_a_damaged_order(text, message, tmp_path):
     path = tmp_path / "order.json"
     path.write_text(text)
     for stage in ("train", "page"):

@@ -47,8 +47,7 @@ def spans(jobs: Sequence[subprocess.Popen[str]]) -> list[tuple[set[str], float, 
     return found
 
 
-def test_no_two_jobs_hold_a_gpu_at_once(tmp_path: Path) -> None:
-    """Jobs of one and of two GPUs, on two: all run, none beside another on the same GPU."""
+def test_no_two_jobs_hold_a_gpu_at_once(tmp_path):
     jobs = [lease(tmp_path, gpus, busy(0.3)) for gpus in (1, 2, 1, 1, 2, 1)]
     held = spans(jobs)
     assert sorted(len(ids) for ids, _, _ in held) == [1, 1, 1, 1, 2, 2]
@@ -57,7 +56,7 @@ def test_no_two_jobs_hold_a_gpu_at_once(tmp_path: Path) -> None:
             assert not (ids & other) or ended <= first or last <= begun
 
 
-def test_a_killed_job_gives_its_gpus_back(tmp_path: Path) -> None:
+def test_a_killed_job_gives_its_gpus_back(tmp_path):
     first = lease(tmp_path, 2, "import time; print('here', flush=True); time.sleep(600)")
     assert first.stdout is not None
     assert first.stdout.readline() == "here\n"
@@ -84,8 +83,8 @@ NONE = "nvidia-smi lists no GPUs; name them by --ids or CUDA_VISIBLE_DEVICES"
     ],
 )
 def test_too_few_gpus_is_one_line_and_the_command_keeps_its_exit_code(
-    gpus: int, ids: str, more: dict[str, str], code: int, line: str, tmp_path: Path
-) -> None:
+    gpus, ids, more, code, line, tmp_path
+):
     job = lease(tmp_path, gpus, "import sys; sys.exit(7)", ids, **more)
     _, said = job.communicate(timeout=60)
     assert job.returncode == code
@@ -93,7 +92,7 @@ def test_too_few_gpus_is_one_line_and_the_command_keeps_its_exit_code(
     assert len(said.splitlines()) == bool(line)
 
 
-def test_the_gpu_profile_leases_for_every_rule_that_uses_one() -> None:
+def test_the_gpu_profile_leases_for_every_rule_that_uses_one():
     profile = yaml.safe_load((ROOT / "profiles/gpu/config.yaml").read_text())
     cluster = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
     rules = {name for name, wants in profile["set-resources"].items() if wants.get("gpu")}

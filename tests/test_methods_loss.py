@@ -273,7 +273,7 @@ def test_awm_log_probability_is_its_formula(power, time_weight):
     assert not gradient.any()  # and not NaN
 
 
-def test_awm_weighs_by_time_and_error_and_nft_does_not() -> None:
+def test_awm_weighs_by_time_and_error_and_nft_does_not():
     assert paper("awm").method.matching == Matching(0.25, True)
     assert paper("awm", power=1.0, time_weight=False).method.matching == Matching()
     assert {paper(name).method.matching for name in set(METHODS) - {"awm"}} == {Matching()}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from conftest import embedded, small_run, trainer_for
@@ -15,7 +12,7 @@ from egrpo.core.seeds import normal
 from egrpo.errors import UserError
 from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.models import load_model
-from egrpo.models.conditioning import Embeddings, load_conditioning
+from egrpo.models.conditioning import load_conditioning
 from egrpo.sampling.sample import Sampler
 
 TOY = "assets/toy/pipeline"
@@ -24,7 +21,7 @@ GRID = shifted_sigmas(8, 3.0, end=stock_end(3.0, dynamic=False))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_ode_sampling_equals_the_stock_pipeline_in_any_batch(scale: float) -> None:
+def test_ode_sampling_equals_the_stock_pipeline_in_any_batch(scale):
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(TOY, text_encoder_3=None, tokenizer_3=None)
@@ -45,8 +42,7 @@ def test_ode_sampling_equals_the_stock_pipeline_in_any_batch(scale: float) -> No
         assert (ours.pixels[i].float() - stock).abs().max() <= 1  # rounding to 8 bits
 
 
-def test_saved_weights_sample_as_those_in_training(embeddings: Embeddings, tmp_path: Path) -> None:
-    """The merged copy of a LoRA, and the LoRA fused; all weights bit for bit."""
+def test_saved_weights_sample_as_those_in_training(embeddings, tmp_path):
     _, conditioning = load_conditioning(embeddings["heldout"])
     for tuning in ("lora", "full"):
         scale = {"lora": 1000.0, "full": 300.0}[tuning]
@@ -76,7 +72,7 @@ def test_saved_weights_sample_as_those_in_training(embeddings: Embeddings, tmp_p
         ({"model.lora.targets": ["nothing"]}, r"model\.lora\.targets: "),
     ],
 )
-def test_bad_model_settings_are_one_line(change: dict[str, Any], message: str) -> None:
+def test_bad_model_settings_are_one_line(change, message):
     def prepare() -> None:
         model = load_model(small_run("x", **change).model)
         _ = model.image_shape
@@ -136,9 +132,7 @@ PROMPT_FILES = [  # name, contents, column, (prompt, negative prompt) of each
 @pytest.mark.parametrize(
     ("name", "text", "column", "wanted"), PROMPT_FILES, ids=[name for name, *_ in PROMPT_FILES]
 )
-def test_prompt_files_are_read_as_what_they_are(
-    name: str, text: str, column: str, wanted: list[tuple[str, str]], tmp_path: Path
-) -> None:
+def test_prompt_files_are_read_as_what_they_are(name, text, column, wanted, tmp_path):
     path = tmp_path / name
     path.write_bytes(text.encode())
     assert [(p.text, p.negative) for p in read_prompts(path, column)] == wanted
@@ -192,9 +186,7 @@ REFUSED_PROMPT_FILES += [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), REFUSED_PROMPT_FILES)
-def test_prompt_files_that_are_refused_name_file_and_place(
-    name: str, content: bytes | None, message: str, tmp_path: Path
-) -> None:
+def test_prompt_files_that_are_refused_name_file_and_place(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -204,7 +196,7 @@ def test_prompt_files_that_are_refused_name_file_and_place(
     assert len(str(caught.value)) < 2000
 
 
-def test_embeddings_are_of_the_column_that_is_set(tmp_path: Path) -> None:
+def test_embeddings_are_of_the_column_that_is_set(tmp_path):
     (tmp_path / "p.csv").write_text("prompt,caption\nx,a red circle\ny,a blue square\n")
     files = {f"prompts.{key}": str(tmp_path / "p.csv") for key in ("train", "heldout")}
     run = small_run("x", **files, **{"prompts.column": "caption"})
@@ -214,7 +206,7 @@ def test_embeddings_are_of_the_column_that_is_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_becomes_no_image(bad: float) -> None:
+def test_what_is_not_finite_becomes_no_image(bad):
     """One number of one latent, or of what the VAE makes of it; the others are as without it."""
     model = load_model(small_run().model)
     latents = torch.randn(3, *model.image_shape, generator=torch.manual_seed(0))

@@ -24,11 +24,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_fuzz_files import bombs, reward
 from tiny_models import TINY_OPEN_CLIP, sizes, special
 from torch import Tensor, nn
 
 from egrpo.config import rewards as settings
-from egrpo.config.rewards import REWARD_MODELS
 from egrpo.errors import UserError
 from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.rewards import load_reward, score_all
@@ -59,10 +59,6 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def reward(kind: str, **given: Any) -> Any:
-    return load_reward(REWARD_MODELS[kind].model_validate({"kind": kind, **given}), "cpu")
-
-
 def refused(match: str, kind: str, **given: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
         reward(kind, **given)
@@ -74,7 +70,6 @@ def refused(match: str, kind: str, **given: Any) -> None:
 
 @pytest.fixture(scope="module")
 def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny architecture that open_clip knows by name."""
     folder = tmp_path_factory.mktemp("architectures")
     (folder / "egrpo-tiny.json").write_text(json.dumps(TINY_OPEN_CLIP))
     open_clip.add_model_config(folder)
@@ -98,9 +93,7 @@ def hps_file(open_clip_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("container", "size"), [*zip(["pt", "safetensors", "module"], SIZES, strict=True)]
 )
-def test_open_clip(
-    open_clip_model: Any, architecture: str, tmp_path: Path, container: str, size: tuple[int, int]
-) -> None:
+def test_open_clip(open_clip_model, architecture, tmp_path, container, size):
     model, _, preprocess = open_clip_model
     model.eval()
     path = tmp_path / f"w.{container}"
@@ -108,7 +101,7 @@ def test_open_clip(
     state = {prefix + k: v for k, v in model.state_dict().items()}
     (save_file if container == "safetensors" else torch.save)(state, path)
     images = pictures(*size)
-    found = reward("open_clip", path=str(path), architecture=architecture, tag=None).score(
+    found = reward("open_clip", path=path, architecture=architecture, tag=None).score(
         images, PROMPTS
     )
     tokens = open_clip.get_tokenizer(architecture)(PROMPTS)
@@ -119,7 +112,7 @@ def test_open_clip(
     assert np.std(found) > 1e-3
 
 
-def test_open_clip_preprocesses_as_the_published_weights_want() -> None:
+def test_open_clip_preprocesses_as_the_published_weights_want():
     made = OpenClip.__new__(OpenClip)
     made.settings = settings.OpenClip(kind="open_clip", path="x")
     wanted = open_clip.get_pretrained_cfg("ViT-H-14-378-quickgelu", "dfn5b")
@@ -130,7 +123,7 @@ def test_open_clip_preprocesses_as_the_published_weights_want() -> None:
 
 
 @pytest.mark.parametrize("size", [*SIZES, (100, 60), (224, 224)])
-def test_hps_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
+def test_hps_preprocessing_bit_for_bit(size):
     from torchvision.transforms import Normalize, ToTensor
     from torchvision.transforms import functional as f
 
@@ -150,7 +143,7 @@ def test_hps_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_hps(open_clip_model: Any, architecture: str, hps_file: str, size: tuple[int, int]) -> None:
+def test_hps(open_clip_model, architecture, hps_file, size):
     model = open_clip_model[0].eval()
     images = pictures(*size)
     found = reward("hpsv2", path=hps_file, architecture=architecture, batch=2).score(
@@ -165,10 +158,7 @@ def test_hps(open_clip_model: Any, architecture: str, hps_file: str, size: tuple
     assert found.dtype == np.float32
 
 
-def test_hps_from_a_hub_id_at_its_commit(
-    architecture: str, hps_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file of a hub id that lies in the cache; another commit is one line."""
+def test_hps_from_a_hub_id_at_its_commit(architecture, hps_file, tmp_path, monkeypatch):
     commit = "c" * 40
     snapshot = tmp_path / f"models--xswu--HPSv2/snapshots/{commit}"
     snapshot.mkdir(parents=True)
@@ -183,11 +173,11 @@ def test_hps_from_a_hub_id_at_its_commit(
     refused("HPS_v2.1_compressed.pt at ddd", "hpsv2", **hub, revision="ddd")
 
 
-def test_hps_wrong_files(architecture: str, hps_file: str, tmp_path: Path) -> None:
+def test_hps_wrong_files(architecture, hps_file, tmp_path):
     half = tmp_path / "half.pt"
 
-    def of(path: object) -> dict[str, str]:
-        return {"path": str(path), "architecture": architecture}
+    def of(path: object) -> dict[str, Any]:
+        return {"path": path, "architecture": architecture}
 
     refused("no-such.pt: no such file", "hpsv2", **of("no-such.pt"))
     half.write_bytes(Path(hps_file).read_bytes()[:5000])
@@ -219,9 +209,7 @@ def head_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_clip_and_the_aesthetic_head(
-    head_file: tuple[str, nn.Module], size: tuple[int, int]
-) -> None:
+def test_clip_and_the_aesthetic_head(head_file, size):
     images, (path, layers) = pictures(*size), head_file
     model, preprocess = clip.load(CLIP, device="cpu", jit=False)
     pixels = torch.stack([preprocess(i) for i in pil(images)])
@@ -236,7 +224,7 @@ def test_clip_and_the_aesthetic_head(
     assert found == pytest.approx(liked.numpy(), abs=1e-6)
 
 
-def test_aesthetic_wrong_files(head_file: tuple[str, nn.Module], tmp_path: Path) -> None:
+def test_aesthetic_wrong_files(head_file, tmp_path):
     path, _ = head_file
     for kind in ("clip", "preference"):
         refused(r"absent\.bin: no such file", kind, path="absent.bin")
@@ -246,7 +234,7 @@ def test_aesthetic_wrong_files(head_file: tuple[str, nn.Module], tmp_path: Path)
     state = torch.load(path, weights_only=True)
     state["layers.0.weight"] = torch.zeros(32, 768)
     torch.save(state, tmp_path / "other.pth")
-    refused("takes 768 features", "aesthetic", path=str(tmp_path / "other.pth"), clip=CLIP)
+    refused("takes 768 features", "aesthetic", path=tmp_path / "other.pth", clip=CLIP)
 
 
 # -- PickScore -----------------------------------------------------------------------------------
@@ -272,7 +260,7 @@ def pickscore(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pickscore(pickscore: tuple[str, Any, Any], size: tuple[int, int]) -> None:
+def test_pickscore(pickscore, size):
     folder, model, processor = pickscore
     images = pictures(*size)
     found = reward("pickscore", path=folder).score(images, PROMPTS)
@@ -289,10 +277,22 @@ def test_pickscore(pickscore: tuple[str, Any, Any], size: tuple[int, int]) -> No
     assert paper == pytest.approx(found / 100, abs=1e-6)
 
 
-def test_pickscore_wrong_folders(pickscore: tuple[str, Any, Any], tmp_path: Path) -> None:
-    folder = pickscore[0]
+def test_pickscore_wrong_folders_of_which_nothing_runs(pickscore, tmp_path):
+    folder, bomb = pickscore[0], tmp_path / "went-off"
     refused("processor: assets: cannot be loaded", "pickscore", path=folder, processor="assets")
     refused("path: assets: cannot be loaded", "pickscore", path="assets", processor=folder)
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(bomb)!r})\nclass Evil: pass\n")
+    remote = {"AutoProcessor": "evil.Evil", "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+    for name in ("config", "processor_config", "tokenizer_config", "preprocessor_config"):
+        text = {"auto_map": remote, "model_type": "evil", "processor_class": "Evil"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(text))
+    refused("processor: .*cannot be loaded", "pickscore", path=folder, processor=tmp_path)
+    refused("path: .*cannot be loaded", "pickscore", path=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "auto_map": remote}))
+    for content in bombs(bomb):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        refused("path: .*cannot be loaded", "pickscore", path=tmp_path)
+    assert not bomb.exists()
 
 
 # -- ImageReward ---------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def imagereward(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_imagereward(imagereward: tuple[dict[str, Any], Any, Any, Any], size: Any) -> None:
+def test_imagereward(imagereward, size):
     from torchvision import transforms as t
     from transformers import AutoTokenizer
 
@@ -385,7 +385,7 @@ def test_imagereward(imagereward: tuple[dict[str, Any], Any, Any, Any], size: An
     assert np.std(found) > 1e-4
 
 
-def test_imagereward_wrong_files(imagereward: Any, tmp_path: Path, head_file: Any) -> None:
+def test_imagereward_wrong_files(imagereward, tmp_path, head_file):
     given = imagereward[0]
     refused("no such file", "imagereward", **{**given, "path": "nothing.pt"})
     refused("holds no blip", "imagereward", **{**given, "path": head_file[0]})
@@ -395,7 +395,7 @@ def test_imagereward_wrong_files(imagereward: Any, tmp_path: Path, head_file: An
     del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"]
     torch.save(state, tmp_path / "half.pt")
     refused("crossattention.self.key.weight is missing", "imagereward",
-            **{**given, "path": str(tmp_path / "half.pt")})  # fmt: skip
+            **{**given, "path": tmp_path / "half.pt"})  # fmt: skip
 
 
 # -- over HTTP -----------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("egrpo.rewards.http.LONGEST_WAIT", 0.01)
 
 
-def test_http_scores_arrive_in_order(tmp_path: Path) -> None:
+def test_http_scores_arrive_in_order(tmp_path):
     def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
         time.sleep(0.05 * (3 - number % 3))  # answers overtake each other
         return chat(f"...\nFinal Score: {1 + PROMPTS.index(prompt_of(request)) % 5}.0")
@@ -458,7 +458,7 @@ def test_http_scores_arrive_in_order(tmp_path: Path) -> None:
     images = pictures(20, 48)
     with service(answer) as (url, seen):
         model = reward(
-            "unifiedreward", url=url, token_file=str(tmp_path / "token"), side=32, concurrency=3
+            "unifiedreward", url=url, token_file=tmp_path / "token", side=32, concurrency=3
         )
         found = model.score(images, PROMPTS)
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.2])
@@ -474,7 +474,7 @@ def test_http_scores_arrive_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_waiting")
-def test_http_tries_again_after_errors(capsys: Any) -> None:
+def test_http_tries_again_after_errors(capsys):
     bad = [(500, "busy"), (429, "slow down"), (200, "no json"), (200, "{}"), chat("no idea")]
 
     def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
@@ -495,7 +495,7 @@ OWN_SCALE = {"pattern": r"Mark: (\d+)", "least": 0.0, "most": 100.0}
 
 
 @pytest.mark.usefixtures("_no_waiting")
-def test_http_failures_are_nan_and_said(capsys: Any) -> None:
+def test_http_failures_are_nan_and_said(capsys):
     texts = ["null", "[]", "3", '{"text": "Final Score: 3"}']
     no_texts = {text: chat(json.loads(text)) for text in texts}
     failing = {"refused": (400, "bad"), "broken": (500, "x"), "silly": chat("Final Score: 9")}
@@ -557,9 +557,7 @@ ANSWERS: list[tuple[str, dict[str, Any], float | str]] = [
 
 
 @pytest.mark.parametrize(("text", "given", "right"), ANSWERS)
-def test_a_judges_answer_is_a_number_in_its_scale(
-    text: str, given: dict[str, Any], right: float | str
-) -> None:
+def test_a_judges_answer_is_a_number_in_its_scale(text, given, right):
     made = settings.UnifiedReward.model_validate({"kind": "unifiedreward", "url": URL, **given})
     if isinstance(right, str):
         with pytest.raises(UnansweredError, match=right):
@@ -568,7 +566,7 @@ def test_a_judges_answer_is_a_number_in_its_scale(
         assert score_in(text, made) == right
 
 
-def test_http_bad_settings(tmp_path: Path) -> None:
+def test_http_bad_settings(tmp_path):
     given = {"kind": "unifiedreward", "url": URL}
     patterns = [{"pattern": pattern} for pattern in ("(", "x", "(a)(b)")]
     scales = {"least": 5.0}, {"most": 1.0}, {"pattern": "(.)", "least": 1.0, "most": 0.0}
@@ -581,7 +579,7 @@ def test_http_bad_settings(tmp_path: Path) -> None:
 # -- a function of one's own ---------------------------------------------------------------------
 
 
-def test_custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def redness(images, prompts, scale=1.0):\n"
         "    return scale * images[:, 0].float().mean((1, 2)) / 255\n"
@@ -628,9 +626,7 @@ RETURNED = {
 }
 
 
-def test_what_a_custom_reward_returns_are_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_custom_reward_returns_are_numbers(tmp_path, monkeypatch):
     """Truth is 1 or 0 and None is NaN; text and all else is refused, not turned into numbers."""
     (tmp_path / "giving.py").write_text(
         "import numpy as np\nimport torch\n"
@@ -650,7 +646,7 @@ def test_what_a_custom_reward_returns_are_numbers(
 # -- what all share ------------------------------------------------------------------------------
 
 
-def test_jpeg_is_minus_the_size_in_kilobytes() -> None:
+def test_jpeg_is_minus_the_size_in_kilobytes():
     images = pictures(32, 32)[:2]
     images[1] = 128
     scores = reward("jpeg_compressibility").score(images, ["", ""])
@@ -660,7 +656,7 @@ def test_jpeg_is_minus_the_size_in_kilobytes() -> None:
     assert scores[1] > scores[0]
 
 
-def test_verifier_refuses_prompts_outside_its_grammar() -> None:
+def test_verifier_refuses_prompts_outside_its_grammar():
     with pytest.raises(UserError, match="kind verifier"):
         reward("verifier").score(pictures(32, 32)[:1], ["a photo of a horse"])
 
@@ -680,7 +676,7 @@ class Answering:
         return np.array(self.scores or [0.0] * len(images))
 
 
-def test_scores_are_checked() -> None:
+def test_scores_are_checked():
     with pytest.raises(UserError, match=r"rewards\.r: returned"):
         score_all({"r": Answering(0.0)}, pictures(8, 8)[:2], ["", ""])
     found = score_all({"r": Answering(np.inf, 1.0)}, pictures(8, 8)[:2], ["", ""])["r"]
@@ -688,7 +684,7 @@ def test_scores_are_checked() -> None:
 
 
 @pytest.mark.parametrize("lost", [[], [2], [0, 2], [0, 1, 2, 3, 4]])
-def test_rewards_see_images_of_their_own_and_only_what_is_one(lost: list[int]) -> None:
+def test_rewards_see_images_of_their_own_and_only_what_is_one(lost):
     """What is stored is the image as it was made, and the prompt."""
     images, texts, models = pictures(32, 32), [*"abcde"], {"own": Answering(), "other": Answering()}
     faults = np.full(5, FINE, np.int8)

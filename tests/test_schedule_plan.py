@@ -214,7 +214,6 @@ def test_plans_that_lack_a_key_are_refused():
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.5, "dynamic"])
 @pytest.mark.parametrize("steps", [10, 40, 50])
 def test_grids_are_those_of_diffusers(steps, shift, terminal):
-    """Of sigmas, and of a number of steps as the SD3 pipeline asks for it."""
     dynamic, mu = shift == "dynamic", 0.8
     shift = 1.0 if dynamic else shift
     how = {"use_dynamic_shifting": dynamic, "shift_terminal": terminal}

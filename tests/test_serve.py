@@ -17,7 +17,6 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -80,16 +79,14 @@ def client(at: tuple[str, str | None] | int, reward: str = "mine", **more: Any) 
 
 @pytest.mark.parametrize("encoding", ["png", "raw"])
 @pytest.mark.parametrize("reward", ["clip", "preference", "jpeg"])
-def test_remote_scores_are_the_local_ones(
-    service: tuple[str, str], reward: str, encoding: str
-) -> None:
+def test_remote_scores_are_the_local_ones(service, reward, encoding):
     local = load_rewards({reward: small_run().rewards[reward]}, "cpu")[reward]
     x, prompts = images(9), PROMPTS * 3
     found = client(service, reward, encoding=encoding, batch=4, concurrency=3).score(x, prompts)
     np.testing.assert_allclose(found, local.score(x, prompts), rtol=1e-5, atol=1e-6)
 
 
-def test_health_and_refusals(service: tuple[str, str], tmp_path: Path) -> None:
+def test_health_and_refusals(service, tmp_path):
     url, _ = service
     assert "clip" in httpx2.get(f"{url}/health").json()["rewards"]
     assert httpx2.post(f"{url}/score", json={}).status_code == 401
@@ -100,8 +97,7 @@ def test_health_and_refusals(service: tuple[str, str], tmp_path: Path) -> None:
         client((url, str(tmp_path / "token")), "clip").score(images(1), ["a"])
 
 
-def test_a_dead_service_pauses_and_goes_on(capsys: Any) -> None:
-    """Down at first, up after some seconds: the scores come, and the wait was said."""
+def test_a_dead_service_pauses_and_goes_on(capsys):
     port, x = free_port(), images(3)
     found: list[Any] = []
     waiting = client(port, patience=60.0)
@@ -115,7 +111,7 @@ def test_a_dead_service_pauses_and_goes_on(capsys: Any) -> None:
     assert "waiting, up to 60 s" in capsys.readouterr().err
 
 
-def test_patience_ends_in_one_line() -> None:
+def test_patience_ends_in_one_line():
     with pytest.raises(UserError, match=r"away for more than 0\.5 s: ConnectError"):
         client(free_port(), patience=0.5).score(images(1), ["a"])
 
@@ -169,7 +165,6 @@ def png(*chunks: bytes) -> str:
 
 @contextmanager
 def served(app: Any, port: int | None = None) -> Iterator[int]:
-    """The port of a real server around the app."""
     port = port or free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -210,9 +205,7 @@ def refuse(error: BaseException) -> Any:
         (lambda x, p: means(x, p)[: 1 if "bad" in p else None], UserError, "returned 1 numbers"),
     ],
 )
-def test_only_the_request_that_fails_alone_fails(
-    function: Any, told: type[Exception], reason: str
-) -> None:
+def test_only_the_request_that_fails_alone_fails(function, told, reason):
     model = Mine(function)
     batcher = Batcher("mine", model, 8, 64)
     x = images(2, 8)
@@ -232,7 +225,7 @@ def test_only_the_request_that_fails_alone_fails(
     assert batcher.count == 0
 
 
-def test_where_memory_ends_halves_are_scored(capsys: Any) -> None:
+def test_where_memory_ends_halves_are_scored(capsys):
     def small(x: torch.Tensor, prompts: list[str]) -> Any:
         if len(x) > 3:
             raise torch.OutOfMemoryError("too much")
@@ -249,7 +242,7 @@ def test_where_memory_ends_halves_are_scored(capsys: Any) -> None:
     )
 
 
-def test_a_batch_is_not_exceeded_and_sizes_stay_apart() -> None:
+def test_a_batch_is_not_exceeded_and_sizes_stay_apart():
     model = Mine(means)
     batcher = Batcher("mine", model, 4, 64)
     model.gate.clear()
@@ -315,7 +308,7 @@ MALFORMED: list[tuple[bytes | dict[str, Any], int, str]] = [
 ]
 
 
-def test_malformed_requests_are_refused_in_few_words() -> None:
+def test_malformed_requests_are_refused_in_few_words():
     """Nothing is echoed, and the client of these tests raises what the app does not catch."""
     x = images(1, 8)
     with TestClient(app_of(Mine(means), request_mib=2)) as http:
@@ -332,7 +325,7 @@ def test_malformed_requests_are_refused_in_few_words() -> None:
         assert http.get("/health").json()["waiting"] == 0
 
 
-def test_png_of_other_modes_are_taken_as_rgb_and_no_number_is_null() -> None:
+def test_png_of_other_modes_are_taken_as_rgb_and_no_number_is_null():
     pngs, wanted = [], []
     for mode in ("L", "LA", "P", "RGBA", "1", "RGB"):
         picture = Image.fromarray(images(1, 16)[0].permute(1, 2, 0).numpy()).convert(mode)
@@ -349,7 +342,7 @@ def test_png_of_other_modes_are_taken_as_rgb_and_no_number_is_null() -> None:
     assert found[6:] == [None] * 3
 
 
-def test_waiting_work_is_bounded_by_its_bytes() -> None:
+def test_waiting_work_is_bounded_by_its_bytes():
     """Bodies and images of all requests; 503 says when to come again, and then they are taken."""
     model = Mine(means)
     x = images(4, 200)  # 0.46 MiB, and while it is read 0.61 MiB of text
@@ -379,7 +372,7 @@ def test_waiting_work_is_bounded_by_its_bytes() -> None:
 TOO_LONG = f"Content-Length: {10**12}"
 
 
-def test_no_body_is_read_without_token_or_room() -> None:
+def test_no_body_is_read_without_token_or_room():
     """The server answers although the body never comes, or does not end."""
     app = app_of(Mine(means), token="secret")
     allowed = "Authorization: Bearer secret"
@@ -393,7 +386,7 @@ def test_no_body_is_read_without_token_or_room() -> None:
         assert b" 422 " in exchange(port, f"{allowed}\r\nContent-Length: 1", b"{{{{")
 
 
-def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_body_that_does_not_come_is_given_up(monkeypatch, capfd):
     monkeypatch.setattr(serve, "READING", 0.2)
     with served(app_of(Mine(means), waiting_mib=1)) as port:
         for _ in range(3):  # what it had announced is free again
@@ -406,7 +399,7 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch, 
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_abandoned_requests_wait_within_the_limit_and_are_not_scored() -> None:
+def test_abandoned_requests_wait_within_the_limit_and_are_not_scored():
     model = Mine(means)
     x = images(2, 8)
     with served(app_of(model, limit=6)) as port:
@@ -440,8 +433,8 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_reward_that_fails_is_asked_again_a_few_times_and_one_that_refuses_is_not(
-    failures: int, error: type[Exception], told: str | None, calls: int, capsys: Any
-) -> None:
+    failures, error, told, calls, capsys
+):
     def fails_at_first(x: torch.Tensor, prompts: list[str]) -> Any:
         if len(model.calls) <= failures:
             raise error("cuDNN is in a mood")
@@ -460,7 +453,7 @@ def test_a_reward_that_fails_is_asked_again_a_few_times_and_one_that_refuses_is_
 
 
 @pytest.mark.parametrize("bounds", [{"limit": 3}, {"request_mib": 1}])
-def test_a_batch_too_large_for_the_service_is_split(bounds: dict[str, int], capsys: Any) -> None:
+def test_a_batch_too_large_for_the_service_is_split(bounds, capsys):
     x = images(13, 150)
     with served(app_of(Mine(means), **bounds)) as port:
         asks = client(port, concurrency=1, encoding="raw")
@@ -480,28 +473,26 @@ def test_a_batch_too_large_for_the_service_is_split(bounds: dict[str, int], caps
     ['["1"]', "[true]", "[[1]]", '{"1": 2}', '"1"', "1", "null", "[1, 2]", "[1" + "0" * 400 + "]",
      "[" * 100_000 + "]" * 100_000],
 )  # fmt: skip
-def test_an_answer_of_other_things_than_numbers_is_refused(scores: str) -> None:
+def test_an_answer_of_other_things_than_numbers_is_refused(scores):
     told = pytest.raises(UserError, match=r"answered .* scores")
     with answering(lambda *_: (200, f'{{"scores": {scores}}}')) as (url, _), told:
         client((url, None)).score(images(1, 8), ["a"])
 
 
 @pytest.mark.parametrize("text", ["", " \n", "t\u00f6ken", "one\ntwo"])
-def test_a_token_that_no_header_can_hold_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_token_that_no_header_can_hold_is_refused(tmp_path, text):
     (tmp_path / "token").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"token_file: .*: a token of printable ASCII"):
         client(("http://127.0.0.1:9", str(tmp_path / "token")))
 
 
-def test_an_open_address_needs_a_token() -> None:
+def test_an_open_address_needs_a_token():
     done = CliRunner().invoke(main, [*SERVE[3:], "--host", "0.0.0.0"])
     assert done.exit_code == 2
     assert "--host 0.0.0.0: others can reach it; give --token-file" in done.output
 
 
-def test_this_machine_is_asked_without_the_proxy(
-    service: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_this_machine_is_asked_without_the_proxy(service, monkeypatch):
     """Proxy variables of a company's network: rewards and tracking servers here are not there."""
     for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "")

@@ -20,7 +20,6 @@ SDES = ["flow_sde", "dance_sde", "cps"]
 
 
 def latents(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """x, v and x' of shape [3, 4, 5, 5]."""
     generator = torch.Generator().manual_seed(0)
     x, v, y = torch.randn(3, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
     return x.to(dtype), v.to(dtype), y.to(dtype)
@@ -185,7 +184,7 @@ def test_cps_keeps_the_noise_level_exactly_for_a_point_target(level, steps):
 
 @pytest.mark.parametrize("dynamics", ["flow_sde", "cps"])
 @pytest.mark.parametrize("step", [0, 3, 8])
-def test_transition_distance_is_flow_grpos_penalty(step: int, dynamics: str) -> None:
+def test_transition_distance_is_flow_grpos_penalty(step, dynamics):
     """Its public code: ((mean - mean_ref)^2).mean() / (2 std_dev_t^2).
 
     std_dev_t is without the sqrt of |dt| in Flow-SDE; in CPS it is the whole std,

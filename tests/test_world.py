@@ -321,7 +321,7 @@ def test_settings_refuse_unknown_keys_and_bad_values():
             WorldSettings.model_validate({**tree, **change})
 
 
-def test_recipe_runs_end_to_end_and_repeats(tmp_path: Path):
+def test_recipe_runs_end_to_end_and_repeats(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     with modes_by(0o027, tmp_path):
         main(["--config", str(CONFIG), "--steps-scale", "0.001", "--output", str(first)])
