@@ -76,6 +76,13 @@ def bombs(where: Path) -> Iterator[bytes]:
             yield buffer.getvalue()
 
 
+@pytest.fixture
+def bomb(tmp_path: Path) -> Iterator[Path]:
+    """The folder that they make; no test lets one do so."""
+    yield tmp_path / "went-off"
+    assert not (tmp_path / "went-off").exists()
+
+
 def damaged(whole: bytes, flips: int = 40) -> Iterator[bytes]:
     """Truncated, bit-flipped and swollen copies."""
     rng = np.random.default_rng(len(whole))
@@ -306,7 +313,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_damaged_files(name, tmp_path):
+def test_damaged_files(name, tmp_path, bomb):
     path, load, exact = LOADERS[name](tmp_path)
     good = load()
     whole, refused = path.read_bytes(), 0
@@ -318,18 +325,17 @@ def test_damaged_files(name, tmp_path):
         if message is None and exact:
             assert equal(found[0], good)
     assert refused >= 8
-    for content in bombs(tmp_path / "went-off"):
+    for content in bombs(bomb):
         path.write_bytes(content)
         message = refusal(load, path.name, tmp_path)
         assert message is not None or name == "p.txt"
-    assert not (tmp_path / "went-off").exists()
 
 
-def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
+def test_damaged_checkpoints_are_passed_over(tmp_path, capsys, bomb):
     kept = checkpoints.Checkpoint(1, {"weight/0": torch.arange(6.0)}, {"seconds": 1.0})
     newer = checkpoints.Checkpoint(2, {"weight/0": torch.arange(6.0) + 1}, {"seconds": 2.0})
     whole = checkpoints.save(tmp_path, newer).read_bytes()
-    for content in [*damaged(whole), *bombs(tmp_path / "went-off")]:
+    for content in [*damaged(whole), *bombs(bomb)]:
         for old in tmp_path.iterdir():
             old.unlink()
         checkpoints.save(tmp_path, kept)
@@ -339,7 +345,6 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
         assert found.iteration == 1
         assert torch.equal(found.tensors["weight/0"], torch.arange(6.0))
         assert "damaged checkpoint passed over" in capsys.readouterr().err
-    assert not (tmp_path / "went-off").exists()
 
 
 def test_damaged_journals_keep_what_is_whole(tmp_path):
@@ -499,7 +504,7 @@ STRANGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", ["clip", "hpsv2", "aesthetic", "imagereward"])
-def test_weights_of_strange_content(kind, tmp_path):
+def test_weights_of_strange_content(kind, tmp_path, bomb):
     path = tmp_path / "w.pt"
     more = {
         "hpsv2": {"architecture": architecture(tmp_path)},
@@ -510,10 +515,9 @@ def test_weights_of_strange_content(kind, tmp_path):
     for name, content in STRANGE.items():
         torch.save(content, path)
         assert refusal(load, path), name
-    for content in bombs(tmp_path / "went-off"):
+    for content in bombs(bomb):
         path.write_bytes(content)
         assert refusal(load, path)
-    assert not (tmp_path / "went-off").exists()
 
 
 @pytest.mark.parametrize(
@@ -549,20 +553,21 @@ def test_hostile_safetensors_headers(tmp_path):
 # -- models in diffusers' format -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "pipeline"
-    shutil.copytree(TOY / "pipeline", folder)
-    return folder
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    return shutil.copytree(TOY / "pipeline", tmp_path / "pipeline")
 
 
-def of(pipeline: Path) -> Callable[[], FlowModel]:
+@pytest.fixture
+def load(pipeline: Path) -> Callable[..., FlowModel]:
+    """Loads the toy's model from there."""
     return partial(load_model, small_run().model.model_copy(update={"path": str(pipeline)}))
 
 
-def encoded(pipeline: Path) -> object:
-    """A prompt's embedding, for which the text encoders alone are loaded."""
-    return of(pipeline)(text=True).encode([Prompt("a red circle")], negative=False)
+@pytest.fixture
+def encode(load: Callable[..., FlowModel]) -> Callable[[], object]:
+    """Encodes a prompt, for which the text encoders alone are loaded."""
+    return lambda: load(text=True).encode([Prompt("a red circle")], negative=False)
 
 
 def edits(text: str) -> Iterator[str]:
@@ -577,80 +582,59 @@ def edits(text: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
-def test_damaged_configs_of_a_model(part, pipeline):
-    load = of(pipeline)
-    encode = partial(encoded, pipeline)
-    path = pipeline / part / "config.json"
-    good, refused = path.read_text(), 0
-    try:
-        for text in edits(good):
-            path.write_text(text)
-            refused += refusal(load, pipeline, "model.") is not None
-            refusal(lambda: read_part(pipeline, part), path)
-            if part == "transformer":
-                refusal(encode, pipeline, "model.")
-    finally:
-        path.write_text(good)
+def test_damaged_configs_of_a_model(part, pipeline, load, encode):
+    path, refused = pipeline / part / "config.json", 0
+    for text in edits(path.read_text()):
+        path.write_text(text)
+        refused += refusal(load, pipeline, "model.") is not None
+        refusal(lambda: read_part(pipeline, part), path)
+        if part == "transformer":
+            refusal(encode, pipeline, "model.")
     assert refused > 10
 
 
-def test_damaged_weights_and_index_of_a_model(pipeline):
-    load = of(pipeline)
+def test_damaged_weights_and_index_of_a_model(pipeline, load, bomb):
     path = pipeline / "vae/diffusion_pytorch_model.safetensors"
-    good, bomb = path.read_bytes(), pipeline / "went-off"
-    try:
-        for content in [*damaged(good, 6), *bombs(bomb)]:
-            path.write_bytes(content)
-            refusal(load, f"{pipeline}/vae")
-        path.unlink()
-        for content in bombs(bomb):  # in the place of the weights that are used
-            (pipeline / "vae/diffusion_pytorch_model.bin").write_bytes(content)
-            assert refusal(load, f"{pipeline}/vae") is not None
-        path.write_bytes(good)
-        index = path.with_name("diffusion_pytorch_model.safetensors.index.json")
-        for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../../x"}}',
-                     '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "\\u0000"}}'):  # fmt: skip
-            index.write_text(text)
-            assert refusal(lambda: read_part(pipeline, "vae"), index) is not None, text
-            refusal(load, f"{pipeline}/vae")
-        index.unlink()
-    finally:
-        path.write_bytes(good)
-    assert not bomb.exists()
+    good = path.read_bytes()
+    for content in [*damaged(good, 6), *bombs(bomb)]:
+        path.write_bytes(content)
+        refusal(load, path.parent)
+    path.unlink()
+    for content in bombs(bomb):  # in the place of the weights that are used
+        path.with_suffix(".bin").write_bytes(content)
+        assert refusal(load, path.parent) is not None
+    path.write_bytes(good)
+    index = path.with_suffix(".safetensors.index.json")
+    maps = ("[]", '{"a": "../../x"}', '{"a": 3}', '{"a": "\\u0000"}')
+    for text in ("", "[]", "{}", *(f'{{"weight_map": {each}}}' for each in maps)):
+        index.write_text(text)
+        assert refusal(lambda: read_part(pipeline, "vae"), index) is not None, text
+        refusal(load, path.parent)
 
 
-def test_text_encoders_run_nothing_of_the_folder(pipeline, tmp_path):
+def test_text_encoders_run_nothing_of_the_folder(pipeline, encode, bomb):
     """Pickled weights, code beside them, and damage."""
-    folder = tmp_path / "pipeline"
-    shutil.copytree(pipeline, folder)
-    bomb = tmp_path / "went-off"
-    code = f"import os\nos.mkdir({str(bomb)!r})\n"
-
-    encode = partial(encoded, folder)
     encode()
-    index = folder / "model_index.json"
+    code = f"import os\nos.mkdir({str(bomb)!r})\n"
+    index, encoder = pipeline / "model_index.json", pipeline / "text_encoder"
     good = index.read_text()
     for text in ("", "[]", "{}", "null", "[" * 10**5, good[:40]):
         index.write_text(text)
-        assert refusal(encode, folder) is not None
+        assert refusal(encode, pipeline) is not None
     for name in ("text_encoder", "scheduler"):
-        parts = json.loads(good)
-        (folder / name / "evil.py").write_text(code + "class Evil: pass\n")
-        parts[name] = ["evil", "Evil"]
-        index.write_text(json.dumps(parts))
-        assert refusal(encode, folder) is not None
-    (folder / "pipeline.py").write_text(code)
+        (pipeline / name / "evil.py").write_text(code + "class Evil: pass\n")
+        index.write_text(json.dumps({**json.loads(good), name: ["evil", "Evil"]}))
+        assert refusal(encode, pipeline) is not None
+    (pipeline / "pipeline.py").write_text(code)
     index.write_text(json.dumps({**json.loads(good), "_class_name": ["pipeline", "Evil"]}))
-    refusal(encode, folder)
+    refusal(encode, pipeline)
     index.write_text(good)
-    encoder = folder / "text_encoder"
     config = json.loads((encoder / "config.json").read_text())
     config["auto_map"] = {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}
     (encoder / "config.json").write_text(json.dumps(config))
-    refusal(encode, folder)
+    refusal(encode, pipeline)
+    for file in encoder.glob("*.safetensors"):
+        file.unlink()
     for content in bombs(bomb):
-        for file in encoder.glob("*.safetensors"):
-            file.unlink()
         (encoder / "pytorch_model.bin").write_bytes(content)
-        assert refusal(encode, folder) is not None
-    assert not bomb.exists()
+        assert refusal(encode, pipeline) is not None
