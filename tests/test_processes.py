@@ -87,14 +87,11 @@ def same(one: Path, other: Path) -> None:
     for key, value in a.items():
         # as a whole: where a gradient is nearly 0, Adam makes much of its rounding
         assert float((value - b[key]).norm()) <= 4e-3 * float(value.norm()), key
-    tables = [
-        [
-            pq.read_table(folder / f"{name}.parquet").to_pydict()
-            for name in ("train_metrics", "rollouts")
-        ]
+    first, second, rolled, rolled_again = (
+        pq.read_table(folder / f"{name}.parquet").to_pydict()
+        for name in ("train_metrics", "rollouts")
         for folder in (one, other)
-    ]
-    (first, rolled), (second, rolled_again) = tables
+    )
     assert (first["iteration"], first["metric"]) == (second["iteration"], second["metric"])
     for metric, value, again in zip(first["metric"], first["value"], second["value"], strict=True):
         # of few scores, some of which jump with a rounding of one pixel
