@@ -502,12 +502,12 @@ def test_http_failures_are_nan_and_said(capsys):
 
     def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
         kind = prompt_of(request)
-        time.sleep(0.6 if kind == "slow" else 0)
+        time.sleep(1.5 if kind == "slow" else 0)
         return {**failing, **no_texts}.get(kind, chat("Final Score: 5"))
 
     prompts = [*no_texts, "slow", *failing]
     with service(answer) as (url, _):
-        model = reward("unifiedreward", url=url, seconds=0.3, attempts=2, concurrency=8)
+        model = reward("unifiedreward", url=url, seconds=1.0, attempts=2, concurrency=9)
         found = model.score(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), [*prompts, "good"])
     assert np.isnan(found[:8]).all()
     assert found[8] == 1.0
