@@ -111,7 +111,7 @@ def small(family: str, side: int) -> tuple[FlowModel, Conditioning, Activations]
 
 @pytest.mark.parametrize("side", [512, 1024])
 @pytest.mark.parametrize("family", OF_FULL_WIDTH)
-def test_what_blocks_keep_for_the_backward_pass(family: str, side: int, on_meta: None) -> None:
+def test_what_blocks_keep_for_the_backward_pass(family, side, on_meta):
     model, prompt, activations = small(family, side)
     model.prepare_training(0)
     own = {t.untyped_storage()._cdata for t in model.transformer.state_dict().values()}
@@ -134,7 +134,7 @@ def test_what_blocks_keep_for_the_backward_pass(family: str, side: int, on_meta:
 @pytest.mark.parametrize("side", [512, 720, 1024])
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("family", OF_FULL_WIDTH)
-def test_what_an_evaluation_needs(family: str, beside: bool, side: int, on_meta: None) -> None:
+def test_what_an_evaluation_needs(family, beside, side, on_meta):
     model, prompt, activations = small(family, side)
     if beside:
         model.prepare_training(0)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import full_size
 import gpu
 import laptop
 import pytest
 import torch
 from conftest import small_run
+from torch.utils.flop_counter import FlopCounterMode
 
 
-def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
+def test_laptop_benchmark_measures_an_iteration_and_its_floor():
     threads = torch.get_num_threads()
     try:
         rows = {what: value for what, value, _ in laptop.measure(small_run(), 1, 1)}
@@ -26,9 +25,7 @@ def test_laptop_benchmark_measures_an_iteration_and_its_floor() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_sd3"])
-def test_gpu_benchmark_counts_the_flops_of_the_architecture(name: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
+def test_gpu_benchmark_counts_the_flops_of_the_architecture(name):
     a, of = full_size.ARCHITECTURES[name], (torch.device("cpu"), torch.float32)
     model = full_size.build(a, *of, 64, 96)
     x = torch.randn(1, *model.image_shape)
@@ -41,10 +38,7 @@ def test_gpu_benchmark_counts_the_flops_of_the_architecture(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_gpu_benchmark_runs_end_to_end_on_a_cpu_and_loses_no_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every row, one of which fails."""
+def test_gpu_benchmark_runs_end_to_end_on_a_cpu_and_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu.SIZES, "tiny", (64,))
 
     def broken(*_: object) -> None:

@@ -38,7 +38,6 @@ from egrpo.errors import UserError
 from egrpo.figures.curves import curves_figure
 from egrpo.measure.evaluate import evaluate
 from egrpo.models import load_model
-from egrpo.models.conditioning import Embeddings
 from egrpo.report.evaluations import is_image
 from egrpo.sampling.processes import Processes
 from egrpo.store import files, journal
@@ -74,7 +73,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", str(found.folder)], check=True)
 
 
-def test_what_was_there_stays_when_the_disk_is_full(disk: Disk) -> None:
+def test_what_was_there_stays_when_the_disk_is_full(disk):
     disk.resize("700k")
     target = disk.folder / "kept.json"
     write_json(target, "old")
@@ -84,7 +83,7 @@ def test_what_was_there_stays_when_the_disk_is_full(disk: Disk) -> None:
     assert list(disk.folder.iterdir()) == [target]
 
 
-def test_a_journal_on_a_full_disk_keeps_its_whole_lines(disk: Disk) -> None:
+def test_a_journal_on_a_full_disk_keeps_its_whole_lines(disk):
     disk.resize("16k")
     log = disk.folder / "journal.jsonl"
     written = []
@@ -105,7 +104,7 @@ def test_a_journal_on_a_full_disk_keeps_its_whole_lines(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027])
-def test_files_and_folders_have_the_mode_of_new_ones(mask: int, tmp_path: Path) -> None:
+def test_files_and_folders_have_the_mode_of_new_ones(mask, tmp_path):
     texts = tmp_path.with_suffix(".txt")
     texts.write_text("a large red circle in the center\na small blue square at the top\n")
     changes = {"prompts.train": str(texts), "prompts.heldout": str(texts), "train.snapshots": [1]}
@@ -135,9 +134,7 @@ def line_of(done: Result) -> str:
         ("profile", 52, {".parquet"}),
     ],
 )
-def test_a_job_goes_on_when_there_is_space_again(
-    stage: str, step: int, kinds: set[str], disk: Disk, embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_a_job_goes_on_when_there_is_space_again(stage, step, kinds, disk, embeddings, tmp_path):
     """The disk grows by little each time: it is full in the middle of every kind of file."""
     few = {"profile.prompts": 1, "profile.samples": 2, "profile.spans": [1]}
     run = small_run("full", **few, **{"train.snapshots": [800], "train.iterations": 3})
@@ -164,8 +161,7 @@ def test_a_job_goes_on_when_there_is_space_again(
         same(result_of(straight), result_of(disk.folder))
 
 
-def test_a_read_only_file_system_is_one_line(disk: Disk, embeddings: Embeddings) -> None:
-    """Whatever is to be written there: a state, tables, a tracking store, settings."""
+def test_a_read_only_file_system_is_one_line(disk, embeddings):
     disk.resize("1m")
     run = small_run("kept")
     train, base = (job_words(stage, run, embeddings, disk.folder) for stage in ("train", "base"))
@@ -183,7 +179,7 @@ def test_a_read_only_file_system_is_one_line(disk: Disk, embeddings: Embeddings)
     assert called(base).exit_code == 0
 
 
-def test_a_workflow_on_a_read_only_results_folder_is_one_line(disk: Disk, tmp_path: Path) -> None:
+def test_a_workflow_on_a_read_only_results_folder_is_one_line(disk, tmp_path):
     config = study(tmp_path, results=str(disk.folder))
     disk.remount("ro")
     command = [sys.executable, "-m", "snakemake", "-n", "--nolock", "--configfile", str(config)]
@@ -194,9 +190,7 @@ def test_a_workflow_on_a_read_only_results_folder_is_one_line(disk: Disk, tmp_pa
 
 
 @pytest.mark.parametrize("number", files.NO_LOCKS)
-def test_without_flock_another_lock_is_taken_or_it_is_said(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_flock_another_lock_is_taken_or_it_is_said(number, tmp_path, monkeypatch):
     def none(handle: int, how: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -240,9 +234,7 @@ SMALL_PROFILE: dict[str, Any] = yaml.safe_load("""
         ("train", {"train.monitor_every": 0}, "run black: iteration 1: 18 of 18"),
     ],
 )
-def test_a_job_without_any_image_is_no_success(
-    stage: str, more: dict[str, Any], what: str, embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_a_job_without_any_image_is_no_success(stage, more, what, embeddings, tmp_path):
     run = small_run("black", **overflowing(tmp_path / "model"), **SMALL_PROFILE, **more)
     assert line_of(called(job_words(stage, run, embeddings, tmp_path))) == (
         f"egrpo: {what} images are NaN or infinite: their latents are finite, but not what the VAE "
@@ -251,9 +243,7 @@ def test_a_job_without_any_image_is_no_success(
     assert not list(tmp_path.rglob("*.parquet"))
 
 
-def test_an_evaluation_of_destroyed_weights_is_no_success(
-    embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_an_evaluation_of_destroyed_weights_is_no_success(embeddings, tmp_path):
     trainer = trainer_for(embeddings, "far", **{"train.iterations": 1})
     with torch.no_grad():
         trainer.parameters[-1].fill_(torch.nan)
@@ -268,9 +258,7 @@ def test_an_evaluation_of_destroyed_weights_is_no_success(
 
 @pytest.mark.usefixtures("spoilt")
 @pytest.mark.parametrize("stage", ["base", "profile", "suffixes"])
-def test_single_images_that_are_none_are_said_and_stored_as_none(
-    stage: str, embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_single_images_that_are_none_are_said_and_stored_as_none(stage, embeddings, tmp_path):
     run = small_run("some", **{**SMALL_PROFILE, "evaluate.micro_batch": 4})
     done = called(job_words(stage, run, embeddings, tmp_path))
     assert done.exit_code == 0, done.output
@@ -298,7 +286,7 @@ def test_single_images_that_are_none_are_said_and_stored_as_none(
             assert (row["value"] is None) == ((row["prompt_id"], row["sample"]) in none)
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Embeddings, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_next_start_goes_on(embeddings, tmp_path):
     """As SLURM and Snakemake send it; of itself the job would save after 100 iterations."""
     run = small_run("stopped", **{"train.iterations": 12, "train.checkpoint_every": 100})
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -321,9 +309,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(embeddings: Embeddings, tmp_pa
     same(result_of(straight), result_of(stopped))
 
 
-def test_two_processes_never_train_one_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_processes_never_train_one_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_state, "LEASE_WAIT", 0.2)
     taken = tmp_path, "a", Processes(torch.device("cpu"))
     with (
@@ -337,7 +323,7 @@ def test_two_processes_never_train_one_run(
         pass
 
 
-def test_a_second_workflow_on_one_results_folder_is_refused(tmp_path: Path) -> None:
+def test_a_second_workflow_on_one_results_folder_is_refused(tmp_path):
     """Started in another folder, where Snakemake's own lock does not reach; and after a kill."""
     config = study(tmp_path, default_runs=["one-s0"])
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", str(config)]

@@ -201,17 +201,3 @@ def test_equal_arms_are_seldom_told_apart(first, second, most):
         strict += not covers(difference_interval(a, b, level=0.99))
     assert wrong / trials <= most
     assert strict / trials <= 0.035
-
-
-def test_seeds_are_taken_as_independent():
-    """Which says more than pairing them by index; seeds that two arms share only widen."""
-    rng = np.random.default_rng(11)
-    apart = blocked = wrong = 0
-    for _ in range(500):
-        a, b = draw(rng, 3, 0.1, 0.3, 1.0), draw(rng, 3, 0.1, 0.3, 1.0)
-        apart += difference_interval(a + 2.0, b, level=0.99).low > 0
-        blocked += crossed_interval(a + 2.0 - b, level=0.99).low > 0
-        shared = draw(rng, 3, 0.5, 2.0, 0.2)
-        wrong += not covers(difference_interval(a + shared, b + shared))
-    assert apart > 1.3 * blocked
-    assert wrong / 500 < 0.04

@@ -77,7 +77,6 @@ class Small:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was trained and evaluated."""
     root = tmp_path_factory.mktemp("jobs") / "study"
     root.mkdir()
     (root / "assets").symlink_to(ROOT / "assets")
@@ -117,9 +116,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return calls
 
 
-def test_one_more_reward_is_scored_over_the_images_that_are_there(
-    small: Small, sampled: list[list[int]]
-) -> None:
+def test_one_more_reward_is_scored_over_the_images_that_are_there(small, sampled):
     scores, images = small.scores(), small.images()
     small.set("rewards.jpeg", {"kind": "jpeg_compressibility"})
     small.do("evaluate")
@@ -130,9 +127,7 @@ def test_one_more_reward_is_scored_over_the_images_that_are_there(
     assert sum(key[0] == "jpeg" for key in after) == len(images)
 
 
-def test_one_more_prompt_is_sampled_alone_beside_a_witness(
-    small: Small, sampled: list[list[int]]
-) -> None:
+def test_one_more_prompt_is_sampled_alone_beside_a_witness(small, sampled):
     scores, images = small.scores(), small.images()
     with open("heldout.txt", "a") as file:
         file.write("a large green circle on the left\n")
@@ -143,9 +138,7 @@ def test_one_more_prompt_is_sampled_alone_beside_a_witness(
     assert len(small.images()) == 8
 
 
-def test_a_run_of_another_name_goes_on_from_what_is_there(
-    small: Small, sampled: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_another_name_goes_on_from_what_is_there(small, sampled, monkeypatch):
     images = small.images()
     Path("runs.tsv").write_text("run\tmethod.name\nother\tflow_grpo\n")
     small.set("default_runs", ["other-s0"])
@@ -160,9 +153,7 @@ def test_a_run_of_another_name_goes_on_from_what_is_there(
     assert {row["run"] for row in rows} == {"other-s0"}
 
 
-def test_a_state_that_cannot_be_copied_is_left(
-    small: Small, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_state_that_cannot_be_copied_is_left(small, capsys):
     run = small.plan().study.runs["one-s0"]
     state = Path("results/small/state/one-s0/new")
     jobs._copy_state(run, Path("results/gone"), state)
@@ -170,15 +161,13 @@ def test_a_state_that_cannot_be_copied_is_left(
     assert not list(state.parent.glob("*new*"))
 
 
-def test_what_was_made_by_other_weights_is_no_result_to_take_over(
-    small: Small, sampled: list[list[int]]
-) -> None:
+def test_what_was_made_by_other_weights_is_no_result_to_take_over(small, sampled):
     small.set("train.learning_rate_scale", 30.0)
     small.do("train", "evaluate")
     assert [0, 1, 2] in sampled
 
 
-def test_a_job_left_over_writes_nothing_over_what_newer_settings_want(small: Small) -> None:
+def test_a_job_left_over_writes_nothing_over_what_newer_settings_want(small):
     small.set("advantage.clamp", 3.0)
     old = small.order(small.plan(), "train")  # a snakemake was killed here, and its job goes on
     small.set("advantage.clamp", 4.0)
@@ -193,7 +182,7 @@ def test_a_job_left_over_writes_nothing_over_what_newer_settings_want(small: Sma
     assert not list(Path("results/small/.made").glob("*"))
 
 
-def test_a_job_whose_files_change_after_its_plan_does_not_begin(small: Small) -> None:
+def test_a_job_whose_files_change_after_its_plan_does_not_begin(small):
     small.set("advantage.clamp", 3.0)
     order = small.order(small.plan(), "evaluate")
     Path("heldout.txt").write_text("a large green circle on the left\n")
@@ -212,7 +201,7 @@ class Reward:
 """
 
 
-def test_the_old_result_is_there_until_the_new_one_is_complete(small: Small) -> None:
+def test_the_old_result_is_there_until_the_new_one_is_complete(small):
     run = Path("results/small/runs/one-s0")
     before = (run / "train.json").read_bytes() + (run / "scores.parquet").read_bytes()
     Path("seen_reward.py").write_text(SEEN)
@@ -223,7 +212,7 @@ def test_the_old_result_is_there_until_the_new_one_is_complete(small: Small) -> 
     assert (run / "train.json").read_bytes() not in before
 
 
-def test_results_of_a_version_without_receipts_are_kept_by_hand(small: Small) -> None:
+def test_results_of_a_version_without_receipts_are_kept_by_hand(small):
     shutil.rmtree("results/small/identity")
     shutil.rmtree("results/small/state")
     at = small.plan()

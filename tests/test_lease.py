@@ -18,10 +18,11 @@ STAMP = "time.monotonic()"
 
 
 def lease(
-    folder: Path, gpus: int, code: str, ids: str = "0,1", *more: str
+    folder: Path, gpus: int, code: str, ids: str = "0,1", **more: str
 ) -> subprocess.Popen[str]:
-    env = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
-    command = [sys.executable, "-m", "egrpo", "lease", "--gpus", str(gpus), "--ids", ids, *more]
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    env |= {"XDG_RUNTIME_DIR": str(folder), **more}
+    command = [sys.executable, "-m", "egrpo", "lease", "--gpus", str(gpus), "--ids", ids]
     return subprocess.Popen(
         [*command, "--", sys.executable, "-c", code],
         env=env,
@@ -46,8 +47,7 @@ def spans(jobs: Sequence[subprocess.Popen[str]]) -> list[tuple[set[str], float, 
     return found
 
 
-def test_no_two_jobs_hold_a_gpu_at_once(tmp_path: Path) -> None:
-    """Jobs of one and of two GPUs, on two: all run, none beside another on the same GPU."""
+def test_no_two_jobs_hold_a_gpu_at_once(tmp_path):
     jobs = [lease(tmp_path, gpus, busy(0.3)) for gpus in (1, 2, 1, 1, 2, 1)]
     held = spans(jobs)
     assert sorted(len(ids) for ids, _, _ in held) == [1, 1, 1, 1, 2, 2]
@@ -56,7 +56,7 @@ def test_no_two_jobs_hold_a_gpu_at_once(tmp_path: Path) -> None:
             assert not (ids & other) or ended <= first or last <= begun
 
 
-def test_a_killed_job_gives_its_gpus_back(tmp_path: Path) -> None:
+def test_a_killed_job_gives_its_gpus_back(tmp_path):
     first = lease(tmp_path, 2, "import time; print('here', flush=True); time.sleep(600)")
     assert first.stdout is not None
     assert first.stdout.readline() == "here\n"
@@ -69,53 +69,30 @@ def test_a_killed_job_gives_its_gpus_back(tmp_path: Path) -> None:
     first.communicate()
 
 
-def test_the_command_keeps_its_exit_code_and_arguments(tmp_path: Path) -> None:
-    job = lease(tmp_path, 1, "import sys; sys.exit(7)")
-    job.communicate(timeout=60)
-    assert job.returncode == 7
+NONE = "nvidia-smi lists no GPUs; name them by --ids or CUDA_VISIBLE_DEVICES"
 
 
 @pytest.mark.parametrize(
-    ("gpus", "ids", "visible", "line"),
+    ("gpus", "ids", "more", "code", "line"),
     [
-        (3, "0,1", None, "--gpus 3, but there are 2"),
-        (1, "", "", "--gpus 1, but there are 0"),
-        (2, "", "5", "--gpus 2, but there are 1"),
+        (1, "0,1", {}, 7, ""),  # the command's own
+        (3, "0,1", {}, 2, "--gpus 3, but there are 2"),
+        (1, "", {"CUDA_VISIBLE_DEVICES": ""}, 2, "--gpus 1, but there are 0"),
+        (2, "", {"CUDA_VISIBLE_DEVICES": "5"}, 2, "--gpus 2, but there are 1"),
+        (1, "", {"PATH": "/nowhere"}, 2, f"egrpo: egrpo lease: {NONE}"),
     ],
 )
-def test_too_few_gpus_is_one_line(
-    gpus: int, ids: str, visible: str | None, line: str, tmp_path: Path
-) -> None:
-    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
-    if visible is not None:
-        env["CUDA_VISIBLE_DEVICES"] = visible
-    done = subprocess.run(
-        [sys.executable, "-m", "egrpo", "lease", "--gpus", str(gpus), "--ids", ids, "--", "true"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert line in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_too_few_gpus_is_one_line_and_the_command_keeps_its_exit_code(
+    gpus, ids, more, code, line, tmp_path
+):
+    job = lease(tmp_path, gpus, "import sys; sys.exit(7)", ids, **more)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == code
+    assert line in said
+    assert len(said.splitlines()) == bool(line)
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    env |= {"XDG_RUNTIME_DIR": str(tmp_path), "PATH": "/nowhere"}
-    done = subprocess.run(
-        [sys.executable, "-m", "egrpo", "lease", "--", "true"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        "egrpo: egrpo lease: nvidia-smi lists no GPUs; name them by --ids or CUDA_VISIBLE_DEVICES\n"
-    )
-
-
-def test_the_gpu_profile_leases_for_every_rule_that_uses_one() -> None:
+def test_the_gpu_profile_leases_for_every_rule_that_uses_one():
     profile = yaml.safe_load((ROOT / "profiles/gpu/config.yaml").read_text())
     cluster = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
     rules = {name for name, wants in profile["set-resources"].items() if wants.get("gpu")}

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 from conftest import ROOT, small_run
 from full_size import FLUX_DEV, SD35_MEDIUM, Architecture
+from safetensors.torch import save_file
 
 from egrpo.config.models import Model, RunConfig
 from egrpo.models import load_model
@@ -78,8 +79,6 @@ the peak of torch's tensors."""
 
 @pytest.fixture
 def rewards(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the bytes of the rewards on the card."""
-
     def there(size: float) -> None:
         monkeypatch.setattr(memory_module, "reward_bytes", lambda run: {"hps": size})
 
@@ -87,9 +86,7 @@ def rewards(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
-    case: str, rewards: Callable[[float], None]
-) -> None:
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(case, rewards):
     a, side, settings, measured = MEASURED[case]
     card = case.endswith("on the card")
     rewards(4.0 * VIT_H if card else 0.0)
@@ -117,16 +114,13 @@ PRESETS = {  # the card, GB, and the GiB of it that are usable at least
 
 
 def published(run: RunConfig) -> dict[str, float]:
-    """Bytes of a preset's rewards on the card."""
     there = {name: r for name, r in run.rewards.items() if getattr(r, "device", "") is None}
     sizes = {name: 428e6 if r.kind == "clip" else SIZES[name] for name, r in there.items()}
     return {name: 4.0 * size for name, size in sizes.items()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_fit_their_cards_and_say_the_estimate(
-    preset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_presets_fit_their_cards_and_say_the_estimate(preset, monkeypatch):
     a, below, room = PRESETS[preset]
     files = [ROOT / "config/presets" / f"{name}.yaml" for name in (*below, preset)]
     study = load_study(ROOT / "config/config.yaml", *files)
@@ -149,7 +143,7 @@ def test_presets_fit_their_cards_and_say_the_estimate(
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_weights_and_the_twin_are_those_that_are_made(family: str, tmp_path: Path) -> None:
+def test_weights_and_the_twin_are_those_that_are_made(family, tmp_path):
     folder = tiny_models.save(family, tmp_path / family)
     part = read_part(folder, "transformer")
     given: dict[str, Any] = {"family": family, "path": str(folder), "device": "cpu"}
@@ -166,7 +160,7 @@ def test_weights_and_the_twin_are_those_that_are_made(family: str, tmp_path: Pat
     assert twin_bytes(model.settings, part, adapted=False)[0] == 0
 
 
-def test_what_the_sampler_holds_of_full_networks() -> None:
+def test_what_the_sampler_holds_of_full_networks():
     part = parts(FLUX_DEV)[0]
 
     def held(**settings: Any) -> float:
@@ -183,7 +177,7 @@ def test_what_the_sampler_holds_of_full_networks() -> None:
     assert full == 0
 
 
-def test_float8_weights_without_checkpointing_are_kept_in_16_bit_too() -> None:
+def test_float8_weights_without_checkpointing_are_kept_in_16_bit_too():
     fp8 = {"model.fp8_weights": True}
     plain, cast = need(FLUX_DEV), need(FLUX_DEV, **fp8)
     less = plain.fixed["transformer"] - cast.fixed["transformer"]
@@ -193,13 +187,13 @@ def test_float8_weights_without_checkpointing_are_kept_in_16_bit_too() -> None:
     assert again[0] - again[1] < 0.5
 
 
-def test_a_batch_that_takes_what_fits_needs_the_least() -> None:
+def test_a_batch_that_takes_what_fits_needs_the_least():
     auto, three = (need(FLUX_DEV, **{"train.micro_batch": size}) for size in ("auto", 3))
     assert auto.phases == three.phases
     assert auto.on_card > three.on_card
 
 
-def test_where_auto_took_too_much_the_advice_is_half_of_what_it_may_take(tmp_path: Path) -> None:
+def test_where_auto_took_too_much_the_advice_is_half_of_what_it_may_take(tmp_path):
     folder = tiny_models.save("flux", tmp_path / "flux")
     given = {"model.family": "flux", "model.path": str(folder), "model.device": "cuda"}
     size = {"model.height": 720, "model.width": 720, "train.micro_batch": "auto"}
@@ -207,9 +201,7 @@ def test_where_auto_took_too_much_the_advice_is_half_of_what_it_may_take(tmp_pat
     assert "train.micro_batch: 16 (now auto; about" in told
 
 
-def test_rewards_on_the_card_are_counted_by_their_files(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
+def test_rewards_on_the_card_are_counted_by_their_files(tmp_path):
     state = {"a": torch.zeros(10, 5, dtype=torch.float16), "b": torch.zeros(3)}
     torch.save({"state_dict": state}, tmp_path / "hps.pt")
     (tmp_path / "pick").mkdir()

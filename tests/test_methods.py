@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,7 +272,7 @@ assert "torch" not in sys.modules
 """
 
 
-def test_trees_are_the_same_in_another_process_and_order(tmp_path: Path) -> None:
+def test_trees_are_the_same_in_another_process_and_order(tmp_path):
     paths, expected = [], set()
     for name in METHODS:
         run = paper(name, **DRAWN.get(name, {}))

@@ -268,26 +268,6 @@ def test_second_order_samples_are_those_of_diffusers(steps):
     assert (sampled(euler, tree(euler))[0].leaves - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("iteration", "ratio"), [(1, 0.4), (1, 0.2), (141, 0.4), (200, 0.75), (400, 0.4), (200, 1.0)]
-)
-def test_suffix_of_flash_is_that_of_diffusers(iteration, ratio):
-    """From where the window ended, over the sigmas that the flash grid keeps."""
-    run = paper("mixgrpo_flash", suffix_ratio=ratio)
-    grown = tree(run, iteration)
-    end = starts(grown)[-1] + 1
-    rollout, _ = sampled(run, grown)
-    ended = {
-        node.sample: x_next
-        for node, _, segment, _, x_next in recorded(rollout, grown)
-        if segment.stop == end
-    }
-    sigmas = [shifted_sigmas(25, 3.0)[n] for n in flash_stops(run, end)]
-    expected = diffusers_solution(torch.stack([ended[k] for k in range(12)]), sigmas)
-    torch.testing.assert_close(rollout.leaves, expected, rtol=2e-5, atol=2e-5)
-    assert grown.cost.forward == 12 * (end + len(sigmas) - 1)
-
-
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4, 0.6, 0.75, 0.99, 1.0])
 @pytest.mark.parametrize("steps", [6, 25, 50])
 def test_flash_grid_is_even_ends_at_data_and_keeps_the_codes_number(ratio, steps):

@@ -1,28 +1,18 @@
-"""The SD3 adapter against the stock pipeline, and rewards against their reference libraries."""
+"""The toy model against the stock pipeline, what is no image, and prompt files."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 from conftest import embedded, small_run, trainer_for
-from PIL import Image
 
 from egrpo.config.prompts import read_prompts
-from egrpo.config.rewards import REWARD_MODELS
 from egrpo.core.schedule import shifted_sigmas, stock_end
 from egrpo.core.seeds import normal
 from egrpo.errors import UserError
 from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.models import load_model
-from egrpo.models.conditioning import Embeddings, load_conditioning
-from egrpo.rewards import load_rewards, score_all
-from egrpo.rewards.jpeg import Jpeg
-from egrpo.rewards.verifier import Verifier
+from egrpo.models.conditioning import load_conditioning
 from egrpo.sampling.sample import Sampler
 
 TOY = "assets/toy/pipeline"
@@ -31,7 +21,7 @@ GRID = shifted_sigmas(8, 3.0, end=stock_end(3.0, dynamic=False))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_ode_sampling_equals_the_stock_pipeline(scale: float) -> None:
+def test_ode_sampling_equals_the_stock_pipeline_in_any_batch(scale):
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(TOY, text_encoder_3=None, tokenizer_3=None)
@@ -41,6 +31,8 @@ def test_ode_sampling_equals_the_stock_pipeline(scale: float) -> None:
     conditioning = model.encode(prompts, negative=scale > 1)
     ours, forward = Sampler(model, conditioning, GRID, micro_batch=3).images([0, 1], 1)
     assert forward == 2 * 8 * (2 if scale > 1 else 1)
+    alone = Sampler(model, conditioning, GRID, 1).images([1], 1)[0].pixels
+    assert (ours.pixels[[1]].int() - alone.int()).abs().max() <= 1
     call = {"num_inference_steps": 8, "guidance_scale": scale, "max_sequence_length": 0}
     for i, prompt in enumerate(prompts):
         noise = normal(model.image_shape, "evaluate", i, -1, 0)[None]
@@ -50,8 +42,7 @@ def test_ode_sampling_equals_the_stock_pipeline(scale: float) -> None:
         assert (ours.pixels[i].float() - stock).abs().max() <= 1  # rounding to 8 bits
 
 
-def test_saved_weights_sample_as_those_in_training(embeddings: Embeddings, tmp_path: Path) -> None:
-    """The merged copy of a LoRA, and the LoRA fused; all weights bit for bit."""
+def test_saved_weights_sample_as_those_in_training(embeddings, tmp_path):
     _, conditioning = load_conditioning(embeddings["heldout"])
     for tuning in ("lora", "full"):
         scale = {"lora": 1000.0, "full": 300.0}[tuning]
@@ -72,27 +63,16 @@ def test_saved_weights_sample_as_those_in_training(embeddings: Embeddings, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(*networks, strict=True)), "of full tuning"
 
 
-def test_images_depend_on_the_prompt_and_not_on_the_batch(embeddings: Embeddings) -> None:
-    model = load_model(small_run().model)
-    _, conditioning = load_conditioning(embeddings["heldout"])
-    together, *alone = (
-        Sampler(model, conditioning, shifted_sigmas(4, 3.0), batch).images(ids, 2)[0].pixels.float()
-        for ids, batch in (([0, 1, 2], 6), ([0], 1), ([1], 1), ([2], 1))
-    )
-    assert (together - torch.cat(alone)).abs().max() <= 1
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model.path": "assets/toy"}, r"assets/toy/transformer: cannot be loaded"),
-        ({"model.path": "no/such/folder"}, r"model\.path: no/such/folder: no such folder"),
         ({"model.height": 30}, r"model\.height: 30 is not a multiple of 8"),
         ({"model.device": "tpu9"}, r"model\.device: 'tpu9'"),
         ({"model.lora.targets": ["nothing"]}, r"model\.lora\.targets: "),
     ],
 )
-def test_bad_model_settings_are_one_line(change: dict[str, Any], message: str) -> None:
+def test_bad_model_settings_are_one_line(change, message):
     def prepare() -> None:
         model = load_model(small_run("x", **change).model)
         _ = model.image_shape
@@ -152,9 +132,7 @@ PROMPT_FILES = [  # name, contents, column, (prompt, negative prompt) of each
 @pytest.mark.parametrize(
     ("name", "text", "column", "wanted"), PROMPT_FILES, ids=[name for name, *_ in PROMPT_FILES]
 )
-def test_prompt_files_are_read_as_what_they_are(
-    name: str, text: str, column: str, wanted: list[tuple[str, str]], tmp_path: Path
-) -> None:
+def test_prompt_files_are_read_as_what_they_are(name, text, column, wanted, tmp_path):
     path = tmp_path / name
     path.write_bytes(text.encode())
     assert [(p.text, p.negative) for p in read_prompts(path, column)] == wanted
@@ -195,19 +173,30 @@ REFUSED_PROMPT_FILES = [
 ]
 
 
+JSONL = (
+    *('{"prompt": 3}', '{"prompt": null}', '{"Prompt": 3}', '["prompt"]', '"prompt"', "3"),
+    *('{"prompt": "a", "negative_prompt": 0}', '{"prompt": "a", "negative_prompt": false}'),
+    *('{"prompt": "a", "negative_prompt": []}', r'{"prompt": "\ud800"}', "NaN", "[" * 10**5),
+    *('{"prompt": "a"', "{'prompt': 'a'}", '{"prompt": ' + "9" * 5000 + "}", '{"a":' * 10**5),
+)
+REFUSED_PROMPT_FILES += [
+    ("p.jsonl", f'{{"prompt": "a"}}\n\n{line}\n'.encode(), "jsonl, line 3: expected a JSON object")
+    for line in JSONL
+]
+
+
 @pytest.mark.parametrize(("name", "content", "message"), REFUSED_PROMPT_FILES)
-def test_prompt_files_that_are_refused_name_file_and_place(
-    name: str, content: bytes | None, message: str, tmp_path: Path
-) -> None:
+def test_prompt_files_that_are_refused_name_file_and_place(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         read_prompts(tmp_path / name)
     assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()  # one line
+    assert len(str(caught.value)) < 2000
 
 
-def test_embeddings_are_of_the_column_that_is_set(tmp_path: Path) -> None:
+def test_embeddings_are_of_the_column_that_is_set(tmp_path):
     (tmp_path / "p.csv").write_text("prompt,caption\nx,a red circle\ny,a blue square\n")
     files = {f"prompts.{key}": str(tmp_path / "p.csv") for key in ("train", "heldout")}
     run = small_run("x", **files, **{"prompts.column": "caption"})
@@ -216,116 +205,8 @@ def test_embeddings_are_of_the_column_that_is_set(tmp_path: Path) -> None:
         assert texts == ["a red circle", "a blue square"]
 
 
-# -- rewards -------------------------------------------------------------------------------
-
-
-def reward(kind: str, path: str) -> Any:
-    """A reward made from its settings."""
-    settings = REWARD_MODELS[kind].model_validate({"kind": kind, "path": path})
-    return load_rewards({"r": settings}, "cpu")["r"]
-
-
-def pictures(n: int, height: int = 32, width: int = 32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("size", [(32, 32), (48, 40), (20, 64)])
-def test_clip_equals_clip_anytorch(size: tuple[int, int]) -> None:
-    import clip
-
-    images = pictures(3, *size)
-    prompts = ["a small red circle on the left", "", "猫 " * 200]
-    ours = reward("clip", "assets/toy/clip.pt")
-    model, preprocess = clip.load("assets/toy/clip.pt", device="cpu", jit=False)
-    reference = []
-    for image, prompt in zip(images, prompts, strict=True):
-        pixels = preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()))
-        assert torch.equal(ours.clip.pixels(image[None])[0], pixels)  # bit for bit
-        with torch.no_grad():
-            a = model.encode_image(pixels[None])
-            b = model.encode_text(clip.tokenize([prompt], truncate=True))
-        reference.append(float(torch.cosine_similarity(a, b)))
-    np.testing.assert_allclose(ours.score(images, prompts), reference, atol=1e-5)
-
-
-def test_jpeg_is_minus_the_size_in_kilobytes() -> None:
-    images = pictures(2)
-    images[1] = 128
-    scores = Jpeg().score(images, ["", ""])
-    buffer = io.BytesIO()
-    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
-    assert scores[0] == pytest.approx(-len(buffer.getvalue()) / 1000)
-    assert scores[1] > scores[0]
-
-
-def test_verifier_refuses_prompts_outside_its_grammar() -> None:
-    with pytest.raises(UserError, match="kind verifier"):
-        Verifier().score(pictures(1), ["a photo of a horse"])
-
-
-@pytest.mark.parametrize("kind", ["clip", "preference"])
-def test_missing_reward_files(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.bin: no such file"):
-        reward(kind, str(tmp_path / "absent.bin"))
-
-
-def test_scores_are_checked() -> None:
-    class Answering(list[float]):
-        def score(self, images: Any, prompts: Any) -> Any:
-            return np.array(self)
-
-    with pytest.raises(UserError, match=r"rewards\.r: returned"):
-        score_all({"r": Answering([0.0])}, pictures(2), ["", ""])
-    found = score_all({"r": Answering([np.inf, 1.0])}, pictures(2), ["", ""])["r"]
-    np.testing.assert_array_equal(found, [np.nan, 1.0])
-
-
-class Spoiling:
-    """A reward that writes into what it is given."""
-
-    def score(self, images: Any, prompts: Any) -> Any:
-        images[:, :, :, :8] = 0
-        prompts.reverse()
-        prompts[0] = ""
-        return [0.0] * len(images)
-
-
-class Prompts:
-    """A reward that notes what it is asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[Any] = []
-
-    def score(self, images: Any, prompts: Any) -> Any:
-        self.asked.append((images.clone(), list(prompts)))
-        return np.arange(len(images))
-
-
-@pytest.mark.parametrize("lost", [[], [2], [0, 2]])
-def test_a_reward_changes_nothing_that_others_see(lost: list[int]) -> None:
-    images, texts, other = pictures(3), ["a", "b", "c"], Prompts()
-    faults = np.array([DECODED if n in lost else FINE for n in range(3)], np.int8)
-    score_all({"own": Spoiling(), "other": other}, Images(images, faults), texts)
-    left = [n for n in range(3) if n not in lost]
-    ((seen, asked),) = other.asked
-    assert torch.equal(seen, pictures(3)[left])
-    assert asked == [texts[n] for n in left]
-    assert torch.equal(images, pictures(3)), "what is stored is the image as it was made"
-    assert texts == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("faults", [[LATENT, FINE, DECODED, FINE], [LATENT] * 4])
-def test_what_is_no_image_is_shown_to_no_reward(faults: list[int]) -> None:
-    other = Prompts()
-    images = Images(pictures(4), np.array(faults, np.int8))
-    scores = score_all({"r": other}, images, ["a", "b", "c", "d"])["r"]
-    np.testing.assert_array_equal(np.isnan(scores), np.array(faults) != FINE)
-    assert [asked for _, asked in other.asked] == ([["b", "d"]] if FINE in faults else [])
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_becomes_no_image(bad: float) -> None:
+def test_what_is_not_finite_becomes_no_image(bad):
     """One number of one latent, or of what the VAE makes of it; the others are as without it."""
     model = load_model(small_run().model)
     latents = torch.randn(3, *model.image_shape, generator=torch.manual_seed(0))

@@ -69,8 +69,6 @@ Trained = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def trained(embeddings: Embeddings, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trains a variant in some processes; each once."""
-
     @cache
     def train(name: str, processes: int, config: str = "ddp", **more: Any) -> Path:
         folder = tmp_path_factory.mktemp("trained")
@@ -89,14 +87,11 @@ def same(one: Path, other: Path) -> None:
     for key, value in a.items():
         # as a whole: where a gradient is nearly 0, Adam makes much of its rounding
         assert float((value - b[key]).norm()) <= 4e-3 * float(value.norm()), key
-    tables = [
-        [
-            pq.read_table(folder / f"{name}.parquet").to_pydict()
-            for name in ("train_metrics", "rollouts")
-        ]
+    first, second, rolled, rolled_again = (
+        pq.read_table(folder / f"{name}.parquet").to_pydict()
+        for name in ("train_metrics", "rollouts")
         for folder in (one, other)
-    ]
-    (first, rolled), (second, rolled_again) = tables
+    )
     assert (first["iteration"], first["metric"]) == (second["iteration"], second["metric"])
     for metric, value, again in zip(first["metric"], first["value"], second["value"], strict=True):
         # of few scores, some of which jump with a rounding of one pixel
@@ -135,15 +130,13 @@ SHARDED = {**WHOLE, "train.updates": 2}
     ],
 )
 def test_a_trajectory_does_not_depend_on_processes_or_how_the_work_is_cut(
-    name: str, processes: int, config: str, alone: Any, more: Any, trained: Trained
-) -> None:
+    name, processes, config, alone, more, trained
+):
     same(trained(name, 1, **alone), trained(name, processes, config, **more))
 
 
 @pytest.mark.slow
-def test_a_preempted_job_goes_on_with_another_number_of_processes(
-    trained: Trained, embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_a_preempted_job_goes_on_with_another_number_of_processes(trained, embeddings, tmp_path):
     """SIGTERM to the launcher: saved after the iteration, in one line; then one process ends it."""
     command = job_words("train", variant("egrpo"), embeddings, tmp_path)
     job = start(command, 2)
@@ -156,7 +149,7 @@ def test_a_preempted_job_goes_on_with_another_number_of_processes(
     same(trained("egrpo", 1), result_of(tmp_path))
 
 
-def test_workers_die_with_their_launcher(embeddings: Embeddings, tmp_path: Path) -> None:
+def test_workers_die_with_their_launcher(embeddings, tmp_path):
     job = start(job_words("train", variant("egrpo"), embeddings, tmp_path), 2)
     wait_for(lambda: list(tmp_path.rglob("checkpoint-*.safetensors")), job)
     workers = psutil.Process(job.pid).children(recursive=True)
@@ -167,9 +160,7 @@ def test_workers_die_with_their_launcher(embeddings: Embeddings, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_images_and_scores_do_not_depend_on_the_number_of_processes(
-    trained: Trained, embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_images_and_scores_do_not_depend_on_the_number_of_processes(trained, embeddings, tmp_path):
     run = variant("egrpo", **{"evaluate.prompts": 5})
     found = []
     for processes in (1, 3):
@@ -195,10 +186,7 @@ FEWER = "train.prompts_per_iteration"
         (FEWER, 1, f"{FEWER}: 1 prompts for 2 processes"),
     ],
 )
-def test_processes_that_cannot_go_on_end_together(
-    key: str, value: int, line: str, embeddings: Embeddings, tmp_path: Path
-) -> None:
-    """A model that makes no image, and more processes than prompts."""
+def test_processes_that_cannot_go_on_end_together(key, value, line, embeddings, tmp_path):
     run = small_run("black", **overflowing(tmp_path / "model"), **{key: value})
     job = start(job_words("train", run, embeddings, tmp_path), 2)
     output, _ = job.communicate(timeout=300)

@@ -18,7 +18,6 @@ import pytest
 from conftest import (
     ADAPTER,
     ROOT,
-    Jobs,
     called,
     job_words,
     result_of,
@@ -85,9 +84,7 @@ def kill_after_checkpoint(words: list[str], folder: Path, count: int, delay: flo
 
 
 @pytest.mark.parametrize("method", ["egrpo", "flow_grpo", "diffusion_nft"])
-def test_killed_and_started_again_ends_bit_identical(
-    method: str, embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_killed_and_started_again_ends_bit_identical(method, embeddings, tmp_path):
     limits = [1, 800, 10**9]
     of = {"ema_decay": 0.9, "iterations": 7, "checkpoint_every": 2, "snapshots": limits}
     run = small_run("victim", **{"method.name": method}, **{f"train.{k}": v for k, v in of.items()})
@@ -117,8 +114,8 @@ def test_killed_and_started_again_ends_bit_identical(
     ],
 )
 def test_a_run_continued_to_twice_its_length_is_one_of_that_length(
-    method: str, own: dict[str, Any], embeddings: Embeddings, tmp_path: Path
-) -> None:
+    method, own, embeddings, tmp_path
+):
     """To the last bit, also where iterations end between monitors and checkpoints."""
     tiny = {"name": method, "steps": 5, "group_size": 4, **own}
     of = {f"method.{key}": value for key, value in tiny.items()}
@@ -141,7 +138,7 @@ def test_a_run_continued_to_twice_its_length_is_one_of_that_length(
     assert rows_of(result_of(once) / "train_metrics.parquet")[-1]["iteration"] == 6
 
 
-def test_a_run_made_shorter_ends_with_a_monitor(jobs: Jobs) -> None:
+def test_a_run_made_shorter_ends_with_a_monitor(jobs):
     """Also where the longer training, ended by a signal there, would not have looked."""
 
     def short(name: str, iterations: int) -> RunConfig:
@@ -191,13 +188,7 @@ ALL = [0, 1, 2, 3, 4, 5]
         (lambda text: text + b'{"iteration": 6, "met', ALL, ""),  # a kill is no damage
     ],
 )
-def test_a_damaged_journal_is_mended_from_its_whole_lines(
-    harm: Callable[[bytes], bytes],
-    left: list[int],
-    said: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_damaged_journal_is_mended_from_its_whole_lines(harm, left, said, tmp_path, capsys):
     path = tmp_path / "journal.jsonl"
     for n in range(6):
         journal.append(path, {"iteration": n, "metrics": {"x": 0.25}})
@@ -214,7 +205,7 @@ def test_a_damaged_journal_is_mended_from_its_whole_lines(
     assert capsys.readouterr().err == ""
 
 
-def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+def test_a_journal_of_an_earlier_version_is_read(tmp_path):
     path = tmp_path / "journal.jsonl"
     rest = {"time": 1.5, "metrics": {"x": None}, "rollouts": {"step": [1]}}
     lines = [{"iteration": n, "nfe": n, **rest} for n in range(3)]
@@ -316,9 +307,7 @@ DAMAGES: dict[str, tuple[Harm, list[str], list[int]]] = {
     ],
     indirect=["trained"],
 )
-def test_damaged_state_is_said_and_made_again(
-    damage: str, trained: tuple[RunConfig, Path], state: Path, jobs: Jobs
-) -> None:
+def test_damaged_state_is_said_and_made_again(damage, trained, state, jobs):
     """The same results bit for bit, but for what no checkpoint reaches back to; that is said."""
     run, whole = trained
     harm, says, lost = DAMAGES[damage]
@@ -330,9 +319,7 @@ def test_damaged_state_is_said_and_made_again(
     assert record(out)["iterations_lost"] == len(lost)
 
 
-def test_a_grid_that_no_checkpoint_reaches_is_left_out(
-    trained: tuple[RunConfig, Path], state: Path, jobs: Jobs
-) -> None:
+def test_a_grid_that_no_checkpoint_reaches_is_left_out(trained, state, jobs):
     run, whole = trained
     cut("monitor/iteration-000002.png")(state)
     out = jobs(run)
@@ -341,9 +328,7 @@ def test_a_grid_that_no_checkpoint_reaches_is_left_out(
     assert after == before - {"iteration-000002.png"}
 
 
-def test_a_snapshot_damaged_in_the_end_becomes_no_result(
-    trained: tuple[RunConfig, Path], state: Path, embeddings: Embeddings, tmp_path: Path
-) -> None:
+def test_a_snapshot_damaged_in_the_end_becomes_no_result(trained, state, embeddings, tmp_path):
     WEIGHTS(state)  # after it was looked at when the job began
     trainer = trainer_for(embeddings)
     trainer.run = trained[0]
@@ -353,9 +338,7 @@ def test_a_snapshot_damaged_in_the_end_becomes_no_result(
     assert not (out / "train.json").exists()
 
 
-def test_damaged_checkpoint_is_passed_over(
-    trained: tuple[RunConfig, Path], state: Path, jobs: Jobs
-) -> None:
+def test_damaged_checkpoint_is_passed_over(trained, state, jobs):
     run, whole = trained
     files = sorted(state.glob("checkpoint-*.safetensors"))
     assert len(files) == checkpoints.KEEP
@@ -375,7 +358,7 @@ def test_damaged_checkpoint_is_passed_over(
 # -- snapshots and bounds --------------------------------------------------------------------
 
 
-def test_snapshot_is_the_last_iteration_within_its_evaluations(jobs: Jobs) -> None:
+def test_snapshot_is_the_last_iteration_within_its_evaluations(jobs):
     shorter = small_run("snap", **{"train.iterations": 2})
     each = iteration_cost(shorter, closed_form_plan(shorter), 1, 100).total
     limits = [1, 2 * each, 2 * each + 1]
@@ -388,7 +371,7 @@ def test_snapshot_is_the_last_iteration_within_its_evaluations(jobs: Jobs) -> No
     assert (kept / str(2 * each) / straight.name).read_bytes() == straight.read_bytes()
 
 
-def test_a_snapshot_asked_for_later_is_made_by_starting_over(jobs: Jobs) -> None:
+def test_a_snapshot_asked_for_later_is_made_by_starting_over(jobs):
     first = (jobs("snap") / ADAPTER).read_bytes()
     # the last weights are the snapshot beyond
     for limits, passed in (([1], True), ([1, 10**9], False)):
@@ -399,7 +382,7 @@ def test_a_snapshot_asked_for_later_is_made_by_starting_over(jobs: Jobs) -> None
         assert sorted(r["iteration"] for r in kept) == [0, 4][: len(limits)]
 
 
-def test_a_bound_stops_the_run_and_keeps_what_it_made(jobs: Jobs) -> None:
+def test_a_bound_stops_the_run_and_keeps_what_it_made(jobs):
     """Monitored every second iteration; started again it does not go on."""
     bounds = {"reward/verifier": {"least": 2.0, "action": "stop"}, "diversity": {"least": 2.0}}
     run = small_run("bound", **{"train.bounds": bounds, "train.snapshots": [10**9]})
@@ -413,9 +396,15 @@ def test_a_bound_stops_the_run_and_keeps_what_it_made(jobs: Jobs) -> None:
     assert list(first["stopped"]) == ["reward/verifier"]
     assert json.loads((out / f"snapshots/{10**9}/snapshot.json").read_text())["iteration"] == 2
     assert record(jobs(run)) == first
+    trainer = Trainer(run, closed_form_plan(run), jobs.embeddings)  # and a signal in it
+    job = Job(trainer, State(run, jobs.folder), lambda: trainer.iteration == 2)
+    job.finish(None, fresh=True)
+    job.write_outputs("key", jobs.folder / "signal")
+    assert record(jobs.folder / "signal")["stopped"] == first["stopped"]
+    assert (jobs.folder / f"signal/snapshots/{10**9}/snapshot.json").exists()
 
 
-def test_a_bound_does_not_stop_the_untrained_model(jobs: Jobs) -> None:
+def test_a_bound_does_not_stop_the_untrained_model(jobs):
     """Started again from the checkpoint of iteration 0, a run goes on as if never stopped."""
     bounds = {"reward/verifier": {"least": 2.0, "action": "stop"}}
     run = small_run("zero", **{"train.bounds": bounds, "train.checkpoint_every": 3})
@@ -424,14 +413,3 @@ def test_a_bound_does_not_stop_the_untrained_model(jobs: Jobs) -> None:
     again = jobs(run)
     assert rows_of(again / "train_metrics.parquet") == first
     assert record(again)["iterations"] == 2
-
-
-def test_a_bound_and_a_signal_in_one_iteration_end_with_all_snapshots(jobs: Jobs) -> None:
-    bounds = {"reward/verifier": {"least": 2.0, "action": "stop"}}
-    run = small_run("both", **{"train.bounds": bounds, "train.snapshots": [10**9]})
-    trainer = Trainer(run, closed_form_plan(run), jobs.embeddings)
-    job = Job(trainer, State(run, jobs.folder), lambda: trainer.iteration == 2)
-    job.finish(None, fresh=True)
-    job.write_outputs("key", jobs.folder / "out")
-    assert record(jobs.folder / "out")["stopped"]
-    assert (jobs.folder / f"out/snapshots/{10**9}/snapshot.json").exists()

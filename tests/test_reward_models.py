@@ -5,7 +5,8 @@ Checkpoints are tiny and random, with the keys and containers of the published o
 
 from __future__ import annotations
 
-import importlib
+import base64
+import io
 import json
 import threading
 import time
@@ -16,18 +17,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import clip
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from test_fuzz_files import bombs, reward
 from tiny_models import TINY_OPEN_CLIP, sizes, special
 from torch import Tensor, nn
 
 from egrpo.config import rewards as settings
-from egrpo.config.rewards import REWARD_MODELS
 from egrpo.errors import UserError
+from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.rewards import load_reward, score_all
+from egrpo.rewards.open_clip import OpenClip, padded_square
+from egrpo.rewards.unifiedreward import UnansweredError, score_in
 
+CLIP = "assets/toy/clip.pt"
 PROMPTS = ["a red fox", "", "狐狸 in 雪 — ünïcode", "very long " * 100, "a red fox"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's images."""
@@ -51,20 +59,10 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def reward(kind: str, **given: Any) -> Any:
-    return load_reward(REWARD_MODELS[kind].model_validate({"kind": kind, **given}), "cpu")
-
-
 def refused(match: str, kind: str, **given: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
         reward(kind, **given)
     assert "\n" not in str(caught.value)
-
-
-def test_every_kind_has_a_loader() -> None:
-    for kind in REWARD_MODELS.values():
-        module = importlib.import_module(f"egrpo.rewards.{kind.module}")
-        assert callable(getattr(module, kind.__name__).score)
 
 
 # -- open_clip and HPSv2.1 -----------------------------------------------------------------------
@@ -72,9 +70,6 @@ def test_every_kind_has_a_loader() -> None:
 
 @pytest.fixture(scope="module")
 def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny architecture that open_clip knows by name."""
-    import open_clip
-
     folder = tmp_path_factory.mktemp("architectures")
     (folder / "egrpo-tiny.json").write_text(json.dumps(TINY_OPEN_CLIP))
     open_clip.add_model_config(folder)
@@ -83,8 +78,6 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def open_clip_model(architecture: str) -> Any:
-    import open_clip
-
     torch.manual_seed(0)
     return open_clip.create_model_and_transforms(architecture)
 
@@ -100,23 +93,15 @@ def hps_file(open_clip_model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("container", "size"), [*zip(["pt", "safetensors", "module"], SIZES, strict=True)]
 )
-def test_open_clip(
-    open_clip_model: Any, architecture: str, tmp_path: Path, container: str, size: tuple[int, int]
-) -> None:
-    import open_clip
-
+def test_open_clip(open_clip_model, architecture, tmp_path, container, size):
     model, _, preprocess = open_clip_model
     model.eval()
-    path = tmp_path / ("w.safetensors" if container == "safetensors" else "open_clip.bin")
-    if container == "safetensors":
-        from safetensors.torch import save_file
-
-        save_file(model.state_dict(), path)
-    else:
-        prefix = "module." if container == "module" else ""
-        torch.save({prefix + k: v for k, v in model.state_dict().items()}, path)
+    path = tmp_path / f"w.{container}"
+    prefix = "module." if container == "module" else ""
+    state = {prefix + k: v for k, v in model.state_dict().items()}
+    (save_file if container == "safetensors" else torch.save)(state, path)
     images = pictures(*size)
-    found = reward("open_clip", path=str(path), architecture=architecture, tag=None).score(
+    found = reward("open_clip", path=path, architecture=architecture, tag=None).score(
         images, PROMPTS
     )
     tokens = open_clip.get_tokenizer(architecture)(PROMPTS)
@@ -127,12 +112,7 @@ def test_open_clip(
     assert np.std(found) > 1e-3
 
 
-def test_open_clip_preprocesses_as_the_published_weights_want() -> None:
-    import open_clip
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    from egrpo.rewards.open_clip import OpenClip
-
+def test_open_clip_preprocesses_as_the_published_weights_want():
     made = OpenClip.__new__(OpenClip)
     made.settings = settings.OpenClip(kind="open_clip", path="x")
     wanted = open_clip.get_pretrained_cfg("ViT-H-14-378-quickgelu", "dfn5b")
@@ -140,15 +120,12 @@ def test_open_clip_preprocesses_as_the_published_weights_want() -> None:
         f"image_{k}": wanted[k] for k in ("mean", "std", "interpolation", "resize_mode")
     }
     assert wanted["resize_mode"] == "squash"  # the whole image is seen
-    assert image_transform_v2(PreprocessCfg(resize_mode="squash"), is_train=False)
 
 
 @pytest.mark.parametrize("size", [*SIZES, (100, 60), (224, 224)])
-def test_hps_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
+def test_hps_preprocessing_bit_for_bit(size):
     from torchvision.transforms import Normalize, ToTensor
     from torchvision.transforms import functional as f
-
-    from egrpo.rewards.open_clip import padded_square
 
     images = pictures(*size)
     expected = []
@@ -166,11 +143,7 @@ def test_hps_preprocessing_bit_for_bit(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_hps(open_clip_model: Any, architecture: str, hps_file: str, size: tuple[int, int]) -> None:
-    import open_clip
-
-    from egrpo.rewards.open_clip import padded_square
-
+def test_hps(open_clip_model, architecture, hps_file, size):
     model = open_clip_model[0].eval()
     images = pictures(*size)
     found = reward("hpsv2", path=hps_file, architecture=architecture, batch=2).score(
@@ -185,10 +158,7 @@ def test_hps(open_clip_model: Any, architecture: str, hps_file: str, size: tuple
     assert found.dtype == np.float32
 
 
-def test_hps_from_a_hub_id_at_its_commit(
-    architecture: str, hps_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file of a hub id that lies in the cache; another commit is one line."""
+def test_hps_from_a_hub_id_at_its_commit(architecture, hps_file, tmp_path, monkeypatch):
     commit = "c" * 40
     snapshot = tmp_path / f"models--xswu--HPSv2/snapshots/{commit}"
     snapshot.mkdir(parents=True)
@@ -203,11 +173,11 @@ def test_hps_from_a_hub_id_at_its_commit(
     refused("HPS_v2.1_compressed.pt at ddd", "hpsv2", **hub, revision="ddd")
 
 
-def test_hps_wrong_files(architecture: str, hps_file: str, tmp_path: Path) -> None:
+def test_hps_wrong_files(architecture, hps_file, tmp_path):
     half = tmp_path / "half.pt"
 
-    def of(path: object) -> dict[str, str]:
-        return {"path": str(path), "architecture": architecture}
+    def of(path: object) -> dict[str, Any]:
+        return {"path": path, "architecture": architecture}
 
     refused("no-such.pt: no such file", "hpsv2", **of("no-such.pt"))
     half.write_bytes(Path(hps_file).read_bytes()[:5000])
@@ -239,32 +209,32 @@ def head_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_aesthetic(head_file: tuple[str, nn.Module], size: tuple[int, int]) -> None:
-    import clip
-
-    model, preprocess = clip.load("assets/toy/clip.pt", device="cpu", jit=False)
-    width = model.visual.output_dim
-    path, layers = head_file
-    if width != 64:
-        pytest.fail(f"the toy's CLIP gives {width} features; make the head fit")
-    images = pictures(*size)
-    found = reward("aesthetic", path=path, clip="assets/toy/clip.pt").score(images, PROMPTS)
+def test_clip_and_the_aesthetic_head(head_file, size):
+    images, (path, layers) = pictures(*size), head_file
+    model, preprocess = clip.load(CLIP, device="cpu", jit=False)
+    pixels = torch.stack([preprocess(i) for i in pil(images)])
+    given = settings.Clip.model_validate({"kind": "clip", "path": CLIP, "device": "cpu"})
+    ours: Any = load_reward(given, "cuda:7")  # the base model's device
+    assert torch.equal(ours.clip.pixels(images), pixels)  # bit for bit
     with torch.no_grad():
-        features = model.encode_image(torch.stack([preprocess(i) for i in pil(images)])).float()
-        expected = layers(unit(features))[:, 0]
-    assert found == pytest.approx(expected.numpy(), abs=1e-6)
+        seen, read = model.encode_image(pixels), model.encode_text(clip.tokenize(PROMPTS, 77, True))
+        cosine, liked = torch.cosine_similarity(seen, read), layers(unit(seen.float()))[:, 0]
+    np.testing.assert_allclose(ours.score(images, PROMPTS), cosine, atol=1e-5)
+    found = reward("aesthetic", path=path, clip=CLIP).score(images, PROMPTS)
+    assert found == pytest.approx(liked.numpy(), abs=1e-6)
 
 
-def test_aesthetic_wrong_files(head_file: tuple[str, nn.Module], tmp_path: Path) -> None:
+def test_aesthetic_wrong_files(head_file, tmp_path):
     path, _ = head_file
-    clip = "assets/toy/clip.pt"
-    refused("no such file", "aesthetic", path="nothing.pth", clip=clip)
+    for kind in ("clip", "preference"):
+        refused(r"absent\.bin: no such file", kind, path="absent.bin")
+    refused("no such file", "aesthetic", path="nothing.pth", clip=CLIP)
     refused("no such file", "aesthetic", path=path, clip="nothing.pt")
-    refused("no head", "aesthetic", path="assets/toy/preference.safetensors", clip=clip)
+    refused("no head", "aesthetic", path="assets/toy/preference.safetensors", clip=CLIP)
     state = torch.load(path, weights_only=True)
     state["layers.0.weight"] = torch.zeros(32, 768)
     torch.save(state, tmp_path / "other.pth")
-    refused("takes 768 features", "aesthetic", path=str(tmp_path / "other.pth"), clip=clip)
+    refused("takes 768 features", "aesthetic", path=tmp_path / "other.pth", clip=CLIP)
 
 
 # -- PickScore -----------------------------------------------------------------------------------
@@ -290,7 +260,7 @@ def pickscore(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pickscore(pickscore: tuple[str, Any, Any], size: tuple[int, int]) -> None:
+def test_pickscore(pickscore, size):
     folder, model, processor = pickscore
     images = pictures(*size)
     found = reward("pickscore", path=folder).score(images, PROMPTS)
@@ -307,10 +277,22 @@ def test_pickscore(pickscore: tuple[str, Any, Any], size: tuple[int, int]) -> No
     assert paper == pytest.approx(found / 100, abs=1e-6)
 
 
-def test_pickscore_wrong_folders(pickscore: tuple[str, Any, Any], tmp_path: Path) -> None:
-    folder = pickscore[0]
+def test_pickscore_wrong_folders_of_which_nothing_runs(pickscore, tmp_path):
+    folder, bomb = pickscore[0], tmp_path / "went-off"
     refused("processor: assets: cannot be loaded", "pickscore", path=folder, processor="assets")
     refused("path: assets: cannot be loaded", "pickscore", path="assets", processor=folder)
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(bomb)!r})\nclass Evil: pass\n")
+    remote = {"AutoProcessor": "evil.Evil", "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+    for name in ("config", "processor_config", "tokenizer_config", "preprocessor_config"):
+        text = {"auto_map": remote, "model_type": "evil", "processor_class": "Evil"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(text))
+    refused("processor: .*cannot be loaded", "pickscore", path=folder, processor=tmp_path)
+    refused("path: .*cannot be loaded", "pickscore", path=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "auto_map": remote}))
+    for content in bombs(bomb):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        refused("path: .*cannot be loaded", "pickscore", path=tmp_path)
+    assert not bomb.exists()
 
 
 # -- ImageReward ---------------------------------------------------------------------------------
@@ -374,7 +356,7 @@ def imagereward(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_imagereward(imagereward: tuple[dict[str, Any], Any, Any, Any], size: Any) -> None:
+def test_imagereward(imagereward, size):
     from torchvision import transforms as t
     from transformers import AutoTokenizer
 
@@ -403,7 +385,7 @@ def test_imagereward(imagereward: tuple[dict[str, Any], Any, Any, Any], size: An
     assert np.std(found) > 1e-4
 
 
-def test_imagereward_wrong_files(imagereward: Any, tmp_path: Path, head_file: Any) -> None:
+def test_imagereward_wrong_files(imagereward, tmp_path, head_file):
     given = imagereward[0]
     refused("no such file", "imagereward", **{**given, "path": "nothing.pt"})
     refused("holds no blip", "imagereward", **{**given, "path": head_file[0]})
@@ -413,7 +395,7 @@ def test_imagereward_wrong_files(imagereward: Any, tmp_path: Path, head_file: An
     del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"]
     torch.save(state, tmp_path / "half.pt")
     refused("crossattention.self.key.weight is missing", "imagereward",
-            **{**given, "path": str(tmp_path / "half.pt")})  # fmt: skip
+            **{**given, "path": tmp_path / "half.pt"})  # fmt: skip
 
 
 # -- over HTTP -----------------------------------------------------------------------------------
@@ -453,7 +435,7 @@ def service(answer: Callable[[dict[str, Any], int], tuple[int, str]]) -> Iterato
         server.server_close()
 
 
-def chat(text: str) -> tuple[int, str]:
+def chat(text: Any) -> tuple[int, str]:
     return 200, json.dumps({"choices": [{"message": {"content": text}}]})
 
 
@@ -467,10 +449,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("egrpo.rewards.http.LONGEST_WAIT", 0.01)
 
 
-def test_http_scores_arrive_in_order(tmp_path: Path) -> None:
-    import base64
-    import io
-
+def test_http_scores_arrive_in_order(tmp_path):
     def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
         time.sleep(0.05 * (3 - number % 3))  # answers overtake each other
         return chat(f"...\nFinal Score: {1 + PROMPTS.index(prompt_of(request)) % 5}.0")
@@ -479,7 +458,7 @@ def test_http_scores_arrive_in_order(tmp_path: Path) -> None:
     images = pictures(20, 48)
     with service(answer) as (url, seen):
         model = reward(
-            "unifiedreward", url=url, token_file=str(tmp_path / "token"), side=32, concurrency=3
+            "unifiedreward", url=url, token_file=tmp_path / "token", side=32, concurrency=3
         )
         found = model.score(images, PROMPTS)
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.2])
@@ -495,7 +474,7 @@ def test_http_scores_arrive_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_waiting")
-def test_http_tries_again_after_errors(capsys: Any) -> None:
+def test_http_tries_again_after_errors(capsys):
     bad = [(500, "busy"), (429, "slow down"), (200, "no json"), (200, "{}"), chat("no idea")]
 
     def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
@@ -508,30 +487,42 @@ def test_http_tries_again_after_errors(capsys: Any) -> None:
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.usefixtures("_no_waiting")
-def test_http_failures_are_nan_and_said(capsys: Any) -> None:
-    def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
-        kind = prompt_of(request)
-        if kind == "slow":
-            time.sleep(1.0)
-        return {"refused": (400, "bad"), "broken": (500, "x"), "silly": chat("Final Score: 9")}.get(
-            kind, chat("Final Score: 5")
-        )
-
-    with service(answer) as (url, _):
-        model = reward("unifiedreward", url=url, seconds=0.3, attempts=2)
-        found = model.score(pictures(8, 8), ["slow", "refused", "broken", "silly", "good"])
-    assert np.isnan(found[:4]).all()
-    assert found[4] == 1.0
-    said = capsys.readouterr().err
-    assert "4 of 5 images got no score (NaN)" in said
-    assert said.count("\n") == 1
-
-
+URL = "http://127.0.0.1:9/v1"
 NO_SCORE = "no score in the answer"
 PART = "is not one number"
 OUTSIDE = "is outside the scale"
 OWN_SCALE = {"pattern": r"Mark: (\d+)", "least": 0.0, "most": 100.0}
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_http_failures_are_nan_and_said(capsys):
+    texts = ["null", "[]", "3", '{"text": "Final Score: 3"}']
+    no_texts = {text: chat(json.loads(text)) for text in texts}
+    failing = {"refused": (400, "bad"), "broken": (500, "x"), "silly": chat("Final Score: 9")}
+
+    def answer(request: dict[str, Any], number: int) -> tuple[int, str]:
+        kind = prompt_of(request)
+        time.sleep(1.5 if kind == "slow" else 0)
+        return {**failing, **no_texts}.get(kind, chat("Final Score: 5"))
+
+    prompts = [*no_texts, "slow", *failing]
+    with service(answer) as (url, _):
+        model = reward("unifiedreward", url=url, seconds=1.0, attempts=2, concurrency=9)
+        found = model.score(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), [*prompts, "good"])
+    assert np.isnan(found[:8]).all()
+    assert found[8] == 1.0
+    said = capsys.readouterr().err
+    assert "8 of 9 images got no score (NaN): UnansweredError: an answer that is no chat" in said
+    assert said.count("\n") == 1
+    for text in ("9e300", "9e999"):
+        with service(lambda *_: chat(text)) as (url, _):  # noqa: B023
+            huge = reward("unifiedreward", url=url, pattern=r"(\S+)", attempts=1)
+            assert np.isnan(huge.score(pictures(8, 8)[:1], ["a"])).all()
+        assert "is too large" in capsys.readouterr().err
+    assert np.isnan(model.score(pictures(8, 8)[:1], ["a"])).all(), "nobody is there any more"
+    assert "ConnectError" in capsys.readouterr().err
+
+
 FINAL: dict[float | str, list[str]] = {  # after `Final Score:`
     2: [" 9? No. Final Score: 2"],  # the last one counts: a judge may think aloud
     3: ["** 3", " 3**"],
@@ -562,43 +553,21 @@ ANSWERS: list[tuple[str, dict[str, Any], float | str]] = [
     ("Mark: 0.3", {"pattern": r"Mark: .*(\d)"}, PART),
     *((f"Mark: {text}", {"pattern": r"Mark: (\w+)"}, PART) for text in ("four", "1_0", "nan")),
     ("Mark: ", {"pattern": r"Mark: (\d)?"}, NO_SCORE),
-    *((f"Mark: {n}", {"pattern": r"Mark: (\S+)"}, "is too large") for n in ("9e300", "9e999")),
 ]
 
 
-def test_a_judges_answer_is_a_number_in_its_scale(capsys: Any) -> None:
-    """Anything else is NaN, and said with its reason."""
-    with service(lambda request, number: chat(prompt_of(request))) as (url, _):
-        for text, given, right in ANSWERS:
-            model = reward("unifiedreward", url=url, attempts=1, divide_by=1.0, **given)
-            (found,) = model.score(pictures(8, 8)[:1], [text])
-            said = capsys.readouterr().err
-            if isinstance(right, str):
-                assert np.isnan(found), (text, found)
-                assert "1 of 1 images got no score (NaN)" in said
-                assert right in said, (text, said)
-            else:
-                assert (found, said) == (np.float32(right), ""), text
+@pytest.mark.parametrize(("text", "given", "right"), ANSWERS)
+def test_a_judges_answer_is_a_number_in_its_scale(text, given, right):
+    made = settings.UnifiedReward.model_validate({"kind": "unifiedreward", "url": URL, **given})
+    if isinstance(right, str):
+        with pytest.raises(UnansweredError, match=right):
+            score_in(text, made)
+    else:
+        assert score_in(text, made) == right
 
 
-@pytest.mark.parametrize("content", ["null", "[]", "3", '{"text": "Final Score: 3"}'])
-def test_a_judges_answer_that_is_no_text_is_nan(content: str, capsys: Any) -> None:
-    body = f'{{"choices": [{{"message": {{"content": {content}}}}}]}}'
-    with service(lambda request, number: (200, body)) as (url, _):
-        model = reward("unifiedreward", url=url, attempts=1)
-        assert np.isnan(model.score(pictures(8, 8)[:1], ["a"])).all()
-    assert "no chat completion" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("_no_waiting")
-def test_http_nobody_there(capsys: Any) -> None:
-    model = reward("unifiedreward", url="http://127.0.0.1:9/v1", attempts=2)
-    assert np.isnan(model.score(pictures(8, 8)[:2], ["a", "b"])).all()
-    assert "ConnectError" in capsys.readouterr().err
-
-
-def test_http_bad_settings(tmp_path: Path) -> None:
-    given = {"kind": "unifiedreward", "url": "http://127.0.0.1:9/v1"}
+def test_http_bad_settings(tmp_path):
+    given = {"kind": "unifiedreward", "url": URL}
     patterns = [{"pattern": pattern} for pattern in ("(", "x", "(a)(b)")]
     scales = {"least": 5.0}, {"most": 1.0}, {"pattern": "(.)", "least": 1.0, "most": 0.0}
     for wrong in (*patterns, *scales, {"question": "?"}, {"url": "ftp://x"}):
@@ -610,7 +579,7 @@ def test_http_bad_settings(tmp_path: Path) -> None:
 # -- a function of one's own ---------------------------------------------------------------------
 
 
-def test_custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def redness(images, prompts, scale=1.0):\n"
         "    return scale * images[:, 0].float().mean((1, 2)) / 255\n"
@@ -657,9 +626,7 @@ RETURNED = {
 }
 
 
-def test_what_a_custom_reward_returns_are_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_custom_reward_returns_are_numbers(tmp_path, monkeypatch):
     """Truth is 1 or 0 and None is NaN; text and all else is refused, not turned into numbers."""
     (tmp_path / "giving.py").write_text(
         "import numpy as np\nimport torch\n"
@@ -676,7 +643,59 @@ def test_what_a_custom_reward_returns_are_numbers(
             np.testing.assert_array_equal(found, right, err_msg=what)
 
 
-def test_rewards_may_live_on_another_device() -> None:
-    given = {"kind": "clip", "path": "assets/toy/clip.pt", "device": "cpu"}
-    made = load_reward(settings.Clip.model_validate(given), "cuda:7")  # the base model's device
-    assert made.score(pictures(32, 32), PROMPTS).shape == (5,)
+# -- what all share ------------------------------------------------------------------------------
+
+
+def test_jpeg_is_minus_the_size_in_kilobytes():
+    images = pictures(32, 32)[:2]
+    images[1] = 128
+    scores = reward("jpeg_compressibility").score(images, ["", ""])
+    buffer = io.BytesIO()
+    pil(images)[0].save(buffer, "JPEG", quality=95)
+    assert scores[0] == pytest.approx(-len(buffer.getvalue()) / 1000)
+    assert scores[1] > scores[0]
+
+
+def test_verifier_refuses_prompts_outside_its_grammar():
+    with pytest.raises(UserError, match="kind verifier"):
+        reward("verifier").score(pictures(32, 32)[:1], ["a photo of a horse"])
+
+
+class Answering:
+    """A reward that gives these scores, notes what it is asked and writes into it."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = scores
+        self.asked: list[Any] = []
+
+    def score(self, images: Tensor, prompts: list[str]) -> Any:
+        self.asked.append((images.clone(), list(prompts)))
+        images[:, :, :, :8] = 0
+        prompts.reverse()
+        prompts[0] = ""
+        return np.array(self.scores or [0.0] * len(images))
+
+
+def test_scores_are_checked():
+    with pytest.raises(UserError, match=r"rewards\.r: returned"):
+        score_all({"r": Answering(0.0)}, pictures(8, 8)[:2], ["", ""])
+    found = score_all({"r": Answering(np.inf, 1.0)}, pictures(8, 8)[:2], ["", ""])["r"]
+    np.testing.assert_array_equal(found, [np.nan, 1.0])
+
+
+@pytest.mark.parametrize("lost", [[], [2], [0, 2], [0, 1, 2, 3, 4]])
+def test_rewards_see_images_of_their_own_and_only_what_is_one(lost):
+    """What is stored is the image as it was made, and the prompt."""
+    images, texts, models = pictures(32, 32), [*"abcde"], {"own": Answering(), "other": Answering()}
+    faults = np.full(5, FINE, np.int8)
+    faults[lost] = [LATENT, DECODED, LATENT, DECODED, LATENT][: len(lost)]
+    scores = score_all(models, Images(images, faults), texts)
+    left = [n for n in range(5) if n not in lost]
+    for name, model in models.items():
+        np.testing.assert_array_equal(np.isnan(scores[name]), faults != FINE)
+        assert len(model.asked) == bool(left)
+        for seen, asked in model.asked:
+            assert torch.equal(seen, pictures(32, 32)[left])
+            assert asked == [texts[n] for n in left]
+    assert torch.equal(images, pictures(32, 32))
+    assert texts == [*"abcde"]

@@ -166,34 +166,38 @@ def test_impossible_plans_are_refused(active, change, message):
         planned(active, **{"threshold": 2.2, **change})
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("sigmas", [1.0, 0.5, 0.6, 0.0], "sigmas must fall strictly"),
-        ("sigmas", [0.9, 0.5, 0.0], "sigmas must start at 1"),
-        ("sigmas", [1.0, *[math.nan] * 15, 0.0], "sigmas must fall strictly"),
-        ("sigmas", None, "wrong type"),
-        ("entropy", [1.0, 2.0], "2 entropy values for 16 steps; 15 are needed"),
-        ("active", [0, 1, 2, 3, 4, 5, 6], "7 active steps but 8 spans"),
-        ("active", [0, 1, 2, 3, 4, 5, 6, 15], "active step 15 lies beyond"),
-        ("active", [7, 6, 5, 4, 3, 2, 1, 0], "ascending"),
-        ("active", 8, "wrong type"),
-        ("spans", [1, 1, 2, 2, 2, 3, 3, 9], r"span 9 at step 7 must be 1\.\.8"),
-        ("spans", [1, 1, 2, 2, 2, 3, 3, 0], "span 0 at step 7"),
-        ("spans", [1, 1, 2, 2, 2, 3, 3, 2.5], "whole numbers"),
-        ("entropy", [math.nan] * 15, "finite numbers"),
-        ("threshold", math.inf, "finite numbers"),
-        ("noise_level", "0.7", "finite numbers"),
-        ("samples", [2] * 7, "7 samples for 8 steps"),
-        ("samples", [2] * 7 + [1], "at least 2"),
-        ("dynamics", "flowsde", "unknown dynamics 'flowsde'"),
-        ("measure", "bits", "measure 'bits'"),
-    ],
-)
-def test_damaged_plans_are_refused(key, value, message):
-    data = planned(threshold=2.2).to_dict() | {key: value}
-    with pytest.raises(ValueError, match=message):
-        Plan.from_dict(data)
+DAMAGED = [  # key, what is said, of which values
+    ("sigmas", "fall strictly", [[1.0, 0.5, 0.6, 0.0], [1.0, *[math.nan] * 15, 0.0]]),
+    ("sigmas", "start at 1 and end at 0", [[0.9, 0.5, 0.0], [1.0, 0.5], "1"]),
+    ("sigmas", "convert string to float", [[1, "x", 0]]),
+    *((key, "wrong type", [3]) for key in ("sigmas", "active", "spans", "samples", "warnings")),
+    *((key, "wrong type", [None, 3]) for key in ("sigmas", "active", "spans", "entropy")),
+    ("entropy", "2 entropy values for 16 steps; 15 are needed", [[1.0, 2.0]]),
+    ("active", "7 active steps but 8 spans", [[*range(7)]]),
+    ("active", "active step 15 lies beyond", [[*range(7), 15]]),
+    ("active", "active step -1 lies beyond", [[-1, *range(7)]]),
+    ("active", "ascending", [[*range(7, -1, -1)], [0, 0, *range(6)]]),
+    ("spans", r"span 9 at step 7 must be 1\.\.8", [[1, 1, 2, 2, 2, 3, 3, 9]]),
+    ("spans", "span 0 at step 7", [[1, 1, 2, 2, 2, 3, 3, 0]]),
+    ("spans", "whole numbers", [[1, 1, 2, 2, 2, 3, 3, 2.5], [True] * 8]),
+    ("active", "whole numbers", [[0.5], [True], "01", {"a": 1}]),
+    ("samples", "whole numbers", ["x", [2.0] * 8]),
+    ("samples", "7 samples for 8 steps", [[2] * 7]),
+    ("samples", "at least 2", [[2] * 7 + [1], [-3] * 8]),
+    ("entropy", "finite numbers", [[x] * 15 for x in ("x", None, math.nan)]),
+    ("threshold", "finite numbers", ["x", [1], math.inf, True]),
+    ("noise_level", "finite numbers", ["0.7", None, math.nan]),
+    ("dynamics", "unknown dynamics 'flowsde'|unhashable", ["flowsde", []]),
+    ("measure", "measure '?(bits|None|{})", ["bits", None, {}]),
+    ("warnings", "must be text", [[3]]),
+]
+
+
+@pytest.mark.parametrize(("key", "message", "values"), DAMAGED)
+def test_damaged_plans_are_refused(key, message, values):
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=message):
+            Plan.from_dict(planned(threshold=2.2).to_dict() | {key: value})
 
 
 def test_plans_that_lack_a_key_are_refused():
@@ -210,7 +214,6 @@ def test_plans_that_lack_a_key_are_refused():
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.5, "dynamic"])
 @pytest.mark.parametrize("steps", [10, 40, 50])
 def test_grids_are_those_of_diffusers(steps, shift, terminal):
-    """Of sigmas, and of a number of steps as the SD3 pipeline asks for it."""
     dynamic, mu = shift == "dynamic", 0.8
     shift = 1.0 if dynamic else shift
     how = {"use_dynamic_shifting": dynamic, "shift_terminal": terminal}

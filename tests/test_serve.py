@@ -17,8 +17,6 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -26,8 +24,12 @@ import numpy as np
 import pytest
 import requests
 import torch
+import uvicorn
 from click.testing import CliRunner
-from conftest import ROOT, small_run
+from conftest import ROOT, small_run, wait_for
+from fastapi.testclient import TestClient
+from PIL import Image
+from test_reward_models import service as answering
 
 from egrpo.cli import main
 from egrpo.config.rewards import Remote as Settings
@@ -39,6 +41,7 @@ from egrpo.rewards.http import text_of
 from egrpo.rewards.network import png_of
 from egrpo.rewards.remote import TRIES, Remote
 
+SERVE = [sys.executable, "-m", "egrpo", "serve-rewards", "config/config.yaml"]
 PROMPTS = ["two red circles", "", "a blue square — ünïcode"]
 
 
@@ -53,162 +56,64 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(port: int, *words: str) -> subprocess.Popen[str]:
-    serve = [sys.executable, "-m", "egrpo", "serve-rewards", "config/config.yaml"]
-    job = subprocess.Popen(
-        [*serve, "--port", str(port), "--device", "cpu", *words],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for _ in range(600):
-        try:
-            httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5)
-            return job
-        except httpx2.TransportError:
-            assert job.poll() is None, job.stderr.read() if job.stderr else ""
-            time.sleep(0.1)
-    raise AssertionError("the service did not start")
-
-
-def stop(job: subprocess.Popen[str]) -> None:
-    job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Address and token file of a running service."""
     token = tmp_path_factory.mktemp("serve") / "token"
     token.write_text("secret\n")
     port = free_port()
-    before = os.getcwd()
-    os.chdir(ROOT)
-    job = start(port, "--token-file", str(token))
-    os.chdir(before)
+    more = ["--port", str(port), "--device", "cpu", "--token-file", str(token)]
+    job = subprocess.Popen([*SERVE, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, job)
     yield f"http://127.0.0.1:{port}", str(token)
-    stop(job)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)
 
 
-def client(service: tuple[str, str], reward: str, **more: Any) -> Remote:
-    given = {"kind": "remote", "url": service[0], "token_file": service[1], "reward": reward}
-    return Remote(Settings.model_validate({**given, "patience": 5.0, **more}))
+def client(at: tuple[str, str | None] | int, reward: str = "mine", **more: Any) -> Remote:
+    """What asks a service by its address and token file, or by its port alone."""
+    url, token = (f"http://127.0.0.1:{at}", None) if isinstance(at, int) else at
+    given = {"kind": "remote", "url": url, "token_file": token, "reward": reward, "patience": 5.0}
+    return Remote(Settings.model_validate({**given, **more}))
 
 
 @pytest.mark.parametrize("encoding", ["png", "raw"])
 @pytest.mark.parametrize("reward", ["clip", "preference", "jpeg"])
-def test_remote_scores_are_the_local_ones(
-    service: tuple[str, str], reward: str, encoding: str
-) -> None:
+def test_remote_scores_are_the_local_ones(service, reward, encoding):
     local = load_rewards({reward: small_run().rewards[reward]}, "cpu")[reward]
     x, prompts = images(9), PROMPTS * 3
     found = client(service, reward, encoding=encoding, batch=4, concurrency=3).score(x, prompts)
     np.testing.assert_allclose(found, local.score(x, prompts), rtol=1e-5, atol=1e-6)
 
 
-def test_health_and_refusals(service: tuple[str, str]) -> None:
+def test_health_and_refusals(service, tmp_path):
     url, _ = service
     assert "clip" in httpx2.get(f"{url}/health").json()["rewards"]
     assert httpx2.post(f"{url}/score", json={}).status_code == 401
-    header = {"Authorization": "Bearer secret"}
-    png, raw = text_of(png_of(images(1)[0])), text_of(bytes(12))
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"reward": "nothing", "png": [png]}, "no reward"),
-        ({"reward": "clip"}, "either"),
-        ({"reward": "clip", "png": [png, png]}, "2 images for 1 prompts"),
-        ({"reward": "clip", "png": ["not base64!"]}, "base64"),
-        ({"reward": "clip", "raw": raw[:-1] + "!", "shape": [1, 3, 2, 2]}, "base64"),
-        ({"reward": "clip", "png": [text_of(b"\x89PNG no")]}, "png"),
-        ({"reward": "clip", "raw": raw, "shape": [1, 3, 2, 3]}, "12 bytes"),
-        ({"reward": "clip", "raw": raw, "shape": [1, 4, 1, 3]}, "shape"),
-        ({"reward": "clip", "raw": raw, "shape": [1, 3, 2, 10**9]}, "shape"),
-        ({"reward": "clip", "png": [png], "prompts": "one"}, "prompts"),
-    ]
-    for request, reason in bad:
-        given = {"prompts": ["a"], **request}
-        answer = httpx2.post(f"{url}/score", json=given, headers=header)
-        assert answer.status_code in (404, 422), (request, answer.text)
-        assert reason in answer.text
     with pytest.raises(UserError, match=r"HTTP 404: .*no reward 'nothing'"):
         client(service, "nothing").score(images(1), ["a"])
-
-
-def test_wrong_token_is_one_line(service: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "token").write_text("guess")
     with pytest.raises(UserError, match="HTTP 401"):
-        client((service[0], str(tmp_path / "token")), "clip").score(images(1), ["a"])
+        client((url, str(tmp_path / "token")), "clip").score(images(1), ["a"])
 
 
-def test_a_dead_service_pauses_and_goes_on(capsys: Any) -> None:
-    """Down at first, up after some seconds: the scores come, and the wait was said."""
-    port = free_port()
-    address = (f"http://127.0.0.1:{port}", None)
+def test_a_dead_service_pauses_and_goes_on(capsys):
+    port, x = free_port(), images(3)
     found: list[Any] = []
-    waiting = client(address, "jpeg", patience=60.0)  # type: ignore[arg-type]
-    thread = threading.Thread(target=lambda: found.append(waiting.score(images(3), PROMPTS)))
+    waiting = client(port, patience=60.0)
+    thread = threading.Thread(target=lambda: found.append(waiting.score(x, PROMPTS)))
     thread.start()
     time.sleep(1)
     assert not found
-    job = start(port, "--reward", "jpeg")
-    thread.join(timeout=60)
-    stop(job)
-    assert np.isfinite(found[0]).all()
+    with served(app_of(Mine(means)), port):
+        thread.join(timeout=60)
+    assert found[0] == pytest.approx(means(x, []))
     assert "waiting, up to 60 s" in capsys.readouterr().err
 
 
-def test_patience_ends_in_one_line() -> None:
+def test_patience_ends_in_one_line():
     with pytest.raises(UserError, match=r"away for more than 0\.5 s: ConnectError"):
-        client((f"http://127.0.0.1:{free_port()}", None), "jpeg", patience=0.5).score(  # type: ignore[arg-type]
-            images(1), ["a"]
-        )
-
-
-class Slow:
-    """A reward that takes its time, counts its calls, and fails for black images."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def score(self, x: torch.Tensor, prompts: Any) -> Any:
-        self.sizes.append(len(x))
-        time.sleep(0.2)
-        scores = x.float().mean((1, 2, 3)).numpy()
-        return np.where(scores == 0, np.nan, scores)
-
-
-def test_waiting_requests_are_scored_together_and_too_many_are_refused() -> None:
-    from fastapi.testclient import TestClient
-
-    model = Slow()
-    app = app_of(model, batch=8, limit=6)
-    answers: list[Any] = []
-    x = images(2, 16)
-    x[1] = 0
-    request = {
-        "reward": "mine",
-        "prompts": ["a", "b"],
-        "raw": text_of(x.numpy().tobytes()),
-        "shape": [2, 3, 16, 16],
-    }
-    with TestClient(app) as http:
-
-        def ask() -> None:
-            answers.append(http.post("/score", json=request))
-
-        threads = [threading.Thread(target=ask) for _ in range(5)]
-        for thread in threads:
-            thread.start()
-            time.sleep(0.02)
-        for thread in threads:
-            thread.join()
-    codes = sorted(a.status_code for a in answers)
-    assert codes == [200, 200, 200, 503, 503]
-    assert max(model.sizes) == 4  # the second and third request together
-    for answer in answers:
-        if answer.status_code == 200:
-            first, second = answer.json()["scores"]
-            assert first == pytest.approx(float(x[0].float().mean()), rel=1e-6)
-            assert second is None
+        client(free_port(), patience=0.5).score(images(1), ["a"])
 
 
 # -- one app in this process, around a reward that is a function ---------------------------------
@@ -258,24 +163,13 @@ def png(*chunks: bytes) -> str:
     return text_of(b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b""))
 
 
-def until(true: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if true():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came true")
-
-
 @contextmanager
-def served(app: Any) -> Iterator[int]:
-    """The port of a real server around the app."""
-    import uvicorn
-
-    port = free_port()
+def served(app: Any, port: int | None = None) -> Iterator[int]:
+    port = port or free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until(lambda: server.started)
+    wait_for(lambda: server.started)
     try:
         yield port
     finally:
@@ -311,16 +205,14 @@ def refuse(error: BaseException) -> Any:
         (lambda x, p: means(x, p)[: 1 if "bad" in p else None], UserError, "returned 1 numbers"),
     ],
 )
-def test_only_the_request_that_fails_alone_fails(
-    function: Any, told: type[Exception], reason: str
-) -> None:
+def test_only_the_request_that_fails_alone_fails(function, told, reason):
     model = Mine(function)
     batcher = Batcher("mine", model, 8, 64)
     x = images(2, 8)
     right = means(x, []).tolist()
     model.gate.clear()
     first = batcher.submit(x[:1], ["first"])
-    until(lambda: bool(model.calls))
+    wait_for(lambda: bool(model.calls))
     waiting = [batcher.submit(x, ["a", name]) for name in ("b", "bad", "c")]
     model.gate.set()
     for request in (waiting[0], waiting[2]):
@@ -333,7 +225,7 @@ def test_only_the_request_that_fails_alone_fails(
     assert batcher.count == 0
 
 
-def test_where_memory_ends_halves_are_scored(capsys: Any) -> None:
+def test_where_memory_ends_halves_are_scored(capsys):
     def small(x: torch.Tensor, prompts: list[str]) -> Any:
         if len(x) > 3:
             raise torch.OutOfMemoryError("too much")
@@ -350,7 +242,7 @@ def test_where_memory_ends_halves_are_scored(capsys: Any) -> None:
     )
 
 
-def test_a_batch_is_not_exceeded_and_sizes_stay_apart() -> None:
+def test_a_batch_is_not_exceeded_and_sizes_stay_apart():
     model = Mine(means)
     batcher = Batcher("mine", model, 4, 64)
     model.gate.clear()
@@ -358,7 +250,7 @@ def test_a_batch_is_not_exceeded_and_sizes_stay_apart() -> None:
     waiting = []
     for count, side in sizes:
         waiting.append(batcher.submit(images(count, side), [f"{side}"] * count))
-        until(lambda: bool(model.calls))
+        wait_for(lambda: bool(model.calls))
     model.gate.set()
     for request, (count, side) in zip(waiting, sizes, strict=True):
         assert request.result(30) == pytest.approx(means(images(count, side), []).tolist())
@@ -366,6 +258,7 @@ def test_a_batch_is_not_exceeded_and_sizes_stay_apart() -> None:
 
 
 TWO_SIZES = png(header(8, 8), header(200, 200), chunk(b"IDAT", zlib.compress(bytes(200 * 601))))
+PNG = text_of(png_of(images(1)[0]))
 CUT = text_of(png_of(images(1, 16)[0])[:-40])
 MALFORMED: list[tuple[bytes | dict[str, Any], int, str]] = [
     (b"", 422, "JSON"),
@@ -374,6 +267,12 @@ MALFORMED: list[tuple[bytes | dict[str, Any], int, str]] = [
     (b'{"reward": "mine", "prompts": ["\\ud800"]}', 422, "JSON"),
     (b'{"reward": "mine\xff"}', 422, "JSON"),
     (b"[" + b"," * 2**20, 422, "parts"),
+    ({"png": [PNG]}, 422, "either"),
+    ({"prompts": ["a", "b"]}, 422, "1 images for 2 prompts"),
+    ({"raw": "A" * 255 + "!"}, 422, "base64"),
+    ({"raw": "", "png": ["not base64!"]}, 422, "base64"),
+    ({"shape": [1, 4, 8, 6]}, 422, "shape"),
+    ({"shape": [1, 3, 8, 10**9]}, 422, "shape"),
     ({"prompts": 3}, 422, "prompts: Input should be a valid array"),
     ({"prompts": [1] * 1000}, 422, "prompts.0: Input should be a valid string"),
     ({"prompts": []}, 422, "prompts"),
@@ -409,10 +308,8 @@ MALFORMED: list[tuple[bytes | dict[str, Any], int, str]] = [
 ]
 
 
-def test_malformed_requests_are_refused_in_few_words() -> None:
+def test_malformed_requests_are_refused_in_few_words():
     """Nothing is echoed, and the client of these tests raises what the app does not catch."""
-    from fastapi.testclient import TestClient
-
     x = images(1, 8)
     with TestClient(app_of(Mine(means), request_mib=2)) as http:
         for given, status, reason in MALFORMED:
@@ -428,34 +325,25 @@ def test_malformed_requests_are_refused_in_few_words() -> None:
         assert http.get("/health").json()["waiting"] == 0
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "RGB"])
-def test_png_of_other_modes_are_taken_as_rgb(mode: str) -> None:
-    from fastapi.testclient import TestClient
-    from PIL import Image
-
-    picture = Image.fromarray(images(1, 16)[0].permute(1, 2, 0).numpy()).convert(mode)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    seen = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    request = {"reward": "mine", "prompts": ["a"], "png": [text_of(buffer.getvalue())]}
-    with TestClient(app_of(Mine(means))) as http:
+def test_png_of_other_modes_are_taken_as_rgb_and_no_number_is_null():
+    pngs, wanted = [], []
+    for mode in ("L", "LA", "P", "RGBA", "1", "RGB"):
+        picture = Image.fromarray(images(1, 16)[0].permute(1, 2, 0).numpy()).convert(mode)
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        pngs.append(text_of(buffer.getvalue()))
+        wanted.append(float(np.array(picture.convert("RGB")).mean()))
+    prompts = [""] * 6 + ["nan", "inf", "-inf"]
+    request = {"reward": "mine", "prompts": prompts, "png": pngs + pngs[:3]}
+    model = Mine(lambda x, texts: [float(t or m) for t, m in zip(texts, means(x, []), strict=True)])
+    with TestClient(app_of(model, batch=9)) as http:
         found = http.post(SCORE, json=request).json()["scores"]
-    assert found == pytest.approx([float(seen.float().mean())])
+    assert found[:6] == pytest.approx(wanted)
+    assert found[6:] == [None] * 3
 
 
-def test_what_is_no_number_is_null() -> None:
-    from fastapi.testclient import TestClient
-
-    model = Mine(lambda x, p: [1.0, float("nan"), float("inf"), -float("inf")])
-    with TestClient(app_of(model)) as http:
-        scores = http.post(SCORE, json=asked(images(4, 8))).json()["scores"]
-    assert scores == [1.0, None, None, None]
-
-
-def test_waiting_work_is_bounded_by_its_bytes() -> None:
+def test_waiting_work_is_bounded_by_its_bytes():
     """Bodies and images of all requests; 503 says when to come again, and then they are taken."""
-    from fastapi.testclient import TestClient
-
     model = Mine(means)
     x = images(4, 200)  # 0.46 MiB, and while it is read 0.61 MiB of text
     with TestClient(app_of(model, waiting_mib=2)) as http:
@@ -466,7 +354,7 @@ def test_waiting_work_is_bounded_by_its_bytes() -> None:
             ask = threading.Thread(target=lambda: answers.append(http.post(SCORE, json=asked(x))))
             ask.start()
             threads.append(ask)
-            until(lambda: http.get("/health").json()["waiting"] == 4 * len(threads))
+            wait_for(lambda: http.get("/health").json()["waiting"] == 4 * len(threads))
         refused = http.post(SCORE, json=asked(x))
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
         model.gate.set()
@@ -484,7 +372,7 @@ def test_waiting_work_is_bounded_by_its_bytes() -> None:
 TOO_LONG = f"Content-Length: {10**12}"
 
 
-def test_no_body_is_read_without_token_or_room() -> None:
+def test_no_body_is_read_without_token_or_room():
     """The server answers although the body never comes, or does not end."""
     app = app_of(Mine(means), token="secret")
     allowed = "Authorization: Bearer secret"
@@ -498,7 +386,7 @@ def test_no_body_is_read_without_token_or_room() -> None:
         assert b" 422 " in exchange(port, f"{allowed}\r\nContent-Length: 1", b"{{{{")
 
 
-def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_body_that_does_not_come_is_given_up(monkeypatch, capfd):
     monkeypatch.setattr(serve, "READING", 0.2)
     with served(app_of(Mine(means), waiting_mib=1)) as port:
         for _ in range(3):  # what it had announced is free again
@@ -511,7 +399,7 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch, 
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_abandoned_requests_wait_within_the_limit_and_are_not_scored() -> None:
+def test_abandoned_requests_wait_within_the_limit_and_are_not_scored():
     model = Mine(means)
     x = images(2, 8)
     with served(app_of(model, limit=6)) as port:
@@ -522,7 +410,7 @@ def test_abandoned_requests_wait_within_the_limit_and_are_not_scored() -> None:
                 httpx2.post(f"{url}{SCORE}", json=asked(x, prompts=[name, name]), timeout=0.5)
         assert httpx2.post(f"{url}{SCORE}", json=asked(x)).status_code == 503
         model.gate.set()
-        until(lambda: httpx2.get(f"{url}/health").json()["waiting"] == 0)
+        wait_for(lambda: httpx2.get(f"{url}/health").json()["waiting"] == 0)
         assert httpx2.post(f"{url}{SCORE}", json=asked(x)).status_code == 200
     assert model.calls == [["a", "a"], ["a", "a"]]
 
@@ -536,42 +424,39 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_waiting")
-@pytest.mark.parametrize("failures", [1, TRIES])
-def test_a_reward_that_fails_is_asked_again_a_few_times(failures: int, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("failures", "error", "told", "calls"),
+    [
+        (1, RuntimeError, None, 2),
+        (TRIES, RuntimeError, r"HTTP 500: .*cuDNN is in a mood.*in vain", TRIES),
+        (1, UserError, r"HTTP 422: .*cuDNN is in a mood", 1),
+    ],
+)
+def test_a_reward_that_fails_is_asked_again_a_few_times_and_one_that_refuses_is_not(
+    failures, error, told, calls, capsys
+):
     def fails_at_first(x: torch.Tensor, prompts: list[str]) -> Any:
         if len(model.calls) <= failures:
-            raise RuntimeError("cuDNN is in a mood")
+            raise error("cuDNN is in a mood")
         return means(x, prompts)
 
-    model = Mine(fails_at_first)
-    x = images(1, 8)
+    model, x = Mine(fails_at_first), images(1, 8)
     with served(app_of(model)) as port:
-        asks = client((f"http://127.0.0.1:{port}", None), "mine")  # type: ignore[arg-type]
-        if failures < TRIES:
-            assert asks.score(x, ["a"]) == pytest.approx(means(x, []))
+        if told is None:
+            assert client(port).score(x, ["a"]) == pytest.approx(means(x, []))
         else:
-            with pytest.raises(UserError, match=r"HTTP 500: .*cuDNN is in a mood.*in vain"):
-                asks.score(x, ["a"])
-    assert len(model.calls) == min(failures + 1, TRIES)
-    said = capsys.readouterr().err
-    assert "serve-rewards: mine: RuntimeError: cuDNN is in a mood (test_serve.py, line " in said
-
-
-@pytest.mark.usefixtures("_no_waiting")
-def test_what_is_refused_is_asked_once() -> None:
-    model = Mine(refuse(UserError("no such word")))
-    with served(app_of(model)) as port:
-        asks = client((f"http://127.0.0.1:{port}", None), "mine")  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=r"HTTP 422: .*no such word"):
-            asks.score(images(1, 8), ["bad"])
-    assert len(model.calls) == 1
+            with pytest.raises(UserError, match=told):
+                client(port).score(x, ["a"])
+    assert len(model.calls) == calls
+    said = "serve-rewards: mine: RuntimeError: cuDNN is in a mood (test_serve.py, line "
+    assert (said in capsys.readouterr().err) is (error is RuntimeError)
 
 
 @pytest.mark.parametrize("bounds", [{"limit": 3}, {"request_mib": 1}])
-def test_a_batch_too_large_for_the_service_is_split(bounds: dict[str, int], capsys: Any) -> None:
+def test_a_batch_too_large_for_the_service_is_split(bounds, capsys):
     x = images(13, 150)
     with served(app_of(Mine(means), **bounds)) as port:
-        asks = client((f"http://127.0.0.1:{port}", None), "mine", concurrency=1, encoding="raw")  # type: ignore[arg-type]
+        asks = client(port, concurrency=1, encoding="raw")
         for _ in range(2):
             assert asks.score(x, ["a"] * 13) == pytest.approx(means(x, []))
         said = capsys.readouterr().err
@@ -588,47 +473,26 @@ def test_a_batch_too_large_for_the_service_is_split(bounds: dict[str, int], caps
     ['["1"]', "[true]", "[[1]]", '{"1": 2}', '"1"', "1", "null", "[1, 2]", "[1" + "0" * 400 + "]",
      "[" * 100_000 + "]" * 100_000],
 )  # fmt: skip
-def test_an_answer_of_other_things_than_numbers_is_refused(scores: str) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b'{"scores": %s}' % scores.encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        asks = client((f"http://127.0.0.1:{server.server_port}", None), "mine")  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=r"answered .* scores"):
-            asks.score(images(1, 8), ["a"])
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_an_answer_of_other_things_than_numbers_is_refused(scores):
+    told = pytest.raises(UserError, match=r"answered .* scores")
+    with answering(lambda *_: (200, f'{{"scores": {scores}}}')) as (url, _), told:
+        client((url, None)).score(images(1, 8), ["a"])
 
 
 @pytest.mark.parametrize("text", ["", " \n", "t\u00f6ken", "one\ntwo"])
-def test_a_token_that_no_header_can_hold_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_token_that_no_header_can_hold_is_refused(tmp_path, text):
     (tmp_path / "token").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"token_file: .*: a token of printable ASCII"):
-        client(("http://127.0.0.1:9", str(tmp_path / "token")), "mine")
+        client(("http://127.0.0.1:9", str(tmp_path / "token")))
 
 
-def test_an_open_address_needs_a_token() -> None:
-    command = [sys.executable, "-m", "egrpo", "serve-rewards", "config/config.yaml"]
-    done = subprocess.run(
-        [*command, "--host", "0.0.0.0"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert "--host 0.0.0.0: others can reach it; give --token-file" in done.stderr
+def test_an_open_address_needs_a_token():
+    done = CliRunner().invoke(main, [*SERVE[3:], "--host", "0.0.0.0"])
+    assert done.exit_code == 2
+    assert "--host 0.0.0.0: others can reach it; give --token-file" in done.output
 
 
-def test_this_machine_is_asked_without_the_proxy(
-    service: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_this_machine_is_asked_without_the_proxy(service, monkeypatch):
     """Proxy variables of a company's network: rewards and tracking servers here are not there."""
     for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "")

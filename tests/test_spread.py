@@ -37,7 +37,6 @@ def curve(points: Sequence[tuple[float, float]]) -> list[Spread]:
 
 
 def entropies(step: int, span: int) -> dict[str, float]:
-    """Closed form of Flow-SDE by measure."""
     return {m: step_entropy(GRID, step, span, noise_level=0.7, measure=m) for m in MEASURES}
 
 
@@ -161,8 +160,7 @@ def test_spread_between_measured_spans_is_interpolated_and_refused_without_any()
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.floats(0, 100, allow_subnormal=False), min_size=1, max_size=8),
-    st.integers(2, 40),
+    st.lists(st.floats(0, 100, allow_subnormal=False), min_size=1, max_size=8), st.integers(2, 40)
 )
 def test_allocation_keeps_the_sum_the_least_and_the_order(values, group_size):
     n = len(values)

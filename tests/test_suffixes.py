@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import small_run
 from scipy.stats import spearmanr
 
 from egrpo.measure.suffixes import mean_spread, rank_correlation, suffixes
-from egrpo.models.conditioning import Embeddings
 from egrpo.planning.grids import training_sigmas
 from egrpo.planning.trees import plan_of
 
 
-def test_rank_correlation_is_spearmans_with_ties() -> None:
+def test_rank_correlation_is_spearmans_with_ties():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 5, 30), rng.normal(size=30)
     assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
@@ -29,28 +28,18 @@ def test_rank_correlation_is_spearmans_with_ties() -> None:
     assert math.isnan(rank_correlation([nan, nan], [nan, nan]))
 
 
-def test_spread_is_over_groups_that_have_scores() -> None:
+def test_spread_is_over_groups_that_have_scores():
     nan = math.nan
     groups = [[[1.0, 3.0, nan], [nan, nan, nan]], [[0.0, nan, nan], [nan, nan, nan]]]
     assert mean_spread([np.array(prompt) for prompt in groups]) == pytest.approx(math.sqrt(2))
     assert mean_spread([np.array(groups[1])]) is None
 
 
-def test_exact_suffix_agrees_with_itself_and_others_cost_less(
-    embeddings: Embeddings, tmp_path: Path
-) -> None:
-    run = small_run(
-        "s",
-        **{
-            "profile.prompts": 2,
-            "profile.samples": 4,
-            "profile.strides": [1, 3],
-            "profile.solvers": ["ode", "dpm2"],
-            "profile.features": [3],
-            "profile.fp8_sampling": True,
-            "model.dtype": "bfloat16",
-        },
-    )
+def test_exact_suffix_agrees_with_itself_and_others_cost_less(embeddings, tmp_path):
+    of = """{profile.prompts: 2, profile.samples: 4, profile.strides: [1, 3],
+      profile.solvers: [ode, dpm2], profile.features: [3], profile.fp8_sampling: true,
+      model.dtype: bfloat16}"""
+    run = small_run("s", **yaml.safe_load(of))
     out = tmp_path / "suffixes.parquet"
     _, text = suffixes(run, plan_of(run, training_sigmas(run)), embeddings, out)
     rows = {

@@ -53,7 +53,7 @@ def run(*words: str, terminal: bool) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_bad_input_is_one_line_or_a_box(terminal: bool) -> None:
+def test_bad_input_is_one_line_or_a_box(terminal):
     code, said = run("-m", "egrpo", "cost", "nowhere.yaml", terminal=terminal)
     assert code == 2
     assert "nowhere.yaml" in said
@@ -66,7 +66,7 @@ def test_bad_input_is_one_line_or_a_box(terminal: bool) -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_crash_shows_its_source(terminal: bool) -> None:
+def test_a_crash_shows_its_source(terminal):
     code, said = run("-c", CRASH, terminal=terminal)
     assert code == 1
     assert "ZeroDivisionError: what nobody expected" in re.sub(r"\x1b\[[0-9;]*m", "", said)
@@ -74,7 +74,7 @@ def test_a_crash_shows_its_source(terminal: bool) -> None:
     assert ("╭" in said) is terminal
 
 
-def test_progress_is_a_bar_with_rate_and_time_left_on_a_terminal() -> None:
+def test_progress_is_a_bar_with_rate_and_time_left_on_a_terminal():
     code, said = run("-c", WORK, terminal=True)
     assert code == 0
     frames = said.split("\r")
@@ -83,7 +83,7 @@ def test_progress_is_a_bar_with_rate_and_time_left_on_a_terminal() -> None:
     assert re.search(r"train: 100%\|.*5/5 \[00:\d\d<00:00, .*it.*verifier 0\.61\]", frames[-2])
 
 
-def test_progress_is_plain_lines_in_a_log() -> None:
+def test_progress_is_plain_lines_in_a_log():
     code, said = run("-c", WORK, terminal=False)
     assert code == 0
     lines = said.splitlines()

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ADAPTER, Jobs, sampled, small_run, trainer_for, velocity_at
+from conftest import ADAPTER, sampled, small_run, trainer_for, velocity_at
 from safetensors.torch import load_file
 
 from egrpo.core.rollout import Rollout
 from egrpo.errors import UserError
 from egrpo.images import DECODED, FINE, LATENT, Images
 from egrpo.measure.monitors import load_grid, measure, save_grid
-from egrpo.models.conditioning import Embeddings
 from egrpo.planning.trees import iteration_cost
 from egrpo.store import checkpoint as checkpoints
 from egrpo.store.tables import TRAIN_METRICS, read_table
@@ -69,9 +67,7 @@ def equal(these: Any, those: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_ratio_is_exactly_one_at_the_first_update_and_counts_are_predicted(
-    name: str, embeddings: Embeddings
-) -> None:
+def test_ratio_is_exactly_one_at_the_first_update_and_counts_are_predicted(name, embeddings):
     trainer = trainer_for(embeddings, **VARIANTS[name])
     before, updates = copies(trainer), trainer.run.train.updates
     metrics, rows = trainer.step()
@@ -88,9 +84,7 @@ def test_ratio_is_exactly_one_at_the_first_update_and_counts_are_predicted(
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_changed_weights_move_the_ratio_and_sample_at_once(
-    merge: bool, embeddings: Embeddings
-) -> None:
+def test_changed_weights_move_the_ratio_and_sample_at_once(merge, embeddings):
     """The exactness above is no tautology; and nothing must be told of a change."""
     trainer = trainer_for(embeddings, **{"model.merge_lora_for_sampling": merge})
     rollout, ids, trees = sampled(trainer)
@@ -114,7 +108,7 @@ def test_changed_weights_move_the_ratio_and_sample_at_once(
     assert torch.equal(trainer.rollout(1, ids, trees).leaves, rollout.leaves)
 
 
-def test_an_update_makes_good_samples_likelier(embeddings: Embeddings) -> None:
+def test_an_update_makes_good_samples_likelier(embeddings):
     trainer = trainer_for(embeddings, **{"method.group_size": 8, "method.active": 4})
     rollout, ids, values = learn(trainer, lambda n: np.random.default_rng(0).normal(size=n))
     gain = 0.0
@@ -125,8 +119,7 @@ def test_an_update_makes_good_samples_likelier(embeddings: Embeddings) -> None:
     assert gain > 0
 
 
-def test_accumulated_gradient_equals_that_of_one_batch(embeddings: Embeddings) -> None:
-    """Prompts in one forward/backward or one by one: the same gradient, to float tolerance."""
+def test_accumulated_gradient_equals_that_of_one_batch(embeddings):
     gradients = []
     for size in (1, 16):
         trainer = trainer_for(embeddings, **{"train.train_micro_batch": size})
@@ -137,7 +130,7 @@ def test_accumulated_gradient_equals_that_of_one_batch(embeddings: Embeddings) -
     assert gradients[0].abs().max() > 1e-5
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(embeddings: Embeddings) -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run(embeddings):
     trainer = trainer_for(embeddings)
     before, (rollout, ids, trees) = copies(trainer), sampled(trainer)
     with pytest.raises(UserError, match="the gradient of iteration 1 is"):
@@ -145,8 +138,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(embeddings: Embeddings) -> 
     assert equal(before, trainer.parameters)
 
 
-def test_pruned_leaves_need_no_training(embeddings: Embeddings) -> None:
-    """Width pruning: fewer forward/backward passes than the tree allows, and ratios still 1."""
+def test_pruned_leaves_need_no_training(embeddings):
     method = {"name": "branchgrpo", "steps": 6, "splits": [0, 1], "group_size": 4}
     of = {f"method.{k}": v for k, v in {**method, "width_share": 0.5}.items()}
     trainer = trainer_for(embeddings, **of, **{"train.updates": 1})
@@ -157,22 +149,7 @@ def test_pruned_leaves_need_no_training(embeddings: Embeddings) -> None:
     assert metrics["on_policy_ratio_deviation"] < 1e-5  # smaller chunks round otherwise
 
 
-def test_guarded_loss_is_divided_by_the_length_of_its_step(embeddings: Embeddings) -> None:
-    """GRPO-Guard: normalized ratio, clipped, times 1/|dt| (public code of arXiv 2510.22319)."""
-    trainer = trainer_for(embeddings, **{"method.name": "flow_grpo", "train.loss": "guarded"})
-    batch = sampled(trainer)[0].batches[1]
-    advantage = torch.linspace(-1, 1, len(batch.edges))
-    v = batch.v + 0.5 * torch.randn(batch.v.shape, generator=torch.Generator().manual_seed(0))
-    of = batch, v, trainer.sigmas, advantage, torch.ones_like(advantage)
-    found = trainer.run.method.objective(*of, loss="guarded", clip_range=0.2, clamp=5.0)
-    ratio = torch.exp(batch.guarded_log_ratio(v, trainer.sigmas, 0.7))
-    plain = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).sum()
-    length = trainer.sigmas[batch.start] - trainer.sigmas[batch.start + 1]
-    torch.testing.assert_close(found.loss, plain / length)
-    assert not torch.allclose(ratio, torch.ones_like(ratio), atol=1e-4)
-
-
-def test_prompts_of_an_epoch_are_each_seen_once(embeddings: Embeddings) -> None:
+def test_prompts_of_an_epoch_are_each_seen_once(embeddings):
     trainer = trainer_for(embeddings, **{"train.prompts_per_iteration": 4})
     per_epoch = len(trainer.texts) // 4
     seen = [i for k in range(1, per_epoch + 1) for i in trainer.trees(k)[0]]
@@ -182,9 +159,7 @@ def test_prompts_of_an_epoch_are_each_seen_once(embeddings: Embeddings) -> None:
         trainer_for(embeddings, **{"train.prompts_per_iteration": 500})
 
 
-def test_attention_is_checked_before_the_first_iteration(
-    embeddings: Embeddings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_is_checked_before_the_first_iteration(embeddings, monkeypatch):
     asked: list[Any] = []
     monkeypatch.setattr(learner, "check_attention", lambda *of: asked.append(of))
     trainer = trainer_for(embeddings)
@@ -194,7 +169,7 @@ def test_attention_is_checked_before_the_first_iteration(
 # -- averaged weights ------------------------------------------------------------------------
 
 
-def test_average_follows_the_weights_and_is_what_is_saved(jobs: Jobs) -> None:
+def test_average_follows_the_weights_and_is_what_is_saved(jobs):
     trainer = trainer_for(jobs.embeddings, **{"train.ema_decay": 0.5})
     before = copies(trainer)
     trainer.step()
@@ -217,9 +192,7 @@ def test_average_follows_the_weights_and_is_what_is_saved(jobs: Jobs) -> None:
     assert not equal(*both)
 
 
-def test_average_of_flow_grpos_lineage_warms_up_and_moves_at_every_eighth_step(
-    embeddings: Embeddings,
-) -> None:
+def test_average_of_flow_grpos_lineage_warms_up_and_moves_at_every_eighth_step(embeddings):
     """Its public code: where (n + 1) % 8 == 0, with decay min((1 + n) / (10 + n), 0.9)."""
     for name in ("flow_grpo", "flow_grpo_fast", "tempflow_grpo"):
         t = small_run("x", **{"method.name": name}).train
@@ -245,7 +218,7 @@ def test_average_of_flow_grpos_lineage_warms_up_and_moves_at_every_eighth_step(
 
 
 @pytest.mark.parametrize(("iterations", "short"), [(3, True), (4, False)])
-def test_a_run_too_short_for_its_average_says_so(iterations: int, short: bool, jobs: Jobs) -> None:
+def test_a_run_too_short_for_its_average_says_so(iterations, short, jobs):
     of = {"method.name": "flow_grpo", "train.monitor_every": 0, "train.iterations": iterations}
     record = json.loads((jobs("r", **of) / "train.json").read_text())
     said = (
@@ -260,7 +233,7 @@ def test_a_run_too_short_for_its_average_says_so(iterations: int, short: bool, j
     assert record["nfe_monitor"] == small_run().evaluate.steps, "one image, for the weights' sake"
 
 
-def test_penalty_of_awm_is_the_distance_to_the_averaged_weights(embeddings: Embeddings) -> None:
+def test_penalty_of_awm_is_the_distance_to_the_averaged_weights(embeddings):
     """Its public code: 1 * mean((v - v_average)^2), average min(0.3, 0.001 n) of the old one."""
     of = {"method.name": "awm", "method.group_size": 3}
     t = small_run("x", **of).train
@@ -286,7 +259,7 @@ def test_penalty_of_awm_is_the_distance_to_the_averaged_weights(embeddings: Embe
     assert metrics["on_policy_ratio_deviation"] == 0.0
 
 
-def test_averaged_weights_sample_where_asked(embeddings: Embeddings) -> None:
+def test_averaged_weights_sample_where_asked(embeddings):
     """DiffusionNFT's slow policy: after an update its velocities differ from the trained ones."""
     of = {"method.name": "diffusion_nft", "method.group_size": 3}
     trainer = trainer_for(embeddings, **of, **{"train.ema_ramp": 0.9, "train.ema_decay": 0.9})
@@ -302,9 +275,7 @@ def test_averaged_weights_sample_where_asked(embeddings: Embeddings) -> None:
 
 
 @pytest.mark.parametrize("trained", [["verifier"], ["verifier", "clip"]])
-def test_nan_rewards_are_counted_and_all_nan_is_refused(
-    trained: list[str], embeddings: Embeddings
-) -> None:
+def test_nan_rewards_are_counted_and_all_nan_is_refused(trained, embeddings):
     trainer = trainer_for(embeddings, **{"train.rewards": dict.fromkeys(trained, 1.0)})
     rollout, _, trees = sampled(trainer)
     scores = np.random.default_rng(0).normal(size=len(rollout.leaves))
@@ -317,9 +288,7 @@ def test_nan_rewards_are_counted_and_all_nan_is_refused(
         trainer.advantages(nothing, rollout, trees)
 
 
-def test_a_reward_may_apply_to_some_of_the_prompts(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reward_may_apply_to_some_of_the_prompts(jobs, monkeypatch):
     """One prompt an iteration, and so of one kind; each kind has a reward of its own."""
     (jobs.folder / "by_kind.py").write_text(
         "def score(images, prompts, small):\n"
@@ -350,9 +319,7 @@ def test_a_reward_may_apply_to_some_of_the_prompts(
 
 
 @pytest.mark.parametrize(("every", "what"), [(1, "monitor"), (0, "one image")])
-def test_a_last_iteration_that_destroys_the_weights_is_no_success(
-    every: int, what: str, jobs: Jobs
-) -> None:
+def test_a_last_iteration_that_destroys_the_weights_is_no_success(every, what, jobs):
     far = {"train.learning_rate_scale": 1e30, "train.iterations": 1, "train.monitor_every": every}
     for _ in range(2):  # started again it is none either
         with pytest.raises(UserError, match=f"run far: {what} of iteration 1: .* have diverged; "):
@@ -361,9 +328,7 @@ def test_a_last_iteration_that_destroys_the_weights_is_no_success(
 
 
 @pytest.mark.usefixtures("spoilt")
-def test_images_that_are_none_have_no_say(
-    embeddings: Embeddings, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_that_are_none_have_no_say(embeddings, capsys):
     trainer = trainer_for(embeddings, **{"train.decode_batch": 6, "train.micro_batch": 2})
     for _ in range(2):
         metrics, _ = trainer.step()
@@ -381,7 +346,7 @@ def test_images_that_are_none_have_no_say(
     assert said.count("NaN or infinite") == 1, "in iterations they are counted"
 
 
-def test_distances_are_between_images() -> None:
+def test_distances_are_between_images():
     pixels, base = torch.randint(0, 256, (2, 6, 3, 5, 7), dtype=torch.uint8)
     some = Images(pixels, np.array([FINE, LATENT, FINE, FINE, DECODED, FINE], np.int8))
     other = Images(base, np.array([FINE, FINE, LATENT, FINE, FINE, FINE], np.int8))
@@ -400,7 +365,7 @@ def test_distances_are_between_images() -> None:
     assert np.isnan([nothing[f"monitor/{m}"] for m in ("diversity", "distance_to_base")]).all()
 
 
-def test_monitor_grid_survives_its_file(tmp_path: Path) -> None:
+def test_monitor_grid_survives_its_file(tmp_path):
     pixels = torch.randint(0, 256, (6, 3, 5, 7), dtype=torch.uint8)
     for faults in ([FINE] * 6, [FINE, LATENT, FINE, FINE, FINE, DECODED]):
         images = Images(pixels, np.array(faults, np.int8))

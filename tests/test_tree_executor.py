@@ -21,8 +21,7 @@ from egrpo.core.plan import make_plan
 from egrpo.core.rollout import Rollout, joined
 from egrpo.core.schedule import shifted_sigmas
 from egrpo.core.seeds import normal, seed_of
-from egrpo.core.transitions import transition
-from egrpo.core.tree import ROOT, Cost, Node, Tree, TreeBuilder
+from egrpo.core.tree import ROOT, Node, Tree, TreeBuilder
 from egrpo.methods.shapes import branches, chains, noised, planned_branches, split_tree
 
 LEVEL = 0.7
@@ -31,10 +30,7 @@ SMALL = make_plan(shifted_sigmas(8, 3.0), [0, 2, 3], threshold=2.0, noise_level=
 
 
 def binary_tree() -> Tree:
-    """Splits at 0 and 2 of 4 steps; every SDE edge is trained, group = depth.
-
-    0 -> 1, 2 at index 2; 1 -> 3, 4 and 2 -> 5, 6 at index 4.
-    """
+    """Splits at 0 and 2 of 4 steps: 0 -> 1, 2 -> 3..6; every edge is trained, group = depth."""
     sdes = [(0, 2, 0), (0, 2, 1), (1, 4, 0), (1, 4, 1), (2, 4, 2), (2, 4, 3)]
     edges = (Node(p, i, "dance_sde", k, trained=True, group=i // 4) for p, i, k in sdes)
     return Tree(4, (Node(ROOT, 0), *edges))
@@ -249,14 +245,6 @@ def test_trees_that_cannot_be_run_are_refused(nodes, message):
         Tree(4, tuple(nodes))
 
 
-def test_leaves_below_a_binary_tree():
-    tree = binary_tree()
-    assert tree.leaves == (3, 4, 5, 6)
-    assert tree.leaves_below == {1: (0, 1), 2: (2, 3), 3: (0,), 4: (1,), 5: (2,), 6: (3,)}
-    assert [tree.nodes[k].group for k in tree.trained] == [0, 0, 1, 1, 1, 1]
-    assert tree.cost == Cost(forward=3, train=3)
-
-
 # --- executor: what is computed -------------------------------------------------------------------
 
 
@@ -415,6 +403,8 @@ def test_on_policy_ratio_is_exactly_one(name, parts, dtype, train_micro_batch):
         assert len(here) == math.ceil(sum(here) / train_micro_batch)
     for batch in (batch for update in updates for batch in update):
         assert len(batch.x) <= train_micro_batch
+        ends = {s.x_next.dtype for s in batch.segments if s.dynamics != NOISING}
+        assert {batch.x.dtype, *ends} == {dtype}
         v = crowded(batch.x, sigmas[batch.start], batch.tree)  # with gradients this time
         assert torch.equal(v, batch.v)
         new = batch.log_probs(v, sigmas, LEVEL)
@@ -422,23 +412,6 @@ def test_on_policy_ratio_is_exactly_one(name, parts, dtype, train_micro_batch):
         assert new.dtype == torch.float32
         assert torch.equal(new, batch.log_prob)
         assert torch.equal(batch.log_ratio(v, sigmas, LEVEL).exp(), torch.ones_like(new))
-
-
-def test_latents_are_stored_rounded_before_their_log_probability():
-    how = {"velocity": network(torch.bfloat16)[0], "dtype": torch.bfloat16}
-    rollout, velocity, noise = run([planned_branches(SMALL, 3)], **how)
-    for batch in rollout.batches:
-        v = velocity(batch.x, SMALL.sigmas[batch.start], batch.tree).detach()
-        samples = iter(range(3))
-        for seg in batch.segments:
-            assert seg.x_next.dtype == batch.x.dtype == torch.bfloat16
-            step = (batch.start, seg.stop, seg.dynamics, LEVEL)
-            mean, std = transition(batch.x, v, SMALL.sigmas, *step)
-            eps = torch.stack([noise(0, batch.start, next(samples)) for _ in seg.rows]).float()
-            unrounded = mean + std * eps
-            assert torch.equal(seg.x_next, unrounded.bfloat16())
-            exact = torch.distributions.Normal(mean, std).log_prob(unrounded).flatten(1).mean(1)
-            assert (exact - batch.log_prob).abs().max() > 1e-4  # beyond the clip range
 
 
 def test_execute_refuses_a_tree_of_another_grid():
@@ -450,14 +423,7 @@ def test_execute_refuses_a_tree_of_another_grid():
 
 
 def test_seeds_are_functions_of_their_parts_alone():
-    parts: list[tuple[int | str, ...]] = [
-        (1, 23),
-        (12, 3),
-        ("1", 23),
-        (1, 2, 3),
-        (23, 1),
-        (1, "23"),
-    ]
+    parts: list[Any] = [(1, 23), (12, 3), ("1", 23), (1, 2, 3), (23, 1), (1, "23")]
     parts += [("a", "bc"), ("ab", "c")]
     assert len({seed_of(*p) for p in parts}) == len(parts)
     assert all(0 <= seed_of(*p) < 2**63 for p in parts)

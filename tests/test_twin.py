@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from conftest import trainer_for
 from test_families import PROMPTS, family_trainer, loaded, sampled
 from test_families import _folders as _folders  # their pipelines
+from torch._dynamo.utils import counters
 
 from egrpo.errors import UserError
-from egrpo.models.conditioning import Embeddings
 from egrpo.models.twin import rounded
 from egrpo.sampling import fit
 from egrpo.train.trainer import Trainer
@@ -32,7 +31,7 @@ def velocities(trainer: Trainer, *, exact: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_rounding_is_right_in_the_mean_and_never_further_than_a_neighbor(dtype: Any) -> None:
+def test_rounding_is_right_in_the_mean_and_never_further_than_a_neighbor(dtype):
     generator = torch.manual_seed(0)
     value = torch.randn(64, generator=generator)
     many = value.repeat(20_000, 1)
@@ -54,48 +53,31 @@ def moved(trainer: Trainer, size: float) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-3])
-def test_small_updates_are_not_lost_in_16_bit(size: float, embeddings: Embeddings) -> None:
+def test_small_updates_are_not_lost_in_16_bit(size, embeddings):
     """Merged weights hold all of an update, in the mean; rounded to the nearest they do not."""
     for dtype in ("float32", "bfloat16"):
         trainer = trainer_for(embeddings, **{"model.dtype": dtype})
         moved(trainer, size)
         velocities(trainer, exact=False)  # makes the twin, and merges
-        weights = [(w.double(), p.weight.double()) for w, p in _pairs(trainer)]
-        update = torch.cat([(a - b).flatten() for a, b in weights])
-        true = torch.cat([d.flatten().double() for d in _deltas(trainer)])
+        twin = trainer.model.twin
+        assert twin is not None
+        layers = [(layer.get_base_layer().weight, layer, mine) for layer, mine in twin.adapted]
+        parts = [(b, layer.get_delta_weight("default"), mine.weight) for b, layer, mine in layers]
+        update = torch.cat([(w.double() - b.double()).flatten() for b, _, w in parts])
+        true = torch.cat([d.flatten().double() for _, d, _ in parts])
         slope = float(update @ true / (true @ true))
         assert slope == pytest.approx(1.0, abs=1e-5 if dtype == "float32" else 0.1)
     nearest = torch.cat(
-        [((b.float() + d).bfloat16().double() - b.double()).flatten() for b, d in _sums(trainer)]
+        [((b.float() + d).bfloat16().double() - b.double()).flatten() for b, d, _ in parts]
     )
     assert float(nearest @ true / (true @ true)) < 0.9
 
 
-def _pairs(trainer: Trainer) -> list[tuple[torch.Tensor, Any]]:
-    twin = trainer.model.twin
-    assert twin is not None
-    return [(mine.weight, layer.get_base_layer()) for layer, mine in twin.adapted]
-
-
-def _deltas(trainer: Trainer) -> list[torch.Tensor]:
-    return [layer.get_delta_weight("default") for _, layer in trainer.model.lora_layers()]
-
-
-def _sums(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    layers = [layer for _, layer in trainer.model.lora_layers()]
-    return [(one.get_base_layer().weight, one.get_delta_weight("default")) for one in layers]
-
-
 @pytest.mark.slow
-def test_compiled_for_real_the_ratio_is_one_and_nothing_is_compiled_twice(
-    tmp_path: Path,
-) -> None:
-    """Inductor on this machine: a whole rollout and its training pass, then another."""
-    from torch._dynamo.utils import counters
-
+def test_compiled_for_real_the_ratio_is_one_and_nothing_is_compiled_twice():
     of = {"model.compile": True, "train.micro_batch": 8}
-    trainer = family_trainer("flux", tmp_path, **of)
-    plain = family_trainer("flux", tmp_path, **{**of, "model.compile": False})
+    trainer = family_trainer("flux", **of)
+    plain = family_trainer("flux", **{**of, "model.compile": False})
     counters.clear()
     rollout, ids, trees = sampled(trainer)
     twin = trainer.model.twin
@@ -114,7 +96,7 @@ def test_compiled_for_real_the_ratio_is_one_and_nothing_is_compiled_twice(
 
 
 @pytest.mark.slow
-def test_padding_changes_no_image() -> None:
+def test_padding_changes_no_image():
     models = [loaded("sd3", compile=compiled) for compiled in (True, False)]
     prompts = models[0].encode(PROMPTS[:3], negative=False).batch([0, 1, 2], models[0].device)
     x = torch.randn(3, *models[0].image_shape, generator=torch.manual_seed(0))
@@ -135,13 +117,8 @@ def test_padding_changes_no_image() -> None:
     [(2.0, 40.0, 90, 16), (0.5, 10.0, 90, 32), (0.001, 1.0, 16, 1024), (200.0, 1.0, 90, 1)],
 )
 def test_auto_takes_what_fits_and_no_more_than_fills_the_card(
-    each: float,
-    loaded: float,
-    side: int,
-    latents: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    each, loaded, side, latents, monkeypatch, capsys
+):
     """A card of 100 GiB, with GiB of each latent and of what is loaded; 2 x 2 latents a token."""
     card = SimpleNamespace(total_memory=100 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
@@ -162,9 +139,7 @@ def test_auto_takes_what_fits_and_no_more_than_fills_the_card(
     assert fit.batch_of(model, conditioning, 7) == 7
 
 
-def test_auto_is_chosen_before_a_state_is_restored(
-    embeddings: Embeddings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_chosen_before_a_state_is_restored(embeddings, monkeypatch):
     """What a checkpoint brings to the card must not change the batches of what follows."""
     asked: list[int] = []
     monkeypatch.setattr(fit, "largest_batch", lambda *_: asked.append(1) or 12)
@@ -180,7 +155,7 @@ FP8 = {"model.dtype": "bfloat16", "model.fp8_sampling": True}
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_float8_is_near_and_follows_the_adapter(merge: bool, embeddings: Embeddings) -> None:
+def test_float8_is_near_and_follows_the_adapter(merge, embeddings):
     pytest.importorskip("torchao")
     trainer = trainer_for(embeddings, **FP8, **{"model.merge_lora_for_sampling": merge})
     before = [velocities(trainer, exact=exact) for exact in (True, False)]
@@ -196,6 +171,6 @@ def test_float8_is_near_and_follows_the_adapter(merge: bool, embeddings: Embeddi
     assert metrics["on_policy_ratio_deviation"] == 0.0
 
 
-def test_float8_needs_bfloat16_without_float8_storage(embeddings: Embeddings) -> None:
+def test_float8_needs_bfloat16_without_float8_storage(embeddings):
     with pytest.raises(UserError, match="fp8_sampling: needs dtype: bfloat16"):
         trainer_for(embeddings, **{"model.fp8_sampling": True})

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Jobs, small_run
+from conftest import small_run
 
 from egrpo.config.training import Bound
 from egrpo.train.warnings import crossed, training_warnings, warnings_in
 
 
-def test_a_fall_is_measured_from_the_untrained_model() -> None:
+def test_a_fall_is_measured_from_the_untrained_model():
     bounds = {"reward/clip": Bound(fall=0.1, action="stop"), "distance_to_base": Bound(most=0.5)}
     start, *now = (
         {"monitor/reward/clip": clip, "monitor/distance_to_base": distance}
@@ -23,7 +23,6 @@ def test_a_fall_is_measured_from_the_untrained_model() -> None:
 
 
 def monitored(scores: Any, name: str = "reward/clip") -> dict[str, float | None]:
-    """What a monitor records of some scores."""
     values = np.asarray(scores, dtype=np.float64)
     return {
         f"monitor/{name}": float(values.mean()),
@@ -48,7 +47,7 @@ COLLAPSES: dict[str, tuple[Any, Any, bool]] = {
 
 
 @pytest.mark.parametrize("name", COLLAPSES)
-def test_a_collapse_is_told_from_noise_in_any_unit(name: str) -> None:
+def test_a_collapse_is_told_from_noise_in_any_unit(name):
     start, now, expected = COLLAPSES[name]
     history = [(0, monitored(start)), (10, monitored(now))]
     found = training_warnings(small_run("any"), history)
@@ -58,7 +57,7 @@ def test_a_collapse_is_told_from_noise_in_any_unit(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 16, 32])
-def test_noise_alone_seems_a_collapse_once_in_two_hundred_draws_at_most(count: int) -> None:
+def test_noise_alone_seems_a_collapse_once_in_two_hundred_draws_at_most(count):
     """Even where each image is drawn anew and scores are only high or low."""
     rng, run = np.random.default_rng(count), small_run("noise")
     draws = rng.random((2, 1000, count)) < 0.5
@@ -69,7 +68,7 @@ def test_noise_alone_seems_a_collapse_once_in_two_hundred_draws_at_most(count: i
     assert wrong <= 5
 
 
-def test_diversity_may_shrink_but_not_vanish() -> None:
+def test_diversity_may_shrink_but_not_vanish():
     run, start = small_run("diversity"), monitored([0.1, 0.12, 0.14, 0.18] * 2, "diversity")
     for now, expected in ((0.06, []), (0.01, ["bound/diversity"])):
         after = monitored(now + 0.01 * np.arange(8), "diversity")
@@ -119,7 +118,7 @@ SILENT: dict[str, tuple[list[dict[str, float | None]], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_iterations_that_taught_nothing_are_counted(name: str) -> None:
+def test_iterations_that_taught_nothing_are_counted(name):
     steps, expected = SILENT[name]
     rewards = {"train.rewards": {"verifier": 1.0, "clip": 1.0}}
     run = small_run("silent", **(rewards if "reward_std/clip" in steps[0] else {}))
@@ -160,7 +159,7 @@ TAUGHT_NOTHING: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", TAUGHT_NOTHING)
-def test_a_run_says_that_it_learned_nothing_or_collapsed(name: str, jobs: Jobs) -> None:
+def test_a_run_says_that_it_learned_nothing_or_collapsed(name, jobs):
     """When it begins and at the end, not in each iteration; and from its results for ever."""
     settings, expected = TAUGHT_NOTHING[name]
     run = small_run("said", **({"train.iterations": 2, "train.monitor_every": 1} | settings))

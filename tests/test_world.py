@@ -9,11 +9,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import clip
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, modes_by
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from toy_world.recipe import WorldSettings, build, load_settings, main, scale_steps
+from toy_world.train_pipeline import caption_table, decode_latents, encode_images, encode_prompts
+from toy_world.train_scorers import (
+    blur,
+    clip_ranking,
+    clip_text_features,
+    preference_accuracy,
+    synthetic_pairs,
+)
 
 from egrpo.world import prompts as grammar
 from egrpo.world.preference import FORMAT, load_preference
@@ -188,8 +200,6 @@ def test_assets_are_small_and_hold_no_pickles_but_clip():
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
     """Stock loading; the absent T5 has to be named, as for SD3 without it."""
-    from diffusers import StableDiffusion3Pipeline
-
     parts = {"text_encoder_3": None, "tokenizer_3": None}
     loaded = StableDiffusion3Pipeline.from_pretrained(str(TOY / "pipeline"), **parts)
     loaded.set_progress_bar_config(disable=True)
@@ -207,8 +217,6 @@ def test_stock_pipeline_draws_what_it_is_asked_for_in_part(pipeline):
 
 
 def test_prompt_embeddings_tell_the_words_apart(pipeline):
-    from toy_world.train_pipeline import encode_prompts
-
     tokenizer = pipeline.tokenizer
     base, large = "a small red circle on the left", "a large purple cross in the center"
     assert tokenizer.model_max_length == len(tokenizer(base).input_ids) == 9
@@ -229,9 +237,6 @@ def test_prompt_embeddings_tell_the_words_apart(pipeline):
 
 
 def test_vae_reconstructs_and_its_latents_are_standard(truth):
-    from diffusers import AutoencoderKL
-    from toy_world.train_pipeline import decode_latents, encode_images
-
     vae = AutoencoderKL.from_pretrained(str(TOY / "pipeline/vae"))
     combinations, images = truth
     latents = encode_images(vae, images)
@@ -244,9 +249,6 @@ def test_vae_reconstructs_and_its_latents_are_standard(truth):
 
 
 def test_clip_loads_with_its_own_library_and_ranks_prompts(truth):
-    import clip
-    from toy_world.train_scorers import clip_ranking, clip_text_features
-
     path = str(TOY / "clip.pt")
     state = torch.load(path, weights_only=True)
     assert state["token_embedding.weight"].shape == (49408, 64)
@@ -263,8 +265,6 @@ def test_clip_loads_with_its_own_library_and_ranks_prompts(truth):
 
 
 def test_preference_orders_synthetic_pairs_and_ignores_the_prompt(truth):
-    from toy_world.train_scorers import blur, preference_accuracy, synthetic_pairs
-
     model = load_preference(TOY / "preference.safetensors")
     pairs = synthetic_pairs(all_combinations(), 500, torch.Generator().manual_seed(99))
     assert preference_accuracy(model, pairs) > 0.85
@@ -306,8 +306,6 @@ def test_preference_files_that_do_not_fit_are_named(tmp_path):
 
 
 def test_captions_never_name_a_heldout_prompt():
-    from toy_world.train_pipeline import caption_table
-
     table = caption_table(split()[0], 0.2)
     torch.testing.assert_close(table.sum(1), torch.ones(192))
     torch.testing.assert_close(caption_table(split()[0], 0.0), torch.eye(192))
@@ -316,9 +314,6 @@ def test_captions_never_name_a_heldout_prompt():
 
 
 def test_settings_refuse_unknown_keys_and_bad_values():
-    from pydantic import ValidationError
-    from toy_world.recipe import WorldSettings, load_settings
-
     tree = load_settings(CONFIG).model_dump()
     corrupted = {"transformer": {**tree["transformer"], "caption_corruption": 1.5}}
     for change, key in (({"surprise": 1}, "surprise"), (corrupted, "caption_corruption")):
@@ -326,9 +321,7 @@ def test_settings_refuse_unknown_keys_and_bad_values():
             WorldSettings.model_validate({**tree, **change})
 
 
-def test_recipe_runs_end_to_end_and_repeats(tmp_path: Path):
-    from toy_world.recipe import build, load_settings, main, scale_steps
-
+def test_recipe_runs_end_to_end_and_repeats(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     with modes_by(0o027, tmp_path):
         main(["--config", str(CONFIG), "--steps-scale", "0.001", "--output", str(first)])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;!?'\"-"
 
@@ -66,14 +67,7 @@ def qwen_tokenizer() -> Any:
 def vae(channels: int) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        **{"in_channels": 3, "out_channels": 3, "latent_channels": channels},
-        **{"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4},
-        **{"scaling_factor": 1.5, "shift_factor": 0.06},
-        **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), False),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
+    return AutoencoderKL(**SIZES["VAE"], latent_channels=channels)
 
 
 def scheduler(**more: Any) -> Any:
@@ -88,6 +82,21 @@ def dynamic(most: float, tokens: int, **more: Any) -> Any:
     return scheduler(use_dynamic_shifting=True, **mu, **more)
 
 
+SIZES: dict[str, Any] = yaml.safe_load("""
+VAE: {in_channels: 3, out_channels: 3, block_out_channels: [8, 8], layers_per_block: 1,
+  norm_num_groups: 4, scaling_factor: 1.5, shift_factor: 0.06, use_quant_conv: false,
+  use_post_quant_conv: false, down_block_types: [DownEncoderBlock2D, DownEncoderBlock2D],
+  up_block_types: [UpDecoderBlock2D, UpDecoderBlock2D]}
+qwen_image's VAE: {base_dim: 8, z_dim: 4, dim_mult: [1, 1], num_res_blocks: 1,
+  temperal_downsample: [false], latents_mean: [0.1, -0.2, 0.3, 0.0],
+  latents_std: [1.5, 2.0, 0.7, 1.0]}
+sd3: {sample_size: 8, patch_size: 2, in_channels: 4, out_channels: 4, num_layers: 2,
+  joint_attention_dim: 64, pooled_projection_dim: 64, pos_embed_max_size: 16, qk_norm: rms_norm}
+flux: {patch_size: 1, in_channels: 16, num_layers: 1, num_single_layers: 2,
+  joint_attention_dim: 32, pooled_projection_dim: 32, guidance_embeds: true}
+qwen_image: {patch_size: 2, in_channels: 16, out_channels: 4, num_layers: 2,
+  joint_attention_dim: 32}
+""")
 HEAD = 16
 """Width of an attention head; the real ones have 64 (SD3.5) and 128."""
 
@@ -109,17 +118,7 @@ def sd3(head: int = HEAD) -> Any:
         parts[f"tokenizer{n}"], parts[f"text_encoder{n}"] = made
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            **blocks(head),
-            joint_attention_dim=64,
-            caption_projection_dim=2 * head,
-            pooled_projection_dim=64,
-            pos_embed_max_size=16,
-            qk_norm="rms_norm",
+            **SIZES["sd3"], **blocks(head), caption_projection_dim=2 * head
         ),
         vae=vae(4),
         scheduler=scheduler(shift=3.0),
@@ -135,15 +134,7 @@ def flux(head: int = HEAD) -> Any:
     tokenizer_2, encoder_2 = t5_parts()
     return FluxPipeline(
         transformer=FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=2,
-            **blocks(head),
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            guidance_embeds=True,
-            axes_dims_rope=axes(head),
+            **SIZES["flux"], **blocks(head), axes_dims_rope=axes(head)
         ),
         vae=vae(4),
         scheduler=dynamic(1.15, 4096),
@@ -168,20 +159,9 @@ def qwen_image(head: int = HEAD) -> Any:
     encoder = Qwen2_5_VLConfig(text_config=text, vision_config={"depth": 1, **vision})
     return QwenImagePipeline(
         transformer=QwenImageTransformer2DModel(
-            patch_size=2,
-            in_channels=16,
-            out_channels=4,
-            num_layers=2,
-            **blocks(head),
-            joint_attention_dim=32,
-            axes_dims_rope=axes(head),
+            **SIZES["qwen_image"], **blocks(head), axes_dims_rope=axes(head)
         ),
-        vae=AutoencoderKLQwenImage(
-            **{"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1},
-            temperal_downsample=[False],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[1.5, 2.0, 0.7, 1.0],
-        ),
+        vae=AutoencoderKLQwenImage(**SIZES["qwen_image's VAE"]),
         scheduler=dynamic(0.9, 8192, shift_terminal=0.02),
         tokenizer=tokenizer,
         text_encoder=Qwen2_5_VLForConditionalGeneration(encoder),

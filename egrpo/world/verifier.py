@@ -115,8 +115,8 @@ def read_attributes(images: NDArray[np.uint8]) -> Reading:
     size = np.stack([1.0 - large, large], axis=1)
 
     tables = (size, _color_probabilities(color_mean), shape, position)
-    shown = ((table * presence[:, None]).astype(np.float32) for table in tables)
-    return Reading(*shown, presence=presence.astype(np.float32))
+    scaled = (table * presence[:, None] for table in tables)
+    return Reading(*(each.astype(np.float32) for each in (*scaled, presence)))
 
 
 def _foreground(images: NDArray[np.uint8]) -> tuple[FloatArray, FloatArray, FloatArray]:
