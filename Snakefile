@@ -25,10 +25,7 @@ report: "workflow/report/workflow.rst"
 rule all:
     default_target: True
     input:
-        f"{STUDY}/published-comparison.json",
-        at.comparison,
-        at.about("comparison"),
-        at.page("index"),
+        told("index"),
         default_figures(due),
         profiles(study.default_runs),
         plans(study.default_runs),

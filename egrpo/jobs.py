@@ -20,7 +20,7 @@ from egrpo.store.files import checkpoints_in, read_json, write_json
 from egrpo.study import standing
 from egrpo.study.due import Due
 from egrpo.study.identity import SETS, changes
-from egrpo.study.layout import PAGES, SHARED, Layout
+from egrpo.study.layout import SHARED, Layout
 from egrpo.study.orders import Order, check_inputs, read_order
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def page(at: Layout, name: str) -> list[Path]:
     """Tell the story of a study on one page that needs no network."""
     from egrpo.page.page import make_page
 
-    shown = Due(at).names(PAGES[name])
+    shown = Due(at).names(at.pages[name])
     tables = {n: spec for n, spec in at.study.tables.items() if n in shown}
     make_page(name, at, tables, {n: s for n, s in at.study.figures.items() if n in shown})
     return [at.page(name)]

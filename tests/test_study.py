@@ -35,6 +35,7 @@ from egrpo.planning.trees import (
 from egrpo.store.files import read_json, write_json
 from egrpo.store.tables import ENTROPY_PROFILE, read_table, write_table
 from egrpo.study import files as load
+from egrpo.study.due import Due
 from egrpo.study.layout import Layout
 from egrpo.study.orders import order_of_target, read_order
 from egrpo.study.resolve import load_study
@@ -276,7 +277,7 @@ def test_cheapest_is_what_the_cheapest_arm_spends(study: Folder) -> None:
     flow = 300 * 8 * (240 + 216 + 216)  # forward, train, reference, at the papers' settings
     assert made.tables["t"].evaluations == flow
     assert made.runs["a"].train.snapshots == [flow]
-    said = study.refusal(TWO, tables={"t": {**TABLE, "evaluations": 8000}})
+    said = study.load(TWO, tables={"t": {**TABLE, "evaluations": 8000}}).refused["t"]
     assert "tables.t.evaluations: 8000 is less than one iteration of arm 'a' (8096)" in said
     assert "give more, or null" in said
 
@@ -302,21 +303,25 @@ def test_a_cell_may_leave_a_reward_out(study: Folder) -> None:
     assert "has weight 0 and trains nothing" in said
 
 
-REFUSED = """
+WHEN_ASKED = """
 figures.f: {kind: spread, arms: [b]} -> figures.f.arms: spread shows a profile, and arm 'b' (flow
 figures.f: {kind: threshold, arms: [a]} -> the threshold of arm 'a' is not auto
 figures.f: {kind: entropy, arms: [a], spans: [5]} -> figures.f.spans: 5 is not in profile.spans
 figures.f: {kind: branches, arms: [a], pairs: [[1, 1]]} -> figures.f.pairs: [1, 1] is not in prof
 figures.f: {kind: curves, arms: []} -> no arm is given
-figures.f: {kind: curves, arms: [z]} -> figures.f.arms: no line of the runs table 'z'
+figures.f: {kind: curves, arms: [z]} -> figures.f.arms: no arm 'z'
+tables.u: {sections: {s: [A]}} -> tables.u.sections: no arm 'A'
+tables.u: {rewards: [hps]} -> tables.u.rewards: no reward 'hps'
+paper: [tt] -> did you mean 't'?
+"""
+AT_ONCE = """
 figures.f: {kind: pie, arms: [a]} -> figures.f.kind: Input should be 'branches'
 figures.t: {kind: curves, arms: [a]} -> figures.t: a table has that name
 tables.paper_runs: {} -> 'paper_runs' cannot be a target
 tables.track: {} -> 'track' cannot be a target
 tables.plan: {} -> 'plan' cannot be a target
 tables.../x: {} -> '../x' cannot be a target
-tables.u: {sections: {s: [A]}} -> tables.u.sections: no line of the runs table 'A'
-tables.u: {rewards: [hps]} -> tables.u.rewards: no reward 'hps'
+tables.small_runs: {} -> 'small_runs' cannot be a target
 tables.u: {sections: null} -> tables.u.sections: is missing
 methods.egrpo: {threshold: high} -> methods.egrpo.threshold: Input should be
 train.bounds: {distance_to_base: {collapse: 1.0}} -> train.bounds: distance_to_base begins at 0 and
@@ -325,12 +330,17 @@ train.monitor_samples: 1 -> train.bounds: diversity needs train.monitor_samples
 seeds: [] -> seeds: distinct numbers of at least 0
 seeds: [1, 1] -> seeds: distinct numbers of at least 0
 default_runs: [c] -> default_runs: no run 'c'
-paper: [tt] -> did you mean 't'?
 """
 
 
-@pytest.mark.parametrize(("settings", "message"), cases(REFUSED))
-def test_refusals_name_the_study_and_the_key(study: Folder, settings: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message", "at_once"),
+    [*((*c, True) for c in cases(AT_ONCE)), *((*c, False) for c in cases(WHEN_ASKED))],
+)
+def test_refusals_name_the_study_and_the_key(
+    study: Folder, settings: str, message: str, at_once: bool
+) -> None:
+    """What nobody may have asked for is refused when somebody does, and blocks nothing else."""
     ((key, value),) = yaml.safe_load(settings).items()
     section, _, name = key.partition(".")
     tree = copy.deepcopy(BELOW) | {"methods": {}}
@@ -340,9 +350,36 @@ def test_refusals_name_the_study_and_the_key(study: Folder, settings: str, messa
         value = {"caption": "x", **value}
     within, key = (tree[section], name) if name else (tree, section)
     within[key] = value
-    said = study.refusal(TWO, **tree)
+    if at_once:
+        said = study.refusal(TWO, **tree)
+    else:
+        made = study.load(TWO, **tree)
+        said = made.refused[name or key].replace(f"{study.yaml.parent}/", "")
+        assert name not in {**made.tables, **made.figures}
+        assert made.tables["t"], "others stay"
     assert said.startswith("study.yaml: ")
     assert message in said
+
+
+def test_a_sweep_is_a_study_of_its_own(study: Folder) -> None:
+    """Every combination is an arm; what is told of the runs table is refused when asked for."""
+    names, thresholds = ["egrpo", "egrpo_efficient"], [1.8, 2.2]
+    grid = {"method.name": names, "method.threshold": thresholds}
+    made = study.load(TWO, sweep={**grid, "seed": [3, 5]}, default_runs=["a"], tables={"t": TABLE})
+    arms = [f"{name}_threshold{t}" for name in names for t in thresholds]
+    assert list(made.runs) == [f"{arm}-s{seed}" for arm in arms for seed in (3, 5)]
+    assert made.runs["egrpo_efficient_threshold2.2-s5"].method.threshold == 2.2
+    assert made.default_runs == tuple(made.runs)
+    assert made.tables["sweep"].sections == {"sweep": arms}
+    assert made.figures["sweep_curves"].arms == arms
+    assert "no arm 'a'" in made.refused["t"]
+    due = Due(Layout(made), always=True)
+    assert due.names("comparison") == ["sweep", "sweep_curves"]
+    assert study.refusal(sweep={"method.treshold": [1]}).startswith(
+        "sweep, run 'treshold1': method"
+    )
+    for values in ([], [1, 1]):
+        assert "sweep.seed: expected a list of different" in study.refusal(sweep={"seed": values})
 
 
 def test_a_seed_is_given_once(study: Folder) -> None:

@@ -15,8 +15,8 @@ from egrpo.study.resolve import load_study
 TARGETS = {
     "all": "What `snakemake` makes without a target: the default runs (`default_runs`), their "
     "comparison with the base model, figures, and delivery to MLflow.",
-    "paper": "The tables and figures that the study names under `paper`.",
-    "everything": "All tables and figures of the study.",
+    "paper": "The tables and figures that the study names under `paper`, on a page, and in MLflow.",
+    "everything": "All tables and figures of the study, on a page, and in MLflow.",
     "plans": "Profiles and merge plans of all runs, without training anything.",
     "suffixes": "How cheaper suffixes, kept features and float8 weights rank the samples of a "
     "group, on the base model.",

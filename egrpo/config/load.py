@@ -204,7 +204,7 @@ def kept(below: Tree, top: Mapping[str, Any], where: tuple[str, ...]) -> Tree:
     """What of a section stays where ``top`` is laid over it."""
     others = {key for key, value in below.items() if top.get(key, value) != value}
     match where:
-        case ("train", "rewards") | ("tables", _, "sections"):  # one choice
+        case ("train", "rewards") | ("tables", _, "sections") | ("sweep",):  # one choice
             return {}
         case ("rewards" | "figures", _) if "kind" in others:
             return {}

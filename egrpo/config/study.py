@@ -31,6 +31,10 @@ class TableSpec(Settings):
         return list(dict.fromkeys(arm for arms in self.sections.values() for arm in arms))
 
 
+RESULT_FIGURES = ("curves", "images")
+"""Kinds of figures that need trained runs; the others show profiles and plans."""
+
+
 class FigureSpec(Settings):
     """One figure."""
 
@@ -63,6 +67,10 @@ class StudyConfig(Settings):
     """Folder of all results."""
     runs: str = setting(...)
     """Runs table (.tsv): an arm's name and overrides by dotted key."""
+    sweep: dict[str, list[Any]] = setting({})
+    """A grid in the place of the runs table: dotted key -> values; each combination is an arm, and
+    `seed`, if given, is `seeds`. All its runs are default runs, with a table `sweep` and a figure
+    `sweep_curves`. One choice: a file laid over another replaces it."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = setting(None)
     """Each arm is trained once per seed, as run `<arm>-s<seed>`; null: once, as run `<arm>`."""
     default_runs: list[str] | None = setting(None)
@@ -86,4 +94,11 @@ class StudyConfig(Settings):
             raise ValueError("results: is no folder that a command can name; `.` is this one")
         if "?" in self.results:  # SQLAlchemy reads options behind it, and has no escape
             raise ValueError(f"results: {self.results!r:.100} holds '?', which MLflow cannot read")
+        return self
+
+    @model_validator(mode="after")
+    def _grid(self) -> Self:
+        for key, values in self.sweep.items():
+            if not values or any(values.count(value) > 1 for value in values):
+                raise ValueError(f"sweep.{key}: expected a list of different values")
         return self

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -50,6 +51,24 @@ def read_runs(path: str | Path) -> list[Row]:
                 where = f"{path}: run {run!r}, column {key}"
                 rows[run].overrides[key] = _cell(cell, where)
     return list(rows.values())
+
+
+def sweep_rows(sweep: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """The runs of a grid: dotted key -> values, first key slowest.
+
+    A run is named by its values, each after the last part of its key where that tells it apart.
+    """
+    last = [key.rpartition(".")[2] for key in sweep]
+    heads = [
+        "" if key == "method.name" else name if last.count(name) == 1 else key.replace(".", "_")
+        for key, name in zip(sweep, last, strict=True)
+    ]
+    rows = []
+    for values in product(*sweep.values()):
+        told = (f"{head}{value}" for head, value in zip(heads, values, strict=True))
+        name = "_".join(re.sub(r"[^A-Za-z0-9._]+", "-", each).strip("-") for each in told)
+        rows.append(Row(name, dict(zip(sweep, values, strict=True))))
+    return rows
 
 
 def _problems(header: list[str], body: list[list[str]]) -> Iterator[str]:

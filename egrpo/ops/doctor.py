@@ -56,6 +56,10 @@ def doctor(paths: tuple[Path, ...], *, rewards: bool = True) -> Iterator[Finding
     if missing:
         return
     yield Finding("ok", "config", f"{len(study.runs)} runs of study {study.name}")
+    if study.refused:
+        why = next(iter(study.refused.values()))
+        names = ", ".join(study.refused)
+        yield Finding("warn", "targets", f"not of these runs: {names}; the first: {why}")
     runs = study.runs.values()
     for run in different(runs, lambda run: (run.prompts, run.guided)):
         for key in ("train", "heldout"):

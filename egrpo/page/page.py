@@ -32,10 +32,10 @@ from egrpo.study.layout import PAGES, Layout
 
 SHOWN = {
     "index": "the default runs",
-    "paper": "the paper's tables and figures",
+    "paper": "the tables and figures under `paper`",
     "everything": "everything",
 }
-"""What each page tells of."""
+"""What each page tells of; others of the table or figure that has their name."""
 HEAD = 4096
 """Bytes of a page that hold what the list of pages says of it."""
 META = re.compile(r'<meta name="([^"]*)" content="([^"]*)">')
@@ -45,13 +45,13 @@ META = re.compile(r'<meta name="([^"]*)" content="([^"]*)">')
 def make_page(
     name: str, at: Layout, tables: Mapping[str, TableSpec], figures: Mapping[str, FigureSpec]
 ) -> None:
-    """Write one page of a study, of :data:`egrpo.study.layout.PAGES`, and the first page of the
-    results folder. Beside the comparison of the runs these tables and figures stand on it.
+    """Write one page of a study, of :attr:`egrpo.study.layout.Layout.pages`, and the first page of
+    the results folder. Beside the comparison of the runs these tables and figures stand on it.
 
     Raises:
         UserError: if a result is missing or damaged.
     """
-    table = at.table(PAGES[name])
+    table = at.table(at.pages[name])
     rows = read_rows(table)
     groups = parts.comparison(rows)
     left = dict(figures)
@@ -61,7 +61,7 @@ def make_page(
     content = {
         "study": at.study.name,
         "name": name,
-        "shown": SHOWN[name],
+        "shown": SHOWN.get(name, name),
         "runs": at.study.runs,
         "date": date.fromtimestamp(table.stat().st_mtime),
         "verdicts": parts.verdict_views(groups, at),
@@ -104,13 +104,12 @@ def _lead(kind: str, name: str, at: Layout, figures: dict[str, FigureSpec]) -> p
 def pages(results: Path) -> Iterator[dict[str, str]]:
     """The pages of all studies below a results folder: address, study, what each shows, date."""
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        for name in PAGES:
-            try:
-                with open(folder / f"{name}.html", encoding="utf-8", errors="replace") as file:
-                    meta = dict(META.findall(file.read(HEAD)))
-            except (FileNotFoundError, IsADirectoryError):
-                continue
-            if meta.get("generator", "").startswith("egrpo "):
+        found = {path.stem: path for path in sorted(folder.glob("*.html")) if path.is_file()}
+        for name in sorted(found, key=lambda name: [*PAGES, *found].index(name)):
+            path = found[name]
+            with path.open(encoding="utf-8", errors="replace") as file:
+                meta = dict(META.findall(file.read(HEAD)))
+            if meta.get("generator", "").startswith("egrpo ") and "egrpo-shown" in meta:
                 href = f"{quote(folder.name)}/{name}.html"
                 shown, made = (unescape(meta.get(key, "")) for key in ("egrpo-shown", "date"))
                 yield {"href": href, "study": folder.name, "shown": shown, "date": made}

@@ -15,10 +15,11 @@ from typing import Any
 
 from egrpo.config.keys import digest, tracking_key
 from egrpo.config.models import RunConfig
+from egrpo.config.study import RESULT_FIGURES, FigureSpec, TableSpec
 from egrpo.planning.trees import needs_plan
 from egrpo.study.code import COMPUTE, PACKAGE, TELL
 from egrpo.study.identity import SETS, Record
-from egrpo.study.layout import PAGES, SHARED, Layout
+from egrpo.study.layout import SHARED, Layout
 from egrpo.study.orders import order_of_run, order_of_target
 from egrpo.study.standing import read_receipt, stands, whole
 
@@ -91,16 +92,35 @@ class Due:
     def run_set(self, name: str) -> list[str]:
         """Runs that are compared and delivered together."""
         study = self.at.study
-        if name == "paper_runs":
-            specs = [study.tables.get(n) or study.figures[n] for n in study.paper]
-            return list(dict.fromkeys(self.runs_of([a for spec in specs for a in spec.arms])))
-        return list(study.default_runs if name == "comparison" else study.runs)
+        if name == "all_runs":
+            return list(study.runs)
+        if name == "comparison":
+            return list(study.default_runs)
+        arms = [arm for target in self.names(name) for arm in self.specs[target].arms]
+        return self.runs_of(dict.fromkeys(arms))
+
+    @cached_property
+    def specs(self) -> dict[str, TableSpec | FigureSpec]:
+        """The study's tables and figures by name."""
+        return {**self.at.study.tables, **self.at.study.figures}
 
     def names(self, set: str) -> list[str]:
-        """Names of the tables and figures that are delivered with a set of runs."""
+        """Names of the tables and figures that are told with a set of runs.
+
+        With the default runs: those of no others.
+        """
         study = self.at.study
-        every = [*study.tables, *study.figures]
-        return {"comparison": [], "paper_runs": list(study.paper)}.get(set, every)
+        if set == "all_runs":
+            return list(self.specs)
+        if set == "paper_runs":
+            return [name for name in study.paper if name in self.specs]
+        if set == "comparison":
+            return [
+                name
+                for name, spec in self.specs.items()
+                if not {*self.runs_of(spec.arms)} - {*study.default_runs}
+            ]
+        return [set.removesuffix("_runs")]
 
     def planned(self, runs: Iterable[str]) -> list[str]:
         """Those runs that have a merge plan."""
@@ -123,7 +143,7 @@ class Due:
 
     def _tell_figure(self, name: str) -> Told:
         spec = self.at.study.figures[name]
-        runs, results = self.runs_of(spec.arms), spec.kind in ("curves", "images")
+        runs, results = self.runs_of(spec.arms), spec.kind in RESULT_FIGURES
         profiled = [] if results else self.planned(runs)
         reads = BOTH if results else ()
         return Told(self, "figure", name, runs, reads, profiled, spec=spec.model_dump())
@@ -136,8 +156,8 @@ class Due:
         return Told(self, "about", name, self.run_set(name), BOTH)
 
     def _tell_page(self, name: str) -> Told:
-        of = PAGES[name]
-        told = self._with(of, drawn=name != "paper")
+        of = self.at.pages[name]
+        told = self._with(of, drawn=name in ("index", "everything"))
         runs = self.run_set(of)
         return Told(
             self, "page", name, runs, BOTH, self.planned(runs), told, targets=self.names(of)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from egrpo.config.study import RESULT_FIGURES
 from egrpo.study.digests import Digests
 from egrpo.study.identity import Identities
 from egrpo.study.resolve import Study
 
 PAGES = {"index": "comparison", "paper": "paper_runs", "everything": "all_runs"}
-"""Pages of a study, by file name, and the comparison that each tells of."""
+"""Pages of every study, by file name, and the set of runs that each tells of."""
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "embed": ("{name}.safetensors",),
@@ -62,6 +63,13 @@ class Layout:
         if self.known is not None:
             return self.known(stage, run)
         return self.identities.of(stage, self.study.runs[run])
+
+    @cached_property
+    def pages(self) -> dict[str, str]:
+        """:data:`PAGES`, and one of each table and figure that shows results, with its runs."""
+        study = self.study
+        shown = [name for name, spec in study.figures.items() if spec.kind in RESULT_FIGURES]
+        return PAGES | {name: f"{name}_runs" for name in (*study.tables, *shown)}
 
     @property
     def rates(self) -> Path:
@@ -132,7 +140,7 @@ class Layout:
         return self.root / "figures"
 
     def page(self, name: str) -> Path:
-        """One of :data:`PAGES`; the first page of all studies lies one folder above."""
+        """One of :attr:`pages`; the first page of all studies lies one folder above."""
         return self.root / f"{name}.html"
 
     def table(self, name: str) -> Path:

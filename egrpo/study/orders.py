@@ -56,6 +56,7 @@ def order_of_target(
         "tables": {n: spec.model_dump() for n, spec in at.study.tables.items()},
         "figures": {n: spec.model_dump() for n, spec in at.study.figures.items()},
         "paper": list(at.study.paper),
+        "default_runs": list(at.study.default_runs),
     }
     return _order(at, name, order, write)
 
@@ -95,7 +96,8 @@ def read_order(path: Path) -> Order:
             first.study,
             told[0]["results"],
             runs,
-            paper=tuple(order.get("paper", ())),
+            tuple(order.get("default_runs", ())),
+            tuple(order.get("paper", ())),
             tables={n: TableSpec.model_validate(s) for n, s in order.get("tables", {}).items()},
             figures={n: FigureSpec.model_validate(s) for n, s in order.get("figures", {}).items()},
             libraries=told[0]["libraries"],

@@ -20,15 +20,19 @@ from egrpo.config.explain import explain, first_problem
 from egrpo.config.load import Tree, at, numbers, options_of, overlay, put, read_yaml, without_nulls
 from egrpo.config.models import RunConfig
 from egrpo.config.study import FigureSpec, StudyConfig, TableSpec
-from egrpo.config.table import Row, read_runs
+from egrpo.config.table import Row, read_runs, sweep_rows
 from egrpo.errors import UserError
 from egrpo.methods import METHOD_MODELS
-from egrpo.study.targets import check_targets, resolve_budgets, with_snapshots
+from egrpo.study.targets import check_names, possible_targets, with_snapshots
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study with all its runs resolved."""
+    """A study with all its runs resolved.
+
+    ``refused``: what is wrong with tables, figures and ``paper``, by name; whoever asks for one is
+    told.
+    """
 
     name: str
     results: str
@@ -37,6 +41,7 @@ class Study:
     paper: tuple[str, ...] = ()
     tables: Mapping[str, TableSpec] = field(default_factory=dict)
     figures: Mapping[str, FigureSpec] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     libraries: str = "warn"
 
     def chosen(self, names: Iterable[str]) -> list[str]:
@@ -72,12 +77,17 @@ def resolve(data: Tree, source: str) -> Study:
                 f"{source}: {key}: belongs in the runs table (method.name, method.…) or under "
                 "`methods`, not at the top of a study"
             )
-    if not os.path.isfile(study.runs):
+    if study.sweep:
+        rows, table = sweep_rows({k: v for k, v in study.sweep.items() if k != "seed"}), "sweep"
+        study = _of_sweep(study, [row.run for row in rows], shared)
+    elif os.path.isfile(study.runs):
+        rows, table = read_runs(study.runs), study.runs
+    else:
         raise UserError(f"{source}: runs: {study.runs}: no such file")
     runs: dict[str, RunConfig] = {}
-    for row in read_runs(study.runs):
-        for arm, one in seeded(row, study):
-            runs[one.run] = resolve_run(shared, study.methods, one, source, study.runs, arm)
+    for row in rows:
+        for arm, one in seeded(row, study, table):
+            runs[one.run] = resolve_run(shared, study.methods, one, source, table, arm)
     for name in sorted(set(study.methods) - {run.method.name for run in runs.values()}):
         try:  # no run says whether these settings are right
             METHOD_MODELS[name].model_validate({"name": name, **study.methods[name]})
@@ -88,10 +98,10 @@ def resolve(data: Tree, source: str) -> Study:
     if len(names) > 1:
         raise UserError(f"{study.runs}: column study: all runs of a table share one study")
     try:
-        check_targets(study, runs)
-        tables = resolve_budgets(study.tables, runs)
+        check_names(study, runs)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+    tables, figures, refused = possible_targets(study, runs)
     return Study(
         names.pop(),
         study.results,
@@ -99,19 +109,43 @@ def resolve(data: Tree, source: str) -> Study:
         tuple(runs if study.default_runs is None else study.default_runs),
         tuple((*study.tables, *study.figures) if study.paper is None else study.paper),
         tables,
-        study.figures,
+        figures,
+        {name: f"{source}: {problem}" for name, problem in refused.items()},
         study.libraries,
     )
 
 
-def seeded(row: Row, study: StudyConfig) -> Iterator[tuple[str, Row]]:
+def _of_sweep(study: StudyConfig, arms: list[str], shared: Tree) -> StudyConfig:
+    """A study whose runs are its sweep's, with a table and a figure of them."""
+    trained = at(shared, "train.rewards")
+    first = list(trained) if isinstance(trained, dict) else []
+    every = [name for name, reward in (shared.get("rewards") or {}).items() if reward is not None]
+    caption = f"Every combination of {', '.join(k for k in study.sweep if k != 'seed')}."
+    table = TableSpec(
+        caption=caption,
+        sections={"sweep": arms},
+        rewards=list(dict.fromkeys([*first, *every])),
+        evaluations="cheapest",
+    )
+    curves = FigureSpec(kind="curves", caption=caption, arms=arms, rewards=first)
+    update = {
+        "seeds": study.sweep.get("seed", study.seeds),
+        "default_runs": None,
+        "paper": ["sweep", "sweep_curves"],
+        "tables": {"sweep": table, **study.tables},
+        "figures": {"sweep_curves": curves, **study.figures},
+    }
+    return study.model_copy(update=update)
+
+
+def seeded(row: Row, study: StudyConfig, table: str) -> Iterator[tuple[str, Row]]:
     """(arm, row) of each run that a line of the runs table stands for."""
     if study.seeds is None:
         yield row.run, row
         return
     if "seed" in row.overrides:
         raise UserError(
-            f"{study.runs}: run {row.run!r}, column seed: the study's `seeds` give every run its "
+            f"{table}: run {row.run!r}, column seed: the study's `seeds` give every run its "
             "seed; leave one of them out"
         )
     for seed in study.seeds:

@@ -1,10 +1,11 @@
-"""Tables and figures of a study: what they may ask for, checked before anything runs."""
+"""Tables and figures of a study: which of them its runs can fill, known before anything runs."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from egrpo.config.keys import evaluation_key
 from egrpo.config.models import RunConfig
@@ -25,40 +26,65 @@ RESERVED = (
 """Names of rules and files that a table or figure of a study must not take."""
 
 
-def check_targets(study: StudyConfig, runs: Mapping[str, RunConfig]) -> None:
-    """Refuse tables, figures and default runs that name what the study does not have.
-
-    Raises UserError naming the key.
-    """
-    arms = list(dict.fromkeys(run.arm for run in runs.values()))
-    rewards = list(dict.fromkeys(name for run in runs.values() for name in run.rewards))
-
-    def known(key: str, what: str, wanted: Iterable[str], there: Collection[str]) -> None:
-        for name in (name for name in wanted if name not in there):
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{key}: no {what} {name!r}{hint}")
-
+def check_names(study: StudyConfig, runs: Mapping[str, RunConfig]) -> None:
+    """Refuse seeds, default runs and names of targets that cannot be; UserError naming the key."""
     if study.seeds is not None and not 0 < len(study.seeds) == len(set(study.seeds)):
         raise UserError("seeds: distinct numbers of at least 0 are needed")
-    known("default_runs", "run", study.default_runs or (), runs)
-    known("paper", "table or figure", study.paper or (), (*study.tables, *study.figures))
+    _known("default_runs", "run", study.default_runs or (), runs)
     for name in sorted(set(study.tables) & set(study.figures)):
         raise UserError(f"figures.{name}: a table has that name")
     for name in (*study.tables, *study.figures):
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
+        possible = re.fullmatch(r"[a-z][a-z0-9_]*", name) and not name.endswith("_runs")
+        if not possible or name in RESERVED:
             raise UserError(
-                f"tables, figures: {name!r} cannot be a target; use small letters, "
-                f"digits and _, and none of {', '.join(RESERVED)}"
+                f"tables, figures: {name!r} cannot be a target; use small letters, digits and _, "
+                f"another end than _runs, and none of {', '.join(RESERVED)}"
             )
-    for name, table in study.tables.items():
-        known(f"tables.{name}.sections", "line of the runs table", table.arms, arms)
-        known(f"tables.{name}.rewards", "reward", table.rewards, rewards)
-        check_table(name, table, runs)
-    for name, figure in study.figures.items():
-        known(f"figures.{name}.arms", "line of the runs table", figure.arms, arms)
-        known(f"figures.{name}.rewards", "reward", figure.rewards, rewards)
-        check_figure(name, figure, runs)
+
+
+def _known(key: str, what: str, wanted: Iterable[str], there: Collection[str]) -> None:
+    for name in (name for name in wanted if name not in there):
+        near = difflib.get_close_matches(name, there, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{key}: no {what} {name!r}{hint}")
+
+
+def possible_targets(
+    study: StudyConfig, runs: Mapping[str, RunConfig]
+) -> tuple[dict[str, TableSpec], dict[str, FigureSpec], dict[str, str]]:
+    """Tables, with numbers in the place of ``cheapest``, and figures that the runs can fill.
+
+    And what is wrong with the others and with ``paper``, by name: nobody may have asked for them.
+    """
+    arms = list(dict.fromkeys(run.arm for run in runs.values()))
+    rewards = list(dict.fromkeys(name for run in runs.values() for name in run.rewards))
+    tables: dict[str, TableSpec] = {}
+    figures: dict[str, FigureSpec] = {}
+    refused: dict[str, str] = {}
+    costs = functools.cache(lambda arm: _cost(next(r for r in runs.values() if r.arm == arm)))
+    targets: dict[str, TableSpec | FigureSpec] = {**study.tables, **study.figures}
+    for name, spec in targets.items():
+        key = f"{'tables' if name in study.tables else 'figures'}.{name}"
+        try:
+            of = "sections" if isinstance(spec, TableSpec) else "arms"
+            _known(f"{key}.{of}", "arm", spec.arms, arms)
+            _known(f"{key}.rewards", "reward", spec.rewards, rewards)
+            if isinstance(spec, TableSpec):
+                check_table(name, spec, runs)
+                tables[name] = resolve_budget(name, spec, costs)
+            else:
+                check_figure(name, spec, runs)
+                figures[name] = spec
+        except UserError as error:
+            refused[name] = str(error)
+    every = (*study.tables, *study.figures)
+    if not (every if study.paper is None else study.paper):
+        refused["paper"] = "paper: the study names no tables and figures to make"
+    try:
+        _known("paper", "table or figure", study.paper or (), every)
+    except UserError as error:
+        refused["paper"] = str(error)
+    return tables, figures, refused
 
 
 def check_table(name: str, spec: TableSpec, runs: Mapping[str, RunConfig]) -> None:
@@ -116,42 +142,44 @@ def check_figure(name: str, spec: FigureSpec, runs: Mapping[str, RunConfig]) -> 
         raise UserError(f"figures.{name}.pairs: {missing[0]} is not in profile.shown")
 
 
-def resolve_budgets(
-    tables: Mapping[str, TableSpec], runs: Mapping[str, RunConfig]
-) -> dict[str, TableSpec]:
-    """Tables with numbers in the place of ``evaluations: cheapest``.
+def resolve_budget(
+    name: str, spec: TableSpec, costs: Callable[[str], tuple[int, int] | None]
+) -> TableSpec:
+    """A table with a number in the place of ``evaluations: cheapest``.
 
-    A run's cost is taken from its first iteration; arms whose plan waits for a profile do not
-    count. At less than one iteration of an arm only its untrained model could be compared: there is
-    no such comparison where ``cheapest`` comes to that, as in a short trial. Raises UserError if a
-    table's own number of evaluations is less than one iteration of an arm.
+    At less than one iteration of an arm only its untrained model could be compared: there is no
+    such comparison where ``cheapest`` comes to that, as in a short trial.
+
+    Args:
+        name, spec: the table.
+        costs: of an arm, evaluations of its first iteration and of the run; None: its plan waits
+            for a profile.
+
+    Raises:
+        UserError: if the table's own number is less than one iteration of an arm.
     """
-    each: dict[str, tuple[int, int]] = {}  # of one iteration, and of the run
-    for run in runs.values():
-        if run.arm not in each and not reads_profile(run):
-            tree = tree_of(run, closed_form_plan(run))
-            one = cost_of(run, [tree]).total * run.train.prompts_per_iteration
-            each[run.arm] = one, one * run.train.iterations
-    out = {}
-    for name, spec in tables.items():
-        costs = {arm: each[arm] for arm in spec.arms if arm in each}
-        budget = spec.evaluations
-        if budget == "cheapest":
-            if not costs:
-                raise UserError(
-                    f"tables.{name}.evaluations: cheapest is not known yet; give a number"
-                )
-            budget = min(whole for _, whole in costs.values())
-        caption, dearest = spec.caption, max(costs, key=lambda arm: costs[arm][0], default="")
-        if budget is not None and costs and costs[dearest][0] > budget:
-            less = f"{budget} is less than one iteration of arm {dearest!r} ({costs[dearest][0]})"
-            if spec.evaluations != "cheapest":
-                raise UserError(
-                    f"tables.{name}.evaluations: {less}; give more, or null for no comparison there"
-                )
-            budget, caption = None, f"{caption} Compared at the end only: cheapest, {less}."
-        out[name] = spec.model_copy(update={"evaluations": budget, "caption": caption})
-    return out
+    each = {arm: cost for arm in spec.arms if (cost := costs(arm))}
+    budget, key = spec.evaluations, f"tables.{name}.evaluations"
+    if budget == "cheapest":
+        if not each:
+            raise UserError(f"{key}: cheapest is not known yet; give a number")
+        budget = min(whole for _, whole in each.values())
+    caption, dearest = spec.caption, max(each, key=lambda arm: each[arm][0], default="")
+    if budget is not None and each and each[dearest][0] > budget:
+        less = f"{budget} is less than one iteration of arm {dearest!r} ({each[dearest][0]})"
+        if spec.evaluations != "cheapest":
+            raise UserError(f"{key}: {less}; give more, or null for no comparison there")
+        budget, caption = None, f"{caption} Compared at the end only: cheapest, {less}."
+    return spec.model_copy(update={"evaluations": budget, "caption": caption})
+
+
+def _cost(run: RunConfig) -> tuple[int, int] | None:
+    """Evaluations of a run's first iteration, and of all, if each costs that."""
+    if reads_profile(run):
+        return None
+    one = cost_of(run, [tree_of(run, closed_form_plan(run))]).total
+    one *= run.train.prompts_per_iteration
+    return one, one * run.train.iterations
 
 
 def with_snapshots(

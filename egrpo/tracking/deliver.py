@@ -165,7 +165,8 @@ def send_model(
     if not models:
         tags = {k: v for k, v in run_tags(run, None).items() if k != "run"}
         params = {k: v for k, v in settings(run).items() if k.startswith("model.")}
-        of = experiment, run.run, run_id, tags, params, run.model.tuning
+        name = run.run.replace(".", "_")  # MLflow takes no dot
+        of = experiment, name, run_id, tags, params, run.model.tuning
         models = [client.create_logged_model(*of)]
     model: str = models[0].model_id
 

@@ -23,7 +23,7 @@ from egrpo.ops.checks import check_study
 from egrpo.ops.status import change, other_libraries
 from egrpo.store.files import lock, refused, write_text
 from egrpo.study.due import Due, default_figures
-from egrpo.study.layout import PAGES, SHARED, Layout
+from egrpo.study.layout import SHARED, Layout
 from egrpo.study.resolve import load_study, resolve, source_of
 from egrpo.study.standing import want
 from egrpo.warm import VARIABLE as WARM
@@ -103,8 +103,8 @@ if workflow.is_main_process:
 wildcard_constraints:
     run="|".join(re.escape(name) for name in RUNS),
     key="[0-9a-f]+",
-    set="|".join(PAGES.values()),
-    page="|".join(PAGES),
+    set="|".join(at.pages.values()),
+    page="|".join(at.pages),
     table="|".join(study.tables) or "(?!)",
     figure="|".join(study.figures) or "(?!)",
 
@@ -189,22 +189,28 @@ def tell(stage, what, name=None):
     return found
 
 
-def some_targets(set):
-    """The targets of a set; a study without any has no paper."""
-    found = targets(set)
-    if not found:
-        raise WorkflowError(f"{CONFIG_FILES}: the study names no tables and figures to make")
-    return found
-
-
-def targets(set):
-    """Files of the tables and figures of a set."""
-    return [target(name) for name in due.names(set)]
+def told(page):
+    """Files of what a page shows of its runs, with the page, and their delivery to MLflow."""
+    set = at.pages[page]
+    files = [at.about(set), at.published(set), at.page(page), *map(target, due.names(set))]
+    return [at.comparison, *files] if page == "index" else files
 
 
 def target(name):
     """The file that a table or figure is."""
     return at.table(name) if name in study.tables else at.figure(name)
+
+
+def asked(*names):
+    """Input function: refuses those targets that the study cannot make."""
+
+    def found(wc):
+        for name in names:
+            if name in study.refused:
+                raise WorkflowError(study.refused[name])
+        return []
+
+    return found
 
 
 PLANNED = due.planned(study.default_runs)

@@ -101,7 +101,9 @@ for name, (stage, made, log_file, files) in TOLD.items():
             " 3>&2 2> >(tee {log:q} >&3)"
 
 
-# Every table and figure of the study is a target by its name.
+REFUSED = [name for name in study.refused if name != "paper"]
+
+# Every table and figure of the study is a target by its name; with results come page and delivery.
 for name in (*study.tables, *study.figures):
 
     rule:
@@ -109,6 +111,16 @@ for name in (*study.tables, *study.figures):
             name
         input:
             target(name),
+            told(name) if name in at.pages else [],
+
+
+for name in REFUSED:
+
+    rule:
+        name:
+            name
+        input:
+            asked(name),
 
 
 rule plans:
@@ -124,15 +136,11 @@ rule suffixes:
 
 rule paper:
     input:
-        lambda wc: some_targets("paper_runs"),
-        at.about("paper_runs"),
-        at.published("paper_runs"),
-        at.page("paper"),
+        asked("paper", *study.paper),
+        told("paper"),
 
 
 rule everything:
     input:
-        targets("all_runs"),
-        at.about("all_runs"),
-        at.published("all_runs"),
-        at.page("everything"),
+        asked(*REFUSED),
+        told("everything"),
