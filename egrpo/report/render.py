@@ -29,9 +29,9 @@ def line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def pipes(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a pipe table in Markdown; numbers stand right of the first ``left`` columns."""
-    ruler = "|" + "---|" * left + "--:|" * (len(head) - left)
+def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a pipe table in Markdown; numbers stand right of the first column."""
+    ruler = "|---|" + "--:|" * (len(head) - 1)
     head_line, *body = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
     return [head_line, ruler, *body]
 
