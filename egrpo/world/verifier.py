@@ -116,7 +116,8 @@ def read_attributes(images: NDArray[np.uint8]) -> Reading:
 
     tables = (size, _color_probabilities(color_mean), shape, position)
     shown = ((table * presence[:, None]).astype(np.float32) for table in tables)
-    return Reading(*shown, presence.astype(np.float32))
+    size, color, shape, position = shown
+    return Reading(size, color, shape, position, presence.astype(np.float32))
 
 
 def _foreground(images: NDArray[np.uint8]) -> tuple[FloatArray, FloatArray, FloatArray]:
