@@ -18,7 +18,8 @@ def problems(run: RunConfig) -> Iterator[str]:
     yield from _grids(run)
     yield from _method(run)
     yield from _bounds(run)
-    yield from _networks(run)
+    if run.profile.fp8_sampling and (run.model.dtype != "bfloat16" or run.model.fp8_weights):
+        yield "profile.fp8_sampling: needs model.dtype: bfloat16 without model.fp8_weights"
 
 
 def _trained(run: RunConfig) -> Iterator[str]:
@@ -73,11 +74,6 @@ def _method(run: RunConfig) -> Iterator[str]:
     for key in ("sample_average", "ema_ramp", "ema_weight"):
         if train.ema_decay is None and getattr(train, key):
             yield f"train.{key}: needs train.ema_decay"
-
-
-def _networks(run: RunConfig) -> Iterator[str]:
-    if run.profile.fp8_sampling and (run.model.dtype != "bfloat16" or run.model.fp8_weights):
-        yield "profile.fp8_sampling: needs model.dtype: bfloat16 without model.fp8_weights"
 
 
 def _bounds(run: RunConfig) -> Iterator[str]:

@@ -100,7 +100,14 @@ class Executor:
             RuntimeError: if the count executed differs from the count predicted from the trees.
         """
         end = len(self.sigmas) - 1
-        self._begin()
+        roots = [
+            (t, k)
+            for t, tree in enumerate(self.trees)
+            for k, node in enumerate(tree.nodes)
+            if node.parent == ROOT
+        ]
+        noise = self._draw(roots, -1).to(self.dtype)
+        self.waiting[0].update(zip(roots, noise, strict=True))
         for index in range(end):
             self._step(index)
         keys, leaves = self._arrived(end)
@@ -122,16 +129,6 @@ class Executor:
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor([*numbers], dtype=torch.int64, device=self.device)
-
-    def _begin(self) -> None:
-        """Put the initial noise of every tree at index 0."""
-        keys = [
-            (t, k)
-            for t, tree in enumerate(self.trees)
-            for k, node in enumerate(tree.nodes)
-            if node.parent == ROOT
-        ]
-        self.waiting[0].update(zip(keys, self._draw(keys, -1).to(self.dtype), strict=True))
 
     def _arrived(self, index: int) -> tuple[list[Edge], Tensor]:
         """Everything that waits at ``index``: sources by optimizer step, then the rest, each in

@@ -80,7 +80,9 @@ class _Reader(pickle.Unpickler):
             return DTYPES[name]
         harmless: dict[tuple[str, str], Callable[..., Any]] = {
             ("collections", "OrderedDict"): lambda: OrderedDict(),
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *given: _tensor(*given[:4]),
+            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: (
+                storage.as_strided(size, stride, offset)
+            ),
             ("torch.jit._pickle", "restore_type_tag"): lambda value, *_: value,
             **{("torch.jit._pickle", kind): lambda value: value for kind in LISTS},
         }
@@ -95,7 +97,3 @@ class _Reader(pickle.Unpickler):
         if record.compress_type != zipfile.ZIP_STORED:  # small files must not become large
             raise pickle.UnpicklingError(f"record {record.filename} is compressed")
         return torch.frombuffer(bytearray(self.archive.read(record)), dtype=dtype, count=count)
-
-
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    return storage.as_strided(size, stride, offset)

@@ -115,8 +115,9 @@ def read_attributes(images: NDArray[np.uint8]) -> Reading:
     size = np.stack([1.0 - large, large], axis=1)
 
     tables = (size, _color_probabilities(color_mean), shape, position)
-    scaled = (table * presence[:, None] for table in tables)
-    return Reading(*(each.astype(np.float32) for each in (*scaled, presence)))
+    shown = ((table * presence[:, None]).astype(np.float32) for table in tables)
+    size, color, shape, position = shown
+    return Reading(size, color, shape, position, presence.astype(np.float32))
 
 
 def _foreground(images: NDArray[np.uint8]) -> tuple[FloatArray, FloatArray, FloatArray]:
