@@ -126,11 +126,8 @@ def test_empty_cells_comments_and_short_lines_override_nothing(study):
 
 
 def test_cells_are_yaml(study):
-    head, cells = (
-        "run\tmethod.active\tevaluate.prompts\ttracking.enabled",
-        "x\t[0, 2, 5]\tnull\tfalse",
-    )
-    run = study.run(f"{head}\n{cells}\n", evaluate={"prompts": 4})
+    head = "run\tmethod.active\tevaluate.prompts\ttracking.enabled"
+    run = study.run(f"{head}\nx\t[0, 2, 5]\tnull\tfalse\n", evaluate={"prompts": 4})
     assert run.method.active_steps == [0, 2, 5]
     assert run.evaluate.prompts is None
     assert run.tracking.enabled is False
