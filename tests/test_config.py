@@ -70,9 +70,6 @@ def train(**settings: Any) -> dict[str, Any]:
     return {**BASE["train"], **settings}
 
 
-# --- what wins ------------------------------------------------------------------------------------
-
-
 def test_row_wins_over_study_over_recipe_over_default(study):
     table = (
         "run\tmethod.name\ttrain.learning_rate_lora\tadvantage.eps\n"
@@ -115,14 +112,9 @@ def test_defaults_are_those_of_the_paper(study):
 
 
 def test_exponents_without_a_point_are_numbers_everywhere(study):
-    text = "train:\n  clip_range: 2e-4\n  rewards: {verifier: 1E0}\n"
-    study.load()
-    plain = {k: v for k, v in BASE.items() if k != "train"}
-    study.yaml.write_text(yaml.safe_dump({**plain, "runs": str(study.table)}) + text)
-    study.table.write_text("run\ttrain.weight_decay\nfirst\t5e-2\n")
-    run = load_study(study.yaml).runs["first"]
-    assert run.train.clip_range == 2e-4
-    assert run.train.weight_decay == 0.05
+    study.load("run\ttrain.weight_decay\nfirst\t5e-2\n")
+    run = study.over("train: {clip_range: 2e-4, rewards: {verifier: 1E0}}").runs["first"]
+    assert (run.train.clip_range, run.train.weight_decay) == (2e-4, 0.05)
     assert run.train.rewards == {"verifier": 1.0}
 
 
@@ -134,10 +126,8 @@ def test_empty_cells_comments_and_short_lines_override_nothing(study):
 
 
 def test_cells_are_yaml(study):
-    table = (
-        "run\tmethod.active\tevaluate.prompts\ttracking.enabled\nfirst\t[0, 2, 5]\tnull\tfalse\n"
-    )
-    run = study.run(table, evaluate={"prompts": 4})
+    head = "run\tmethod.active\tevaluate.prompts\ttracking.enabled"
+    run = study.run(f"{head}\nx\t[0, 2, 5]\tnull\tfalse\n", evaluate={"prompts": 4})
     assert run.method.active_steps == [0, 2, 5]
     assert run.evaluate.prompts is None
     assert run.tracking.enabled is False
@@ -263,10 +253,11 @@ def test_refusals_name_the_runs_table_and_what_is_wrong_with_it(study, table, me
 
 def test_fault_of_the_study_is_not_blamed_on_an_innocent_row(study):
     table = "run\tmethod.name\tmethod.threshold\ttrain.iterations\nx\tegrpo\t1.8\t5\n"
-    assert study.refusal(table, methods={"egrpo": {"active": [20]}}).startswith(
-        "study.yaml: methods.egrpo.active: step 20"
-    )
-    assert study.refusal(table, train=train(clip_range=-1)).startswith("study.yaml: train.clip_ra")
+    for settings, message in (
+        ({"methods": {"egrpo": {"active": [20]}}}, "methods.egrpo.active: step 20"),
+        ({"train": train(clip_range=-1)}, "train.clip_range"),
+    ):
+        assert study.refusal(table, **settings).startswith(f"study.yaml: {message}")
 
 
 def test_method_is_named_in_one_place_only(study):
@@ -291,10 +282,9 @@ def test_further_problems_are_counted(study):
 
 
 def test_missing_files_are_named(study, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
-        load_study(tmp_path / "nowhere.yaml")
-    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
-        load_run(tmp_path / "nowhere.yaml")
+    for load in (load_study, load_run):
+        with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
+            load(tmp_path / "nowhere.yaml")
     assert "gone.tsv" in study.refusal(runs="gone.tsv")
     with pytest.raises(UserError, match="cannot be read"):
         load_study(tmp_path)
@@ -328,9 +318,6 @@ def test_resolved_run_with_a_fault_is_refused_by_file_and_key(study, tmp_path):
         load_run(path)
 
 
-# --- round trip and digests -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["egrpo", "flow_grpo"])
 def test_resolved_run_survives_yaml(study, tmp_path, method):
     run = study.run(f"run\tmethod.name\tadvantage.eps\nx\t{method}\t1e-8\n")
@@ -342,9 +329,8 @@ def test_resolved_run_survives_yaml(study, tmp_path, method):
 
 
 def test_digest_ignores_the_order_of_keys_and_nothing_else():
-    assert digest({"a": 1, "b": {"c": 2, "d": [3, 4]}}) == digest(
-        {"b": {"d": [3, 4], "c": 2}, "a": 1}
-    )
+    turned = {"b": {"d": [3, 4], "c": 2}, "a": 1}
+    assert digest({"a": 1, "b": {"c": 2, "d": [3, 4]}}) == digest(turned)
     values: list[Any] = [{"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": [1, 2]}, {"a": [2, 1]}, {}]
     assert len({digest(v) for v in values}) == len(values)
     assert all(len(digest(v)) == 10 and int(digest(v), 16) >= 0 for v in values)
@@ -358,17 +344,14 @@ def test_keys_do_not_depend_on_the_order_of_the_files(study):
 
 
 def test_methods_that_sample_on_another_grid_have_profiles_of_their_own(study):
-    table = "run\tmethod.name\tmodel.family\n" + "".join(
-        f"{name}-{family}\t{name}\t{family}\n"
-        for name in ("g2rpo", "tempflow_grpo")
-        for family in ("sd3", "flux")
-    )
+    arms = [(name, family) for name in ("g2rpo", "tempflow_grpo") for family in ("sd3", "flux")]
+    rows = "".join(f"{name}-{family}\t{name}\t{family}\n" for name, family in arms)
     methods = {"tempflow_grpo": {"steps": 16}}
-    runs = study.load(table, methods=methods).runs.values()
-    keys = {run.run: training_sigmas(run) for run in runs}
-    assert keys["g2rpo-sd3"] != keys["tempflow_grpo-sd3"]
-    assert keys["g2rpo-flux"] == keys["tempflow_grpo-flux"]
-    assert len({evaluation_key(run) for run in runs}) == 2
+    runs = study.load(f"run\tmethod.name\tmodel.family\n{rows}", methods=methods).runs
+    grids = {name: training_sigmas(run) for name, run in runs.items()}
+    assert grids["g2rpo-sd3"] != grids["tempflow_grpo-sd3"]
+    assert grids["g2rpo-flux"] == grids["tempflow_grpo-flux"]
+    assert len({evaluation_key(run) for run in runs.values()}) == 2
 
 
 def test_limit_draws_the_same_prompts_once(tmp_path: Path) -> None:

@@ -33,29 +33,30 @@ def test_hooks_are_the_linters_of_ci() -> None:
 
 
 def test_a_commit_with_a_fault_is_refused(tmp_path: Path) -> None:
-    def run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    copy = tmp_path / "copy"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
         who = {f"GIT_{x}_{y}": "a@b" for x in ("AUTHOR", "COMMITTER") for y in ("NAME", "EMAIL")}
         env = {**os.environ, **who, "PRE_COMMIT_HOME": str(tmp_path / "home")}
         env["SKIP"] = "mypy,snakemake-lint"  # they need the whole project
         env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
-        return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
+        return subprocess.run(words, cwd=copy, env=env, capture_output=True, text=True)
 
-    copy = tmp_path / "copy"
     copy.mkdir()
     for name in (".pre-commit-config.yaml", "pyproject.toml"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
     (copy / ".venv").symlink_to(BIN.parent)
-    assert run("git", "init", "-q", folder=copy).returncode == 0
-    assert "pre-commit installed" in run("pre-commit", "install", folder=copy).stdout
+    assert run("git", "init", "-q").returncode == 0
+    assert "pre-commit installed" in run("pre-commit", "install").stdout
     (copy / "bad.py").write_text('"""A module."""\n\nimport os\n')
     (copy / "good.py").write_text('"""A module."""\n')
-    run("git", "add", "bad.py", folder=copy)
-    refused = run("git", "commit", "-m", "unused import", folder=copy)
+    run("git", "add", "bad.py")
+    refused = run("git", "commit", "-m", "unused import")
     assert refused.returncode != 0
     assert "F401" in refused.stdout + refused.stderr
-    run("git", "rm", "-qf", "--cached", "bad.py", folder=copy)
-    run("git", "add", "good.py", folder=copy)
-    taken = run("git", "commit", "-m", "nothing wrong", folder=copy)
+    run("git", "rm", "-qf", "--cached", "bad.py")
+    run("git", "add", "good.py")
+    taken = run("git", "commit", "-m", "nothing wrong")
     assert taken.returncode == 0, taken.stdout + taken.stderr
 
 

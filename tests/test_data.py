@@ -87,11 +87,8 @@ def test_every_reader_finds_values_types_and_units(
     found = offline.sql(f"SELECT * FROM read_parquet('{path}')")
     assert [str(t) for t in found.types] == [TYPES[kind][1] for kind in kinds.values()]
     same([dict(zip(found.columns, row, strict=True)) for row in found.fetchall()], table)
-    head = dict(
-        offline.sql(
-            f"SELECT decode(key), decode(value) FROM parquet_kv_metadata('{path}')"
-        ).fetchall()
-    )
+    words = f"SELECT decode(key), decode(value) FROM parquet_kv_metadata('{path}')"
+    head = dict(offline.sql(words).fetchall())
     described(head, table)
     assert head["schema"] == name
 
@@ -134,23 +131,18 @@ def test_tables_of_earlier_versions_are_still_read(files: dict[str, Path], tmp_p
 
 @pytest.mark.parametrize("columns", [True, False])
 def test_a_missing_number_is_null_in_the_file(columns: bool, tmp_path: Path) -> None:
-    rows = [
-        row | {"value": value}
-        for row, value in zip(rows_of(tables.SCORES)[:3], (0.5, float("nan"), None), strict=True)
-    ]
+    values = (0.5, float("nan"), None)
+    rows = [r | {"value": v} for r, v in zip(rows_of(tables.SCORES)[:3], values, strict=True)]
     written = {name: [row[name] for row in rows] for name in rows[0]} if columns else rows
     write_table(tmp_path / "x.parquet", tables.SCORES, written)
-    values = pq.read_table(tmp_path / "x.parquet")["value"].to_pylist()
-    assert sorted(values, key=str) == [0.5, None, None]
+    found = pq.read_table(tmp_path / "x.parquet")["value"].to_pylist()
+    assert sorted(found, key=str) == [0.5, None, None]
 
 
 def test_a_changed_unit_is_seen(files: dict[str, Path], tmp_path: Path) -> None:
     wrong = rewritten(files["scores"], tmp_path / "wrong.parquet", {"units": '{"value": "kg"}'})
     with pytest.raises(UserError, match=r"wrong\.parquet: damaged Parquet \(the checksum"):
         read_table(wrong, tables.SCORES)
-
-
-# -- the page's snippets ------------------------------------------------------------------------
 
 
 def snippets(page: Path) -> Iterator[tuple[str, str, str]]:
@@ -214,8 +206,7 @@ def test_snippets_of_the_page_run_and_answer(
 ) -> None:
     monkeypatch.chdir(study)
     if language == "sql":
-        answer = offline.sql(code).fetchall()
-        assert answer == [("egrpo-s0", 1, 0.5), ("flow_grpo-s0", 1, 0.5)]
+        assert offline.sql(code).fetchall() == [("egrpo-s0", 1, 0.5), ("flow_grpo-s0", 1, 0.5)]
         return
     duckdb.execute("SET autoinstall_known_extensions = false")
     printed = io.StringIO()

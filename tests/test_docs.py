@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 import pytest
 import yaml
+from conftest import ROOT
 from pydantic import BaseModel
 from snakemake.cli import get_argument_parser
 
@@ -35,11 +36,7 @@ from egrpo.study.resolve import load_study
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-ROOT = Path(__file__).resolve().parent.parent
 RULES = "\n".join(p.read_text() for p in (ROOT / "workflow/rules").glob("*.smk"))
-
-
-# --- generated documents --------------------------------------------------------------------------
 
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -111,38 +108,38 @@ def numeric(kind: object) -> bool:
     return kind in (int, float) or any(numeric(part) for part in get_args(kind) if part is not bool)
 
 
+FIELDS = [
+    (model, name, field)
+    for model in SETTINGS
+    for name, field in model.model_fields.items()
+    if not section(field) and not named(field)
+]
+
+
 def test_every_number_but_a_seed_has_a_unit():
-    seen = 0
-    for model in SETTINGS:
-        for name, field in model.model_fields.items():
-            if numeric(field.annotation) and not section(field) and not named(field):
-                seen += 1
-                assert bool(extra(field, "unit")) == (name not in ("seed", "seeds")), (model, name)
-    assert seen > 150
+    numbers = [(m, name, field) for m, name, field in FIELDS if numeric(field.annotation)]
+    assert len(numbers) > 150
+    for model, name, field in numbers:
+        assert bool(extra(field, "unit")) == (name not in ("seed", "seeds")), (model, name)
 
 
 def test_every_setting_and_every_source_is_on_its_page():
     page = (ROOT / "docs/settings.md").read_text()
-    for model in SETTINGS:
-        for name, field in model.model_fields.items():
-            if section(field) or named(field) or name in ("kind", "name", "run", "arm"):
-                continue
-            if model is RunConfig and name in ("method", "rewards"):
-                continue
-            assert re.search(rf"^\| `([a-z_<>.]+\.)?{name}` \|", page, re.MULTILINE), name
-            assert field.is_required() or extra(field, "source") in page
+    for model, name, field in FIELDS:
+        if name in ("kind", "name", "run", "arm"):
+            continue
+        if model is RunConfig and name in ("method", "rewards"):
+            continue
+        assert re.search(rf"^\| `([a-z_<>.]+\.)?{name}` \|", page, re.MULTILINE), name
+        assert field.is_required() or extra(field, "source") in page
 
 
 def test_every_table_names_files_that_rules_make():
     assert set(FILES) == set(TABLES)
+    known = {name for outputs in OUTPUTS.values() for name in outputs}
+    known |= {f"{name}.parquet" for name in (*PAGES.values(), "<table>")}
     for files in FILES.values():
-        for file in files:
-            last = file.rpartition("/")[2]
-            known = {name for outputs in OUTPUTS.values() for name in outputs}
-            if "tables/" in file:
-                assert last.removesuffix(".parquet") in {*PAGES.values(), "<table>"}
-            else:
-                assert last in known, file
+        assert {file.rpartition("/")[2] for file in files} <= known
 
 
 def test_every_target_of_the_page_is_a_rule():
@@ -166,15 +163,12 @@ def test_every_command_and_make_target_is_on_its_page():
             assert f"`{option.opts[0]}" in part, (name, option.opts[0])
 
 
-# --- the site -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site; a warning is an error."""
     folder = tmp_path_factory.mktemp("site")
-    words = ["-W", "-n", "--keep-going", "-q", "-d", str(folder / "trees"), "docs"]
-    command = [sys.executable, "-m", "sphinx", *words, str(folder / "html")]
+    words = ["-W", "-n", "--keep-going", "-q", "-d", folder / "trees", "docs", folder / "html"]
+    command = [sys.executable, "-m", "sphinx", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "html"
@@ -237,9 +231,6 @@ def test_drawings_on_a_phone_in_the_dark(site: Path, browser: Browser, theme: st
     page.close()
 
 
-# --- links ----------------------------------------------------------------------------------------
-
-
 def markdown() -> list[Path]:
     """Every Markdown file that git knows."""
     words = ["git", "ls-files", "-co", "--exclude-standard", "*.md"]
@@ -283,9 +274,6 @@ def test_every_link_leads_somewhere():
     assert len(pages) > 30
     for path in pages:
         assert broken_links(path, path.read_text()) == [], path
-
-
-# --- commands that are quoted ---------------------------------------------------------------------
 
 
 def quoted(text: str) -> Iterator[list[str]]:

@@ -616,9 +616,7 @@ def test_a_study_that_was_edited_since(made: Made, tmp_path: Path) -> None:
     assert f"--configfile {' '.join(configs)}` makes anew" in str(refusal.value)
 
 
-def test_the_command_and_an_unknown_run(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    # where its own reward lies, and all that this imports
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests:{ROOT}/benchmarks")
+def test_the_command_and_an_unknown_run(made: Made) -> None:
     words = [part for path in made.configs for part in ("--config", path)]
     refused(egrpo("export", "mergd", *words), "no run 'mergd'; did you mean merged?")
     refused(egrpo("export", "x", *words), "no run 'x'; there are merged, whole, least")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,11 @@ SETTINGS: dict[str, Any] = {
     "rewards": {
         "clip": {"path": "toy/clip.pt"},
         "preference": None,
-        "own": {
-            "kind": "custom",
-            "function": "own_reward:Reward",
-            "options": {"table": "table.json"},
-        },
+        "own": {"kind": "custom", "function": "own_reward:Reward"}
+        | {"options": {"table": "table.json"}},
     },
-    "train": {
-        "rewards": {"verifier": 1.0},
-        "iterations": 3,
-        "prompts_per_iteration": 2,
-        "monitor_every": 2,
-        "monitor_prompts": 2,
-    },
+    "train": {"rewards": {"verifier": 1.0}, "iterations": 3, "prompts_per_iteration": 2}
+    | {"monitor_every": 2, "monitor_prompts": 2},
     "profile": {"prompts": 2, "samples": 3, "spans": [1, 2], "shown": [[1, 1]]},
     "evaluate": {"steps": 4, "samples": 1},
     "tables": {
@@ -156,14 +149,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = read_yaml(ROOT / "config/config.yaml") | {"tables": {}, "figures": {}, "methods": {}}
     (root / "study.yaml").write_text(yaml.safe_dump(overlay(shared, SETTINGS), sort_keys=False))
     shutil.copytree(ROOT / "egrpo", root / "egrpo", ignore=shutil.ignore_patterns("__pycache__"))
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(code, "PACKAGE", Path("egrpo").resolve())
-            Finished(root).settle()
-    finally:
-        os.chdir(before)
+    with chdir(root), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code, "PACKAGE", Path("egrpo").resolve())
+        Finished(root).settle()
     return root
 
 
@@ -175,15 +163,10 @@ def study(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fi
     return Finished(tmp_path / "study")
 
 
-# -- how changes are made ------------------------------------------------------------------------
-
-
 def _set(study: Finished, change: Change) -> None:
     settings = read_yaml("study.yaml")
-    if change.where == "model.device":
-        settings["model"]["device"] = change.value
-    elif isinstance(change.value, dict):
-        section, _, name = change.where.rpartition(".")
+    section, _, name = change.where.rpartition(".")
+    if isinstance(change.value, dict) or change.where == "model.device":
         settings[section][name] = change.value
     else:
         put(settings, change.where, change.value)
@@ -205,14 +188,9 @@ def _edit(study: Finished, change: Change) -> None:
     if how == "append":
         path.write_text(text + f"{words[0]}\n")
         return
-    first, newline, rest = text.partition("\n")
     old, new = words
-    if how == "first":
-        assert old in first
-        path.write_text(first.replace(old, new) + newline + rest)
-    else:
-        assert old in text
-        path.write_text(text.replace(old, new))
+    assert old in (text.splitlines()[0] if how == "first" else text)
+    path.write_text(text.replace(old, new, 1 if how == "first" else -1))
 
 
 def _code(study: Finished, change: Change) -> None:

@@ -46,24 +46,17 @@ def test_what_a_model_opens_is_in_its_identity(
         folder = tiny_models.save(family, tmp_path / family)
     else:
         folder = shutil.copytree("assets/toy/pipeline", tmp_path / "toy")
-    settings = Model.model_validate(
-        {
-            "family": family.split()[0],
-            "path": str(folder),
-            "height": 16,
-            "width": 16,
-            "device": "cpu",
-        }
-    )
+    size = {"height": 16, "width": 16, "device": "cpu"}
+    settings = Model.model_validate({"family": family.split()[0], "path": str(folder), **size})
 
     def recorded(*, text: bool) -> set[str]:
         found = identities.model_files(settings, text=text)
         return {key.removeprefix("model.path ") for key in found}
 
-    images = opened(folder, lambda: load_model(settings))
-    texts = opened(
-        folder, lambda: load_model(settings, text=True).encode([Prompt("a", "")], negative=True)
-    )
+    def encode() -> None:
+        load_model(settings, text=True).encode([Prompt("a", "")], negative=True)
+
+    images, texts = opened(folder, lambda: load_model(settings)), opened(folder, encode)
     assert {"transformer/config.json", "vae/config.json"} <= images
     assert any(name.endswith(".safetensors") for name in images)
     assert images <= recorded(text=False)
@@ -74,11 +67,7 @@ def test_what_a_model_opens_is_in_its_identity(
 REWARDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "clip": lambda of: {"path": of("toy") + "/clip.pt"},
     "preference": lambda of: {"path": of("toy") + "/preference.safetensors"},
-    "open_clip": lambda of: {
-        "path": of("hps_file"),
-        "architecture": of("architecture"),
-        "tag": None,
-    },
+    "open_clip": lambda of: REWARDS["hpsv2"](of) | {"tag": None},
     "hpsv2": lambda of: {"path": of("hps_file"), "architecture": of("architecture")},
     "aesthetic": lambda of: {"path": of("head_file")[0], "clip": of("toy") + "/clip.pt"},
     "pickscore": lambda of: {"path": of("pickscore")[0]},
@@ -120,14 +109,10 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("kind", REWARDS)
 def test_what_a_reward_opens_is_in_its_identity(
-    kind: str,
-    request: pytest.FixtureRequest,
-    identities: Identities,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, request: Any, identities: Identities, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = REWARD_MODELS[kind].model_validate(
-        {"kind": kind, **REWARDS[kind](request.getfixturevalue)}
-    )
+    given = REWARDS[kind](request.getfixturevalue)
+    settings = REWARD_MODELS[kind].model_validate({"kind": kind, **given})
     read: dict[str, str] = {}
     file = identities.digests.file
 

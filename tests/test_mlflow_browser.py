@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -54,10 +55,9 @@ def small_study(folder: Path) -> Study:
     study = results_of(folder, *runs_of(folder))
     for run in study.runs:
         own = Layout(study).run(run)
-        lines: list[dict[str, Any]] = []
-        for step in range(STEPS[-1] + 1):
-            monitor = {"monitor/reward/verifier": shown_reward(run, step)} if step in STEPS else {}
-            lines.append(line(step, **monitor) | {"nfe": COST[run] * step})
+        lines = [line(step) | {"nfe": COST[run] * step} for step in range(STEPS[-1] + 1)]
+        for step in STEPS:
+            lines[step]["metrics"]["monitor/reward/verifier"] = shown_reward(run, step)
         write_metrics(own, lines)
         for step in STEPS:
             picture(own / "monitor" / f"iteration-{step:06d}.png", 50 * step)
@@ -66,8 +66,7 @@ def small_study(folder: Path) -> Study:
 
 def large_study(folder: Path) -> None:
     """Many runs and evaluations beside the small study, by the functions that jobs use."""
-    study = study_of(folder, run_config().model_copy(update={"study": "large"}))
-    study = Study("large", study.results, study.runs)
+    study = replace(study_of(folder), name="large")
     prepare(study, folder / "large.json")
     ids = read_json(folder / "large.json")
     client, experiment = open_client(ids["uri"]), ids["experiment_id"]
@@ -75,9 +74,8 @@ def large_study(folder: Path) -> None:
         run = run_config(f"run-{i:03d}", arm=f"arm-{i // 3}", seed=i % 3)
         run_id = tracking.find_or_create_run(client, experiment, run, f"k{i}", ids["parent_run_id"])
         if i % 20 == 0:
-            deliver(
-                client, run_id, [line(j, **{"monitor/reward/verifier": i / 64}) for j in (0, 1)]
-            )
+            monitor = {"monitor/reward/verifier": i / 64}
+            deliver(client, run_id, [line(j, **monitor) for j in (0, 1)])
         tags = tracking.run_tags(run, run_id)
         tracking.find_or_create(client, experiment, "evaluation", f"e{i}", f"{run.run}/e", tags)
 
@@ -88,11 +86,10 @@ def study(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("mlflow")
     before = os.environ.pop("MLFLOW_TRACKING_URI", None)
     study = small_study(folder)
-    prepare(study, Layout(study).store)
+    at = Layout(study)
+    prepare(study, at.store)
     for _ in range(2):  # the second time adds nothing that would be seen twice
-        publish(
-            Layout(study), Layout(study).store, Layout(study).comparison, folder / "published.json"
-        )
+        publish(at, at.store, at.comparison, folder / "published.json")
     large_study(folder)
     if before is not None:
         os.environ["MLFLOW_TRACKING_URI"] = before
@@ -149,11 +146,9 @@ def test_means_over_seeds(addresses: list[str], pages: Pages) -> None:
     for group in ("Group: egrpo", "Group: flow_grpo"):
         pages.page.get_by_text(group, exact=True).wait_for()
     curves = [points for _, points in pages.chart("monitor/reward/verifier", "Step")]
-    both = [
-        shown_reward("egrpo-s0", step) / 2 + shown_reward("egrpo-s1", step) / 2 for step in STEPS
-    ]
-    assert dict(zip(STEPS, both, strict=True)) in curves
-    assert {step: shown_reward("flow_grpo-s0", step) for step in STEPS} in curves
+    first, second, other = ({step: shown_reward(run, step) for step in STEPS} for run in COST)
+    assert {step: first[step] / 2 + second[step] / 2 for step in STEPS} in curves
+    assert other in curves
 
 
 def test_filters_by_method_reward_threshold_and_seed(addresses: list[str], pages: Pages) -> None:
@@ -162,18 +157,16 @@ def test_filters_by_method_reward_threshold_and_seed(addresses: list[str], pages
     assert pages.runs(list(COST)) == list(COST)
     assert pages.rows()[0]["metrics.`monitor/reward/verifier`"] == str(shown_reward("egrpo-s0", 4))
     first, second, other = COST
+    evaluations = [f"{first}/evaluation", f"{second}/evaluation"]
     expected = {
         "tags.kind = 'train' and tags.method = 'egrpo'": [first, second],
         "tags.kind = 'train' and tags.reward = 'verifier' and tags.seed = '0'": [first, other],
         "tags.kind = 'train' and tags.threshold = '2.2'": [first],
-        "tags.kind = 'evaluation' and tags.arm = 'egrpo'": [
-            f"{first}/evaluation",
-            f"{second}/evaluation",
-        ],
+        "tags.kind = 'evaluation' and tags.arm = 'egrpo'": evaluations,
         "tags.reward LIKE '%clip%'": [],
         "tags.warnings LIKE '%equal_rewards%'": [],
         "params.`method.threshold` = '2.2'": [first],
-        "metrics.`verifier/difference` > 0.1": [f"{first}/evaluation", f"{second}/evaluation"],
+        "metrics.`verifier/difference` > 0.1": evaluations,
     }
     docs = (ROOT / "docs/mlflow.md").read_text().partition("## Find runs")[2]
     assert docs.split("```")[1].split("\n")[1:-1] == list(expected)

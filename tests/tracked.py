@@ -43,10 +43,7 @@ HARMLESS_OPTIONS: dict[str, Any] = {
 SECRETS = (
     *(f"planted-{number}" for number in range(1, 7)),
     *(f"planted{number}" for number in range(7, 14)),
-    "planted-user",
-    "planted-word",
-    "planted-query",
-    "tracking.example",
+    *("planted-user", "planted-word", "planted-query", "tracking.example"),
 )
 """Those of them that must not be found, and those of the addresses below."""
 TRACKING = "http://tracking.example:5000"
@@ -163,27 +160,11 @@ def write_evaluation(folder: Path, color: int, values: tuple[float | None, ...])
 
 def compared(run: str, method: str, gain: float) -> dict[str, Any]:
     """A run's row of the comparison with the base model."""
-    return {
-        "table": "comparison",
-        "section": "",
-        "at": "end",
-        "arm": run,
-        "run": run,
-        "method": method,
-        "reward": "verifier",
-        "trained_on": True,
-        "base": 0.5,
-        "mean": 0.5 + gain,
-        "mean_low": None,
-        "mean_high": None,
-        "difference": gain,
-        "low": gain / 2,
-        "high": 2 * gain,
-        "seeds": 1,
-        "pairs": 2,
-        "invalid": 1,
-        "iterations": 5.0,
-        "nfe": 500.0,
-        "seconds": 2.0,
-        "peak_memory_mib": None,
-    }
+    head = {"table": "comparison", "section": "", "at": "end", "arm": run, "run": run}
+    costs = {"iterations": 5.0, "nfe": 500.0, "seconds": 2.0}
+    return (
+        head
+        | {"method": method, "reward": "verifier", "trained_on": True, "base": 0.5}
+        | {"mean": 0.5 + gain, "difference": gain, "low": gain / 2, "high": 2 * gain}
+        | {"seeds": 1, "pairs": 2, "invalid": 1, **costs}
+    )
