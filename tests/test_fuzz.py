@@ -127,6 +127,8 @@ def said(tree: dict[str, Any], row: dict[str, Any], method: str) -> dict[Key, An
         out |= leaves(over)
     for dotted, value in row.items():
         new = leaves(value, tuple(dotted.split(".")))
+        if dotted == "train.rewards":  # one choice, which replaces another
+            out = {k: v for k, v in out.items() if k[:2] != ("train", "rewards")}
         for key in new:  # a value in the place of a section, or the other way round
             out = {k: v for k, v in out.items() if k[: len(key)] != key and key[: len(k)] != k}
         out |= new
