@@ -523,7 +523,7 @@ def test_several_pages_are_listed(browser: Browser, results: Layout, tmp_path: P
         assert links.all_inner_texts() == [
             "second, the default runs: 2 runs",
             "small, the default runs: 2 runs",
-            "small, the paper's tables and figures: 2 runs",
+            "small, the tables and figures under `paper`: 2 runs",
         ]
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", page.locator("li small").first.inner_text())
         for link in links.all():

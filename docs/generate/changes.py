@@ -71,7 +71,12 @@ GROUPS: dict[str, list[Change]] = {
         _set(
             "schedule.base_shift", 0.7, SHOWN, "`schedule.base_shift`, where the shift is a number"
         ),
-        _set("seeds", [0, 1], "tables figures", "one more seed: of the runs that are there"),
+        _set(
+            "seeds",
+            [0, 1],
+            "tables figures pages publish",
+            "one more seed: of the runs that are there",
+        ),
         _set("methods.egrpo.group_size", 4, f"plan suffix_quality {RUN}"),
         _set("methods.egrpo.noise_level", 0.5, f"profile plan suffix_quality {RUN}"),
         _set("methods.egrpo.granularities", [2], f"plan suffix_quality {RUN}"),
@@ -120,7 +125,7 @@ GROUPS: dict[str, list[Change]] = {
             SCORES,
             "one more reward that is only evaluated",
         ),
-        _set("tables.t.caption", "Another.", "tables", "the caption of a table"),
+        _set("tables.t.caption", "Another.", "tables pages publish", "the caption of a table"),
     ],
     "Files": [
         _file("weights of the transformer", "toy/pipeline/transformer/*.safetensors", MODEL),
@@ -154,7 +159,7 @@ GROUPS: dict[str, list[Change]] = {
         Change("a result of a run is lost", f"evaluate {TELL}", "lose", "scores.parquet"),
         Change("the adapter of a run is lost", RUN, "lose", "adapter"),
         Change("a file of a result is cut short", f"evaluate {TELL}", "cut", "images.parquet"),
-        Change("a table is lost", "tables", "lose", "../../tables/t.parquet"),
+        Change("a table is lost", "tables pages publish", "lose", "../../tables/t.parquet"),
     ],
     "Code": [
         Change("a comment, anywhere", "", "comment"),
