@@ -92,6 +92,7 @@ def test_sizes_are_those_of_the_loaded_model(folders: dict[str, Path], family: s
     given["lora.rank"] = lora["rank"]
     run = small_run("egrpo", **{f"model.{key}": value for key, value in given.items()})
     assert lora_parameters(run, part) == trained
+    assert "FAIL" not in [level for level, *_ in model_findings(run)]
     need = memory(run, part, read_part(folders[family], "vae"))
     assert need.fixed["transformer"] == pytest.approx(4 * loaded / GIB)
     assert need.during(need.worst) == need.peak

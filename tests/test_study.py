@@ -95,6 +95,7 @@ model: {path: an/other} -> model.revision: null
 model: {path: an/other} -> model.lora.rank: 3
 tables: {t: {sections: {mine: [b]}}} -> tables.t.sections: {mine: [b]}
 tables: {u: {caption: x, sections: {s: [a]}, rewards: [jpeg]}} -> tables.t.caption: x
+tables: {u: {caption: x, sections: {s: [a]}, rewards: [jpeg]}} -> tables.u.rewards: [jpeg]
 tables: {t: null} -> tables: {}
 figures: {f: {arms: [b]}} -> figures.f.rewards: [jpeg]
 figures: {f: {kind: images, caption: i, arms: [b]}} -> figures.f.rewards: []
