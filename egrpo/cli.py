@@ -143,23 +143,33 @@ RUNS = click.option(
 
 @_of_study("cost")
 @RUNS
+@click.option("--target", help="The runs that this target of snakemake needs; all: default runs.")
 @click.option("--card", help="Hours on this card: its name, or a part of it, such as H200.")
+@click.option("--price", type=click.FloatRange(0.0), help="Of an hour of the card: sums up money.")
+@click.option("--profile", type=FILE, help="SLURM profile: is its time enough for each run?")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def cost_command(
-    configs: tuple[Path, ...], runs: tuple[str, ...], card: str | None, as_json: bool
+    configs: tuple[Path, ...],
+    runs: tuple[str, ...],
+    target: str | None,
+    card: str | None,
+    price: float | None,
+    profile: Path | None,
+    as_json: bool,
 ) -> None:
     """Network evaluations of each run of a study, before it runs, and hours. Needs no torch.
 
-    Hours are shown with --card, or where `egrpo measure` measured the study's models; the last line
-    sums them up over all seeds.
+    Neither weights nor prompts need to be there. Hours are shown with --card, or where `egrpo
+    measure` measured the study's models; the last line sums them up over all seeds.
     """
-    from egrpo.ops.cost import cost_table, study_cost
+    from egrpo.ops.cost import asked_for, cost_table, study_cost
 
     study = _layout(configs).study
+    names = asked_for(study, runs, target) if runs or target else ()
     if as_json:
-        click.echo(json.dumps(study_cost(study, runs, card), indent=1))
+        click.echo(json.dumps(study_cost(study, names, card), indent=1))
     else:
-        click.echo(cost_table(study, runs, card))
+        click.echo(cost_table(study, names, card, price=price, profile=profile))
 
 
 @_of_study("measure")
@@ -181,15 +191,44 @@ def measure_command(configs: tuple[Path, ...], runs: tuple[str, ...]) -> None:
 
 @_of_study("doctor")
 @click.option("--skip-rewards", is_flag=True, help="Do not load the reward models.")
-def doctor_command(configs: tuple[Path, ...], skip_rewards: bool) -> None:
-    """Check a study before a long run: one line each, exit status 1 if one of them fails."""
+@click.option("--fetch-plan", is_flag=True, help="Print commands that fetch what is not there.")
+def doctor_command(configs: tuple[Path, ...], skip_rewards: bool, fetch_plan: bool) -> None:
+    """Check a study before a long run: one line each, exit status 1 if one of them fails.
+
+    With --fetch-plan it prints a shell script in its stead, which brings the weights, rewards and
+    prompts that are not there, with sizes and licenses; nothing is fetched.
+    """
+    from egrpo.ops import published
     from egrpo.ops.doctor import doctor
 
+    if fetch_plan:
+        click.echo("\n".join(published.fetch_plan(_layout(configs).study)))
+        return
     failed = False
     for finding in doctor(configs, rewards=not skip_rewards):
         click.echo(str(finding))
         failed |= finding.level == "FAIL"
     sys.exit(1 if failed else 0)
+
+
+@main.command("prompts")
+@click.argument("name", required=False)
+@click.argument("files", type=EXISTING, nargs=-1)
+@click.option("--to", type=FILE, help="The prompt file; left out: where presets look for it.")
+def prompts_command(name: str | None, files: tuple[Path, ...], to: Path | None) -> None:
+    """Make a prompt file of the FILES of the published set NAME, and check their count.
+
+    Without NAME the sets are listed. `egrpo doctor --fetch-plan` prints the commands that fetch
+    those of a study.
+    """
+    from egrpo.ops import published
+
+    if name is None:
+        click.echo(published.table())
+    elif not files:
+        raise click.UsageError("Missing argument 'FILES...'.")
+    else:
+        click.echo(published.convert(name, files, to))
 
 
 @_of_study("clean")

@@ -6,15 +6,21 @@ of a run: of rollouts, training passes, penalties, decoding and monitors.
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from egrpo.config.load import read_yaml
 from egrpo.config.models import RunConfig
 from egrpo.config.prompts import train_prompts
 from egrpo.core.plan import Plan
+from egrpo.errors import UserError
 from egrpo.ops.rates import Rate, find_rate, on_card, read_rates
 from egrpo.planning import trees
 from egrpo.planning.plan import load_plan
+from egrpo.study.due import Due
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study
 from egrpo.study.standing import stands
@@ -52,8 +58,11 @@ def study_cost(study: Study, names: Iterable[str] = (), card: str | None = None)
     Where rates are known (``card``, or measured for this study) each has its ``time``, None
     without a rate of its model, and the sum of these stands under :data:`TOGETHER`.
 
+    Neither weights nor prompts need to be there: a file that is not counts as one whose prompts
+    all iterations take once.
+
     Raises:
-        UserError: if a run or card is unknown, a prompt file missing, a plan or a table damaged.
+        UserError: if a run or card is unknown, a prompt file, a plan or a table damaged.
     """
     rates = known_rates(Layout(study), card)
     costs = run_costs(study, study.chosen(names), rates)
@@ -63,8 +72,7 @@ def study_cost(study: Study, names: Iterable[str] = (), card: str | None = None)
 def run_costs(study: Study, names: Sequence[str], rates: Sequence[Rate]) -> Costs:
     """Cost of runs, with their time if there are rates; UserError as above."""
     at = Layout(study)
-    files = {study.runs[name].prompts for name in names}
-    counts = {of: len(train_prompts(of.train, of.limit, of.column)) for of in files}
+    counts = functools.cache(lambda of: len(train_prompts(of.train, of.limit, of.column)))
 
     def shown(cost: trees.RunCost) -> dict[str, int]:
         return {**cost._asdict(), "total": cost.total}
@@ -72,7 +80,9 @@ def run_costs(study: Study, names: Sequence[str], rates: Sequence[Rate]) -> Cost
     out: Costs = {}
     for name in names:
         run = study.runs[name]
-        plan, count = known_plan(run, at), counts[run.prompts]
+        plan, count = known_plan(run, at), run.train.iterations * run.train.prompts_per_iteration
+        if os.path.exists(run.prompts.train):
+            count = counts(run.prompts)
         if plan is None and trees.needs_plan(run):
             out[name] = None
             continue
@@ -92,14 +102,41 @@ def known_plan(run: RunConfig, at: Layout) -> Plan | None:
     """The plan of a run: computed, or read where it was made from a profile; None for no plan."""
     if not trees.reads_profile(run):
         return trees.closed_form_plan(run)
-    made = stands(at, "plan", run.run, at.identity("plan", run.run))
-    return load_plan(at.run(run.run) / "plan.json") if made else None
+    path = at.run(run.run) / "plan.json"
+    made = path.exists() and stands(at, "plan", run.run, at.identity("plan", run.run))
+    return load_plan(path) if made else None
 
 
-def cost_table(study: Study, names: Sequence[str] = (), card: str | None = None) -> str:
+def asked_for(study: Study, names: Sequence[str], target: str | None) -> list[str]:
+    """The runs that ``--run`` names and ``--target`` needs; all where neither is given.
+
+    Raises:
+        UserError: if the study has no such run or target, or cannot make it of its runs.
+    """
+    if target is None:
+        return study.chosen(names)
+    due = Due(Layout(study), always=True)
+    sets = {"all": "comparison", "paper": "paper_runs", "everything": "all_runs"}
+    if target in study.refused:
+        raise UserError(study.refused[target])
+    if target not in {**sets, **due.specs}:
+        raise UserError(f"--target {target}: there are {', '.join({**sets, **due.specs})}")
+    runs = due.run_set(sets.get(target, f"{target}_runs"))
+    return list(dict.fromkeys([*(study.chosen(names) if names else ()), *runs]))
+
+
+def cost_table(
+    study: Study,
+    names: Sequence[str] = (),
+    card: str | None = None,
+    *,
+    price: float | None = None,
+    profile: Path | None = None,
+) -> str:
     """The costs side by side: of the runs named, or of each arm those of its first seed.
 
-    With rates the last line sums up the hours of all seeds. UserError as :func:`study_cost`.
+    With rates the last lines sum up the hours of all seeds, and money at ``price`` an hour; and say
+    which runs a SLURM ``profile`` would end. UserError as :func:`study_cost`.
     """
     rates = known_rates(Layout(study), card)
     wanted = study.chosen(names)
@@ -111,7 +148,12 @@ def cost_table(study: Study, names: Sequence[str] = (), card: str | None = None)
         rows.append([name, study.runs[name].method.name, *_cells(costs[name])])
     seeds = "" if len(shown) == len(wanted) else "; of several seeds the first is shown"
     lines = [*_aligned(rows), NOTE + seeds]
-    return "\n".join([*lines, *_time_notes(study, costs, rates)] if rates else lines)
+    if rates:
+        lines += _time_notes(study, costs, rates, price)
+        lines += _cut_off(costs, profile) if profile else []
+    elif price is not None or profile is not None:
+        raise UserError("--price and --profile need hours: give --card, or run `egrpo measure`")
+    return "\n".join(lines)
 
 
 def _cells(cost: Mapping[str, Any] | None) -> list[str]:
@@ -146,7 +188,34 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _time_notes(study: Study, costs: Costs, rates: Sequence[Rate]) -> list[str]:
+def _cut_off(costs: Costs, profile: Path) -> list[str]:
+    """Which runs a profile of Snakemake's leaves too little time, all tries together."""
+    path = profile / "config.yaml" if profile.is_dir() else profile
+    of = read_yaml(path)
+    try:
+        resources = [of.get("default-resources", {}), of.get("set-resources", {}).get("train", {})]
+        minutes = float(str({**resources[0], **resources[1]}["runtime"]))
+        tries = 1 + int(of.get("retries") or 0)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: set-resources.train.runtime: expected minutes, and retries a number"
+        ) from None
+    allowed = minutes / 60 * tries
+    hours = {name: cost["time"]["hours"] for name, cost in costs.items() if cost and cost["time"]}
+    longer = {name: hour for name, hour in hours.items() if hour > allowed}
+    said = f"{path}: {minutes / 60:.3g} h a try and {tries} tries are {allowed:.3g} h"
+    if not longer:
+        return [f"{said}, enough for each run's training on one card"]
+    name, most = max(longer.items(), key=lambda each: each[1])
+    return [
+        f"{said}, too little for {len(longer)} of {len(hours)} runs on one card; {name} takes "
+        f"{_digits(most)} h: raise runtime or retries, or give a run several cards"
+    ]
+
+
+def _time_notes(
+    study: Study, costs: Costs, rates: Sequence[Rate], price: float | None
+) -> list[str]:
     """What the times mean, what of them is estimated, and their sum."""
     known = [cost["time"] for cost in costs.values() if cost and cost["time"]]
     estimated = (note for time in known for note in time["notes"])
@@ -157,11 +226,13 @@ def _time_notes(study: Study, costs: Costs, rates: Sequence[Rate]) -> list[str]:
     )
     whole = together(costs)
     rest = f"; not counted: {len(whole['without'])}" if whole["without"] else ""
+    money = f", {_digits(price * whole['hours'])} at {price:g} an hour" if price else ""
     return [
         LEFT_OUT,
         *dict.fromkeys(f"measured: {time['source']}" for time in known),
         *dict.fromkeys([*estimated, *lacking]),
-        f"runs together: {whole['runs']}, {_digits(whole['hours'])} h on one {rates[0].card}{rest}",
+        f"runs together: {whole['runs']}, {_digits(whole['hours'])} h on one {rates[0].card}{money}"
+        f"{rest}",
     ]
 
 
