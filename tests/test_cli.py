@@ -233,6 +233,36 @@ def test_hours_on_a_card_say_what_they_estimate(default_study: list[str], tmp_pa
     assert "card B" in egrpo(*words).stdout, "without --card: what was measured last"
 
 
+def test_cost_of_a_preset_needs_neither_weights_nor_prompts(tmp_path: Path) -> None:
+    preset = ["config/config.yaml", "config/presets/flux_dev_hps.yaml"]
+    words = ["cost", *preset, "--card", "H200", "--target", "all"]
+    done = egrpo(*words, "--price", "2.5", "--profile", "profiles/slurm")
+    assert done.returncode == 0, done.stderr
+    row, *_, money, time = done.stdout.splitlines()[1:]
+    assert row.split()[:6] == ["egrpo-s0", "egrpo", "1,004", "8", "2,409,600", "19,200"]
+    hours = float(row.split()[-1])
+    assert f"runs together: 1, {hours:.0f} h on one NVIDIA H200, {2.5 * hours:.0f} at 2.5" in money
+    assert "24 h a try and 4 tries are 96 h, too little for 1 of 1 runs" in time
+    (tmp_path / "config.yaml").write_text("retries: 5\nset-resources: {train: {runtime: 2880}}\n")
+    assert "are 288 h, enough" in egrpo(*words, "--profile", tmp_path).stdout
+    (tmp_path / "config.yaml").write_text("retries: 5\n")
+    refused(egrpo(*words, "--profile", tmp_path), "set-resources.train.runtime: expected minutes")
+    refused(egrpo("cost", *preset[:1], "--price", "1"), "--price and --profile need hours")
+
+
+def test_cost_of_a_target_is_that_of_its_runs(default_study: list[str]) -> None:
+    def runs(*words: str) -> set[str]:
+        return set(json.loads(egrpo("cost", *default_study, "--json", *words).stdout))
+
+    assert runs("--target", "all") == {"egrpo-s0", "flow_grpo-s0"}
+    arms = ("egrpo", "egrpo_span2", "egrpo_span4", "egrpo_span6")
+    merged = {f"{arm}-s{seed}" for arm in arms for seed in range(3)}
+    assert runs("--target", "table2") == merged
+    assert runs("--target", "table2", "--run", "awm-s0") == {*merged, "awm-s0"}
+    assert len(runs("--target", "paper")) == 72
+    refused(egrpo("cost", *default_study, "--target", "x"), "--target x: there are all, paper, ev")
+
+
 def test_measured_rates_are_kept_for_cost(
     default_study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

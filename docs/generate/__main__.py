@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from docs.generate.changes import changes_page
 from docs.generate.commands import commands_page
+from docs.generate.fetch import fetch_page
 from docs.generate.methods import drawings, methods_page
 from docs.generate.settings import reference_yaml, schema, settings_page
 from docs.generate.tables import tables_page
@@ -18,6 +19,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/tables.md": tables_page,
     "docs/changes.md": changes_page,
     "docs/commands.md": commands_page,
+    "docs/fetch.md": fetch_page,
     "docs/methods.md": methods_page,
     **drawings(),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,12 @@ def published() -> list[Published]:
     ]
 
 
-def fetch_plan(study: Study) -> Iterator[str]:
+def fetch_plan(study: Study, there: Callable[[str], bool] = os.path.exists) -> Iterator[str]:
     """Lines of a shell script that brings what the runs of a study name and is not there."""
     every, seen, gib = published(), set(), 0.0
     for run in study.runs.values():
-        for key, path in _missing(run):
-            if path in seen:
+        for key, path in _named(run):
+            if path in seen or there(path):
                 continue
             seen.add(path)
             item = next((item for item in every if item.is_at(path)), None)
@@ -116,8 +116,8 @@ def fetch_plan(study: Study) -> Iterator[str]:
     yield f"# {gib:.1f} GiB in all" if seen else "# nothing is missing"
 
 
-def _missing(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """(key, path) of files that are not there and are no hub ids with a commit."""
+def _named(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """(key, path) of the files of a run that are no hub ids with a commit."""
     named: list[tuple[str, str, Any]] = [("model.path", run.model.path, run.model.revision)]
     for name, reward in run.rewards.items():
         for key, path in reward.files.items():
@@ -126,7 +126,7 @@ def _missing(run: RunConfig) -> Iterator[tuple[str, str]]:
             named.append((f"rewards.{name}.{key}", path, pinned))
     named += [(f"prompts.{key}", getattr(run.prompts, key), None) for key in ("train", "heldout")]
     for key, path, commit in named:
-        if commit is None and not os.path.exists(path):
+        if commit is None:
             yield key, path
 
 
