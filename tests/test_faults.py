@@ -45,6 +45,7 @@ from egrpo.store.files import write_json, write_once, write_text
 from egrpo.study.layout import Layout
 from egrpo.study.orders import order_of_target
 from egrpo.study.resolve import Study
+from egrpo.train import job as train_job
 from egrpo.train import state as train_state
 from egrpo.train.state import only_one
 
@@ -286,8 +287,9 @@ def test_single_images_that_are_none_are_said_and_stored_as_none(stage, embeddin
             assert (row["value"] is None) == ((row["prompt_id"], row["sample"]) in none)
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(embeddings, tmp_path):
-    """As SLURM and Snakemake send it; of itself the job would save after 100 iterations."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_goes_on(number, embeddings, tmp_path):
+    """As SLURM, Snakemake and the keyboard do; of itself it would save after 100 iterations."""
     run = small_run("stopped", **{"train.iterations": 12, "train.checkpoint_every": 100})
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert called(job_words("train", run, embeddings, straight)).exit_code == 0
@@ -295,18 +297,28 @@ def test_sigterm_saves_and_the_next_start_goes_on(embeddings, tmp_path):
     job = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(stopped.rglob("checkpoint-000000.safetensors")))
     time.sleep(0.5)
-    job.send_signal(signal.SIGTERM)
-    job.send_signal(signal.SIGTERM)  # a second one does no harm
+    job.send_signal(number)
+    job.send_signal(number)  # a second one does no harm
     # the queue starts it again while the first still saves
     again = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     _, said = job.communicate(timeout=60)
-    assert job.returncode == 128 + signal.SIGTERM
-    assert said.count("SIGTERM: saving at the end of this iteration") == 1
+    assert job.returncode == 128 + number
+    assert said.count(f"{number.name}: saving at the end of this iteration") == 1
     assert "saved after iteration" in said
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0
     assert "going on after iteration" in said
     same(result_of(straight), result_of(stopped))
+
+
+def test_who_presses_again_does_not_wait(monkeypatch):
+    monkeypatch.setattr(train_job.time, "monotonic", iter([10.0, 10.5, 11.5]).__next__)
+    with train_job.preemption() as wanted:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert wanted() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_two_processes_never_train_one_run(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -50,7 +51,7 @@ def train(
     ``state``, a folder named by what the weights of each iteration are computed from, is gone on
     from; adapter/, monitor/, snapshots/, train.json and two tables come into ``output``. Raises
     UserError for bad input, a full disk, an iteration without any valid reward, or weights that
-    make no images; SystemExit after SIGTERM, with everything saved.
+    make no images; SystemExit after SIGTERM or SIGINT, with everything saved.
     """
     trainer, t = Trainer(run, plan, embeddings), run.train
     processes, steps = trainer.processes, t.iterations * t.updates
@@ -75,31 +76,34 @@ def train(
 
 
 @contextmanager
-def preemption() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM asks to save at the end of the iteration.
+def preemption() -> Iterator[Callable[[], int]]:
+    """Within it SIGTERM, and SIGINT of the keyboard, ask to save at the end of the iteration.
 
-    Yields whether it was asked for. Further ones change nothing: SLURM and a launcher both send
-    one to each process. SIGINT and SIGKILL end at once.
+    Yields the signal's number, 0 before one came. Further ones change nothing: SLURM, the terminal
+    and a launcher send one each to every process. But a SIGINT after a second ends at once.
     """
-    asked = False
+    asked, since = 0, 0.0
 
     def ask(number: int, frame: object) -> None:
-        nonlocal asked
+        nonlocal asked, since
         if not asked:
-            say("SIGTERM: saving at the end of this iteration")
-        asked = True
+            say(f"{signal.Signals(number).name}: saving at the end of this iteration")
+            asked, since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > since + 1.0:
+            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Job:
     """One start of a training."""
 
-    def __init__(self, trainer: Trainer, state: State, preempted: Callable[[], bool]) -> None:
+    def __init__(self, trainer: Trainer, state: State, preempted: Callable[[], int]) -> None:
         self.trainer, self.state, self.preempted = trainer, state, preempted
         self.run, self.processes, self.main = trainer.run, trainer.processes, trainer.processes.main
         self.said: dict[str, str] = {}  # warnings that its log holds, by kind
@@ -150,7 +154,7 @@ class Job:
         return metrics
 
     def finish(self, tracker: Tracker | None, *, fresh: bool) -> None:
-        """Train to the last iteration, or until a bound stops it; SystemExit after SIGTERM."""
+        """Train to the last iteration, or until a bound stops it; SystemExit after a signal."""
         run, t, trainer, state = self.run, self.run.train, self.trainer, self.state
         if fresh and t.monitor_every:
             metrics = self._look()
@@ -161,11 +165,11 @@ class Job:
         self._check_bounds(history)
         if trainer.iteration == t.iterations and not self.stopped:
             self._look_at_the_end(history)
-        stop = False
+        stop = 0
         with Progress(t.iterations, run.run, trainer.iteration, shown=self.main) as progress:
             while trainer.iteration < t.iterations and not self.stopped and not stop:
                 metrics = self._iterate(history, tracker)
-                stop = any(self.processes.gather(self.preempted()))
+                stop = max(self.processes.gather(self.preempted()))
                 n = trainer.iteration
                 if n % t.checkpoint_every == 0 or n == t.iterations or self.stopped or stop:
                     self._save()
@@ -176,7 +180,7 @@ class Job:
         if trainer.iteration < t.iterations and not self.stopped:
             if self.main:
                 say(f"{run.run}: saved after iteration {trainer.iteration}")
-            sys.exit(128 + signal.SIGTERM)
+            sys.exit(128 + stop)
         state.keep_snapshots(trainer, None)
         self._warn(history, tracker, ended=True)
 
