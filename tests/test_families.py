@@ -485,6 +485,77 @@ def test_sizes_end_where_the_positions_do(family, most):
         velocity(rows + 2)
 
 
+def gaussian_adapter(family: str, folder: Path, **lora: Any) -> tuple[FlowModel, dict[str, Tensor]]:
+    """A model with an adapter that changes much, and what its file holds."""
+    model = loaded(family, lora={"rank": 4, "alpha": 8, **lora})
+    for n, tensor in enumerate(model.prepare_training(0)):
+        tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=torch.manual_seed(n)))
+    model.save(folder)
+    return model, load_file(folder / ADAPTER_FILE)
+
+
+def velocity_of(model: FlowModel) -> Tensor:
+    x = torch.randn(2, *model.image_shape, generator=torch.manual_seed(7))
+    with torch.no_grad():
+        return model.velocity(x, 0.7, model.encode(PROMPTS[:2], negative=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_goes_on_from_an_adapter(tmp_path, family):
+    """Base model and training begin as it is, whatever rank and alpha are trained with."""
+    made, _ = gaussian_adapter(family, tmp_path)
+    for rank, alpha in ((4, 8), (6, 3)):
+        lora = {"rank": rank, "alpha": alpha, "start": str(tmp_path / ADAPTER_FILE)}
+        model = loaded(family, lora=lora)
+        assert not any(p.requires_grad for p in model.transformer.parameters())
+        near = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(velocity_of(model), velocity_of(made), **near)
+        parameters = model.prepare_training(1)
+        assert len(parameters) == 2 * len(list(model.lora_layers()))
+        torch.testing.assert_close(velocity_of(model), velocity_of(made), **near)
+        model.save(tmp_path / str(rank))
+        again = loaded(family, lora=lora)
+        again.load(tmp_path / str(rank))
+        torch.testing.assert_close(velocity_of(again), velocity_of(made), **near)
+
+
+def test_kohya_s_keys_are_a_start_too(tmp_path):
+    _, state = gaussian_adapter("flux", tmp_path)
+    names = {"txt_attn_proj": "attn.to_add_out", "img_attn_proj": "attn.to_out.0"}
+    names["img_mlp_0"] = "ff.net.0.proj"
+    kohya, same = {}, {k: torch.zeros_like(v) for k, v in state.items()}
+    for theirs, ours in names.items():
+        key, head = (
+            f"transformer.transformer_blocks.0.{ours}",
+            f"lora_unet_double_blocks_0_{theirs}",
+        )
+        down, up = (state[f"{key}.lora_{part}.weight"] for part in "AB")
+        kohya |= {f"{head}.lora_down.weight": down, f"{head}.lora_up.weight": up}
+        kohya[f"{head}.alpha"] = torch.tensor(2.0)
+        same |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up * 2.0 / len(down)}
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    save_file(same, tmp_path / ADAPTER_FILE)
+    found = [
+        velocity_of(loaded("flux", lora={"rank": 4, "alpha": 8, "start": str(tmp_path / name)}))
+        for name in ("kohya.safetensors", ADAPTER_FILE)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], velocity_of(loaded("flux")), rtol=1e-2)
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path):
+    gaussian_adapter("flux", tmp_path)
+    start = str(tmp_path / ADAPTER_FILE)
+    with pytest.raises(UserError, match=r"has rank 4; set model\.lora\.rank to that, or more"):
+        loaded("flux", lora={"rank": 2, "alpha": 2, "start": start})
+    with pytest.raises(UserError, match=r"adapts .*to_k, which is not among model\.lora\.targets"):
+        loaded("flux", lora={"rank": 4, "alpha": 2, "targets": ["attn.to_q"], "start": start})
+    (tmp_path / "text.safetensors").write_text("not an adapter")
+    for name in ("text.safetensors", ADAPTER_FILE):
+        with pytest.raises(UserError, match=r"model\.lora\.start: .*adapt"):
+            loaded("sd3", lora={"rank": 4, "alpha": 2, "start": str(tmp_path / name)})
+
+
 def test_adapter_of_another_rank_or_family_or_without_a_layer(tmp_path):
     model = loaded("flux")
     model.prepare_training(0)

@@ -63,6 +63,7 @@ GROUPS: dict[str, list[Change]] = {
         _set("model.height", 48, MODEL),
         _set("model.guidance_scale", 2.0, f"embed {MODEL}"),
         _set("model.lora.rank", 8, RUN),
+        _set("model.lora.start", "toy/clip.pt", MODEL, "an adapter to start from"),
         _set("model.merge_lora_for_sampling", False, RUN),
         _set("model.device", "cuda", SHOWN),
         _set("model.vae_slicing", True, SHOWN),

@@ -38,6 +38,10 @@ class Lora(Settings):
     """Scale: adapters are multiplied by alpha / rank; saved ones hold it in their weights."""
     targets: list[str] | None = setting(None, source=FLOW)
     """Names of the adapted linear layers; null takes the family's own list."""
+    start: str | None = setting(None)
+    """File of an adapter that training goes on from: ours, diffusers', or another form that
+    diffusers reads, as kohya's for FLUX.1. Its rank may be smaller than `rank`. It is part of the
+    base model that runs are compared with; penalties pull towards the model without it."""
 
 
 class FeatureCache(Settings):

@@ -36,11 +36,10 @@ class FlowModel(Trainable):
     [0, 1]; the velocity is noise minus data. Text encoders are loaded by :meth:`encode` only.
 
     Attributes:
-        pipeline, transformer_class, vae_class: names in diffusers.
+        transformer_class, vae_class: names in diffusers.
         tokens: ``model.max_sequence_length`` where it is null.
     """
 
-    pipeline: ClassVar[str]
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str] = "AutoencoderKL"
     tokens: ClassVar[int]
@@ -75,6 +74,9 @@ class FlowModel(Trainable):
                 storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype
             )
             self.transformer.to(self.device)
+        if settings.tuning == "lora" and settings.lora.start is not None:
+            self._add_adapter(0)
+            self.transformer.requires_grad_(False)
 
     def _check_scale(self) -> None:
         """Refuse a VAE whose config.json gives no scale of latents: it is read when decoding."""

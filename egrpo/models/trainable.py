@@ -31,10 +31,12 @@ class Trainable(ABC):
     """A transformer, what training adds to it, and the copy of it that samples.
 
     Attributes:
+        pipeline: name in diffusers.
         lora_targets: layers adapted by default.
         equal_lengths: whether all prompts have one length, so that batches come in few shapes.
     """
 
+    pipeline: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     equal_lengths: ClassVar[bool] = False
 
@@ -58,7 +60,8 @@ class Trainable(ABC):
         """Add the LoRA, or unfreeze everything; returns the trainable parameters.
 
         A LoRA is float32 and starts as the base model: its second factor is zero, its first
-        Gaussian of standard deviation 1/rank, a function of ``seed`` and the layer's name.
+        Gaussian of standard deviation 1/rank, a function of ``seed`` and the layer's name; or as
+        the adapter ``model.lora.start``.
         ``reference``: :meth:`reference_velocity` will be asked for.
         """
         self.twin = None
@@ -66,6 +69,10 @@ class Trainable(ABC):
             self.reference = copy.deepcopy(self.transformer) if reference else None
             self.transformer.requires_grad_(True)
             return list(self.transformer.parameters())
+        return self._add_adapter(seed)
+
+    def _add_adapter(self, seed: int) -> list[nn.Parameter]:
+        """Add the LoRA that training begins with, in the place of one that is there."""
         from peft import LoraConfig
 
         lora = self.settings.lora
@@ -75,15 +82,75 @@ class Trainable(ABC):
             target_modules=lora.targets or list(self.lora_targets),
             init_lora_weights="gaussian",
         )
+        self._remove_adapter()
+        start = {} if lora.start is None else self._read_start(Path(lora.start))
         with refusing("model.lora.targets"):
             self.transformer.add_adapter(config)
         parameters = self._trained()
         for p in parameters:  # updates of 1e-5 vanish in bfloat16
             p.data = p.data.float()
-        for name, layer in self.lora_layers():  # peft's start, drawn as all noise is
+        layers = dict(self.lora_layers())
+        for name, layer in layers.items():  # peft's start, drawn as all noise is
             first = layer.lora_A["default"].weight
             first.data.copy_(normal(tuple(first.shape), seed, "lora", name) / lora.rank)
+        for name, (down, up) in start.items():
+            if name not in layers:
+                raise UserError(
+                    f"model.lora.start: {lora.start}: adapts {name}, which is not among "
+                    "model.lora.targets; name its layers there"
+                )
+            if len(down) > lora.rank:
+                raise UserError(
+                    f"model.lora.start: {lora.start}: has rank {len(down)}; set model.lora.rank to "
+                    "that, or more"
+                )
+            # of a smaller rank the rest of the second factor stays zero
+            layers[name].lora_A["default"].weight.data[: len(down)] = down.to(self.device)
+            factor = lora.rank / lora.alpha
+            layers[name].lora_B["default"].weight.data[:, : len(down)] = factor * up.to(self.device)
         return parameters
+
+    def _remove_adapter(self) -> None:
+        if getattr(self.transformer, "peft_config", None):
+            self.transformer.unload_lora()
+            self.twin = None
+
+    @torch.no_grad()
+    def _read_start(self, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+        """By layer the two factors [rank, in] and [out, rank] of a file, in float32.
+
+        Their product is what it adds to the layer's weights, by diffusers' own reading of it.
+        """
+        import diffusers
+
+        stock = getattr(diffusers, self.pipeline)
+        with refusing(f"model.lora.start: {path}: no adapter that diffusers reads"):
+            state, *alphas, metadata = stock.lora_state_dict(
+                str(path.parent),
+                weight_name=path.name,
+                local_files_only=True,
+                use_safetensors=True,
+                return_alphas=True,  # where a family's files have them
+                return_lora_metadata=True,
+            )
+            if any(key.startswith("text_encoder") for key in state):
+                raise UserError(f"model.lora.start: {path}: adapts text encoders too")
+            of = {"network_alphas": alphas[0]} if alphas else {}
+            stock.load_lora_into_transformer(
+                state, transformer=self.transformer, adapter_name="start", metadata=metadata, **of
+            )
+        found = {}
+        for name, layer in self.lora_layers():  # diffusers rounds to the type of the model
+            both = [
+                state.get(f"transformer.{name}.{part}.weight", getattr(layer, part)["start"].weight)
+                for part in ("lora_A", "lora_B")
+            ]
+            down, up = (factor.detach().float() for factor in both)
+            found[name] = down, layer.scaling["start"] * up
+        self._remove_adapter()
+        if not found:
+            raise UserError(f"model.lora.start: {path}: adapts no layer of the transformer")
+        return found
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.transformer.parameters() if p.requires_grad]
@@ -227,6 +294,7 @@ class Trainable(ABC):
         self.transformer, self.twin = module.to(self.device), None
 
     def _load_adapter(self, folder: Path) -> None:
+        self._remove_adapter()
         path, rank = folder / ADAPTER_FILE, self.settings.lora.rank
         if not path.exists():
             raise UserError(f"{path}: no such file; training writes it")

@@ -37,6 +37,8 @@ def file_problems(study: Study, source: str) -> Iterator[str]:
 def _problems_of(run: RunConfig, of_prompts: Callable[[Prompts, int], list[str]]) -> Iterator[str]:
     pinned = run.model.revision is not None
     yield from _source("model.path", run.model.path, "revision", pinned, file=False)
+    if run.model.lora.start is not None:
+        yield from _source("model.lora.start", run.model.lora.start, None, False, file=True)
     yield from of_prompts(run.prompts, run.train.prompts_per_iteration)
     for name, reward in run.rewards.items():
         for key, path in reward.files.items():

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from egrpo.config.keys import digest
@@ -186,9 +187,11 @@ class Identities:
 
     def model_files(self, model: Model, *, text: bool) -> Record:
         """Digests of the files of a pipeline's parts: those for prompts, or those for images."""
+        start = model.lora.start if model.tuning == "lora" and not text else None
+        of_start = {"model.lora.start": self.digests.file(Path(start))} if start else {}
         if not os.path.isdir(model.path):
-            return {"model.path": f"{model.path} {model.revision}"}
-        return {
+            return {"model.path": f"{model.path} {model.revision}", **of_start}
+        return of_start | {
             f"model.path {name}": found
             for name, found in self._files(model.path).items()
             if name.partition("/")[0].startswith(TEXT_PARTS) == text or name in BOTH
@@ -198,6 +201,7 @@ class Identities:
         """What a model computes images from: its settings and files."""
         skipped = {"path", "revision", "max_sequence_length", *CUT}
         dumped = model.model_dump(exclude=skipped | (set() if tuned else TUNED))
+        dumped.get("lora", {}).pop("start", None)  # by its content
         return {**flat("model", dumped), **self.model_files(model, text=False)}
 
     def rewards(self, run: RunConfig, names: Collection[str]) -> Record:
