@@ -267,6 +267,9 @@ def measure(case: Case, *, quick: bool) -> None:
     case.row("evaluation: one sample at a time", 1, lambda: case.evaluation(1))
     case.use(**EAGER)
     case.row("evaluation: merged", GROUP, lambda: case.evaluation(GROUP))
+    if torch.cuda.is_available():
+        case.use(**SHIPPED, cuda_graphs=True)
+        case.row("evaluation as shipped, CUDA graphs", GROUP, lambda: case.evaluation(GROUP))
     with cudnn():
         case.use(**SHIPPED)
         case.row("evaluation as shipped, cuDNN", GROUP, lambda: case.evaluation(GROUP))

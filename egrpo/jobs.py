@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from egrpo.errors import one_line, say
 from egrpo.store.files import checkpoints_in, read_json, write_json
 from egrpo.study import standing
-from egrpo.study.due import Due
 from egrpo.study.identity import SETS, changes
 from egrpo.study.layout import SHARED, Layout
 from egrpo.study.orders import Order, check_inputs, read_order
@@ -300,9 +299,7 @@ def page(at: Layout, name: str) -> list[Path]:
     """Tell the story of a study on one page that needs no network."""
     from egrpo.page.page import make_page
 
-    shown = Due(at).names(at.pages[name])
-    tables = {n: spec for n, spec in at.study.tables.items() if n in shown}
-    make_page(name, at, tables, {n: s for n, s in at.study.figures.items() if n in shown})
+    make_page(name, at, at.study.tables, at.study.figures)
     return [at.page(name)]
 
 

@@ -184,6 +184,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"model.dtype": "bfloat16"},
     "bfloat16 compiled": {"model.dtype": "bfloat16", "model.compile": True},
+    "graphs": {"model.cuda_graphs": True},
     "checkpointing": {"model.dtype": "bfloat16", "train.gradient_checkpointing": True},
     "float8": {"model.dtype": "bfloat16", "model.fp8_sampling": True, "model.compile": True},
     "unmerged": {"model.dtype": "bfloat16", "model.merge_lora_for_sampling": False},

@@ -391,7 +391,7 @@ def test_a_seed_is_given_once(study: Folder) -> None:
 def test_settings_survive_the_order_of_a_job(study: Folder, tmp_path: Path) -> None:
     made = replace(study.load(TWO, tables={"t": TABLE}), results=str(tmp_path))
     at = Layout(made, lambda stage, run: f"{stage} of {run}")
-    path = order_of_target(at, "table-t", list(made.runs), {"reads": []})
+    path = order_of_target(at, "table-t", list(made.runs), {"targets": ["t"]})
     order = read_order(path)
     assert order.at.study.tables == made.tables
     assert order.at.study.runs == made.runs

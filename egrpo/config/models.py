@@ -107,6 +107,10 @@ class Model(Settings):
     """Compile (torch.compile) the blocks of the network that samples; what trains stays as it is.
     The first batch takes a minute, later jobs on the same machine find most of it done; auto: on
     CUDA, for sd3 and flux without `feature_cache`."""
+    cuda_graphs: bool = setting(False)
+    """On CUDA the network that samples replays calls of a shape and time that it had before as one
+    launch: for small models, whose kernels take less time than their launches. For sd3 and flux
+    without `feature_cache`; never timed yet."""
     feature_cache: FeatureCache | None = setting(None)
     """Evaluations of training's rollouts whose log-probability nobody needs reuse features of the
     steps before: `interval`, `warm_up`, `order`; null: all are exact. Monitors and evaluation are
@@ -131,6 +135,8 @@ class Model(Settings):
             raise ValueError(
                 f"fp8_sampling: needs dtype: bfloat16 without fp8_weights; {key}: {value}"
             )
+        if self.cuda_graphs and (self.feature_cache or self.family not in ("sd3", "flux")):
+            raise ValueError("cuda_graphs: for families sd3 and flux without feature_cache only")
         if self.feature_cache is not None and self.family == "z_image":
             raise ValueError("feature_cache: diffusers offers none for z_image")
         if self.tuning == "full" and self.dtype != "float32":

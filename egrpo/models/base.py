@@ -185,12 +185,22 @@ class FlowModel(Trainable):
         if twin is not None and (size := twin.size(rows)) != rows:  # a shape that is compiled
             index = torch.arange(size, device=x.device).clamp(max=rows - 1)
             x, conditioning = x[index], conditioning.rows(index)
+        guided, tensors = self.settings.guidance_scale > 1, conditioning.tensors
+        if guided:
+            x, tensors = torch.cat([x, x]), padded([conditioning.negative, tensors])
         with nullcontext() if twin is None else twin.call(x, paths, sigma):
-            if self.settings.guidance_scale <= 1:
-                return self.network(module, x, sigma, conditioning.tensors)[:rows]
-            both = padded([conditioning.negative, conditioning.tensors])
-            negative, prompt = self.network(module, torch.cat([x, x]), sigma, both).chunk(2)
-        return self.guide(prompt, negative)[:rows]
+            if twin is None or twin.graphs is None:
+                v = self.network(module, x, sigma, tensors)
+            else:
+
+                def network(x: Tensor, *values: Tensor) -> Tensor:
+                    return self.network(module, x, sigma, dict(zip(tensors, values, strict=True)))
+
+                v = twin.graphs(network, sigma, [x, *tensors.values()])
+        if guided:
+            negative, prompt = v.chunk(2)
+            v = self.guide(prompt, negative)
+        return v[:rows]
 
     @during("decoding")
     @torch.no_grad()

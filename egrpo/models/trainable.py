@@ -195,6 +195,7 @@ class Trainable(ABC):
             "feature_cache": m.feature_cache is not None,
             "merge_lora_for_sampling": m.merge_lora_for_sampling and m.tuning == "lora",
             "compile": m.compile is True,
+            "cuda_graphs": m.cuda_graphs,
             "fp8_sampling": m.fp8_sampling,
         }
         for key in (key for key, asked in twins.items() if asked):
@@ -231,7 +232,9 @@ class Trainable(ABC):
             return self.twin
         compiled = self.compiles(m, cuda=self.device.type == "cuda")
         adapted = dict(self.lora_layers()) if m.merge_lora_for_sampling else {}
-        if adapted or compiled or m.fp8_sampling or m.feature_cache is not None:
+        if m.cuda_graphs and self.device.type != "cuda":
+            raise UserError("model.cuda_graphs: needs a CUDA device; set it to false")
+        if adapted or compiled or m.cuda_graphs or m.fp8_sampling or m.feature_cache is not None:
             self.twin = Twin(self.transformer, m, adapted, compiled=compiled)
         return self.twin
 

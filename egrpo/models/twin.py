@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from egrpo.errors import refusing, say
 from egrpo.models.features import KeptFeatures
+from egrpo.models.graphs import Graphs
 from egrpo.models.modules import compile_blocks, repeated_blocks
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ class Twin:
 
     Attributes:
         network: shares all weights with the transformer but those it holds in another form.
-        compiled: whether its blocks are; then batches are padded, see :func:`padded_rows`.
+        compiled: whether its blocks are.
+        graphs: what replays its calls. With it, or compiled, batches are padded, see
+            :func:`padded_rows`.
         batch: rows of the largest batch it is given.
         seconds: what compiling took so far.
         features: what it keeps from step to step.
@@ -87,6 +90,7 @@ class Twin:
         self.features: KeptFeatures | None = None
         if settings.feature_cache is not None:
             self.features = KeptFeatures(self.network, settings.feature_cache, dtype)
+        self.graphs = Graphs() if settings.cuda_graphs else None
         self.compiled, self.seconds = compiled, 0.0
         self.batch = 1
         self.seen: set[tuple[int, ...]] = set()
@@ -112,7 +116,8 @@ class Twin:
 
     def size(self, rows: int) -> int:
         """Rows of the batch that ``rows`` are padded to."""
-        return padded_rows(rows, self.batch) if self.compiled else rows
+        fixed = self.compiled or self.graphs is not None
+        return padded_rows(rows, self.batch) if fixed else rows
 
     def call(
         self, x: Tensor, paths: tuple[object, ...] | None, sigma: float

@@ -139,14 +139,24 @@ class Due:
 
     def _tell_table(self, name: str) -> Told:
         spec = self.at.study.tables[name]
-        return Told(self, "table", name, self.runs_of(spec.arms), BOTH, spec=spec.model_dump())
+        return Told(
+            self,
+            "table",
+            name,
+            self.runs_of(spec.arms),
+            BOTH,
+            targets=[name],
+            spec=spec.model_dump(),
+        )
 
     def _tell_figure(self, name: str) -> Told:
         spec = self.at.study.figures[name]
         runs, results = self.runs_of(spec.arms), spec.kind in RESULT_FIGURES
         profiled = [] if results else self.planned(runs)
         reads = BOTH if results else ()
-        return Told(self, "figure", name, runs, reads, profiled, spec=spec.model_dump())
+        return Told(
+            self, "figure", name, runs, reads, profiled, targets=[name], spec=spec.model_dump()
+        )
 
     def _tell_figures(self, name: str) -> Told:
         runs = self.run_set("comparison")

@@ -48,15 +48,15 @@ def order_of_target(
 ) -> Path:
     """The order of a table, figure, page ..., which tells of several runs, by what it is made from.
 
-    The study's tables and figures go along; ``write``: and there it is, with those of its runs.
+    The tables and figures that it shows, ``targets`` of its record, go along; ``write``: and there
+    it is, with those of its runs.
     """
+    shown = record.get("targets", ())
     order = {
         "runs": [order_of_run(at, run, write=write).name for run in runs],
         "record": record,
-        "tables": {n: spec.model_dump() for n, spec in at.study.tables.items()},
-        "figures": {n: spec.model_dump() for n, spec in at.study.figures.items()},
-        "paper": list(at.study.paper),
-        "default_runs": list(at.study.default_runs),
+        "tables": {n: s.model_dump() for n, s in at.study.tables.items() if n in shown},
+        "figures": {n: s.model_dump() for n, s in at.study.figures.items() if n in shown},
     }
     return _order(at, name, order, write)
 
@@ -96,8 +96,6 @@ def read_order(path: Path) -> Order:
             first.study,
             told[0]["results"],
             runs,
-            tuple(order.get("default_runs", ())),
-            tuple(order.get("paper", ())),
             tables={n: TableSpec.model_validate(s) for n, s in order.get("tables", {}).items()},
             figures={n: FigureSpec.model_validate(s) for n, s in order.get("figures", {}).items()},
             libraries=told[0]["libraries"],
