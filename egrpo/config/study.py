@@ -82,6 +82,10 @@ class StudyConfig(Settings):
     figures: dict[str, FigureSpec] = setting({})
     """Figures by name; the name is the target. null takes one of a file below away; another `kind`
     starts anew."""
+    notify: str | None = setting(None)
+    """Command of the shell that runs when snakemake has finished or failed, with a summary on its
+    standard input: `mail -s egrpo me@example.org`, or curl to a chat; null: none. EGRPO_STUDY and
+    EGRPO_OUTCOME (finished, failed) are in its environment."""
     libraries: Literal["warn", "remake"] = setting("warn")
     """Results made with other versions of torch, diffusers, transformers, peft, accelerate, numpy,
     open_clip or CLIP: said in one line, or made again."""

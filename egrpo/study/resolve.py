@@ -43,6 +43,7 @@ class Study:
     figures: Mapping[str, FigureSpec] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     libraries: str = "warn"
+    notify: str | None = None
 
     def chosen(self, names: Iterable[str]) -> list[str]:
         """The runs that ``--run`` names, or all where it names none; UserError for no run."""
@@ -112,6 +113,7 @@ def resolve(data: Tree, source: str) -> Study:
         figures,
         {name: f"{source}: {problem}" for name, problem in refused.items()},
         study.libraries,
+        study.notify,
     )
 
 

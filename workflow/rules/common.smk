@@ -20,6 +20,7 @@ from snakemake.settings.enums import RerunTrigger
 
 from egrpo.errors import UserError
 from egrpo.ops.checks import check_study
+from egrpo.ops.notify import notify
 from egrpo.ops.status import change, other_libraries
 from egrpo.store.files import lock, refused, write_text
 from egrpo.study.due import Due, default_figures
@@ -85,6 +86,16 @@ onstart:
         )
     # what a killed snakemake had put aside is whole where it lies
     shutil.rmtree(Path(".snakemake", "backups"), ignore_errors=True)
+
+
+onsuccess:
+    if told := notify(at, "finished", log):
+        logger.warning(told)
+
+
+onerror:
+    if told := notify(at, "failed", log):
+        logger.warning(told)
 
 
 atexit.register(lambda: at.identities.digests.save())
