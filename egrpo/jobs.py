@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egrpo.errors import one_line, say
-from egrpo.store.files import checkpoints_in, read_json, write_json
+from egrpo.store.files import checkpoints_in, lock, read_json, write_json
 from egrpo.study import standing
 from egrpo.study.identity import SETS, changes
 from egrpo.study.layout import SHARED, Layout
@@ -315,7 +315,10 @@ def publish(at: Layout, name: str) -> list[Path]:
     """Deliver to MLflow whatever it does not have yet; doing it again adds nothing."""
     from egrpo.tracking.publish import publish
 
+    held = lock(at.root / ".publish.lock", wait=True)  # several sets may share runs
     publish(at, at.store, at.table(name), at.published(name))
+    if held is not None:
+        os.close(held)
     return [at.published(name)]
 
 
