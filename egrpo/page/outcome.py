@@ -113,7 +113,7 @@ def _card(
     rows, samples = found[_name(arm, runs)], at.study.runs[runs[0]].evaluate.samples
     trained = []
     for row in (row for row in rows if row["trained_on"]):
-        prompts = (row["pairs"] + row["invalid"]) // (samples * row["seeds"])
+        prompts = (row["pairs"] + row["invalid"]) // (samples * len(runs))
         over = text.counted(prompts, "held-out prompt", samples)
         of_runs = [r for run in runs for r in found[run] if r["reward"] == row["reward"]]
         says = text.verdict(row, row["digits"])

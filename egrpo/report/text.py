@@ -154,7 +154,7 @@ def verdict(row: Row, digits: int | None = None) -> str:
     """The same in words; ``digits`` as in :func:`readable`."""
     text = "has no interval (fewer than two prompts with valid scores)."
     if row["low"] is not None:
-        over = "seeds and prompts" if row["seeds"] > 1 else "prompts"
+        over = "seeds and prompts" if (row["seeds"] or 1) > 1 else "prompts"
         interval = readable(row, digits)["interval"]
         text = f"95% interval over {over} {interval} {VERDICTS[outcome(row)]}"
     left = f" {row['invalid']} pairs without a score are left out." if row["invalid"] else ""
