@@ -31,12 +31,12 @@ def _part(page: Page, first: str, last: str) -> Image.Image:
 
 
 def take(browser: Browser, story: Path, target: Path) -> None:
-    """Beginning, plan and gallery of a page with plans, side by side, as a small PNG."""
+    """Beginning, gallery and plan of a page with plans, side by side, as a small PNG."""
     page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
     page.goto(story.resolve().as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
-    left = _part(page, "body", "#entropy")
-    right = [_part(page, "#plan", "#plan"), _part(page, "#gallery", "#gallery")]
+    left = _part(page, "body", "#outcome")
+    right = [_part(page, "#gallery", "#gallery"), _part(page, "#plan", "#plan")]
     page.close()
     height = max(left.height, sum(part.height for part in right))
     whole = Image.new("RGB", (2 * WIDTH, height), GROUND)

@@ -215,13 +215,14 @@ def test_page_tells_the_story_in_order(page: Page) -> None:
     assert page.locator("html").get_attribute("lang") == "en"
     assert page.locator("h1").inner_text().startswith("Which denoising steps should")
     assert page.locator("h2").all_inner_texts() == [
-        "What came out", "Where the entropy is", "The plan", "Training",
-        "Against the base model", "The same prompts and noise", "Settings",
+        "What came out", "The same prompts and noise", "Where the entropy is", "The plan",
+        "Training", "Against the base model", "Settings",
     ]  # fmt: skip
     cards = page.locator(".card").all_inner_texts()
     assert [c.split()[0] for c in cards] == ["one", "two"]
     assert "lies above 0: better than the base model" in cards[0]
     assert "lies below 0: worse than the base model" in cards[1]
+    assert all("12,034 network evaluations, 62 s of training" in card for card in cards)
     for link in page.locator("nav a").all():
         assert page.locator(link.get_attribute("href") or "-").count() == 1
     for image in page.locator("img").all():

@@ -33,7 +33,7 @@ INTERVALS = {
     ("two", "quality"): (-0.35, -0.2, -0.1, "worse"),
     ("one", "other"): (-0.1, 0.05, 0.3, "open"),
     ("two", "other"): (0.2, 0.6, 0.7, "better"),
-    ("one", "diversity"): (-0.04, -0.03, -0.01, "measured"),
+    ("one", "diversity"): (-0.04, -0.03, -0.01, "neutral"),
 }
 """Low, difference, high, and what is said of it; none lies evenly around its middle."""
 SAMPLES = {0: 5, 1: 4, 2: 3, 3: 2}
@@ -94,8 +94,8 @@ def test_outcome_says_which_side_of_0_the_interval_lies_on(page: Page, shown: La
         row = page.locator(f"tr[data-run='{run}'][data-reward='{reward}']")
         assert said in (row.get_attribute("class") or "").split()
         colors.append(row.locator(".bar").evaluate("e => getComputedStyle(e).color"))
-    better, worse, unclear, again, measured = colors
-    assert (better, unclear) == (again, measured)
+    better, worse, unclear, again, neutral = colors
+    assert (better, unclear) == (again, neutral)
     assert len({better, worse, unclear}) == 3
 
     scores = read_table(shown.run("one") / "scores.parquet", SCORES)

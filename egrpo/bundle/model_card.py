@@ -141,7 +141,7 @@ def _reward(run: RunConfig, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "kind": settings.kind,
-        "what": _first_line(settings),
+        "what": settings.measures(),
         "path": without_folder(path),
         "weight": run.train.rewards.get(name),
     }

@@ -33,6 +33,13 @@ class RewardSettings(Settings):
     """Those of `sources` that may be a hub id -> the setting of its commit."""
     hub_files: ClassVar[tuple[str, ...]] = ()
     """Those of them that are one file of it: owner/name/file."""
+    wanted: ClassVar[bool] = True
+    """Whether a higher number is better also for a run that was not trained on it."""
+
+    @classmethod
+    def measures(cls) -> str:
+        """What it measures: the first line of the class's docstring, a sentence for readers."""
+        return (cls.__doc__ or "").strip().splitlines()[0]
 
     @property
     def files(self) -> dict[str, str]:
@@ -64,28 +71,29 @@ class FileReward(NetworkReward):
 
 
 class Verifier(RewardSettings):
-    """The toy world's verifier: mean log-score of what the prompt asks for."""
+    """How well color, shape, position and size fit a toy prompt: their geometric mean, 0 to 1."""
 
     module = "verifier"
     kind: Literal["verifier"]
 
 
 class VerifierExact(RewardSettings):
-    """The toy world's verifier: 1 where all that the prompt asks for is there, else 0."""
+    """1 where color, shape, position and size are all as a toy prompt asks, else 0."""
 
     module = "verifier"
     kind: Literal["verifier_exact"]
 
 
 class Jpeg(RewardSettings):
-    """Minus the size of the JPEG at quality 95, in kB (DDPO, arXiv 2305.13301)."""
+    """How small a file an image makes: minus its kB as JPEG at quality 95 (arXiv 2305.13301)."""
 
+    wanted = False
     module = "jpeg"
     kind: Literal["jpeg_compressibility"]
 
 
 class Preference(RewardSettings):
-    """The toy world's preference score."""
+    """How crisp, centered and saturated a toy image is to a small network, whatever the prompt."""
 
     module = "preference"
     sources = ("path",)
@@ -96,7 +104,7 @@ class Preference(RewardSettings):
 
 
 class Clip(FileReward):
-    """Raw cosine of image and text by one of OpenAI's CLIP models (clip-anytorch)."""
+    """How well image and prompt match: raw cosine by a CLIP model of OpenAI's (clip-anytorch)."""
 
     module = "clip"
 
@@ -106,7 +114,7 @@ class Clip(FileReward):
 
 
 class OpenClip(FileReward):
-    """Raw cosine of image and text by a model of open_clip."""
+    """How well image and prompt match: raw cosine by a model of open_clip."""
 
     module = "open_clip"
 
@@ -123,7 +131,10 @@ class OpenClip(FileReward):
 
 
 class Hps(FileReward):
-    """HPSv2.1: raw cosine, about 0.31 for FLUX.1-dev; images are padded, not cropped."""
+    """HPSv2.1, learned from people's choices: cosine with the prompt, about 0.31 for FLUX.1-dev.
+
+    A raw cosine; images are padded, not cropped.
+    """
 
     module = "open_clip"
 
@@ -135,7 +146,10 @@ class Hps(FileReward):
 
 
 class PickScore(NetworkReward):
-    """PickScore: cosine times exp(logit_scale), about 23; the E-GRPO paper divides by 100."""
+    """PickScore, learned from people's choices: scaled cosine with the prompt, about 23 undivided.
+
+    The scale is exp(logit_scale); the E-GRPO paper divides by 100.
+    """
 
     module = "pickscore"
     sources = ("path", "processor")
@@ -155,7 +169,10 @@ class PickScore(NetworkReward):
 
 
 class ImageReward(FileReward):
-    """ImageReward: BLIP with a linear head, normalized as published."""
+    """ImageReward, learned from people's rankings of images for a prompt, normalized as published.
+
+    BLIP with a head of linear layers.
+    """
 
     module = "imagereward"
     sources = ("path", "tokenizer", "med_config")
@@ -173,7 +190,7 @@ class ImageReward(FileReward):
 
 
 class Aesthetic(FileReward):
-    """LAION's aesthetic score, about 1 to 10: a linear head on CLIP ViT-L/14."""
+    """LAION's aesthetic score of the image alone, about 1 to 10: a linear head on CLIP ViT-L/14."""
 
     module = "clip"
     sources = ("path", "clip")
@@ -190,7 +207,10 @@ class Aesthetic(FileReward):
 
 
 class UnifiedReward(RewardSettings):
-    """A vision-language model behind an OpenAI-style HTTP endpoint (vLLM, SGLang)."""
+    """The score that a vision-language model behind an OpenAI-style endpoint gives when asked.
+
+    Of vLLM, SGLang or others.
+    """
 
     module = "unifiedreward"
     unscored = RewardSettings.unscored | {"seconds", "attempts", "concurrency"}
@@ -250,7 +270,7 @@ class UnifiedReward(RewardSettings):
 
 
 class Remote(RewardSettings):
-    """A reward that `egrpo serve-rewards` computes, on another GPU or another machine."""
+    """What a reward on another GPU or machine measures, where egrpo serve-rewards computes it."""
 
     module = "remote"
     unscored = RewardSettings.unscored | {"seconds", "patience", "concurrency", "encoding"}
@@ -275,12 +295,13 @@ class Remote(RewardSettings):
 
 
 class Custom(RewardSettings):
-    """A function of your own: ``function(images, prompts, **options) -> n numbers``."""
+    """What a function of your own returns, a number for each image and its prompt."""
 
     module = "custom"
     kind: Literal["custom"]
     function: str = setting(..., pattern=r"^[\w.]+:\w+$")
-    """module:function; images are uint8 [n, 3, height, width]. A class is made once with the
+    """module:function, called with (images, prompts, **options) and returns n numbers; images are
+    uint8 [n, 3, height, width]. A class is made once with the
     options and then called."""
     options: dict[str, Any] = setting({})
     """Further arguments."""

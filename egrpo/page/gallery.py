@@ -16,6 +16,7 @@ from egrpo.config.models import RunConfig
 from egrpo.config.prompts import read_prompts
 from egrpo.errors import UserError, command
 from egrpo.page.images import data_uri, open_grid, thumbnail
+from egrpo.page.scored import Pixels, pixels_of, score_texts
 from egrpo.report.text import counted, decimals
 from egrpo.store.tables import TRAIN_METRICS, read_table
 from egrpo.study.identity import TUNED
@@ -58,7 +59,7 @@ def make_gallery(at: Layout, arms: Sequence[str]) -> dict[str, Any] | None:
     frame = _frame(runs, iterations, [prompt.text for prompt in read])
     images: dict[str, int] = {}
     columns = _columns(frame, at, runs, grids, len(read), images)
-    positions = [{k: c[k] for k in ("at", "values", "frames")} for c in columns]
+    positions = [{k: c[k] for k in ("at", "values", "frames", "scores")} for c in columns]
     unseen = ", ".join(run.run for run in firsts if run not in monitored)
     others = ", ".join(run.run for run in monitored if run not in comparable)
     apart = "because base model, image size or monitors differ from these runs'"
@@ -141,18 +142,23 @@ def _columns(
     images: dict[str, int],
 ) -> list[dict[str, Any]]:
     """The base model, which has no method, and the runs: by position of the slider the iteration
-    shown, texts of the mean rewards, and by prompt and sample the indices of ``images``."""
+    shown, texts of the mean rewards, and by prompt and sample the indices of ``images``, and texts
+    of the image's ``scores``, empty where it has none."""
     shown = {run.run: [_latest(grids[run.run], i) for i in frame["iterations"]] for run in runs}
     texts = _texts(at, shown, frame["rewards"])
     base = runs[0].run
+    folders = at.base(base), *(at.run(run.run) for run in runs)
+    scored = score_texts(folders, frame["prompts"], frame["samples"], frame["rewards"])
     models = [("base", "", base, [min(grids[base])])]  # 0, before anything was trained
     models += [(run.run, run.method.name, run.run, shown[run.run]) for run in runs]
-    columns = []
+    columns: list[dict[str, Any]] = []
     for name, method, source, own in models:
         files = {i: grids[source][i] for i in own}
         cut = {i: _cut(path, runs[0], monitored, frame, images) for i, path in files.items()}
-        values, frames = [texts[source][i] for i in own], [cut[i] for i in own]
-        column = {"name": name, "method": method, "at": own, "values": values, "frames": frames}
+        column = {"name": name, "method": method, "at": own}
+        column["values"] = [texts[source][i] for i in own]
+        column["frames"] = [[[index for index, _ in row] for row in cut[i]] for i in own]
+        column["scores"] = [[[scored.get(p, "") for _, p in row] for row in cut[i]] for i in own]
         columns.append(column)
     return columns
 
@@ -164,8 +170,9 @@ def _latest(grids: Grids, wanted: int) -> int:
 
 def _cut(
     path: Path, run: RunConfig, monitored: int, frame: Mapping[str, Any], images: dict[str, int]
-) -> list[list[int]]:
-    """Indices of a grid's images by prompt and sample; new ones are added to ``images``."""
+) -> list[list[tuple[int, Pixels]]]:
+    """Indices of a grid's images by prompt and sample, and what each is; new ones are added to
+    ``images``."""
     width, height = run.model.width, run.model.height
     size = monitored * width, run.train.monitor_samples * height
     grid = open_grid(path)
@@ -175,14 +182,15 @@ def _cut(
             f"{size[0]} x {size[1]}; delete it and run again"
         )
 
-    def index(left: int, top: int) -> int:
+    def image(row: int, sample: int) -> tuple[int, Pixels]:
+        left, top = row * width, sample * height
         tile = grid.crop((left, top, left + width, top + height))
         small = frame["small"]
         uri = data_uri(tile, "PNG", optimize=True) if small else thumbnail(tile, THUMBNAIL)
-        return images.setdefault(uri, len(images))
+        return images.setdefault(uri, len(images)), (row, sample, pixels_of(tile))
 
     rows, samples = range(len(frame["prompts"])), range(frame["samples"])
-    return [[index(row * width, sample * height) for sample in samples] for row in rows]
+    return [[image(row, sample) for sample in samples] for row in rows]
 
 
 def _texts(

@@ -1,4 +1,4 @@
-"""The story of a study on one page: question, outcome, entropy, plans, curves, tables, images.
+"""The story of a study on one page: question, outcome, images, entropy, plans, curves, tables.
 
 A page is one file that asks for nothing else: images and figures are data URIs, styles and script
 are part of it. It works without the script, which only moves the gallery's slider.
@@ -22,6 +22,7 @@ from egrpo import __version__
 from egrpo.config.study import FigureSpec, TableSpec
 from egrpo.page import parts
 from egrpo.page.gallery import make_gallery
+from egrpo.page.outcome import outcome
 from egrpo.planning.trees import needs_plan
 from egrpo.report.provenance import versions
 from egrpo.report.render import render
@@ -53,7 +54,6 @@ def make_page(
     """
     table = at.table(at.pages[name])
     rows = read_rows(table)
-    groups = parts.comparison(rows)
     left = dict(figures)
     lead = {kind: _lead(kind, name, at, left) for kind in ("entropy", "curves")}
     images = [spec.arms for spec in figures.values() if spec.kind == "images"]
@@ -64,11 +64,10 @@ def make_page(
         "shown": SHOWN.get(name, name),
         "runs": at.study.runs,
         "date": date.fromtimestamp(table.stat().st_mtime),
-        "verdicts": parts.verdict_views(groups, at),
+        **outcome(rows, at),
         "warnings": warning_lines(rows),
         "lead": lead,
         "plans": parts.plan_views(at),
-        "comparison": groups,
         "tables": [parts.result_view(key, spec, at) for key, spec in tables.items()],
         "figures": [(key, _picture(key, spec, at)) for key, spec in left.items()],
         "gallery": make_gallery(at, list(dict.fromkeys(arms))),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from egrpo.page.images import open_grid, thumbnail, uri
 from egrpo.planning.plan import load_plan
 from egrpo.planning.trees import needs_plan
 from egrpo.report import text
-from egrpo.report.evaluations import MEASURED, Row, train_record
+from egrpo.report.evaluations import train_record
 from egrpo.report.provenance import facts
 from egrpo.store.tables import MERGE_PLAN, RESULTS, metadata_of, read_table
 from egrpo.study.layout import Layout
@@ -56,37 +55,6 @@ def picture(stem: Path, kind: str, caption: str = "") -> Picture:
         return Picture(thumbnail(open_grid(png), WIDE), caption, lines)
     content = "image/svg+xml" if file.suffix == ".svg" else "image/png"
     return Picture(uri(file.read_bytes(), content), caption, lines)
-
-
-def comparison(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows of each run below its heading, with their texts (``text``), outcome, and the ends of
-    their bar in percent; a reward has one scale on the whole page."""
-    reach: dict[str, float] = {}
-    for row in rows:
-        ends = [abs(row[key]) for key in ("low", "high", "difference") if row[key] is not None]
-        reach[row["reward"]] = max([reach.get(row["reward"], 0.0), *ends])
-
-    def view(row: Row) -> Row:
-        whole, bar = reach[row["reward"]], None
-        if row["low"] is not None and whole > 0:
-            ends = (row["low"], row["high"], row["difference"])
-            bar = [round(50 + 48 * value / whole, 2) for value in ends]
-        result = "measured" if row["reward"] in MEASURED else text.outcome(row)
-        return {**row, "text": text.readable(row), "outcome": result, "bar": bar}
-
-    return [(heading, [view(row) for row in part]) for heading, part in text.by_run(rows)]
-
-
-def verdict_views(groups: Sequence[tuple[str, list[Row]]], at: Layout) -> list[Row]:
-    """Of :func:`comparison` the trained rewards, with what they say, and of how many images, those
-    included whose scoring failed."""
-    out = []
-    for row in (row for _, part in groups for row in part if row["trained_on"]):
-        samples = at.study.runs[row["run"]].evaluate.samples
-        prompts = (row["pairs"] + row["invalid"]) // samples
-        over = text.counted(prompts, "held-out prompt", samples)
-        out.append({**row, "says": text.verdict(row), "over": over})
-    return out
 
 
 def plan_views(at: Layout) -> list[dict[str, Any]]:

@@ -27,8 +27,13 @@ Scores = dict[str, dict[Key, float]]
 """By reward and by key; NaN where scoring failed."""
 
 TRAIN_KEYS = ("iterations", "nfe_forward", "nfe_train", "nfe_reference", "seconds")
-MEASURED = ("diversity", "distance_to_base")
-"""Early signs of reward hacking, measured on the images instead of scored by a reward."""
+MEASURED = {
+    "diversity": "mean RMS pixel distance between the samples of one prompt",
+    "distance_to_base": "mean RMS pixel distance to the base model's image of the same prompt "
+    "and noise",
+}
+"""Early signs of reward hacking, measured on the images instead of scored by a reward, in [0, 1]:
+name -> what it is. The distance only grows from 0; it has no better or worse."""
 
 
 def _key(row: Row) -> Key:

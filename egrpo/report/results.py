@@ -94,22 +94,66 @@ def _write(path: Path, rows: Sequence[Row], text: str, metadata: Mapping[str, st
 
 def compare_run(run: str, at: Layout) -> list[Row]:
     """Rows of one run without ``table``, one for each reward and for what is measured."""
-    config, base, model = at.study.runs[run], _base(run, at), _at_end(run, at)
-    if set(base.scores) != set(model.scores):
-        raise UserError(
-            f"{model.path}: rewards {', '.join(sorted(model.scores))}, but {base.path} has "
-            f"{', '.join(sorted(base.scores))}; evaluate both again with the same rewards"
-        )
-    images = [side.path.with_name("images.parquet") for side in (base, model)]
-    for side, scores in zip((base, model), inputs.measured(*images), strict=True):
-        side.scores.update({name: found for name, found in scores.items() if found})
-    wrong = warnings_in(at.run(run) / "metrics.parquet", config).values()
-    head = {"section": "", "run": run, "at": "end", "mark": None}
-    head["warnings"] = "; ".join(wrong) or None
+    wrong = warnings_in(at.run(run) / "metrics.parquet", at.study.runs[run]).values()
+    warnings = "; ".join(wrong) or None
+    return [row | {"run": run, "warnings": warnings} for row in compare_seeds([run], at)]
+
+
+def compare_seeds(runs: Sequence[str], at: Layout) -> list[Row]:
+    """Rows of an arm over these runs, its seeds, as :func:`compare_run`, without ``warnings``."""
+    config, base = at.study.runs[runs[0]], _base(runs[0], at)
+    models = [_at_end(run, at) for run in runs]
+    scored = set(base.scores)
+    for model in models:
+        if scored != set(model.scores):
+            raise UserError(
+                f"{model.path}: rewards {', '.join(sorted(model.scores))}, but {base.path} has "
+                f"{', '.join(sorted(scored))}; evaluate both again with the same rewards"
+            )
+        images = [side.path.with_name("images.parquet") for side in (base, model)]
+        for side, scores in zip((base, model), inputs.measured(*images), strict=True):
+            side.scores.update({name: found for name, found in scores.items() if found})
+    head = {"section": "", "run": "", "at": "end", "mark": None}
     return [
-        _arm_row(config.arm or run, config, [model], name) | head | _numbers([model], base, name)[0]
-        for name in model.scores
+        _arm_row(config.arm or runs[0], config, models, name)
+        | head
+        | _numbers(models, base, name)[0]
+        for name in models[0].scores
     ]
+
+
+def compare_arms(arms: Mapping[str, Sequence[str]], at: Layout) -> list[Row]:
+    """Differences at the end of training between arms, ``runs`` by arm: each pair that was trained
+    on the same rewards and is compared with the same base model, for each of these rewards.
+
+    Rows have ``reward``, ``first``, ``second``, ``difference`` (first minus second), ``low`` and
+    ``high``, None where there is none, and ``seeds`` of both. The intervals are paired by prompt
+    and hold for all rows together: Bonferroni's correction raises the level of each to
+    ``1 - (1 - LEVEL) / rows``, which leaves a single row's at LEVEL.
+    """
+    alike: dict[tuple[Path, tuple[str, ...]], list[str]] = {}
+    for arm, runs in arms.items():
+        rewards = tuple(sorted(at.study.runs[runs[0]].train.rewards))
+        alike.setdefault((at.base(runs[0]), rewards), []).append(arm)
+    cells: dict[tuple[str, str], Cells] = {}
+    for (_, rewards), names in alike.items():
+        for arm in names if len(names) > 1 else ():
+            models, base = [_at_end(run, at) for run in arms[arm]], _base(arms[arm][0], at)
+            cells |= {(reward, arm): _numbers(models, base, reward)[1] for reward in rewards}
+    pairs = [
+        (reward, *pair)
+        for (_, rewards), names in alike.items()
+        for reward in rewards
+        for pair in combinations(names, 2)
+    ]
+    rows = []
+    for reward, one, other in pairs:
+        level = 1.0 - (1.0 - LEVEL) / len(pairs)
+        found = difference_interval(cells[reward, one], cells[reward, other], level=level)
+        numbers = {"difference": found.mean, "low": found.low, "high": found.high}
+        row: Row = {k: None if math.isnan(v) else v for k, v in numbers.items()}
+        rows.append(row | {"reward": reward, "first": one, "second": other, "seeds": found.seeds})
+    return rows
 
 
 def make_table(name: str, spec: TableSpec, at: Layout) -> list[Row]:

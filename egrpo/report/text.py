@@ -28,14 +28,15 @@ COSTS = {
 MARK = "*"
 HEADER = ("reward", "base", "trained", "difference", "95% over prompts")
 """Columns of :func:`cells`."""
+HOURS = 7200
+"""Seconds of training from which hours are shown."""
 HOW_TO_READ = (
     "Held-out prompts, paired by prompt and sample. In brackets: 95% interval of the "
     "difference over prompts (Student's t). It holds for this trained model; how much another "
     "training seed would differ needs runs with other seeds. Rewards that a run was trained "
-    "on are bold. diversity: mean RMS pixel distance between the samples of one prompt; "
-    "distance_to_base: mean RMS pixel distance to the base model's image of the same prompt "
-    "and noise; both in [0, 1]."
-)
+    "on are bold. " + "; ".join(f"{name}: {what}" for name, what in MEASURED.items())
+) + "; both in [0, 1]."
+
 """What a reader of the comparison must know."""
 
 
@@ -49,14 +50,16 @@ def decimals(low: float | None, high: float | None) -> int:
     return min(max(1 - math.floor(math.log10(high - low)), 0), 6)
 
 
-def readable(row: Row) -> dict[str, str]:
+def readable(row: Row, digits: int | None = None) -> dict[str, str]:
     """Text of a row's numbers, a dash where one is missing.
 
-    ``base``, ``mean``, ``difference`` and its ``interval``, by the width of that interval; ``own``
-    and ``own_interval`` (may be empty), the mean and its interval by the latter's width; what
-    training cost by the names of COSTS.
+    ``base``, ``mean``, ``difference`` and its ``interval``, by the width of that interval or with
+    ``digits`` decimals; ``own`` and ``own_interval`` (may be empty), the mean and its interval by
+    the latter's width; what training cost by the names of COSTS.
     """
-    digits, own = decimals(row["low"], row["high"]), decimals(row["mean_low"], row["mean_high"])
+    own = decimals(row["mean_low"], row["mean_high"])
+    if digits is None:
+        digits = decimals(row["low"], row["high"])
     return {
         "base": _number(row["base"], digits),
         "mean": _number(row["mean"], digits),
@@ -106,11 +109,19 @@ def by_run(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     out = []
     for run, part in groupby(rows, key=lambda row: str(row["run"])):
         found = list(part)
-        method, t = found[0]["method"], readable(found[0])
+        method = found[0]["method"]
         name = run if run == method else f"{run} ({method})"
-        cost = f"{t['nfe']} network evaluations, {t['seconds']} s of training"
-        out.append((f"{name}: {cost}", found))
+        out.append((f"{name}: {spent(found[0])}", found))
     return out
+
+
+def spent(row: Row) -> str:
+    """Network evaluations and time of training in words; a dash where one is missing."""
+    seconds = row["seconds"]
+    time = f"{_number(seconds, 0, ',')} s"
+    if seconds is not None and seconds >= HOURS:
+        time = f"{seconds / 3600:,.1f} h"
+    return f"{_number(row['nfe'], 0, ',')} network evaluations, {time} of training"
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -135,11 +146,17 @@ def outcome(row: Row) -> str:
     return "better" if low > 0 else "worse"
 
 
-def verdict(row: Row) -> str:
-    """The same in words."""
+MOVED = {"better": "rose", "worse": "fell", "open": "not shown"}
+"""What :func:`outcome` says of a number that has no better or worse."""
+
+
+def verdict(row: Row, digits: int | None = None) -> str:
+    """The same in words; ``digits`` as in :func:`readable`."""
     text = "has no interval (fewer than two prompts with valid scores)."
     if row["low"] is not None:
-        text = f"95% interval over prompts {readable(row)['interval']} {VERDICTS[outcome(row)]}"
+        over = "seeds and prompts" if (row["seeds"] or 1) > 1 else "prompts"
+        interval = readable(row, digits)["interval"]
+        text = f"95% interval over {over} {interval} {VERDICTS[outcome(row)]}"
     left = f" {row['invalid']} pairs without a score are left out." if row["invalid"] else ""
     return text + left
 

@@ -11,6 +11,8 @@
     document.getElementById("shown").textContent = data.iterations[i];
     for (const image of gallery.querySelectorAll("img[data-column]")) {
       const column = data.columns[image.dataset.column];
+      image.parentElement.querySelector("[data-score]").textContent =
+        last(column.scores, i)[image.dataset.prompt][sample];
       image.src = data.images[last(column.frames, i)[image.dataset.prompt][sample]];
       image.dataset.iteration = last(column.at, i);
       image.dataset.sample = sample;
