@@ -401,4 +401,5 @@ def ui_command(configs: tuple[Path, ...], port: int) -> None:
     """Browse the study's runs in MLflow, on 127.0.0.1."""
     from egrpo.tracking.ui import serve
 
-    serve(_layout(configs).store, port, made_by=command(configs))
+    at = _layout(configs)
+    serve(at.store, port, made_by=command(configs), study=at.study)

@@ -26,7 +26,7 @@ from egrpo.tracking.client import open_client
 from egrpo.tracking.curves import deliver
 from egrpo.tracking.prepare import prepare
 from egrpo.tracking.publish import publish
-from egrpo.tracking.views import TRAINING, address
+from egrpo.tracking.views import TRAINING, address, side_by_side
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -114,26 +114,36 @@ def pages(browser: Browser) -> Iterator[Pages]:
 
 
 def server(addresses: list[str]) -> str:
-    return addresses[0].partition("#")[0]
+    return addresses[1].partition("#")[0]
 
 
 # ---------------------------------------------------------------- training runs
 
 
-def test_the_first_address_shows_the_curves_of_all_training_runs(
+def test_the_first_address_shows_the_curves_of_the_default_runs(
     addresses: list[str], pages: Pages
 ) -> None:
     pages.open(addresses[0])
+    assert pages.runs(["egrpo-s0", "flow_grpo-s0"]) == ["egrpo-s0", "flow_grpo-s0"]
+    curves = dict(pages.chart("monitor/reward/verifier", "nfe"))
+    assert set(curves) == {"egrpo-s0", "flow_grpo-s0"}
+
+
+def test_the_second_address_shows_the_curves_of_all_training_runs(
+    addresses: list[str], pages: Pages
+) -> None:
+    pages.open(addresses[1])
     assert pages.runs(list(COST)) == list(COST)
     expected = {run: {step: shown_reward(run, step) for step in STEPS} for run in COST}
     assert dict(pages.chart("monitor/reward/verifier", "Step")) == expected
+    assert dict(pages.chart("verifier over iterations", "Step")) == expected  # by its title
     assert dict(pages.chart("monitor/reward/verifier", "nfe")) == {
         run: {cost * step: expected[run][step] for step in STEPS} for run, cost in COST.items()
     }
 
 
 def test_grids_at_successive_iterations(addresses: list[str], pages: Pages) -> None:
-    pages.open(addresses[0])
+    pages.open(addresses[1])
     for step in STEPS:
         shown = pages.images_at(step)
         assert len(shown) == len(COST)
@@ -142,7 +152,7 @@ def test_grids_at_successive_iterations(addresses: list[str], pages: Pages) -> N
 
 
 def test_means_over_seeds(addresses: list[str], pages: Pages) -> None:
-    pages.open(addresses[1])
+    pages.open(addresses[2])
     for group in ("Group: egrpo", "Group: flow_grpo"):
         pages.page.get_by_text(group, exact=True).wait_for()
     curves = [points for _, points in pages.chart("monitor/reward/verifier", "Step")]
@@ -201,11 +211,20 @@ def test_training_runs_are_seen_among_more_than_a_hundred(
     pages.page.get_by_role("link", name="run-002", exact=True).wait_for()
 
 
+def test_two_studies_side_by_side(addresses: list[str], pages: Pages) -> None:
+    pages.open(server(addresses) + side_by_side(["1", "2"]))
+    pages.matching(len(COST) + MANY)
+    curves = [points for _, points in pages.chart("verifier over iterations", "Step")]
+    first, second = ({step: shown_reward(run, step) for step in STEPS} for run in list(COST)[:2])
+    assert {step: first[step] / 2 + second[step] / 2 for step in STEPS} in curves
+    assert {0: 0.0, 1: 0.0} in curves  # of the other study
+
+
 # ---------------------------------------------------------------- evaluations
 
 
 def test_evaluations_by_gain(addresses: list[str], pages: Pages) -> None:
-    pages.open(addresses[2])
+    pages.open(addresses[3])
     best = [f"{run}/evaluation" for run in (*COST, "base")]
     assert pages.runs(best) == best
     rows = pages.rows()
@@ -216,7 +235,7 @@ def test_evaluations_by_gain(addresses: list[str], pages: Pages) -> None:
 
 
 def test_images_prompt_by_prompt(addresses: list[str], pages: Pages) -> None:
-    pages.open(addresses[3])
+    pages.open(addresses[4])
     pages.page.get_by_text("a red square").wait_for()
     images = pages.page.locator("img[src*='table_images']")
     images.nth(1).wait_for()
@@ -260,7 +279,7 @@ def test_the_adapter_and_the_settings(addresses: list[str], study: Study, pages:
     pages.open(run_page(addresses, study, "egrpo-s0") + "/artifacts")
     for name in ("config.yaml", "plan.json", "train.json"):
         pages.page.get_by_text(name, exact=True).wait_for()
-    pages.open(addresses[4])
+    pages.open(addresses[5])
     pages.page.get_by_role("link", name="egrpo-s0").first.click()
     pages.page.get_by_text("verifier/difference").wait_for()
     pages.page.get_by_text("Artifacts", exact=True).click()
@@ -274,9 +293,9 @@ def test_the_pictures_of_the_docs_can_be_taken(
     addresses: list[str], pages: Pages, tmp_path: Path
 ) -> None:
     curves, grids, samples = (tmp_path / f"{name}.png" for name in ("curves", "grids", "samples"))
-    pages.picture_of_curves(addresses[0], "monitor/reward/verifier", curves)
-    pages.picture_of_grids(addresses[0], [STEPS[0], STEPS[-1]], grids)
-    pages.picture_of_samples(addresses[3], samples)
+    pages.picture_of_curves(addresses[1], "monitor/reward/verifier", curves)
+    pages.picture_of_grids(addresses[1], [STEPS[0], STEPS[-1]], grids)
+    pages.picture_of_samples(addresses[4], samples)
     for file in (curves, grids, samples):
         with Image.open(file) as image:
             assert image.width > 500

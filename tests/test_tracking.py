@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +25,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, modes_by, small_run, wait_for
+from PIL import Image
 from tracked import (
     HARMLESS_OPTIONS,
     SECRET_OPTIONS,
@@ -52,7 +56,7 @@ from egrpo.store import journal
 from egrpo.store.files import read_json, write_json, write_text
 from egrpo.study.layout import Layout
 from egrpo.study.resolve import Study, resolve_run
-from egrpo.tracking import address, curves, live
+from egrpo.tracking import address, curves, live, pictures
 from egrpo.tracking import client as tracking
 from egrpo.tracking.client import open_client
 from egrpo.tracking.curves import deliver
@@ -61,6 +65,7 @@ from egrpo.tracking.live import LiveTracker
 from egrpo.tracking.prepare import prepare
 from egrpo.tracking.publish import publish, publish_run
 from egrpo.tracking.ui import free_port, serve
+from egrpo.tracking.views import keep_default_view
 
 REQUEST_TIMEOUT = 10.0
 """Seconds of `tracking.configure`: whatever waits for a server that hangs takes at least that."""
@@ -650,6 +655,13 @@ def test_publishing_twice_adds_nothing(store: Path, tmp_path: Path) -> None:
     shown = [f for f in evaluation["files"] if not f.startswith("table_images/")]
     assert shown == ["before_after.png", "images.json", "scores.json"]
     assert evaluation["tags"]["mlflow.parentRunId"] == live
+    assert evaluation["params"]["prompts.heldout"] == prompts.heldout
+    of = ("run", "evaluate.steps", "evaluate.samples")
+    assert [evaluation["params"][key] for key in of] == ["a", "50", "1"]
+    assert by_name["base/evaluation"]["params"]["run"] == "base"
+    note = evaluation["tags"]["mlflow.note.content"]
+    assert "The model that run `a` trained (method `egrpo`, on verifier, seed 0)." in note
+    assert f"1 held-out prompts of `{prompts.heldout}`, 3 samples of each" in note
     facts = {"run": "a", "arm": "a", "method": "egrpo", "reward": "verifier", "seed": "0"}
     for found, kind in ((train, "train"), (evaluation, "evaluation")):
         expected = facts | {"kind": kind, "threshold": "2.2"}
@@ -809,7 +821,8 @@ def test_views_fit_their_tags_and_change_only_with_the_study(store: Path, tmp_pa
 
     first = held()
     assert sorted(first) == [
-        f"mlflow.sharedViewState.egrpo-{view}" for view in ("evaluations", "seeds", "training")
+        f"mlflow.sharedViewState.egrpo-{view}"
+        for view in ("evaluations", "seeds", "studies", "training")
     ]
     assert all(len(value) < 5000 for value in first.values())
     prepare(study_of(tmp_path), store)
@@ -820,6 +833,34 @@ def test_views_fit_their_tags_and_change_only_with_the_study(store: Path, tmp_pa
     prepare(study_of(tmp_path, many), store)
     assert held() != first
     assert all(len(value) < 5000 for value in held().values())
+
+
+def test_the_view_of_the_default_runs(store: Path) -> None:
+    run = run_config()
+    client, experiment = opened(store)
+    assert not keep_default_view(client, experiment, {"a": run}, ["a"])  # not there yet
+    first = new_run(store)[1]
+    assert not keep_default_view(client, experiment, {"a": run}, ["a"])  # no others are
+    new_run(store, key="other", run="b")
+    assert keep_default_view(client, experiment, {"a": run}, ["a"])
+    held = json.loads(
+        client.get_experiment(experiment).tags["mlflow.sharedViewState.egrpo-default"]
+    )
+    state = json.loads(zlib.decompress(base64.b64decode(held["state"].removeprefix("deflate;"))))
+    (found,) = client.search_runs([experiment], state["searchFilter"])
+    assert found.info.run_id == first
+
+
+def test_captions_hold_prompt_and_scores() -> None:
+    values = {"verifier": 0.12345, "clip": None}
+    assert pictures.caption(values) == ["verifier 0.123", "clip -"]
+    image = Image.new("RGB", (32, 32), "red")
+    shown = pictures.pair(7, "a red square", {0: image, 2: image}, {(7, 0): values})
+    assert shown.size == (512, 512)  # what MLflow cuts off is text
+    assert shown.getpixel((511, 255)) == (255, 0, 0)
+    below = [shown.crop((left, 256, left + 256, 512)) for left in (0, 256)]
+    assert all(part.convert("L").getextrema()[0] < 128 for part in below)
+    assert below[0].tobytes() != below[1].tobytes()
 
 
 def test_publish_says_that_results_are_kept(tmp_path: Path) -> None:
@@ -845,6 +886,14 @@ def test_ui_without_a_store_and_with_a_server(
     assert all(line.startswith("http://host:5000/#/experiments/7/") for line in found)
     assert len(found) == 6
     assert "secret" not in printed
+    (tmp_path / "studies").mkdir()
+    for name, uri in (("first", "http://host:5000"), ("other", "http://host:5000"), ("far", "x")):
+        own = {"uri": uri, "experiment_id": name, "parent_run_id": "x"}
+        write_json(tmp_path / "studies" / name / "store.json", own)
+    serve(tmp_path / "studies/first/store.json", 5000, "make demo")
+    assert "compare-experiments/s?experiments=%5B%22first%22%2C%22other%22%5D" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_taken_port_is_replaced() -> None:

@@ -123,15 +123,20 @@ def find_or_create_run(
     client: MlflowClient, experiment: str, run: RunConfig, key: str, parent: str | None
 ) -> str:
     """MLflow's id of a training run, found by ``key``; params that are missing are logged."""
-    from mlflow.entities import Param
-
     record = find_or_create(client, experiment, "train", key, run.run, run_tags(run, parent))
-    params = [Param(k, v) for k, v in settings(run).items() if k not in record.data.params]
-    client.log_batch(record.info.run_id, params=params)
+    keep_params(client, record, settings(run))
     return record.info.run_id
 
 
 # ---------------------------------------------------------------- tags and params
+
+
+def keep_params(client: MlflowClient, record: Run, params: Mapping[str, str]) -> None:
+    """Log the params that a run lacks; MLflow lets none be changed."""
+    from mlflow.entities import Param
+
+    missing = [Param(k, v) for k, v in params.items() if k not in record.data.params]
+    client.log_batch(record.info.run_id, params=missing)
 
 
 def keep_tags(client: MlflowClient, record: Run, tags: Mapping[str, str]) -> None:

@@ -18,6 +18,47 @@ the runs page lists training runs, means over seeds and evaluations.
 """
 
 
+def evaluation_note(run: RunConfig, scores: Sequence[Row], comparison: Sequence[Row] | None) -> str:
+    """Description of an evaluation, as of its scores; ``comparison`` None: of the base model."""
+    prompts = len({row["prompt_id"] for row in scores})
+    samples = max((row["sample"] + 1 for row in scores), default=0)
+    height = run.evaluate.height or run.model.height
+    width = run.evaluate.width or run.model.width
+    if comparison is None:
+        of = "The base model before training: what trained models are compared with"
+    else:
+        of = f"The model that run `{run.run}` trained (method `{run.method.name}`, on "
+        of += f"{', '.join(sorted(run.train.rewards))}, seed {run.seed})"
+    text = [
+        f"{of}.",
+        "",
+        f"{prompts} held-out prompts of `{run.prompts.heldout}`, {samples} samples of each, "
+        f"{run.evaluate.steps} sampling steps, {width} x {height} pixels.",
+        "",
+        *_compared(comparison or ()),
+        "Pictures with their prompts and scores: *Artifacts*, `images.json`"
+        + (" (samples)." if comparison is None else " (samples) and `before_after.png`."),
+        "",
+    ]
+    return "\n".join(text)
+
+
+def _compared(comparison: Sequence[Row]) -> list[str]:
+    """What came out, in words and as a table; nothing where there is no comparison."""
+    if not comparison:
+        return []
+    rows = in_order(comparison)
+    said = [*verdicts(rows), *map(escaped, warning_lines(rows))]
+    return [
+        *(f"**{line}**" for line in said),
+        "",
+        *pipes(HEADER, map(cells, rows)),
+        "",
+        "Means over held-out prompts; \\* trained on this reward.",
+        "",
+    ]
+
+
 def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> str:
     """Description of a training run: ``comparison`` has the rows about it, which may be none;
     ``model`` is MLflow's id of its logged model."""
@@ -32,12 +73,7 @@ def run_note(run: RunConfig, comparison: Sequence[Row], model: str | None) -> st
         t = readable(comparison[0])
         parts += [f"{t['nfe']} network evaluations", f"{t['seconds']} s of training"]
     text = [", ".join(parts) + ".", ""]
-    if comparison:
-        rows = in_order(comparison)
-        said = [*verdicts(rows), *map(escaped, warning_lines(rows))]
-        text += [*(f"**{line}**" for line in said), ""]
-        text += pipes(HEADER, map(cells, rows))
-        text += ["", "Means over held-out prompts; \\* trained on this reward.", ""]
+    text += _compared(comparison)
     if model is not None:
         lora = "pipe.load_lora_weights(folder)  # a diffusers pipeline of the base model"
         full = "pipe.transformer = type(pipe.transformer).from_pretrained(folder)"

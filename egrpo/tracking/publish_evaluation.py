@@ -6,26 +6,27 @@ tables shows the same prompt and noise before and after training.
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
-
 from egrpo.config.models import RunConfig
 from egrpo.report.evaluations import Row
-from egrpo.store.tables import IMAGES, SCORES, read_table
+from egrpo.store.tables import SCORES, read_table
 from egrpo.study.layout import Layout
-from egrpo.tracking.client import find_or_create, run_tags
-from egrpo.tracking.deliver import digest_of, finish, send_datasets, send_values
+from egrpo.tracking.client import find_or_create, keep_params, run_tags, settings
+from egrpo.tracking.deliver import digest_of, finish, send_datasets, send_note, send_values
+from egrpo.tracking.notes import evaluation_note
+from egrpo.tracking.pictures import before_after, first_images, pair, scores_by_image
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from PIL.Image import Image
 
-PIXELS = 256
-"""Most pixels of an image in a table, each way; the full ones lie in ``images.parquet``."""
+ASKED = (
+    *("evaluate.", "prompts.heldout", "prompts.column", "model.family", "model.path"),
+    *("model.revision", "model.dtype", "model.height", "model.width", "model.guidance_scale"),
+)
+"""Settings that an evaluation is made with, by the beginnings of their keys."""
 
 
 def send_evaluation(
@@ -55,6 +56,9 @@ def send_evaluation(
     record = find_or_create(client, experiment, "evaluation", digest_of(file), name, tags)
     run_id: str = record.info.run_id
     scores = read_table(file, SCORES).to_pylist()
+    asked = {k: v for k, v in settings(run).items() if k.startswith(ASKED)}
+    keep_params(client, record, {"run": tags["run"], **asked})
+    send_note(client, run_id, evaluation_note(run, scores, comparison))
     send_values(client, record, _values(scores, comparison or []), model)
     heldout = {Path(run.prompts.heldout): "evaluation"}
     send_datasets(client, run_id, heldout, run.prompts.column)
@@ -66,24 +70,25 @@ def send_evaluation(
 def _send_tables(
     client: MlflowClient, run_id: str, scores: list[Row], run: RunConfig, folder: Path, base: Path
 ) -> None:
-    """Tables as MLflow compares them: the first one, by its first column, showing its second."""
+    """Tables as MLflow compares them: the first one, by its first column, showing its last."""
     from mlflow import Image as Shown
 
     held = {f.path for f in client.list_artifacts(run_id)}
-    shown = run.evaluate.grid_prompts
+    shown, trained = run.evaluate.grid_prompts, tuple(run.train.rewards)
+    by_image = scores_by_image(scores, trained)
     if "images.json" not in held:  # log_table appends to one that is there
-        first = _first_images(folder, shown)
+        first = first_images(folder, shown)
         table = {
             "prompt": [prompt for _, prompt in first],
-            "samples": [Shown(_two(own)) for own in first.values()],
+            "samples": [Shown(pair(*of, own, by_image)) for of, own in first.items()],
         }
         client.log_table(run_id, table, "images.json")
     if "scores.json" not in held:
-        client.log_table(run_id, _scores_table(scores, tuple(run.train.rewards)), "scores.json")
+        client.log_table(run_id, _scores_table(scores, trained), "scores.json")
     if "before_after.png" not in held and folder != base:
-        both = [_first_images(f, shown).values() for f in (base, folder)]
-        grid = _grid([[own[0] for own in samples] for samples in both])
-        client.log_image(run_id, grid, "before_after.png")
+        untrained = read_table(base / "scores.parquet", SCORES).to_pylist()
+        both = {base: scores_by_image(untrained, trained), folder: by_image}
+        client.log_image(run_id, before_after(base, folder, shown, both), "before_after.png")
 
 
 def _values(scores: list[Row], comparison: list[Row]) -> dict[str, float | None]:
@@ -113,43 +118,3 @@ def _scores_table(scores: list[Row], first: tuple[str, ...]) -> dict[str, list[A
         "prompt_id": [prompt_id for prompt_id, _, _ in rows],
         "sample": [sample for _, sample, _ in rows],
     }
-
-
-def _first_images(folder: Path, prompts: int) -> dict[tuple[int, str], list[Image]]:
-    """All samples of the first prompts, by prompt id and prompt."""
-    from PIL import Image
-
-    table = read_table(folder / "images.parquet", IMAGES)
-    first = sorted(set(table["prompt_id"].to_pylist()))[:prompts]
-    chosen = table.filter(pc.field("prompt_id").isin(first))
-    found: dict[tuple[int, str], list[Image.Image]] = {}
-    for row in chosen.sort_by([("prompt_id", "ascending"), ("sample", "ascending")]).to_pylist():
-        image = Image.open(io.BytesIO(row["png"])).convert("RGB")
-        found.setdefault((row["prompt_id"], row["prompt"]), []).append(image)
-    return found
-
-
-def _two(samples: list[Image]) -> Image:
-    """Two samples beside each other, as the upper half of a square.
-
-    MLflow's comparison of tables cuts off the lower half of what it shows.
-    """
-    from PIL import Image
-
-    small = [image.copy() for image in samples[:2]]
-    for image in small:
-        image.thumbnail((PIXELS, PIXELS))
-    blank = Image.new("RGB", small[0].size, "white")
-    return _grid([[*small, blank][:2], [blank, blank]])
-
-
-def _grid(rows: list[list[Image]]) -> Image:
-    """Rows of images of one size as one image."""
-    from PIL import Image
-
-    width, height = rows[0][0].size
-    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            grid.paste(image, (x * width, y * height))
-    return grid

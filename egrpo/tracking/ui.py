@@ -13,8 +13,10 @@ from pathlib import Path
 
 from egrpo.errors import UserError
 from egrpo.store.files import read_json
-from egrpo.tracking.address import in_one_line, sqlite_file
-from egrpo.tracking.views import addresses
+from egrpo.study.resolve import Study
+from egrpo.tracking.address import in_one_line, sqlite_file, study_uri
+from egrpo.tracking.client import open_client
+from egrpo.tracking.views import addresses, keep_default_view
 
 START_WAIT = 120.0  # seconds; usually 5 to 8, once 36 were seen
 
@@ -28,11 +30,11 @@ ENVIRONMENT = {
 }
 
 
-def serve(store: Path, port: int, made_by: str) -> None:
+def serve(store: Path, port: int, made_by: str, study: Study | None = None) -> None:
     """Serve the interface on 127.0.0.1 until Ctrl-C; for a server, only print its addresses.
 
-    ``store`` is the file that ``prepare`` wrote, ``made_by`` the command for it. A free port is
-    taken if the wanted one is in use.
+    ``store`` is the file that ``prepare`` wrote, ``made_by`` the command for it, ``study`` says
+    which runs are shown first; None: all of them. A free port is taken if the wanted one is in use.
 
     Raises:
         UserError: if there is no store yet, or MLflow does not start.
@@ -43,7 +45,7 @@ def serve(store: Path, port: int, made_by: str) -> None:
     uri, experiment = ids["uri"], ids["experiment_id"]
     file = sqlite_file(uri)
     if file is None:
-        print(_pages(in_one_line(uri).rstrip("/"), experiment))
+        print(_pages(in_one_line(uri).rstrip("/"), experiment, store, study))
         return
     if not file.exists():
         raise UserError(f"{file}: no tracking store yet; `{made_by}` makes it")
@@ -52,7 +54,8 @@ def serve(store: Path, port: int, made_by: str) -> None:
     server = _start(uri, file, port)
     try:
         _wait_until_healthy(server, port)
-        print(f"{_pages(f'http://127.0.0.1:{port}', experiment)}\nCtrl-C ends it", flush=True)
+        pages = _pages(f"http://127.0.0.1:{port}", experiment, store, study)
+        print(f"{pages}\nCtrl-C ends it", flush=True)
         server.wait()
         raise UserError(f"MLflow ended by itself with status {server.returncode}")
     except KeyboardInterrupt:
@@ -62,11 +65,34 @@ def serve(store: Path, port: int, made_by: str) -> None:
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
-def _pages(server: str, experiment: str | None) -> str:
+def _pages(server: str, experiment: str | None, store: Path, study: Study | None) -> str:
     """Addresses worth opening, each with what it shows."""
     if experiment is None:  # the server was away when the store was prepared
         return f"{server}/#/"
-    return "\n".join(f"{server}/{page}\n    {what}" for page, what in addresses(experiment))
+    default = study is not None and _has_default_view(read_json(store)["uri"], experiment, study)
+    found = addresses(experiment, default=default, others=_others(store))
+    return "\n".join(f"{server}/{page}\n    {what}" for page, what in found)
+
+
+def _others(store: Path) -> list[str]:
+    """Experiments of the other studies in the folder of results that report to the same store."""
+    own = read_json(store)
+    every = [read_json(file) for file in sorted(store.parent.parent.glob(f"*/{store.name}"))]
+    ids = [ids["experiment_id"] for ids in every if ids["uri"] == own["uri"]]
+    return [found for found in ids if found not in (None, own["experiment_id"])]
+
+
+def _has_default_view(uri: str, experiment: str, study: Study) -> bool:
+    """Whether the view of the study's default runs is there now; they may be all that it has."""
+    if set(study.default_runs) >= set(study.runs):
+        return False
+    client = open_client(study_uri(study, uri))
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return keep_default_view(client, experiment, study.runs, study.default_runs)
+    except (MlflowException, OSError):  # a server that is away, or lets this user write nothing
+        return False
 
 
 def free_port(wanted: int) -> int:
