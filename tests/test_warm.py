@@ -15,7 +15,10 @@ from conftest import ROOT, wait_for
 
 from egrpo.warm import VARIABLE
 
-SERVER = "import egrpo.warm as w; w.LIBRARIES = ('tabnanny',); w._start = lambda *a: None; w.main()"
+SERVER = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # ignored behind &
+    "import egrpo.warm as w; w.LIBRARIES = ('tabnanny',); w._start = lambda *a: None; w.main()"
+)
 
 
 class Warm:
