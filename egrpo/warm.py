@@ -67,12 +67,15 @@ def run(words: Sequence[str]) -> int | None:
     streams = [*STREAMS, *([int(progress)] if progress else [])]
     job = {"words": words, "folder": os.getcwd(), "variables": dict(os.environ), "streams": streams}
     text = json.dumps(job).encode()
-    for number in (signal.SIGINT, signal.SIGTERM):  # to the job
-        signal.signal(number, lambda which, frame: connection.sendall(bytes([which])))
     socket.send_fds(connection, [len(text).to_bytes(8, "big")], streams)
     connection.sendall(text)
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the job, behind its text
+        signal.signal(number, lambda which, frame: connection.sendall(bytes([which])))
     answer = connection.recv(1)
-    return answer[0] if answer else 1
+    if not answer:
+        print("egrpo: what watched this job has ended, start the workflow again", file=sys.stderr)
+        return 1
+    return answer[0]
 
 
 def _environment(variables: Mapping[str, str]) -> str:
@@ -122,9 +125,12 @@ def serve(path: Path, parent: int) -> list[str] | None:
 def _watch(connection: socket.socket) -> list[str] | None:
     """Fork a job, hand signals on to it, and answer with its status."""
     size, files, _, _ = socket.recv_fds(connection, 8, 8)
-    text = b""
-    while len(text) < int.from_bytes(size, "big"):
-        text += connection.recv(1 << 16)
+    text, part = b"", size
+    while part and len(text) < int.from_bytes(size, "big"):
+        part = connection.recv(1 << 16)
+        text += part
+    if not part:  # who asked has ended
+        return None
     job = json.loads(text)
     number = os.fork()
     if number == 0:
@@ -134,11 +140,10 @@ def _watch(connection: socket.socket) -> list[str] | None:
         os.close(file)
     ended = os.pidfd_open(number)
     waiting = [connection.fileno()]
-    while ended not in (ready := select.select([ended, *waiting], [], [])[0]):
-        if ready:
-            which = connection.recv(1)
-            waiting = waiting if which else []
-            os.kill(number, which[0] if which else signal.SIGKILL)  # as who asked was
+    while ended not in select.select([ended, *waiting], [], [])[0]:
+        which = connection.recv(1)
+        waiting = waiting if which else []
+        os.kill(number, which[0] if which else signal.SIGKILL)  # as who asked was
     code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
     with contextlib.suppress(OSError):
         connection.sendall(bytes([code if code >= 0 else 128 - code]))

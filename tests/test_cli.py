@@ -260,6 +260,7 @@ def test_cost_of_a_target_is_that_of_its_runs(default_study: list[str]) -> None:
     assert runs("--target", "table2") == merged
     assert runs("--target", "table2", "--run", "awm-s0") == {*merged, "awm-s0"}
     assert len(runs("--target", "paper")) == 72
+    refused(egrpo("cost", *default_study, "--target", "fig1b"), "shows a profile, and trains noth")
     refused(egrpo("cost", *default_study, "--target", "x"), "--target x: there are all, paper, ev")
 
 

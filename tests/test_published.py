@@ -52,11 +52,17 @@ def test_every_file_of_a_preset_is_fetched_to_where_it_is_read(preset: str) -> N
 
 def test_below_another_folder_it_is_fetched_to_there(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
-    mine.write_text("model: {path: /data/FLUX.1-dev}\nrewards: {hps: {path: /data/other.pt}}\n")
+    mine.write_text(
+        "model: {path: /data/FLUX.1-dev, lora: {start: /data/a.safetensors}}\n"
+        "rewards: {hps: {path: /data/other.pt}}\nprompts: {train: '/a b/hpd_train.txt'}\n"
+    )
     preset = str(ROOT / "config/presets/flux_dev_hps.yaml")
     lines = list(fetch_plan(load_study(str(ROOT / "config/config.yaml"), preset, str(mine))))
     assert any(line.endswith("--local-dir /data/FLUX.1-dev") for line in lines)
     assert "# rewards.hps.path: /data/other.pt: yours to bring" in lines
+    assert "# model.lora.start: /data/a.safetensors: yours to bring" in lines
+    words = next(shlex.split(line) for line in lines if "egrpo prompts hpd_train" in line)
+    assert words[3:] == ["/a b/HPDv2/train.json", "--to", "/a b/hpd_train.txt"]
 
 
 def test_what_is_there_is_not_fetched() -> None:
@@ -92,14 +98,15 @@ def test_sets_are_read_as_they_are_published(tmp_path: Path) -> None:
 
 def test_other_counts_and_names_are_refused_and_write_nothing(tmp_path: Path) -> None:
     file, to = tmp_path / "prompts.csv", tmp_path / "out.txt"
-    file.write_text("Prompts\n" + "\n".join(numbered(199)))
-    with pytest.raises(UserError, match="199 different prompts, but drawbench has 200"):
-        convert("drawbench", [file], to)
+    file.write_text("Prompt\n" + "\n".join(numbered(199)))
+    with pytest.raises(UserError, match="199 different prompts, but partiprompts has 1632"):
+        convert("partiprompts", [file], to)
     with pytest.raises(UserError, match="no set of prompts 'draw'; there are hpd_train"):
         convert("draw", [file], to)
-    file.write_text("Prompts\n" + "\n".join([*numbered(199), '"two\nlines"']))
-    with pytest.raises(UserError, match=r"prompt 200 has several lines; write --to .*out\.jsonl"):
+    file.write_text("Prompts\n" + "\n".join([*numbered(198), '"two\nlines"']))
+    with pytest.raises(UserError, match=r"prompt 199 has several lines; write --to .*out\.jsonl"):
         convert("drawbench", [file], to)
     assert not to.exists()
-    convert("drawbench", [file], tmp_path / "out.jsonl")
+    said = convert("drawbench", [file], tmp_path / "out.jsonl")
     assert read_prompts(tmp_path / "out.jsonl")[-1].text == "two\nlines"
+    assert "199 prompts, but 200 by its publication" in said, "a number that nobody counted"

@@ -19,16 +19,17 @@ INTRODUCTION = """\
 Generated from `egrpo/ops/published.tsv` by `python -m docs.generate`.
 
 `egrpo doctor --fetch-plan` prints these commands for your files, without what is there already.
-They are the hub's own client and curl; nothing is fetched unasked. Sizes are rounded up; licenses
-are the publishers', so read them. Where one is to be accepted on the hub, log in first: `hf auth
-login`.
+They are the hub's own client and curl; nothing is fetched unasked. The options were checked, the
+downloads were not run. Sizes are estimates from numbers of weights; licenses are as noted here, and
+the publisher's page decides. Where one is to be accepted on the hub, log in first: `hf auth login`.
 """
 
 SETS = """\
 ## Sets of prompts
 
 `egrpo prompts NAME FILES` writes a prompt file of a published set: each prompt once, in its order,
-and refuses files that hold another number of them than the set has (`?`: not verified). Parquet is
+and refuses files that hold another number of them than were counted in the published file. `~`:
+the number is its publication's, and another one is said and not refused; `?`: not known. Parquet is
 read by this command alone.
 """
 
@@ -41,7 +42,7 @@ def fetch_page() -> str:
         lines = "\n".join(fetch_plan(study, there=lambda path: path.startswith("assets/")))
         parts.append(f"## `{name}.yaml`\n\n```sh\n{lines}\n```\n")
     sets = [
-        (f"`{item.name}`", str(item.prompts or "?"), item.license, f"`{item.source}`")
+        (f"`{item.name}`", item.count, item.license, f"`{item.source}`")
         for item in published()
         if item.column
     ]

@@ -121,6 +121,8 @@ def asked_for(study: Study, names: Sequence[str], target: str | None) -> list[st
         raise UserError(study.refused[target])
     if target not in {**sets, **due.specs}:
         raise UserError(f"--target {target}: there are {', '.join({**sets, **due.specs})}")
+    if target not in {**sets, **due.at.pages}:
+        raise UserError(f"--target {target}: shows a profile, and trains nothing")
     runs = due.run_set(sets.get(target, f"{target}_runs"))
     return list(dict.fromkeys([*(study.chosen(names) if names else ()), *runs]))
 

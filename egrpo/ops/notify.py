@@ -38,9 +38,8 @@ def notify(at: Layout, outcome: str, log: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"notify: {error}"
     if done.returncode:
-        return (
-            f"notify: {command!r:.200} ended with status {done.returncode}: {done.stderr.strip()}"
-        )
+        said = " ".join(done.stderr.split())
+        return f"notify: {command!r:.200} ended with status {done.returncode}: {said:.200}"
     return None
 
 

@@ -32,9 +32,10 @@ class Published:
         path: where presets look for it.
         source: a hub id, ``dataset:`` and a hub id, ``github:owner/name@commit/path``, or a URL.
         files: what of a repository on the hub: files, or options of ``hf download``.
-        gib: size in GiB, rounded up.
-        license: of weights or prompts, as their publisher states it.
+        gib: size in GiB, estimated from numbers of weights.
+        license: of weights or prompts, as noted here; the publisher's page decides.
         prompts: how many prompts it holds, each once; None: weights, or not known.
+        counted: whether that was counted in the published file, and not taken from its paper.
         column: which column or key holds them; empty for weights.
     """
 
@@ -44,12 +45,18 @@ class Published:
     gib: float
     license: str
     prompts: int | None
+    counted: bool
     column: str
 
     @property
     def name(self) -> str:
         """Of a set of prompts, as `egrpo prompts` is given it."""
         return Path(self.path).stem
+
+    @property
+    def count(self) -> str:
+        """Its number of prompts: counted, ``~`` from a publication, ``?`` not known."""
+        return "?" if self.prompts is None else f"{'' if self.counted else '~'}{self.prompts}"
 
     def is_at(self, path: str) -> bool:
         """Whether a setting's path means this: below another folder it is the same."""
@@ -79,7 +86,7 @@ class Published:
         words = f"hf download {hub_id} {self.files}{' --repo-type dataset' * (kind == 'dataset')}"
         got = [f"{words} --local-dir {shlex.quote(str(folder))}"]
         names = [w for w in shlex.split(self.files) if w != "--include"]
-        files = [shlex.quote(f"{folder}/{name}").replace("'", "") for name in names]
+        files = [f"{shlex.quote(str(folder))}/{name}" for name in names]  # which may be patterns
         return got + self._converted(files, path)
 
     def _converted(self, files: list[str], path: str) -> list[str]:
@@ -92,10 +99,11 @@ def published() -> list[Published]:
     """All of the list."""
     with TABLE.open(encoding="utf-8", newline="") as file:
         _, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return [
-        Published(path, source, files, float(gib), of, int(count) if count else None, column)
-        for path, source, files, gib, of, count, column in rows
-    ]
+    out = []
+    for path, source, files, gib, of, n, column in rows:
+        count = int(n.removeprefix("~")) if n else None
+        out.append(Published(path, source, files, float(gib), of, count, n[:1] != "~", column))
+    return out
 
 
 def fetch_plan(study: Study, there: Callable[[str], bool] = os.path.exists) -> Iterator[str]:
@@ -119,6 +127,8 @@ def fetch_plan(study: Study, there: Callable[[str], bool] = os.path.exists) -> I
 def _named(run: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, path) of the files of a run that are no hub ids with a commit."""
     named: list[tuple[str, str, Any]] = [("model.path", run.model.path, run.model.revision)]
+    if run.model.lora.start is not None:
+        named.append(("model.lora.start", run.model.lora.start, None))
     for name, reward in run.rewards.items():
         for key, path in reward.files.items():
             commit = reward.hub.get(key)
@@ -139,7 +149,8 @@ def convert(name: str, files: Sequence[Path], to: Path | None) -> str:
         to: .txt, or .jsonl where a prompt has several lines; None: where presets look for it.
 
     Raises:
-        UserError: if there is no such set, or the files do not hold as many prompts as it has.
+        UserError: if there is no such set, or the files do not hold as many prompts as were counted
+            in it; another number than its paper's is said only.
     """
     sets = {item.name: item for item in published() if item.column}
     if name not in sets:
@@ -147,7 +158,8 @@ def convert(name: str, files: Sequence[Path], to: Path | None) -> str:
     item = sets[name]
     found = list(dict.fromkeys(text for file in files for text in _texts(file, item.column)))
     given = ", ".join(map(str, files))
-    if item.prompts and len(found) != item.prompts:
+    other = item.prompts is not None and len(found) != item.prompts
+    if other and item.counted:
         raise UserError(
             f"{given}: {len(found)} different prompts, but {name} has {item.prompts}; is a file "
             "missing, or of another version?"
@@ -168,6 +180,8 @@ def convert(name: str, files: Sequence[Path], to: Path | None) -> str:
         lines = found
     write_text(to, "".join(f"{line}\n" for line in lines))
     checked = "as published" if item.prompts else "how many there are is not known"
+    if other:
+        checked = f"but {item.prompts} by its publication: is a file missing?"
     return f"{to}: {len(found)} prompts, {checked}"
 
 
@@ -185,9 +199,7 @@ def _texts(file: Path, column: str) -> Iterator[str]:
 def table() -> str:
     """The sets of prompts, for people."""
     rows = [("set", "prompts", "license", "from")] + [
-        (item.name, str(item.prompts or "?"), item.license, item.source)
-        for item in published()
-        if item.column
+        (item.name, item.count, item.license, item.source) for item in published() if item.column
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(

@@ -89,13 +89,13 @@ onstart:
 
 
 onsuccess:
-    if told := notify(at, "finished", log):
-        logger.warning(told)
+    if problem := notify(at, "finished", log):
+        logger.warning(problem)
 
 
 onerror:
-    if told := notify(at, "failed", log):
-        logger.warning(told)
+    if problem := notify(at, "failed", log):
+        logger.warning(problem)
 
 
 atexit.register(lambda: at.identities.digests.save())
